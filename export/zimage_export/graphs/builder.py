@@ -1,0 +1,150 @@
+"""Building an ONNX graph whose weights are only names and shapes.
+
+Nothing is traced and no weight is ever in memory: the model is stated operator by operator, in milliseconds and a
+few megabytes at any size, and every node, value and initializer bears the name that the checkpoint gives it.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from zimage_runtime.contracts import SIGNATURES, Program, Shape
+from zimage_runtime.tensors import DType, TensorEntry
+
+OPSET = 23
+_IR_VERSION = 11
+_CONTRIB = "com.microsoft"
+
+_ONNX_TYPES = {
+    DType.F32: TensorProto.FLOAT,
+    DType.F16: TensorProto.FLOAT16,
+    DType.BF16: TensorProto.BFLOAT16,
+    DType.I8: TensorProto.INT8,
+    DType.U8: TensorProto.UINT8,
+}
+
+Attribute = int | float | str | Sequence[int]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A program without its weights."""
+
+    program: Program
+    nodes: list[onnx.NodeProto]
+    constants: list[onnx.TensorProto]  # small ones, inside the file
+    weights: dict[str, tuple[int, ...]]  # name → shape, outside the file
+    dims: Mapping[str, int]  # the config's values for names in the signature's shapes
+
+    def to_model(self, weights_file: str, entries: Mapping[str, TensorEntry]) -> onnx.ModelProto:
+        """The ONNX model, whose initializers point into a safetensors file beside it.
+
+        `entries` is that file's header. Inputs and outputs are the ones of `zimage_runtime.contracts`.
+        """
+        signature = SIGNATURES[self.program]
+        initializers = [self._external(name, weights_file, entries[name]) for name in self.weights]
+        graph = helper.make_graph(
+            self.nodes,
+            self.program.value,
+            [self._value(name, shape) for name, shape in signature.inputs.items()],
+            [self._value(name, shape) for name, shape in signature.outputs.items()],
+            initializer=[*self.constants, *initializers],
+        )
+        opsets = [helper.make_opsetid("", OPSET)]
+        if any(node.domain == _CONTRIB for node in self.nodes):
+            opsets.append(helper.make_opsetid(_CONTRIB, 1))
+        return helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="zimage-export")
+
+    def _value(self, name: str, shape: Shape) -> onnx.ValueInfoProto:
+        known = [self.dims.get(d, d) if isinstance(d, str) else d for d in shape]
+        return helper.make_tensor_value_info(name, TensorProto.FLOAT, known)
+
+    def _external(self, name: str, location: str, entry: TensorEntry) -> onnx.TensorProto:
+        tensor = onnx.TensorProto(name=name, data_type=_ONNX_TYPES[DType(entry.dtype)], dims=entry.shape)
+        tensor.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", location), ("offset", entry.offset), ("length", entry.nbytes)):
+            tensor.external_data.add(key=key, value=str(value))
+        return tensor
+
+
+@dataclass
+class GraphBuilder:
+    """Collects the nodes of one program. Values are the strings that name them."""
+
+    program: Program
+    dims: Mapping[str, int]
+    _nodes: list[onnx.NodeProto] = field(default_factory=list)
+    _constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
+    _weights: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    _names: set[str] = field(default_factory=set)
+    _scope: list[str] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        """Names inside the block start with `name` and a dot."""
+        self._scope.append(name)
+        try:
+            yield
+        finally:
+            self._scope.pop()
+
+    def _full(self, name: str) -> str:
+        return ".".join([*self._scope, name])
+
+    def op(self, kind: str, *inputs: str, name: str, contrib: bool = False, **attributes: Attribute) -> str:
+        """Adds a node with one output and returns the output's name. An empty input name leaves that input out."""
+        return self.ops(kind, *inputs, name=name, outputs=1, contrib=contrib, **attributes)[0]
+
+    def ops(
+        self, kind: str, *inputs: str, name: str, outputs: int, contrib: bool = False, **attributes: Attribute
+    ) -> list[str]:
+        """Adds a node with several outputs and returns their names."""
+        unique = full = self._full(name)
+        repeat = 1
+        while unique in self._names:
+            repeat += 1
+            unique = f"{full}_{repeat}"
+        self._names.add(unique)
+        values = [unique] if outputs == 1 else [f"{unique}.{index}" for index in range(outputs)]
+        domain = _CONTRIB if contrib else ""
+        self._nodes.append(helper.make_node(kind, inputs, values, name=unique, domain=domain, **attributes))
+        return values
+
+    def weight(self, name: str, shape: Sequence[int]) -> str:
+        """A tensor of the component's weights file, by the scope and its name there."""
+        full = self._full(name)
+        self._weights[full] = tuple(shape)
+        return full
+
+    def constant(self, value: NDArray[np.generic], name: str) -> str:
+        """A small tensor inside the file; the same name is the same tensor everywhere."""
+        tensor = numpy_helper.from_array(value, name)
+        known = self._constants.setdefault(name, tensor)
+        if known != tensor:
+            raise ValueError(f"constant {name} has two values")
+        return name
+
+    def integers(self, *values: int) -> str:
+        """A constant int64 vector."""
+        return self.constant(np.array(values, dtype=np.int64), "int64_" + "_".join(str(v) for v in values))
+
+    def number(self, value: float) -> str:
+        """A constant float32 scalar."""
+        return self.constant(np.array(value, dtype=np.float32), f"float_{value:g}")
+
+    def dim(self, value: str, axis: int, name: str) -> str:
+        """The size of one axis of a value, as an int64 vector of one element."""
+        return self.op("Shape", value, name=name, start=axis, end=axis + 1)
+
+    def output(self, value: str, name: str) -> None:
+        """Makes a value an output of the program."""
+        self._nodes.append(helper.make_node("Identity", [value], [name], name=name))
+
+    def build(self) -> Graph:
+        """The finished graph."""
+        return Graph(self.program, self._nodes, list(self._constants.values()), self._weights, self.dims)

@@ -1,0 +1,69 @@
+"""The text encoder (Qwen3) up to ``hidden_states[-2]``: the last layer, the final norm and the head never run.
+
+The embedding table stays on the host, where a prompt reads its few rows; the program starts from embeddings.
+Source: ``modeling_qwen3.py`` in transformers.
+"""
+
+from dataclasses import dataclass
+
+from zimage_runtime.config import TextEncoderConfig
+from zimage_runtime.contracts import Program
+
+from .builder import Graph, GraphBuilder
+from .layers import Layers
+
+
+@dataclass(frozen=True)
+class TextEncoderGraph:
+    """Builds the text encoder's program from its configuration."""
+
+    config: TextEncoderConfig
+
+    def build(self) -> Graph:
+        """Prompt embeddings → hidden states."""
+        c = self.config
+        b = GraphBuilder(Program.TEXT_ENCODER, {"hidden_size": c.hidden_size, "half_head": c.head_dim // 2})
+        layers = Layers(b)
+        x = "inputs_embeds"
+        shape = b.op("Shape", x, name="shape")
+        for index in range(c.used_layers):
+            with b.scope(f"layers.{index}"):
+                x = self._layer(layers, x, shape)
+        b.output(x, "hidden_states")
+        return b.build()
+
+    def _layer(self, layers: Layers, x: str, shape: str) -> str:
+        c, b = self.config, layers.b
+        scale = b.weight("input_layernorm.weight", (c.hidden_size,))
+        h = layers.rms_norm(x, scale, c.rms_norm_eps, "input_layernorm")
+        with b.scope("self_attn"):
+            h = self._attention(layers, layers.rows(h, c.hidden_size))
+        x = b.op("Add", x, layers.reshape(h, shape, "attention_update"), name="attention_residual")
+        scale = b.weight("post_attention_layernorm.weight", (c.hidden_size,))
+        h = layers.rms_norm(x, scale, c.rms_norm_eps, "post_attention_layernorm")
+        with b.scope("mlp"):
+            h = layers.gated(
+                layers.rows(h, c.hidden_size),
+                "gate_proj",
+                "up_proj",
+                "down_proj",
+                c.hidden_size,
+                c.intermediate_size,
+            )
+        return b.op("Add", x, layers.reshape(h, shape, "mlp_update"), name="mlp_residual")
+
+    def _attention(self, layers: Layers, x: str) -> str:
+        c, b = self.config, layers.b
+        widths = {"q": c.num_attention_heads * c.head_dim, "k": c.num_key_value_heads * c.head_dim}
+        heads = {"q": c.num_attention_heads, "k": c.num_key_value_heads}
+        rotated = []
+        for kind, width in widths.items():
+            h = layers.linear(x, f"{kind}_proj", width, c.hidden_size)
+            h = layers.head_norm(h, f"{kind}_norm", c.head_dim, c.rms_norm_eps)
+            h = layers.reshape(h, b.integers(1, -1, width), f"{kind}.tokens")
+            rotated.append(layers.rotary(h, "cos", "sin", heads[kind], f"{kind}.rotary", interleaved=False))
+        v = layers.reshape(
+            layers.linear(x, "v_proj", widths["k"], c.hidden_size), b.integers(1, -1, widths["k"]), "v.tokens"
+        )
+        h = layers.causal_attention(rotated[0], rotated[1], v, heads["q"], heads["k"])
+        return layers.linear(layers.rows(h, widths["q"]), "o_proj", c.hidden_size, widths["q"])

@@ -1,0 +1,165 @@
+"""The autoencoder as two programs: decoder, and encoder (with mean and log-variance, for img2img).
+
+Group norms are instance norms over reshaped groups, which ONNX Runtime has a CPU kernel for; `GroupNormalization`
+would be expanded into a dozen operators each. Source: ``autoencoder_kl.py``, ``vae.py``, ``resnet.py`` in diffusers.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from zimage_runtime.config import VaeConfig
+from zimage_runtime.contracts import Program
+
+from .builder import Graph, GraphBuilder
+from .layers import Layers
+
+_EPS = 1e-6
+_LOGVAR_RANGE = (-30.0, 20.0)
+
+
+@dataclass(frozen=True)
+class VaeGraphs:
+    """Builds the autoencoder's programs from its configuration."""
+
+    config: VaeConfig
+
+    def build(self) -> list[Graph]:
+        """Decoder and encoder."""
+        return [self.decoder(), self.encoder()]
+
+    def decoder(self) -> Graph:
+        """Latents → picture."""
+        c, b = self.config, GraphBuilder(Program.DECODER, {"latent_channels": self.config.latent_channels})
+        channels = c.block_out_channels[::-1]
+        with b.scope("decoder"):
+            x = self._conv(b, "latents", "conv_in", channels[0], c.latent_channels)
+            x = self._middle(b, x, channels[0])
+            width = channels[0]
+            for level, out_width in enumerate(channels):
+                with b.scope(f"up_blocks.{level}"):
+                    for index in range(c.layers_per_block + 1):
+                        x, width = self._resnet(b, x, f"resnets.{index}", out_width, width), out_width
+                    if level < len(channels) - 1:
+                        x = self._upsample(b, x, width)
+            x = self._norm_silu(b, x, "conv_norm_out", width)
+            x = self._conv(b, x, "conv_out", c.out_channels, width)
+        b.output(x, "image")
+        return b.build()
+
+    def encoder(self) -> Graph:
+        """Picture → mean and log-variance of the latents."""
+        c, b = self.config, GraphBuilder(Program.ENCODER, {"latent_channels": self.config.latent_channels})
+        channels = c.block_out_channels
+        with b.scope("encoder"):
+            x = self._conv(b, "image", "conv_in", channels[0], c.in_channels)
+            width = channels[0]
+            for level, out_width in enumerate(channels):
+                with b.scope(f"down_blocks.{level}"):
+                    for index in range(c.layers_per_block):
+                        x, width = self._resnet(b, x, f"resnets.{index}", out_width, width), out_width
+                    if level < len(channels) - 1:
+                        # diffusers pads below and on the right only
+                        x = self._conv(b, x, "downsamplers.0.conv", width, width, strides=2, pads=(0, 0, 1, 1))
+            x = self._middle(b, x, width)
+            x = self._norm_silu(b, x, "conv_norm_out", width)
+            moments = self._conv(b, x, "conv_out", 2 * c.latent_channels, width)
+            mean, logvar = b.ops("Split", moments, name="moments", outputs=2, axis=1, num_outputs=2)
+            low, high = (b.number(value) for value in _LOGVAR_RANGE)
+            logvar = b.op("Clip", logvar, low, high, name="logvar_clamped")
+        b.output(mean, "mean")
+        b.output(logvar, "logvar")
+        return b.build()
+
+    def _conv(
+        self,
+        b: GraphBuilder,
+        x: str,
+        name: str,
+        out_width: int,
+        in_width: int,
+        kernel: int = 3,
+        strides: int = 1,
+        pads: tuple[int, int, int, int] = (1, 1, 1, 1),
+    ) -> str:
+        weight = b.weight(f"{name}.weight", (out_width, in_width, kernel, kernel))
+        bias = b.weight(f"{name}.bias", (out_width,))
+        return b.op(
+            "Conv",
+            x,
+            weight,
+            bias,
+            name=name,
+            kernel_shape=[kernel] * 2,
+            strides=[strides] * 2,
+            pads=list(pads),
+        )
+
+    def _group_norm(self, b: GraphBuilder, x: str, name: str, width: int) -> str:
+        groups = self.config.norm_num_groups
+        shape = b.op("Shape", x, name=f"{name}.shape")
+        ones = b.constant(np.ones(groups, np.float32), f"ones_{groups}")
+        zeros = b.constant(np.zeros(groups, np.float32), f"zeros_{groups}")
+        h = b.op("Reshape", x, b.integers(0, groups, -1), name=f"{name}.groups")
+        h = b.op("InstanceNormalization", h, ones, zeros, name=f"{name}.normalized", epsilon=_EPS)
+        h = b.op("Reshape", h, shape, name=f"{name}.channels")
+        factors = [
+            b.op(
+                "Reshape",
+                b.weight(f"{name}.{kind}", (width,)),
+                b.integers(-1, 1, 1),
+                name=f"{name}.{kind}.column",
+            )
+            for kind in ("weight", "bias")
+        ]
+        h = b.op("Mul", h, factors[0], name=f"{name}.scaled")
+        return b.op("Add", h, factors[1], name=name)
+
+    def _norm_silu(self, b: GraphBuilder, x: str, name: str, width: int) -> str:
+        return Layers(b).silu(self._group_norm(b, x, name, width), f"{name}.silu")
+
+    def _resnet(self, b: GraphBuilder, x: str, name: str, out_width: int, in_width: int) -> str:
+        with b.scope(name):
+            h = self._conv(b, self._norm_silu(b, x, "norm1", in_width), "conv1", out_width, in_width)
+            h = self._conv(b, self._norm_silu(b, h, "norm2", out_width), "conv2", out_width, out_width)
+            if in_width != out_width:
+                x = self._conv(b, x, "conv_shortcut", out_width, in_width, kernel=1, pads=(0, 0, 0, 0))
+            return b.op("Add", x, h, name="residual")
+
+    def _middle(self, b: GraphBuilder, x: str, width: int) -> str:
+        with b.scope("mid_block"):
+            x = self._resnet(b, x, "resnets.0", width, width)
+            with b.scope("attentions.0"):
+                x = self._attention(b, x, width)
+            return self._resnet(b, x, "resnets.1", width, width)
+
+    def _attention(self, b: GraphBuilder, x: str, width: int) -> str:
+        """One head over all latent positions."""
+        layers = Layers(b)
+        tokens = b.op("Concat", b.dim(x, 0, "batch"), b.integers(-1, width), name="tokens.shape", axis=0)
+        h = self._group_norm(b, x, "group_norm", width)
+        h = b.op("Reshape", h, b.integers(0, width, -1), name="positions")
+        h = layers.rows(b.op("Transpose", h, name="channels_last", perm=[0, 2, 1]), width)
+        q, k, v = (
+            layers.reshape(layers.linear(h, f"to_{kind}", width, width, bias=True), tokens, f"{kind}.tokens")
+            for kind in ("q", "k", "v")
+        )
+        h = layers.rows(layers.attention(q, k, v, heads=1), width, "scores.rows")
+        h = layers.reshape(layers.linear(h, "to_out.0", width, width, bias=True), tokens, "update.tokens")
+        h = b.op("Transpose", h, name="channels_first", perm=[0, 2, 1])
+        h = layers.reshape(h, b.op("Shape", x, name="shape"), "update")
+        return b.op("Add", x, h, name="residual")
+
+    def _upsample(self, b: GraphBuilder, x: str, width: int) -> str:
+        scales = b.constant(np.array([1, 1, 2, 2], dtype=np.float32), "scales_1_1_2_2")
+        x = b.op(
+            "Resize",
+            x,
+            "",
+            scales,
+            name="upsamplers.0.nearest",
+            mode="nearest",
+            nearest_mode="floor",
+            coordinate_transformation_mode="asymmetric",
+        )
+        return self._conv(b, x, "upsamplers.0.conv", width, width)

@@ -1,0 +1,299 @@
+"""Checkpoints of random weights in the exact published layout, names, shapes and types.
+
+Names and shapes come from diffusers' and transformers' own classes, so they are the true ones. Weights are scaled
+so that activations stay near one, as in a trained model: a model whose output is constant or NaN proves nothing.
+A tensor's values depend on the seed and its name alone, and one tensor is in memory at a time.
+"""
+
+import json
+import math
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zimage_runtime.config import (
+    ModelConfig,
+    SchedulerConfig,
+    TextEncoderConfig,
+    TransformerConfig,
+    VaeConfig,
+)
+from zimage_runtime.progress import Advance, Progress
+from zimage_runtime.tensors import DType
+
+from .build import check_target, replaced_directory
+from .byte_tokenizer import chat_template, write_byte_tokenizer
+from .weights import StoredTensor, total_bytes, write_weights
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large a synthetic model is, and in how many files its parts lie."""
+
+    config: ModelConfig
+    shards: int = 3  # of the transformer and the text encoder, as published
+
+
+SMALL = Scale(
+    ModelConfig(
+        text_encoder=TextEncoderConfig(
+            hidden_size=64,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            intermediate_size=160,
+            vocab_size=320,
+            rms_norm_eps=1e-6,
+            rope_theta=1e6,
+        ),
+        transformer=TransformerConfig(
+            dim=96,
+            n_layers=3,
+            n_refiner_layers=2,
+            n_heads=3,
+            cap_feat_dim=64,
+            in_channels=16,
+            norm_eps=1e-5,
+            rope_theta=256.0,
+            t_scale=1000.0,
+            axes_dims=(8, 12, 12),
+            axes_lens=(1536, 512, 512),
+        ),
+        vae=VaeConfig(
+            in_channels=3,
+            out_channels=3,
+            latent_channels=16,
+            block_out_channels=(16, 16, 32, 32),
+            layers_per_block=1,
+            norm_num_groups=8,
+            scaling_factor=0.3611,
+            shift_factor=0.1159,
+            sample_size=128,
+        ),
+        scheduler=SchedulerConfig(shift=3.0, num_train_timesteps=1000),
+    )
+)
+"""Every part of the architecture in a megabyte: seconds to export, fractions of a second to draw."""
+
+
+def write_checkpoint(
+    out: Path,
+    scale: Scale,
+    *,
+    seed: int = 0,
+    tokenizer: Path | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Writes a checkpoint to `out`, which must not exist. `tokenizer` replaces the small byte-level one.
+
+    Raises `ExportError` if `out` exists.
+    """
+    check_target(out, force=False)
+    config = scale.config
+    if tokenizer is not None:
+        config = _with_vocabulary_of(config, tokenizer)
+    parts = {
+        "transformer": (_transformer_shapes(config), DType.F32, scale.shards, "diffusion_pytorch_model"),
+        "text_encoder": (_text_encoder_shapes(config), DType.BF16, scale.shards, "model"),
+        "vae": (_vae_shapes(config), DType.BF16, 1, "diffusion_pytorch_model"),
+    }
+    tensors = {
+        part: [_random_tensor(name, shape, dtype, seed) for name, shape in shapes.items()]
+        for part, (shapes, dtype, _, _) in parts.items()
+    }
+    total = sum(total_bytes(group) for group in tensors.values())
+    with (
+        replaced_directory(out) as folder,
+        (progress or Progress(quiet=True)).task("random weights", total, in_bytes=True) as advance,
+    ):
+        _write_configs(folder, config)
+        for part, (_, _, shards, stem) in parts.items():
+            _write_sharded(folder / part, stem, tensors[part], shards, advance)
+        _write_tokenizer(folder / "tokenizer", tokenizer)
+
+
+def _with_vocabulary_of(config: ModelConfig, tokenizer: Path) -> ModelConfig:
+    from dataclasses import replace
+
+    from zimage_runtime.tokenizer import PromptTokenizer
+
+    rows = -(-PromptTokenizer(tokenizer).vocab_size // 64) * 64
+    return replace(config, text_encoder=replace(config.text_encoder, vocab_size=rows))
+
+
+def _transformer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    from diffusers import ZImageTransformer2DModel
+
+    return _meta_shapes(ZImageTransformer2DModel, **asdict(config.transformer), n_kv_heads=config.transformer.n_heads)
+
+
+def _vae_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    from diffusers import AutoencoderKL
+
+    return _meta_shapes(AutoencoderKL, **_vae_config(config.vae))
+
+
+def _text_encoder_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    shapes = _meta_shapes(Qwen3ForCausalLM, Qwen3Config(**_text_encoder_config(config.text_encoder)))
+    shapes.pop("lm_head.weight", None)  # tied to the embeddings, so not stored
+    return shapes
+
+
+def _meta_shapes(model_class: Any, *args: Any, **kwargs: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a class's state, with no memory behind them."""
+    import torch
+
+    with torch.device("meta"):
+        model = model_class(*args, **kwargs)
+    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+
+
+def _random_tensor(name: str, shape: tuple[int, ...], dtype: DType, seed: int) -> StoredTensor:
+    mean, deviation = _distribution(name, shape)
+
+    def chunks() -> Iterator[NDArray[np.generic]]:
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        left, most = math.prod(shape), 1 << 22
+        while left:
+            count = min(left, most)
+            left -= count
+            yield _encode(
+                rng.standard_normal(count, dtype=np.float32) * np.float32(deviation) + np.float32(mean), dtype
+            )
+
+    return StoredTensor(name, dtype, shape, chunks)
+
+
+def _encode(values: NDArray[np.float32], dtype: DType) -> NDArray[np.generic]:
+    """float32 → stored elements; bfloat16 rounds to nearest even."""
+    if dtype is not DType.BF16:
+        return values.astype(dtype.storage)
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Mean and standard deviation that keep activations near one."""
+    if name.endswith("_pad_token") or "embed_tokens" in name:
+        return 0.0, 1.0
+    if name.endswith(".bias"):
+        return 0.0, 0.05
+    if len(shape) == 1:
+        return 1.0, 0.1  # norm weights
+    gain = 1.0
+    if "adaLN_modulation" in name:
+        gain = 1.5  # the timestep embedding is about 0.3
+    elif name in ("decoder.conv_out.weight", "encoder.conv_out.weight"):
+        gain = 0.5  # pictures between -1 and 1, most of them not clipped
+    return 0.0, gain / math.sqrt(math.prod(shape[1:]))
+
+
+def _write_sharded(folder: Path, stem: str, tensors: list[StoredTensor], shards: int, advance: Advance) -> None:
+    folder.mkdir(exist_ok=True)
+    if shards == 1:
+        write_weights(folder / f"{stem}.safetensors", tensors, advance)
+        return
+    groups: list[list[StoredTensor]] = [[] for _ in range(shards)]
+    total, written = total_bytes(tensors), 0
+    for tensor in tensors:
+        groups[min(written * shards // total, shards - 1)].append(tensor)
+        written += tensor.nbytes
+    weight_map = {}
+    for number, group in enumerate(groups, 1):
+        name = f"{stem}-{number:05d}-of-{shards:05d}.safetensors"
+        write_weights(folder / name, group, advance)
+        weight_map.update({tensor.name: name for tensor in group})
+    _write_json(
+        folder / f"{stem}.safetensors.index.json",
+        {"metadata": {"total_size": total}, "weight_map": weight_map},
+    )
+
+
+def _text_encoder_config(config: TextEncoderConfig) -> dict[str, Any]:
+    return {
+        **asdict(config),
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "max_position_embeddings": 40960,
+        "max_window_layers": config.num_hidden_layers,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+    }
+
+
+def _vae_config(config: VaeConfig) -> dict[str, Any]:
+    levels = len(config.block_out_channels)
+    return {
+        **asdict(config),
+        "act_fn": "silu",
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "force_upcast": True,
+        "mid_block_add_attention": True,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    }
+
+
+def _write_configs(folder: Path, config: ModelConfig) -> None:
+    _write_json(
+        folder / "model_index.json",
+        {
+            "_class_name": "ZImagePipeline",
+            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            "text_encoder": ["transformers", "Qwen3Model"],
+            "tokenizer": ["transformers", "Qwen2Tokenizer"],
+            "transformer": ["diffusers", "ZImageTransformer2DModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        },
+    )
+    transformer = {
+        "_class_name": "ZImageTransformer2DModel",
+        **asdict(config.transformer),
+        "n_kv_heads": config.transformer.n_heads,
+        "qk_norm": True,
+        "all_patch_size": [2],
+        "all_f_patch_size": [1],
+    }
+    scheduler = {
+        "_class_name": "FlowMatchEulerDiscreteScheduler",
+        "use_dynamic_shifting": False,
+        **asdict(config.scheduler),
+    }
+    _write_json(folder / "transformer" / "config.json", transformer)
+    _write_json(folder / "text_encoder" / "config.json", _text_encoder_config(config.text_encoder))
+    _write_json(folder / "vae" / "config.json", {"_class_name": "AutoencoderKL", **_vae_config(config.vae)})
+    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+
+
+def _write_tokenizer(folder: Path, tokenizer: Path | None) -> None:
+    folder.mkdir(exist_ok=True)
+    if tokenizer is None:
+        write_byte_tokenizer(folder / "tokenizer.json")
+    else:
+        (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+    _write_json(
+        folder / "tokenizer_config.json",
+        {
+            "tokenizer_class": "Qwen2Tokenizer",
+            "chat_template": chat_template(),
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "model_max_length": 131072,
+        },
+    )
+
+
+def _write_json(path: Path, data: Mapping[str, Any]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,104 @@
+"""Streaming tensors from a checkpoint's shards into a bundle's weight files, a piece at a time.
+
+A precision decides for each tensor how it is stored. The writer knows nothing of precisions: it takes tensors that
+know their name, type and shape, and that produce their bytes when asked.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zimage_runtime.contracts import COMPONENTS
+from zimage_runtime.manifest import FileRecord, Precision
+from zimage_runtime.progress import Advance
+from zimage_runtime.tensors import DType, encode_header, to_float32
+
+from .checkpoint import Checkpoint, TensorSource
+from .graphs import Graph
+
+EMBEDDINGS = "embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as the bundle stores it."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterator[NDArray[np.generic]]]  # its elements in order, in pieces of bounded size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in the file."""
+        return math.prod(self.shape) * self.dtype.size
+
+
+def as_stored(source: TensorSource) -> StoredTensor:
+    """Keeps a tensor's own type."""
+    return StoredTensor(source.name, source.dtype, source.shape, source.chunks)
+
+
+def as_float32(source: TensorSource) -> StoredTensor:
+    """Widens a tensor to float32, which is exact."""
+
+    def chunks() -> Iterator[NDArray[np.generic]]:
+        return (to_float32(piece, source.dtype) for piece in source.chunks())
+
+    return StoredTensor(source.name, DType.F32, source.shape, chunks)
+
+
+_STORE: dict[Precision, Callable[[TensorSource], StoredTensor]] = {Precision.FP32: as_float32}
+
+
+def plan_weights(
+    checkpoint: Checkpoint, graphs: Iterable[Graph], precision: Precision
+) -> dict[str, list[StoredTensor]]:
+    """The tensors of each component's weights file, which are those that its programs use.
+
+    Raises `CheckpointError` if the checkpoint lacks one, or has it in another shape or an unusable type. Nothing is
+    read but headers, so a bad checkpoint fails before anything is written.
+    """
+    store = _STORE[precision]
+    plan: dict[str, dict[str, StoredTensor]] = {component: {} for component in COMPONENTS}
+    for graph in graphs:
+        component = graph.program.component
+        weights = checkpoint.weights(component)
+        for name, shape in graph.weights.items():
+            plan[component][name] = store(weights.get(name, shape))
+    return {component: list(tensors.values()) for component, tensors in plan.items()}
+
+
+def plan_embeddings(checkpoint: Checkpoint) -> list[StoredTensor]:
+    """The token embeddings, kept as stored in every precision: the host reads a few rows of them a prompt."""
+    config = checkpoint.config.text_encoder
+    source = checkpoint.text_encoder.get(EMBEDDINGS, (config.vocab_size, config.hidden_size))
+    return [StoredTensor(EMBEDDINGS, source.dtype, source.shape, source.chunks)]
+
+
+def total_bytes(tensors: Iterable[StoredTensor]) -> int:
+    """Bytes of several tensors' data."""
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def write_weights(path: Path, tensors: Iterable[StoredTensor], advance: Advance) -> FileRecord:
+    """Writes a safetensors file, hashed as it is written. `advance` is told the bytes of each piece."""
+    tensors = list(tensors)
+    header = encode_header({tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors})
+    digest = hashlib.sha256(header)
+    size = len(header)
+    with path.open("wb") as file:
+        file.write(header)
+        for tensor in tensors:
+            for piece in tensor.chunks():
+                data = np.ascontiguousarray(piece, dtype=tensor.dtype.storage).reshape(-1).view(np.uint8).data
+                file.write(data)
+                digest.update(data)
+                size += data.nbytes
+                advance(data.nbytes)
+    return FileRecord(size, digest.hexdigest())

@@ -1,0 +1,25 @@
+"""What can go wrong at run time, said in one line: what was wrong, where, and what to do."""
+
+
+class ZImageRuntimeError(Exception):
+    """Base class of every error that this package raises on purpose."""
+
+
+class ConfigError(ZImageRuntimeError):
+    """A configuration or manifest holds a value that the architecture does not allow."""
+
+
+class BundleError(ZImageRuntimeError):
+    """A bundle is missing, incomplete, altered, or written by a newer version."""
+
+
+class RequestError(ZImageRuntimeError):
+    """A picture was asked for that the model cannot draw (size, steps, seed, prompt)."""
+
+
+class MemoryLimitError(RequestError):
+    """A picture was asked for that does not fit in the memory at hand."""
+
+
+class ExecutorError(ZImageRuntimeError):
+    """The device or its library refused to load or run a program."""

@@ -1,0 +1,158 @@
+"""How much memory a picture takes, computed before anything is loaded.
+
+Stages are loaded in turn, so the peak is the largest stage's, not the sum. A stage takes its weights (mapped from
+the file; once more where ONNX Runtime packs them for speed) and its activations, which the token count decides.
+The factors were measured with `benchmarks/memory_model.py`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from .contracts import Program
+from .errors import MemoryLimitError, RequestError
+from .geometry import PictureGeometry, padded, picture_geometry
+from .manifest import Manifest
+
+_BASE = 160 << 20  # the interpreter, numpy, ONNX Runtime, Pillow
+
+_FLOAT = 4  # bytes
+
+# Live activations at a program's peak, in units of one token (or pixel) times the width named beside it
+_DENOISER_WIDTHS = 14.0  # x dim
+_TEXT_WIDTHS = 14.0  # x intermediate_size / 3
+_DECODER_MAPS = 4.5  # x the widest feature map at full resolution
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What each program will take, and whether all of them may stay loaded at once. Bytes."""
+
+    programs: dict[Program, int]  # weights and activations
+    available: int  # of this machine or control group, now
+    low_memory: bool
+
+    @property
+    def peak(self) -> int:
+        """The most that is held at once when each stage is freed before the next is loaded."""
+        return _BASE + max(self.programs.values())
+
+    @property
+    def keep_all(self) -> bool:
+        """Whether every program may stay loaded."""
+        return _BASE + sum(self.programs.values()) <= self.available
+
+
+def plan_memory(
+    manifest: Manifest,
+    geometry: PictureGeometry,
+    prompt_tokens: int,
+    batch_size: int = 1,
+    *,
+    low_memory: bool = False,
+    available: int | None = None,
+) -> MemoryPlan:
+    """The plan for a request.
+
+    Raises `MemoryLimitError` where the peak is more than what is available, naming the largest size that fits.
+    """
+    limit = available_memory() if available is None else available
+    plan = _plan(manifest, geometry, prompt_tokens, batch_size, low_memory, limit)
+    if plan.peak > limit:
+        raise MemoryLimitError(_refusal(manifest, geometry, prompt_tokens, batch_size, plan))
+    return plan
+
+
+def _plan(
+    manifest: Manifest, geometry: PictureGeometry, tokens: int, batch: int, low_memory: bool, limit: int
+) -> MemoryPlan:
+    programs = {}
+    for program in (
+        Program.TEXT_ENCODER,
+        Program.CAPTION,
+        Program.MODULATION,
+        Program.DENOISER,
+        Program.DECODER,
+    ):
+        # packed copies are what a program cannot do without; mapped weights are the page cache's, which yields
+        weights = 0 if low_memory else max((r.weight_bytes for r in manifest.programs[program].values()), default=0)
+        programs[program] = weights + _activations(program, manifest, geometry, tokens, batch)
+    return MemoryPlan(programs, limit, low_memory)
+
+
+def _activations(program: Program, manifest: Manifest, geometry: PictureGeometry, tokens: int, batch: int) -> int:
+    config = manifest.config
+    if program is Program.TEXT_ENCODER:
+        return int(_FLOAT * tokens * _TEXT_WIDTHS * config.text_encoder.intermediate_size / 3)
+    if program is Program.DENOISER:
+        sequence = batch * (geometry.image_tokens + padded(tokens))
+        return int(_FLOAT * sequence * _DENOISER_WIDTHS * config.transformer.dim)
+    if program is Program.DECODER:
+        channels = config.vae.block_out_channels
+        widest = max(channels[0], channels[min(1, len(channels) - 1)])  # the last upsampled map keeps the level's width
+        return int(_FLOAT * geometry.width * geometry.height * widest * _DECODER_MAPS)
+    return int(_FLOAT * padded(tokens) * _DENOISER_WIDTHS * config.transformer.dim)
+
+
+def _refusal(manifest: Manifest, geometry: PictureGeometry, tokens: int, batch: int, plan: MemoryPlan) -> str:
+    asked = (
+        f"{geometry.width}x{geometry.height}"
+        + (f" in batches of {batch}" if batch > 1 else "")
+        + f" needs about {_gib(plan.peak)} of memory and {_gib(plan.available)} is available"
+    )
+    largest = _largest_size(manifest, geometry, tokens, batch, plan)
+    if largest:
+        return f"{asked}; the largest size of this shape that fits is {largest}"
+    if not plan.low_memory and _plan(manifest, geometry, tokens, batch, True, plan.available).peak <= plan.available:
+        return f"{asked}; it fits with --low-memory"
+    return f"{asked}; no size fits: close other programs or use a smaller bundle"
+
+
+def _largest_size(
+    manifest: Manifest, geometry: PictureGeometry, tokens: int, batch: int, plan: MemoryPlan
+) -> str | None:
+    unit = manifest.config.vae.scale * 2
+    for width in range(geometry.width - unit, 0, -unit):
+        height = max(round(geometry.height * width / geometry.width / unit), 1) * unit
+        try:
+            smaller = picture_geometry(width, height, manifest.config)
+        except RequestError:
+            continue
+        if _plan(manifest, smaller, tokens, batch, plan.low_memory, plan.available).peak <= plan.available:
+            return f"{width}x{height}"
+    return None
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: the machine's, or its control group's where that is less."""
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
+    for limit, usage, reclaimable in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        left = _control_group_left(_CONTROL_GROUP, limit, usage, reclaimable)
+        if left is not None:
+            available = min(available, left)
+    return available
+
+
+_CONTROL_GROUP = Path("/sys/fs/cgroup")  # a container sees its own group here
+
+
+def _control_group_left(root: Path, limit: str, usage: str, reclaimable: str) -> int | None:
+    try:
+        most = int((root / limit).read_text())
+        used = int((root / usage).read_text())
+        statistics = (root / usage).with_name("memory.stat").read_text()
+    except (OSError, ValueError):  # no such group, or no limit: the file says "max"
+        return None
+    for line in statistics.splitlines():
+        name, _, value = line.partition(" ")
+        if name == reclaimable:
+            used -= int(value)
+    return max(most - used, 0)

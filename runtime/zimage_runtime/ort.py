@@ -1,0 +1,133 @@
+"""The `cpu` executor: ONNX Runtime on whole-component programs. It is the reference, and always works."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .bundle import Bundle
+from .contracts import SIGNATURES, Program
+from .errors import ExecutorError
+from .executor import Conditioning, Floats
+from .geometry import Rotary
+
+CPU = "cpu"
+
+
+def thread_count() -> int:
+    """Physical cores that this process may use: a second thread on a core slows matrix products down."""
+    import psutil
+
+    try:
+        usable = len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Windows or macOS
+        usable = os.cpu_count() or 1
+    physical = psutil.cpu_count(logical=False) or usable
+    return max(1, min(physical, usable))
+
+
+class OrtCpuExecutor:
+    """Sessions are made when first used and live until released."""
+
+    def __init__(self, bundle: Bundle, *, low_memory: bool = False) -> None:
+        """With `low_memory`, weights stay mapped from the file and are never copied into a faster layout."""
+        self._bundle = bundle
+        self._low_memory = low_memory
+        self._sessions: dict[Program, Any] = {}
+
+    @property
+    def name(self) -> str:
+        """The executor's name on the command line."""
+        return CPU
+
+    @property
+    def loaded(self) -> set[Program]:
+        """The programs that have a session now."""
+        return set(self._sessions)
+
+    def encode_text(self, embeddings: Floats, rotary: Rotary) -> Floats:
+        """See `Executor`."""
+        feeds = {"inputs_embeds": embeddings, "cos": rotary.cos, "sin": rotary.sin}
+        return self.run(Program.TEXT_ENCODER, feeds)["hidden_states"]
+
+    def prepare(self, conditioning: Conditioning) -> "_OrtDenoiser":
+        """See `Executor`."""
+        rotary = conditioning.caption_rotary
+        feeds = {"hidden_states": conditioning.hidden_states, "cos": rotary.cos, "sin": rotary.sin}
+        caption = self.run(Program.CAPTION, feeds)["caption"]
+        table = self.run(Program.MODULATION, {"timesteps": conditioning.timesteps})
+        fixed = {
+            "caption": caption,
+            "image_cos": conditioning.image_rotary.cos,
+            "image_sin": conditioning.image_rotary.sin,
+            "caption_cos": rotary.cos,
+            "caption_sin": rotary.sin,
+        }
+        return _OrtDenoiser(self, fixed, table["modulation"], table["final_scale"])
+
+    def decode(self, latents: Floats) -> Floats:
+        """See `Executor`."""
+        return self.run(Program.DECODER, {"latents": latents})["image"]
+
+    def encode(self, image: Floats) -> tuple[Floats, Floats]:
+        """See `Executor`."""
+        outputs = self.run(Program.ENCODER, {"image": image})
+        return outputs["mean"], outputs["logvar"]
+
+    def release(self, *programs: Program) -> None:
+        """See `Executor`."""
+        for program in programs or tuple(self._sessions):
+            self._sessions.pop(program, None)
+
+    def run(self, program: Program, feeds: dict[str, Floats]) -> dict[str, Floats]:
+        """Runs one program: inputs and outputs by the names in `contracts`."""
+        names = list(SIGNATURES[program].outputs)
+        session = self._sessions.get(program)
+        if session is None:
+            session = self._sessions[program] = self._load(program)
+        try:
+            outputs: list[NDArray[np.float32]] = session.run(names, feeds)
+        except Exception as error:  # the library's own classes share no base but Exception
+            raise _explained(program, "failed", error) from None
+        return dict(zip(names, outputs, strict=True))
+
+    def _load(self, program: Program) -> Any:
+        import onnxruntime
+
+        path = self._bundle.program(program, CPU)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4  # errors reach the caller as exceptions; stderr is the command's own
+        options.intra_op_num_threads = thread_count()
+        if self._low_memory:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            options.enable_cpu_mem_arena = False
+        try:
+            return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise _explained(program, f"cannot be loaded from {path}", error) from None
+
+
+@dataclass(frozen=True)
+class _OrtDenoiser:
+    executor: OrtCpuExecutor
+    fixed: dict[str, Floats]
+    modulation: Floats  # [steps, blocks, 4, dim]
+    final_scale: Floats  # [steps, dim]
+
+    def __call__(self, latents: Floats, step: int) -> Floats:
+        feeds = {
+            "latents": latents,
+            "modulation": self.modulation[step],
+            "final_scale": self.final_scale[step],
+            **self.fixed,
+        }
+        return self.executor.run(Program.DENOISER, feeds)["velocity"]
+
+
+def _explained(program: Program, what: str, error: Exception) -> ExecutorError:
+    text = " ".join(str(error).split())
+    if "bad allocation" in text or "bad_alloc" in text or "Failed to allocate memory" in text:
+        return ExecutorError(f"{program} {what}: out of memory; try a smaller --size or --low-memory")
+    return ExecutorError(f"{program} {what}: {text[:300]}")

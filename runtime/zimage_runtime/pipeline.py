@@ -1,0 +1,290 @@
+"""The way of a picture, from prompt to pixels, as a generator.
+
+The caller gets an event after the caption, after each step and with each picture, and so owns progress, previews,
+timing and cancelling. The latents live here, in float32 numpy, where the Euler step is one line.
+"""
+
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .bundle import Bundle
+from .contracts import Program
+from .errors import ExecutorError, RequestError
+from .executor import Conditioning, Denoiser, Executor, Floats
+from .geometry import (
+    PictureGeometry,
+    Rotary,
+    caption_positions,
+    image_positions,
+    padded,
+    picture_geometry,
+    text_rotary,
+    transformer_rotary,
+)
+from .memory import MemoryPlan, plan_memory
+from .noise import MAX_SEED, TorchGenerator
+from .schedule import Schedule, make_schedule
+from .tensors import TensorFile, to_float32
+from .tokenizer import PromptTokenizer
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class CaptionEvent:
+    """The prompt is encoded."""
+
+    tokens: int  # of the prompt in its template
+    cut_tokens: int  # beyond the 512 that the model sees
+    seconds: float  # since the request began
+
+
+@dataclass(frozen=True)
+class StepEvent:
+    """A denoising step is done."""
+
+    seeds: tuple[int, ...]  # of the pictures in the batch
+    step: int  # counted from 1
+    steps: int
+    latents: Floats  # [batch, channels, height / 8, width / 8]; the caller must not write to them
+    seconds: float  # that the step took
+
+
+@dataclass(frozen=True)
+class PictureEvent:
+    """A picture is decoded."""
+
+    seed: int
+    image: "Image"
+    latents: Floats  # [channels, height / 8, width / 8], after the last step
+    seconds: float  # that decoding took
+
+
+Event = CaptionEvent | StepEvent | PictureEvent
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds that each stage took, loading included; one entry a step and a picture."""
+
+    caption: float
+    steps: tuple[float, ...]
+    decode: tuple[float, ...]
+    total: float
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `generate` returns: as many pictures as seeds."""
+
+    images: list["Image"]
+    seeds: list[int]
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request whose values are checked and whose defaults are filled in."""
+
+    prompt: str
+    geometry: PictureGeometry
+    schedule: Schedule
+    seeds: tuple[int, ...]
+    batch_size: int = 1
+
+
+@dataclass
+class Pipeline:
+    """A bundle and the executor that runs it. Make one with `from_bundle`."""
+
+    bundle: Bundle
+    executor: Executor
+    keep_loaded: bool = True
+    _tokenizer: PromptTokenizer = field(init=False, repr=False)
+    _embeddings: TensorFile = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        manifest = self.bundle.manifest
+        self._tokenizer = PromptTokenizer(self.bundle.file(manifest.tokenizer))
+        self._embeddings = TensorFile(self.bundle.file(manifest.embeddings))
+
+    @classmethod
+    def from_bundle(
+        cls,
+        path: str | Path,
+        executor: str = "auto",
+        vram: int | None = None,
+        *,
+        low_memory: bool = False,
+        keep_loaded: bool = True,
+    ) -> Self:
+        """Opens a bundle directory. Nothing large is read yet.
+
+        `executor` is "auto" or "cpu". `vram` is a budget in bytes for executors on a GPU, which this version has
+        none of. With `low_memory`, weights stay mapped from the file. With `keep_loaded`, what fits in memory
+        stays loaded between pictures; without it, each stage is freed when its last use is over.
+
+        Raises `BundleError`, or `RequestError` for an executor that is not here.
+        """
+        from .ort import CPU, OrtCpuExecutor
+
+        bundle = Bundle.open(path)
+        if executor not in ("auto", CPU):
+            raise RequestError(f"executor {executor!r} is not available; this version runs on 'cpu'")
+        if vram is not None:
+            raise RequestError("vram is a budget for executors on a GPU; the cpu executor has none")
+        return cls(bundle, OrtCpuExecutor(bundle, low_memory=low_memory), keep_loaded)
+
+    def request(
+        self,
+        prompt: str,
+        size: tuple[int, int] | None = None,
+        steps: int | None = None,
+        seed: int | None = None,
+        count: int = 1,
+        batch_size: int = 1,
+    ) -> Request:
+        """Checks a request and fills in the bundle's defaults. Raises `RequestError`."""
+        manifest = self.bundle.manifest
+        width, height = size or (manifest.defaults.width, manifest.defaults.height)
+        if count < 1 or batch_size < 1:
+            raise RequestError("the count of pictures and the batch size must be at least 1")
+        first = secrets.randbelow(2**32 - count) if seed is None else seed
+        if not 0 <= first <= MAX_SEED - count + 1:
+            raise RequestError(f"seeds must be 0 to {MAX_SEED}, not {first} to {first + count - 1}")
+        return Request(
+            prompt=prompt,
+            geometry=picture_geometry(width, height, manifest.config),
+            schedule=make_schedule(manifest.defaults.steps if steps is None else steps, manifest.config.scheduler),
+            seeds=tuple(range(first, first + count)),
+            batch_size=min(batch_size, count),
+        )
+
+    def generate(
+        self,
+        prompt: str,
+        size: tuple[int, int] | None = None,
+        steps: int | None = None,
+        seed: int | None = None,
+        count: int = 1,
+        batch_size: int = 1,
+    ) -> Result:
+        """Draws `count` pictures of `size` (width, height) in pixels with the seeds `seed`, `seed` + 1, ….
+
+        A seed gives the picture that diffusers draws with ``torch.Generator("cpu").manual_seed(seed)``; without
+        one, a seed is drawn. Raises `RequestError`, `MemoryLimitError` (both before anything is loaded) or
+        `ExecutorError`.
+        """
+        start = time.perf_counter()
+        caption = 0.0
+        steps_taken: list[float] = []
+        pictures: list[PictureEvent] = []
+        for event in self.stream(prompt, size, steps, seed, count, batch_size):
+            match event:
+                case CaptionEvent():
+                    caption = event.seconds
+                case StepEvent():
+                    steps_taken.append(event.seconds)
+                case PictureEvent():
+                    pictures.append(event)
+        timings = Timings(caption, tuple(steps_taken), tuple(p.seconds for p in pictures), time.perf_counter() - start)
+        return Result([p.image for p in pictures], [p.seed for p in pictures], timings)
+
+    def stream(
+        self,
+        prompt: str,
+        size: tuple[int, int] | None = None,
+        steps: int | None = None,
+        seed: int | None = None,
+        count: int = 1,
+        batch_size: int = 1,
+    ) -> Iterator[Event]:
+        """The same as `generate`, event by event. The request is checked now, not at the first event."""
+        return self.run(self.request(prompt, size, steps, seed, count, batch_size))
+
+    def run(self, request: Request) -> Iterator[Event]:
+        """Draws a checked request. Raises `RequestError` at once where the prompt or the memory does not allow it."""
+        start = time.perf_counter()
+        ids, cut = self._tokenizer.encode_counted(request.prompt)
+        plan = plan_memory(self.bundle.manifest, request.geometry, len(ids), request.batch_size)
+        return self._events(request, ids, cut, plan, start)
+
+    def _events(self, request: Request, ids: list[int], cut: int, plan: MemoryPlan, start: float) -> Iterator[Event]:
+        denoiser = self.condition(request.geometry, request.schedule, ids)
+        if not self.keep_loaded:
+            self.executor.release(Program.TEXT_ENCODER, Program.CAPTION, Program.MODULATION)
+        yield CaptionEvent(len(ids), cut, time.perf_counter() - start)
+        for first in range(0, len(request.seeds), request.batch_size):
+            seeds = request.seeds[first : first + request.batch_size]
+            latents = self.initial_latents(request.geometry, seeds)
+            for step in range(request.schedule.steps):
+                begin = time.perf_counter()
+                velocity = denoiser(latents, step)
+                latents = latents + request.schedule.step_size(step) * velocity
+                if not np.isfinite(latents).all():
+                    raise ExecutorError(f"step {step + 1} gave values that are not finite; verify the bundle")
+                yield StepEvent(seeds, step + 1, request.schedule.steps, latents, time.perf_counter() - begin)
+            last = first + request.batch_size >= len(request.seeds)
+            if not plan.keep_all or (last and not self.keep_loaded):
+                self.executor.release(Program.DENOISER)
+            for seed, one in zip(seeds, latents, strict=True):
+                begin = time.perf_counter()
+                image = to_image(self.decode(one[None])[0])
+                yield PictureEvent(seed, image, one, time.perf_counter() - begin)
+            if not plan.keep_all or (last and not self.keep_loaded):
+                self.executor.release(Program.DECODER)
+
+    def condition(self, geometry: PictureGeometry, schedule: Schedule, ids: list[int]) -> Denoiser:
+        """Runs what depends on the prompt, the size and the schedule, but not on the seed."""
+        config = self.bundle.manifest.config
+        caption_tokens = padded(len(ids))
+        conditioning = Conditioning(
+            hidden_states=self.executor.encode_text(self.embed(ids), text_rotary(len(ids), config.text_encoder)),
+            timesteps=schedule.timesteps,
+            image_rotary=self._rotary(image_positions(geometry, caption_tokens)),
+            caption_rotary=self._rotary(caption_positions(caption_tokens)),
+        )
+        return self.executor.prepare(conditioning)
+
+    def _rotary(self, positions: NDArray[np.int64]) -> Rotary:
+        return transformer_rotary(positions, self.bundle.manifest.config.transformer)
+
+    def embed(self, ids: list[int]) -> Floats:
+        """Rows of the embedding table, of which no other row is read: [1, tokens, hidden_size]."""
+        table, dtype = self._embeddings.array("embed_tokens.weight")
+        return to_float32(table[ids], dtype)[None]
+
+    def initial_latents(self, geometry: PictureGeometry, seeds: tuple[int, ...]) -> Floats:
+        """The noise that each seed starts from: [seeds, channels, height / 8, width / 8]."""
+        channels = self.bundle.manifest.config.vae.latent_channels
+        shape = (1, channels, geometry.latent_height, geometry.latent_width)
+        return np.concatenate([TorchGenerator(seed).normals(shape) for seed in seeds])
+
+    def decode(self, latents: Floats) -> Floats:
+        """Latents [batch, channels, h, w] → pictures [batch, 3, 8h, 8w], about -1 to 1."""
+        vae = self.bundle.manifest.config.vae
+        unscaled = latents / np.float32(vae.scaling_factor) + np.float32(vae.shift_factor)
+        return self.executor.decode(unscaled)
+
+    def release(self) -> None:
+        """Frees all that is loaded; the next picture loads it again."""
+        self.executor.release()
+
+
+def to_image(picture: Floats) -> "Image":
+    """[3, height, width] in about -1 to 1 → 8-bit RGB, rounded as diffusers rounds. Raises `ExecutorError`."""
+    from PIL import Image
+
+    if not np.isfinite(picture).all():
+        raise ExecutorError("the decoder gave values that are not finite; verify the bundle")
+    unit = np.clip(picture * np.float32(0.5) + np.float32(0.5), 0, 1)
+    pixels = np.rint(unit.transpose(1, 2, 0) * np.float32(255)).astype(np.uint8)
+    return Image.fromarray(pixels)

@@ -1,0 +1,23 @@
+"""The `zimage-rt` command. Each subcommand imports what it needs when it runs, so that --help is instant."""
+
+import sys
+
+import click
+
+from zimage_runtime.console import run_command
+
+from .commands.run import run
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="zimage-rt", prog_name="zimage-rt")
+def cli() -> None:
+    """Draw pictures with Z-Image Turbo on the GPU or CPU you already have."""
+
+
+cli.add_command(run)
+
+
+def main() -> None:
+    """The console script."""
+    sys.exit(run_command(cli))

@@ -1,0 +1,192 @@
+"""`zimage-rt run`: a prompt goes in, paths of pictures come out."""
+
+import json
+import re
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from zimage_runtime.errors import RequestError
+from zimage_runtime.progress import Progress
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from zimage_runtime.pipeline import Pipeline, Request
+
+    from ..metadata import PictureInfo
+
+_SIZE = re.compile(r"(-?\d+)[xX×](-?\d+)")
+
+
+class SizeType(click.ParamType[tuple[int, int]]):
+    """WIDTHxHEIGHT in pixels."""
+
+    name = "WxH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """Parses the text; whether the model can draw that size is the pipeline's to say."""
+        match = _SIZE.fullmatch(value)
+        if not match or len(value) > 40:
+            self.fail(f"{value[:40]!r} is no size; write it like 1024x768", param, ctx)
+        return int(match[1]), int(match[2])
+
+
+@click.command(short_help="Draw pictures from a prompt.")
+@click.argument("prompt", required=False)
+@click.option("-m", "--model", "bundle", type=click.Path(path_type=Path), help="The bundle to draw with.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="PNG, JPEG or WebP file.  [default: zimage-SEED.png]"
+)
+@click.option("--size", type=SizeType(), help="Multiples of 16.  [default: the bundle's own]")
+@click.option("--steps", type=int, help="Denoising steps.  [default: the bundle's own, 8 for Turbo]")
+@click.option("--seed", type=int, help="The same seed draws the same picture.  [default: random]")
+@click.option("-n", "--count", type=int, default=1, show_default=True, help="Pictures, with seeds SEED, SEED+1, …")
+@click.option(
+    "--replay",
+    type=click.Path(path_type=Path),
+    help="Draw the picture in this file again: prompt, size, steps and seed come from its metadata.",
+)
+@click.option("--executor", type=click.Choice(["auto", "cpu"]), default="auto", show_default=True)
+@click.option("--low-memory", is_flag=True, help="Keep weights on disk, mapped: slower, far less memory.")
+@click.option("--no-metadata", is_flag=True, help="Write nothing but pixels.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the paths.")
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+def run(
+    prompt: str | None,
+    bundle: Path | None,
+    output: Path | None,
+    size: tuple[int, int] | None,
+    steps: int | None,
+    seed: int | None,
+    count: int,
+    replay: Path | None,
+    executor: str,
+    low_memory: bool,
+    no_metadata: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Draw pictures of PROMPT and print the path of each file written."""
+    from zimage_runtime.pipeline import Pipeline
+
+    from ..demo import demo_bundle
+    from ..outputs import check_output
+
+    if (prompt is None) == (replay is None):
+        raise click.UsageError("give a PROMPT, or --replay FILE, and not both")
+    if replay and ((size, steps, seed) != (None, None, None) or count != 1):
+        raise click.UsageError("--replay takes size, steps and seed from the file; leave these options out")
+    start = time.perf_counter()
+    if output is not None:
+        check_output(output)
+    recorded = _recorded(replay) if replay else None
+    pipeline = Pipeline.from_bundle(bundle or demo_bundle(), executor, low_memory=low_memory, keep_loaded=False)
+    if recorded:
+        _check_same_bundle(recorded, pipeline, replay)
+        prompt, size = recorded.prompt, (recorded.width, recorded.height)
+        steps, seed = recorded.steps, recorded.seed
+    request = pipeline.request(prompt or "", size, steps, seed, count)
+    info = None if no_metadata else _describe(pipeline, request)
+    report = _Report(as_json)
+    _draw(pipeline, request, _Writer(output, info, len(request.seeds), report), Progress(quiet))
+    report.finish(time.perf_counter() - start)
+
+
+def _recorded(replay: Path) -> "PictureInfo":
+    from ..metadata import read_picture_info
+
+    return read_picture_info(replay)
+
+
+def _check_same_bundle(recorded: "PictureInfo", pipeline: "Pipeline", replay: Path | None) -> None:
+    """Another bundle would draw another picture, which is not what a replay promises."""
+    manifest = pipeline.bundle.manifest
+    if recorded.fingerprint != manifest.fingerprint:
+        raise RequestError(
+            f"{replay}: was drawn with another bundle, {recorded.model} ({recorded.fingerprint[:12]}); "
+            f"this one is {manifest.name} ({manifest.fingerprint[:12]}): give that bundle with -m"
+        )
+
+
+def _describe(pipeline: "Pipeline", request: "Request") -> "PictureInfo":
+    from ..metadata import PictureInfo
+
+    manifest = pipeline.bundle.manifest
+    return PictureInfo(
+        prompt=request.prompt,
+        seed=request.seeds[0],
+        width=request.geometry.width,
+        height=request.geometry.height,
+        steps=request.schedule.steps,
+        model=manifest.name,
+        fingerprint=manifest.fingerprint,
+        executor=pipeline.executor.name,
+    )
+
+
+@dataclass
+class _Report:
+    """What is said on stdout: a path as each picture is written, or one document at the end."""
+
+    as_json: bool
+    pictures: list[dict[str, Any]] = field(default_factory=list)
+
+    def picture(self, path: Path, seed: int) -> None:
+        self.pictures.append({"path": str(path), "seed": seed})
+        if not self.as_json:
+            click.echo(str(path))
+
+    def finish(self, seconds: float) -> None:
+        if self.as_json:
+            document = {"images": self.pictures, "seconds": round(seconds, 3)}
+            click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Encodes and writes pictures, each with its own seed in its metadata."""
+
+    output: Path | None
+    info: "PictureInfo | None"
+    count: int
+    report: _Report
+
+    def check(self) -> None:
+        """Fails now where writing would fail later for a reason that is known now."""
+        from PIL import Image
+
+        self._encode(Image.new("RGB", (1, 1)), 0)
+
+    def write(self, image: "Image", seed: int) -> None:
+        from ..outputs import write_picture
+
+        path = write_picture(self._encode(image, seed), self.output, seed, self.count)
+        self.report.picture(path, seed)
+
+    def _encode(self, image: "Image", seed: int) -> bytes:
+        from ..metadata import encode_picture
+        from ..outputs import ImageFormat, image_format
+
+        kind = image_format(self.output) if self.output else ImageFormat.PNG
+        return encode_picture(image, kind, replace(self.info, seed=seed) if self.info else None)
+
+
+def _draw(pipeline: "Pipeline", request: "Request", writer: _Writer, progress: Progress) -> None:
+    """Draws and writes each picture as soon as it is decoded, so that an interrupt loses only the one at work."""
+    from zimage_runtime.pipeline import CaptionEvent, PictureEvent, StepEvent
+
+    events = pipeline.run(request)
+    writer.check()
+    with progress.task("drawing", request.schedule.steps * len(request.seeds)) as advance:
+        for event in events:
+            match event:
+                case CaptionEvent(cut_tokens=cut) if cut:
+                    progress.note(f"the prompt is too long: its last {cut} tokens were cut off")
+                case StepEvent():
+                    advance(len(event.seeds))
+                case PictureEvent():
+                    writer.write(event.image, event.seed)

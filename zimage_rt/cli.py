@@ -6,6 +6,8 @@ import click
 
 from zimage_runtime.console import run_command
 
+from .commands.doctor import doctor
+from .commands.info import info
 from .commands.run import run
 
 
@@ -16,6 +18,8 @@ def cli() -> None:
 
 
 cli.add_command(run)
+cli.add_command(info)
+cli.add_command(doctor)
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ text chunks; JPEG and WebP hold the text as the EXIF user comment and the docume
 
 import io
 import json
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -110,14 +111,16 @@ def encode_picture(image: Image.Image, kind: ImageFormat, info: PictureInfo | No
 def read_picture_info(path: Path) -> PictureInfo:
     """What a picture that we wrote says about itself. Raises `RequestError` if it says nothing."""
     try:
-        with Image.open(path) as image:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=list(ImageFormat)) as image:
             document = image.info.get(_REPLAY) or _replay_in_xmp(image)
     except FileNotFoundError:
         raise RequestError(f"{path}: no such file") from None
     except UnidentifiedImageError:
-        raise RequestError(f"{path}: not a picture") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise RequestError(f"{path}: cannot be read: {error}") from None
+        raise RequestError(f"{path}: not a PNG, JPEG or WebP picture") from None
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # a damaged picture may make the library raise anything
+        raise RequestError(f"{path}: damaged: {error}") from None
     if not isinstance(document, str) or len(document) > _MAX_TEXT:
         raise RequestError(
             f"{path}: holds no zimage metadata; only pictures that zimage-rt wrote with it can be replayed"
@@ -167,7 +170,7 @@ def _replay_in_xmp(image: Image.Image) -> str | None:
         return None
     try:
         root = ElementTree.fromstring(packet)
-    except ElementTree.ParseError:
+    except (ElementTree.ParseError, LookupError, ValueError):  # the latter two for a declared encoding
         return None
     for element in root.iter():
         replay = element.get(f"{{{_NAMESPACE}}}replay")

@@ -1,5 +1,6 @@
 """Where pictures are written: names that are free, folders that exist, files that are whole or absent."""
 
+import os
 from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
@@ -33,13 +34,20 @@ def image_format(path: Path) -> ImageFormat:
     return found
 
 
-def check_output(path: Path) -> None:
-    """Fails before any work is done. Raises `RequestError` for an extension or a folder that cannot serve."""
-    image_format(path)
-    if not path.parent.is_dir():
-        raise RequestError(f"{path}: the folder {path.parent} does not exist; make it first")
-    if path.is_dir():
-        raise RequestError(f"{path}: is a folder; name a file in it")
+def check_output(path: Path | None) -> None:
+    """Fails before any work is done; None stands for a free name in the current folder.
+
+    Raises `RequestError` for an extension or a folder that cannot serve.
+    """
+    if path is not None:
+        image_format(path)
+        if not path.parent.is_dir():
+            raise RequestError(f"{path}: the folder {path.parent} does not exist; make it first")
+        if path.is_dir():
+            raise RequestError(f"{path}: is a folder; name a file in it")
+    folder = path.parent if path is not None else Path()
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise RequestError(f"{folder.absolute()}: pictures cannot be written here; name another folder with -o")
 
 
 def _candidates(output: Path | None, seed: int, count: int) -> Iterator[tuple[Path, bool]]:
@@ -67,5 +75,7 @@ def write_picture(data: bytes, output: Path | None, seed: int, count: int) -> Pa
                 file.write(data)
         except FileExistsError:
             continue
+        except OSError as error:  # which names the temporary file, or none
+            raise OSError(error.errno, error.strerror, str(path)) from None
         return path
     raise AssertionError("candidates never end")

@@ -4,3 +4,8 @@
 ``weights`` streams the tensors into the bundle, ``build`` puts it together, and ``verify`` measures how far it is
 from the checkpoint. ``synthetic`` makes checkpoints of random weights to try all this on.
 """
+
+import os
+
+# The commands' stderr is their own: diffusers would warn there that two packages share the `optimum` namespace.
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")

@@ -1,12 +1,9 @@
 """Checkpoint → bundle, in a temporary folder beside the target that is renamed when all is well."""
 
-import contextlib
 import dataclasses
-import json
-import os
-import secrets
+import math
 import shutil
-from collections.abc import Iterator
+import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,29 +13,33 @@ import onnx
 from zimage_runtime.bundle import Bundle
 from zimage_runtime.contracts import COMPONENTS, Program
 from zimage_runtime.files import hash_file
+from zimage_runtime.hub import Hub, hub_id
 from zimage_runtime.manifest import (
-    FORMAT,
-    MANIFEST_NAME,
+    CPU,
     Defaults,
     FileRecord,
     Manifest,
     Precision,
     ProgramRecord,
     Source,
+    write_manifest,
 )
-from zimage_runtime.ort import CPU
 from zimage_runtime.progress import Progress
-from zimage_runtime.tensors import read_header
+from zimage_runtime.tensors import DType, read_header
 from zimage_runtime.tokenizer import PromptTokenizer
 
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, ExportError
-from .graphs import Graph, build_graphs
+from .folding import choose_folds
+from .graphs import EXECUTORS, Graph, Target, build_graphs
+from .graphs.folds import Folds
+from .output import check_disk, check_target, replaced_directory
+from .precision import StoragePolicy
 from .selfcheck import self_check
+from .single_files import NO_FILES, SingleFiles
 from .weights import StoredTensor, plan_embeddings, plan_weights, total_bytes, write_weights
 
 DEFAULT_STEPS = 8
-_SPARE = 64 << 20  # bytes for programs, tokenizer and the file system's own needs
 
 
 @dataclass(frozen=True)
@@ -47,33 +48,88 @@ class BuildOptions:
 
     precision: Precision = Precision.FP32
     force: bool = False  # replace a bundle that is already there
-    revision: str | None = None  # of the checkpoint, for the manifest
+    revision: str | None = None  # of a checkpoint on the Hub: a branch, tag or commit
+    files: SingleFiles = NO_FILES  # components that come from a file of their own
+    calibrate: Path | None = None  # prompts to measure activation ranges with
+
+
+class Phases:
+    """How long each phase took, one after the other."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._start = time.perf_counter()
+
+    def end(self, phase: str) -> None:
+        """Ends the phase that has been running since the last one ended."""
+        now = time.perf_counter()
+        self.seconds[phase] = round(now - self._start, 3)
+        self._start = now
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """A finished export."""
+
+    bundle: Bundle
+    seconds: dict[str, float]  # by phase: prepare (a download included), graphs, weights, programs, self_check
 
 
 def build(model: str | Path, out: str | Path, options: BuildOptions, progress: Progress) -> Bundle:
-    """Exports a checkpoint to a bundle at `out` and returns it opened.
+    """As `build_reported`, for those who want the bundle alone."""
+    return build_reported(model, out, options, progress).bundle
 
-    Raises `CheckpointError` for a bad checkpoint and `ExportError` for an output that is in the way, a full disk or
-    a failed self-check. Whatever happens, `out` is either untouched or complete.
+
+def build_reported(model: str | Path, out: str | Path, options: BuildOptions, progress: Progress) -> BuildReport:
+    """Exports a checkpoint, a directory or a name on the Hub, to a bundle at `out` and returns it opened.
+
+    Raises `HubError` for a checkpoint that cannot be fetched, `CheckpointError` for a bad one, and `ExportError` for
+    an output that is in the way, a full disk or a failed self-check. Whatever happens, `out` is either untouched or
+    complete.
     """
-    target = Path(out)
-    checkpoint = Checkpoint.open(model)
-    graphs = build_graphs(checkpoint.config)
-    weights = plan_weights(checkpoint, graphs, options.precision)
-    embeddings = plan_embeddings(checkpoint)
-    _check_tokenizer(checkpoint)
+    target, phases = Path(out), Phases()
     check_target(target, options.force)
+    checkpoint, options = _open(model, options, progress)
+    _check_tokenizer(checkpoint)
+    policy = StoragePolicy(options.precision, checkpoint.vae_type)
+    folds = _folds(checkpoint, options, progress)
+    phases.end("prepare")
+    graphs = [
+        graph
+        for executor in EXECUTORS
+        for graph in build_graphs(checkpoint.config, Target(executor, policy, folds))
+        if executor == CPU or graph.program is not Program.MODULATION
+    ]
+    phases.end("graphs")
+    weights = plan_weights(checkpoint, graphs, policy, folds)
+    embeddings = plan_embeddings(checkpoint)
     needed = sum(total_bytes(tensors) for tensors in [*weights.values(), embeddings])
-    _check_disk(target, needed)
+    check_disk(target, needed)
     progress.note(
         f"exporting {checkpoint.name} as {options.precision}: {needed / 1e9:.2f} GB will be written to {target}"
     )
     with replaced_directory(target) as folder:
-        manifest = _write(folder, checkpoint, graphs, weights, embeddings, options, progress)
+        manifest = _write(folder, checkpoint, graphs, weights, embeddings, options, progress, phases)
         checked = self_check(Bundle(folder, manifest))
-        manifest = dataclasses.replace(manifest, self_check=checked)
-        (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
-    return Bundle.open(target)
+        manifest = dataclasses.replace(manifest, self_check=checked, folds=_plain(folds))
+        write_manifest(folder, manifest)
+        phases.end("self_check")
+    return BuildReport(Bundle.open(target), phases.seconds)
+
+
+def _open(model: str | Path, options: BuildOptions, progress: Progress) -> tuple[Checkpoint, BuildOptions]:
+    """Opens the checkpoint, fetched where it is on the Hub; the options come back with the commit that it is."""
+    name = hub_id(model)
+    if name is None:
+        if options.revision is not None and Path(model).exists():
+            raise ExportError(f"{model}: a directory has no --revision; that is for a name on the Hub")
+        return Checkpoint.open(model, options.files), options
+    own_files = [part for part in COMPONENTS if options.files.get(part)]
+    snapshot = Hub(progress=progress).checkpoint(name, options.revision, without=own_files)
+    checkpoint = Checkpoint.open(snapshot.path, options.files)
+    if options.files.transformer:  # what gives the bundle its name is not on the Hub
+        return checkpoint, dataclasses.replace(options, revision=None)
+    return dataclasses.replace(checkpoint, name=name), dataclasses.replace(options, revision=snapshot.revision)
 
 
 def _write(
@@ -84,6 +140,7 @@ def _write(
     embeddings: list[StoredTensor],
     options: BuildOptions,
     progress: Progress,
+    phases: Phases,
 ) -> Manifest:
     files: dict[str, FileRecord] = {}
     streams = {f"{component}/weights.safetensors": tensors for component, tensors in weights.items()}
@@ -92,14 +149,16 @@ def _write(
         for name, tensors in streams.items():
             (folder / name).parent.mkdir(exist_ok=True)
             files[name] = write_weights(folder / name, tensors, advance)
-    programs: dict[Program, dict[str, ProgramRecord]] = {}
+    phases.end("weights")
+    programs: dict[Program, dict[str, ProgramRecord]] = {program: {} for program in Program}
     for graph in graphs:
-        name = f"{graph.program.component}/{graph.program}.{CPU}.onnx"
+        name = f"{graph.program.component}/{_file_name(graph)}"
         used = _write_program(folder / name, graph)
         files[name] = _record(folder / name)
-        programs[graph.program] = {CPU: ProgramRecord(name, used)}
+        programs[graph.program][graph.executor] = ProgramRecord(name, used)
     shutil.copyfile(checkpoint.tokenizer, folder / "tokenizer.json")
     files["tokenizer.json"] = _record(folder / "tokenizer.json")
+    phases.end("programs")
     side = checkpoint.config.vae.sample_size
     return Manifest(
         precision=options.precision,
@@ -115,12 +174,32 @@ def _write(
     )
 
 
+def _file_name(graph: Graph) -> str:
+    """The modulation program bears no executor's name: it always runs on the CPU."""
+    return "modulation.onnx" if graph.program is Program.MODULATION else f"{graph.program}.{graph.executor}.onnx"
+
+
 def _write_program(path: Path, graph: Graph) -> int:
-    """Writes and checks one program; returns the bytes of the weights that it uses."""
+    """Writes and checks one program; returns the bytes that its weights take in the executor's memory."""
     entries = read_header(path.with_name("weights.safetensors"))
     path.write_bytes(graph.to_model("weights.safetensors", entries).SerializeToString())
-    onnx.checker.check_model(str(path))
+    # programs of standard operators alone can be checked down to every value's type and shape
+    onnx.checker.check_model(str(path), full_check=graph.executor != CPU)
+    if graph.executor == CPU:
+        return sum(math.prod(shape) * DType.F32.size for shape in graph.weights.values())
     return sum(entries[name].nbytes for name in graph.weights)
+
+
+def _folds(checkpoint: Checkpoint, options: BuildOptions, progress: Progress) -> dict[str, Folds]:
+    if options.calibrate is None:
+        return choose_folds(checkpoint)
+    from .calibrate import measure_peaks, read_prompts
+
+    return choose_folds(checkpoint, measure_peaks(checkpoint, read_prompts(options.calibrate), progress))
+
+
+def _plain(folds: dict[str, Folds]) -> dict[str, dict[str, dict[str, int]]]:
+    return {component: {block: vars(fold) for block, fold in by_block.items()} for component, by_block in folds.items()}
 
 
 def _record(path: Path) -> FileRecord:
@@ -132,77 +211,3 @@ def _check_tokenizer(checkpoint: Checkpoint) -> None:
     rows = checkpoint.config.text_encoder.vocab_size
     if size > rows:
         raise CheckpointError(f"{checkpoint.tokenizer}: has {size} tokens, the text encoder only {rows} embeddings")
-
-
-def _check_disk(target: Path, needed: int) -> None:
-    free = shutil.disk_usage(_existing_parent(target)).free
-    if needed + _SPARE > free:
-        raise ExportError(
-            f"{target}: no space left: the bundle takes {(needed + _SPARE) / 1e9:.2f} GB, {free / 1e9:.2f} GB is free"
-        )
-
-
-def _existing_parent(target: Path) -> Path:
-    parent = target.absolute().parent
-    while not parent.exists() and parent != parent.parent:
-        parent = parent.parent
-    return parent
-
-
-def check_target(target: Path, force: bool) -> None:
-    """Raises `ExportError` unless a bundle may be written at `target`.
-
-    With `force` a bundle or an empty folder is replaced; anything else is never touched.
-    """
-    if not target.exists() and not target.is_symlink():
-        return
-    if not force:
-        raise ExportError(f"{target}: already exists; use --force to replace it")
-    if not target.is_dir() or target.is_symlink() or (any(target.iterdir()) and not _is_bundle(target)):
-        raise ExportError(f"{target}: exists and is no bundle, so --force does not replace it; choose another place")
-
-
-def _is_bundle(path: Path) -> bool:
-    try:
-        data = json.loads((path / MANIFEST_NAME).read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(data, dict) and data.get("format") == FORMAT
-
-
-@contextlib.contextmanager
-def replaced_directory(target: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `target` when the block ends well, and vanishes otherwise."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(target)
-    suffix = f"{os.getpid()}-{secrets.token_hex(4)}"
-    folder = target.with_name(f".{target.name}.{suffix}.part")
-    folder.mkdir()
-    try:
-        yield folder
-        _swap(folder, target, target.with_name(f".{target.name}.{suffix}.old"))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def _swap(folder: Path, target: Path, aside: Path) -> None:
-    if not target.exists():
-        folder.rename(target)
-        return
-    target.rename(aside)
-    try:
-        folder.rename(target)
-    except BaseException:
-        aside.rename(target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
-
-
-def _remove_leftovers(target: Path) -> None:
-    """Removes what exports to the same target left behind when they were killed."""
-    import psutil
-
-    for path in target.parent.glob(f".{target.name}.*-*.part"):
-        owner = path.name.removeprefix(f".{target.name}.").partition("-")[0]
-        if owner.isdigit() and not psutil.pid_exists(int(owner)):
-            shutil.rmtree(path, ignore_errors=True)

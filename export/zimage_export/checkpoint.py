@@ -1,8 +1,11 @@
-"""A checkpoint in diffusers layout, opened lazily: configurations at once, tensors when they are asked for."""
+"""A checkpoint in diffusers layout, opened lazily: configurations at once, tensors when they are asked for.
+
+Components may come from single files instead (see `single_files`).
+"""
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -10,11 +13,13 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from zimage_runtime.config import ModelConfig
+from zimage_runtime.config import PARTS, ModelConfig
+from zimage_runtime.contracts import COMPONENTS
 from zimage_runtime.errors import ConfigError
 from zimage_runtime.tensors import DType, TensorEntry, TensorFileError, read_header, to_float32
 
 from .errors import CheckpointError
+from .single_files import NO_FILES, SingleFiles, check_depth, infer_config, read_single_file
 
 FLOATING = (DType.F32, DType.F16, DType.BF16)
 """The element types that a checkpoint's weights may have."""
@@ -64,6 +69,13 @@ class TensorSource:
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from None
 
+    def read_rows(self, count: int) -> NDArray[np.float32]:
+        """The first `count` rows in float32; fewer where the tensor has fewer."""
+        rows = min(count, self.shape[0])
+        nbytes = self.entry.nbytes // max(self.shape[0], 1) * rows
+        entry = dataclasses.replace(self.entry, shape=(rows, *self.shape[1:]), nbytes=nbytes)
+        return dataclasses.replace(self, entry=entry).read()
+
     def read(self) -> NDArray[np.float32]:
         """The whole tensor in float32."""
         flat = np.concatenate([to_float32(piece, self.dtype) for piece in self.chunks()] or [np.empty(0, np.float32)])
@@ -73,11 +85,24 @@ class TensorSource:
 class Weights:
     """The tensors of one component by name, whichever shard they lie in."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, where: Path, tensors: Mapping[str, TensorSource]) -> None:
+        """`where` is the folder or file that they come from."""
+        self.where = where
+        self._tensors = dict(tensors)
+
+    @classmethod
+    def in_folder(cls, folder: Path) -> Self:
         """Reads the headers only. Raises `CheckpointError` for a missing, truncated or malformed shard."""
-        self.folder = folder
-        index = next(iter(sorted(folder.glob("*.safetensors.index.json"))), None)
-        self._tensors = _read_sharded(index) if index else _read_single(folder)
+        # a variant's index (model.fp16.safetensors.index.json) has one dot more
+        indexes = sorted(p for p in folder.glob("*.safetensors.index.json") if p.name.count(".") == 3)
+        index = next(iter(indexes), None)
+        return cls(folder, _read_sharded(index) if index else _read_single(folder))
+
+    @classmethod
+    def in_file(cls, part: str, path: Path) -> Self:
+        """A component from a file of its own. Raises `CheckpointError` for a file that cannot be used."""
+        entries = read_single_file(part, path)
+        return cls(path, {name: TensorSource(name, path, entry) for name, entry in entries.items()})
 
     def names(self) -> list[str]:
         """The names of all tensors."""
@@ -86,6 +111,10 @@ class Weights:
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
+    def entries(self) -> dict[str, TensorEntry]:
+        """Where each tensor lies, and its type and shape."""
+        return {name: tensor.entry for name, tensor in self._tensors.items()}
+
     def get(self, name: str, shape: tuple[int, ...] | None = None) -> TensorSource:
         """A tensor, of the given shape if one is given.
 
@@ -93,7 +122,7 @@ class Weights:
         """
         tensor = self._tensors.get(name)
         if tensor is None:
-            raise CheckpointError(f"{self.folder}: holds no tensor {name}; is this the whole checkpoint?")
+            raise CheckpointError(f"{self.where}: holds no tensor {name}; is this the whole checkpoint?")
         if tensor.entry.dtype not in FLOATING:
             raise CheckpointError(
                 f"{tensor.path}: {name} is stored as {tensor.entry.dtype}, which is not supported; "
@@ -125,7 +154,7 @@ def _read_single(folder: Path) -> dict[str, TensorSource]:
 def _read_sharded(index: Path) -> dict[str, TensorSource]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
-        isinstance(shard, str) and shard == Path(shard).name for shard in weight_map.values()
+        isinstance(shard, str) and shard and shard == Path(shard).name for shard in weight_map.values()
     ):
         raise CheckpointError(f"{index}: malformed: weight_map must map tensor names to file names")
     tensors = {}
@@ -164,7 +193,7 @@ class Checkpoint:
     """A published model: its configuration, its tensors by component, and its tokenizer."""
 
     root: Path
-    name: str  # what to call it: the directory's name
+    name: str  # what to call it: the transformer's single file, or else the directory's name
     config: ModelConfig
     text_encoder: Weights
     transformer: Weights
@@ -172,42 +201,46 @@ class Checkpoint:
     tokenizer: Path  # tokenizer.json
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
-        """Opens a directory in diffusers layout. Raises `CheckpointError` for whatever is missing or wrong."""
+    def open(cls, path: str | Path, files: SingleFiles = NO_FILES) -> Self:
+        """Opens a directory in diffusers layout, with the components that have a file of their own in `files`.
+
+        Such a component's folder may be missing; where it has a ``config.json``, that one counts. With a file for
+        every component, `path` need only have the tokenizer: ``tokenizer.json``, or a directory with it.
+        Raises `CheckpointError` for whatever is missing or wrong.
+        """
         root = Path(path)
-        if not root.is_dir():
-            raise CheckpointError(f"{root}: no such directory; give a checkpoint in diffusers layout")
-        if not (root / "model_index.json").is_file():
-            raise CheckpointError(f"{root}: not a checkpoint in diffusers layout (it has no model_index.json)")
-        _check_architecture(root / "model_index.json")
-        config_paths = {
-            part: root / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
-            for part in ("text_encoder", "transformer", "vae", "scheduler")
-        }
-        parts = {part: _read_json(config_path) for part, config_path in config_paths.items()}
-        try:
-            config = ModelConfig.read(parts, {part: str(path) for part, path in config_paths.items()})
-        except ConfigError as error:
-            raise CheckpointError(str(error)) from None
-        tokenizer = root / "tokenizer" / "tokenizer.json"
-        if not tokenizer.is_file():
-            raise CheckpointError(f"{tokenizer}: missing from the checkpoint; download or copy it again")
+        if not files.complete:
+            _check_layout(root, files)
+        weights = {part: Weights.in_file(part, file) for part in COMPONENTS if (file := files.get(part))}
+        config = _read_config(root, files, weights)
+        tokenizer = _find_tokenizer(root, files)
+        weights |= {part: Weights.in_folder(root / part) for part in COMPONENTS if part not in weights}
         return cls(
             root=root,
-            name=root.resolve().name,
+            name=files.transformer.stem if files.transformer else root.resolve().name,
             config=config,
-            text_encoder=Weights(root / "text_encoder").without_prefix("model."),
-            transformer=Weights(root / "transformer"),
-            vae=Weights(root / "vae"),
+            text_encoder=weights["text_encoder"].without_prefix("model."),
+            transformer=weights["transformer"],
+            vae=weights["vae"],
             tokenizer=tokenizer,
         )
+
+    @property
+    def vae_type(self) -> DType:
+        """The element type that the VAE is published in."""
+        return self.vae.get("decoder.conv_in.weight").dtype
 
     def weights(self, component: str) -> Weights:
         """The tensors of `text_encoder`, `transformer` or `vae`."""
         return {"text_encoder": self.text_encoder, "transformer": self.transformer, "vae": self.vae}[component]
 
 
-def _check_architecture(index: Path) -> None:
+def _check_layout(root: Path, files: SingleFiles) -> None:
+    if not root.is_dir():
+        raise CheckpointError(f"{root}: no such directory; give a checkpoint in diffusers layout")
+    index = root / "model_index.json"
+    if not index.is_file():
+        raise CheckpointError(f"{root}: not a checkpoint in diffusers layout (it has no model_index.json)")
     data = _read_json(index)
     kind = data.get("_class_name")
     if kind not in _PIPELINES:
@@ -215,5 +248,39 @@ def _check_architecture(index: Path) -> None:
     for part, classes in _CLASSES.items():
         declared = data.get(part)
         name = declared[1] if isinstance(declared, list) and len(declared) == 2 else declared
-        if name not in classes:
+        if name not in classes and not files.get(part):
             raise CheckpointError(f"{index}: {part} {name!r} is not supported; expected {' or '.join(classes)}")
+
+
+def _read_config(root: Path, files: SingleFiles, weights: Mapping[str, Weights]) -> ModelConfig:
+    """`weights` are those of single files."""
+    parts: dict[str, object] = {}
+    where: dict[str, str] = {}
+    for part in PARTS:
+        path = root / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+        where[part] = str(path)
+        if part in weights and not path.is_file():
+            where[part] = str(weights[part].where)
+            parts[part] = infer_config(part, weights[part].entries(), weights[part].where)
+        elif part == "scheduler" and files.complete and not path.is_file():
+            parts[part] = {}  # the published values
+        else:
+            parts[part] = _read_json(path)
+    try:
+        config = ModelConfig.read(parts, where)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    for part, single in weights.items():
+        check_depth(part, single.entries(), single.where, config)
+    return config
+
+
+def _find_tokenizer(root: Path, files: SingleFiles) -> Path:
+    tokenizer = root / "tokenizer" / "tokenizer.json"
+    places = [tokenizer, root / tokenizer.name, root] if files.complete else [tokenizer]
+    found = next((place for place in places if place.is_file()), None)
+    if found:
+        return found
+    if files.complete:
+        raise CheckpointError(f"{root}: has no tokenizer.json, which single files lack; give one or its directory")
+    raise CheckpointError(f"{tokenizer}: missing from the checkpoint; download or copy it again")

@@ -2,14 +2,32 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from zimage_runtime.console import run_command
+from zimage_runtime.console import SizeType, run_command
 from zimage_runtime.manifest import Precision
 from zimage_runtime.progress import Progress
+
+from .errors import require_extra
+
+if TYPE_CHECKING:
+    from zimage_runtime.bundle import Bundle
+
+    from .single_files import SingleFiles
+
+_FILE = click.Path(path_type=Path)
+
+
+def _single_files(command: Callable[..., None]) -> Callable[..., None]:
+    """Options for the components that come from a file of their own."""
+    for part, example in (("vae", ""), ("text-encoder", ""), ("transformer", ", such as a fine-tune")):
+        say = f"A safetensors file to use in place of the checkpoint's{example}."
+        command = click.option(f"--{part}", type=_FILE, help=say)(command)
+    return command
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -28,23 +46,54 @@ def cli() -> None:
     show_default=True,
     help="How weights are stored and computed with.",
 )
+@click.option("--revision", help="Of MODEL on the Hub: a branch, tag or commit.  [default: main]")
+@_single_files
+@click.option(
+    "--calibrate",
+    type=click.Path(path_type=Path),
+    help="Text file of prompts, one a line, to measure fp16's range with.  [default: from the weights alone]",
+)
+@click.option("--verify", "measure", is_flag=True, help="Measure the bundle against the checkpoint when it is done.")
 @click.option("--force", is_flag=True, help="Replace a bundle that is already at OUT.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the path.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
-def build(model: str, out: Path, precision: str, force: bool, as_json: bool, quiet: bool) -> None:
-    """Export the checkpoint in directory MODEL (diffusers layout) to a bundle at OUT."""
-    from .build import BuildOptions
-    from .build import build as build_bundle
+def build(
+    model: str,
+    out: Path,
+    precision: str,
+    revision: str | None,
+    transformer: Path | None,
+    text_encoder: Path | None,
+    vae: Path | None,
+    calibrate: Path | None,
+    measure: bool,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Export the checkpoint MODEL to a bundle at OUT.
 
-    bundle = build_bundle(model, out, BuildOptions(Precision(precision), force), Progress(quiet))
+    MODEL is a directory in diffusers layout, or a name on the Hub such as Tongyi-MAI/Z-Image-Turbo.
+    """
+    require_extra()
+    from .build import BuildOptions, build_reported
+    from .single_files import SingleFiles
+
+    files = SingleFiles(transformer, text_encoder, vae)
+    progress = Progress(quiet)
+    options = BuildOptions(Precision(precision), force, revision, files=files, calibrate=calibrate)
+    report = build_reported(model, out, options, progress)
+    bundle = _verify(report.bundle, model, progress, None, files, revision) if measure else report.bundle
     manifest = bundle.manifest
     _report(
         {
             "path": str(out),
             "precision": manifest.precision.value,
             "bytes": bundle.size,
+            "seconds": report.seconds,
             "fingerprint": manifest.fingerprint,
             "self_check": dict(manifest.self_check),
+            "parity": manifest.parity,
         },
         as_json,
         str(out),
@@ -52,7 +101,64 @@ def build(model: str, out: Path, precision: str, force: bool, as_json: bool, qui
 
 
 @cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--reference", required=True, help="The checkpoint that the bundle was made from, as for build.")
+@_single_files
+@click.option("--size", type=SizeType(), help="Of the pictures drawn.  [default: the bundle's own, at most 256 a side]")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the table.")
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+def verify(
+    bundle: Path,
+    reference: str,
+    transformer: Path | None,
+    text_encoder: Path | None,
+    vae: Path | None,
+    size: tuple[int, int] | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Measure BUNDLE against its checkpoint in float32 and write the result to its manifest.
+
+    Each component is compared on its own, then the final latents and the picture. The reference is diffusers, a
+    block at a time, so that no checkpoint is too large. Fails if the bundle is further off than its precision allows.
+    """
+    from zimage_runtime.bundle import Bundle
+
+    from .parity import parity_table
+    from .single_files import SingleFiles
+
+    files = SingleFiles(transformer, text_encoder, vae)
+    measured = _verify(Bundle.open(bundle), reference, Progress(quiet), size, files)
+    parity = dict(measured.manifest.parity or {})
+    _report(parity, as_json, parity_table(parity))
+
+
+def _verify(
+    bundle: "Bundle",
+    reference: str,
+    progress: Progress,
+    size: tuple[int, int] | None,
+    files: "SingleFiles",
+    revision: str | None = None,
+) -> "Bundle":
+    require_extra()
+    from zimage_runtime.contracts import COMPONENTS
+    from zimage_runtime.hub import Hub, hub_id
+
+    from .verify import verify as measure_bundle
+
+    if name := hub_id(reference):
+        source = bundle.manifest.source
+        if source.name == name:
+            revision = source.revision  # what the bundle was made from
+        own_files = [part for part in COMPONENTS if files.get(part)]
+        reference = str(Hub(progress=progress).checkpoint(name, revision, without=own_files).path)
+    return measure_bundle(bundle, reference, progress, size, files)
+
+
+@cli.command()
 @click.argument("out", type=click.Path(path_type=Path))
+@click.option("--scale", type=click.Choice(["small", "full"]), default="small", show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the random weights.")
 @click.option(
     "--tokenizer",
@@ -60,11 +166,15 @@ def build(model: str, out: Path, precision: str, force: bool, as_json: bool, qui
     help="A tokenizer.json to use instead of the small one that knows bytes only.",
 )
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
-def synthesize(out: Path, seed: int, tokenizer: Path | None, quiet: bool) -> None:
-    """Write a small checkpoint of random weights to OUT, in the published layout, to try the tools on."""
-    from .synthetic import SMALL, write_checkpoint
+def synthesize(out: Path, scale: str, seed: int, tokenizer: Path | None, quiet: bool) -> None:
+    """Write a checkpoint of random weights to OUT, in the published layout, to try the tools on.
 
-    write_checkpoint(out, SMALL, seed=seed, tokenizer=tokenizer, progress=Progress(quiet))
+    A small one takes 6 MB; a full one has the published shapes and types, and takes 33 GB.
+    """
+    require_extra()
+    from .synthetic import SCALES, write_checkpoint
+
+    write_checkpoint(out, SCALES[scale], seed=seed, tokenizer=tokenizer, progress=Progress(quiet))
     click.echo(str(out))
 
 

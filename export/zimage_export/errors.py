@@ -1,10 +1,19 @@
 """What can go wrong in an export, said in one line."""
 
+from importlib.util import find_spec
+
 from zimage_runtime.errors import ZImageRuntimeError
 
 
 class ExportError(ZImageRuntimeError):
     """Base class of every error that this package raises on purpose."""
+
+
+def require_extra() -> None:
+    """Raises `ExportError` with the command that installs what exporting needs, where it is not installed."""
+    missing = [name for name in ("onnx", "torch", "diffusers", "transformers") if find_spec(name) is None]
+    if missing:
+        raise ExportError(f"exporting needs {', '.join(missing)}: pip install 'zimage-rt[export]'")
 
 
 class CheckpointError(ExportError):

@@ -4,9 +4,10 @@ A precision decides for each tensor how it is stored. The writer knows nothing o
 know their name, type and shape, and that produce their bytes when asked.
 """
 
+import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +15,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zimage_runtime.contracts import COMPONENTS
-from zimage_runtime.manifest import FileRecord, Precision
+from zimage_runtime.manifest import FileRecord
 from zimage_runtime.progress import Advance
 from zimage_runtime.tensors import DType, encode_header, to_float32
 
+from .ahead import ahead
+from .casts import encode
 from .checkpoint import Checkpoint, TensorSource
 from .graphs import Graph
+from .graphs.folds import Folds, weight_exponent
+from .precision import StoragePolicy
 
 EMBEDDINGS = "embed_tokens.weight"
+
+_CHUNK_BYTES = 16 << 20
+_PIECES_AHEAD = 3
 
 
 @dataclass(frozen=True)
@@ -39,38 +47,37 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.size
 
 
-def as_stored(source: TensorSource) -> StoredTensor:
-    """Keeps a tensor's own type."""
-    return StoredTensor(source.name, source.dtype, source.shape, source.chunks)
-
-
-def as_float32(source: TensorSource) -> StoredTensor:
-    """Widens a tensor to float32, which is exact."""
+def converted(source: TensorSource, dtype: DType, exponent: int = 0) -> StoredTensor:
+    """A tensor times 2**exponent, in another element type; as it is where nothing changes."""
 
     def chunks() -> Iterator[NDArray[np.generic]]:
-        return (to_float32(piece, source.dtype) for piece in source.chunks())
+        if dtype is source.dtype and exponent == 0:
+            yield from source.chunks(_CHUNK_BYTES)
+            return
+        for piece in source.chunks(_CHUNK_BYTES):
+            values = to_float32(piece, source.dtype)
+            if exponent:
+                values = np.ldexp(values, exponent)
+            yield encode(values, dtype, source.name)
 
-    return StoredTensor(source.name, DType.F32, source.shape, chunks)
-
-
-_STORE: dict[Precision, Callable[[TensorSource], StoredTensor]] = {Precision.FP32: as_float32}
+    return StoredTensor(source.name, dtype, source.shape, chunks)
 
 
 def plan_weights(
-    checkpoint: Checkpoint, graphs: Iterable[Graph], precision: Precision
+    checkpoint: Checkpoint, graphs: Iterable[Graph], policy: StoragePolicy, folds: Mapping[str, Folds]
 ) -> dict[str, list[StoredTensor]]:
     """The tensors of each component's weights file, which are those that its programs use.
 
     Raises `CheckpointError` if the checkpoint lacks one, or has it in another shape or an unusable type. Nothing is
     read but headers, so a bad checkpoint fails before anything is written.
     """
-    store = _STORE[precision]
     plan: dict[str, dict[str, StoredTensor]] = {component: {} for component in COMPONENTS}
     for graph in graphs:
         component = graph.program.component
-        weights = checkpoint.weights(component)
         for name, shape in graph.weights.items():
-            plan[component][name] = store(weights.get(name, shape))
+            source = checkpoint.weights(component).get(name, shape)
+            dtype = policy.storage(component, name, shape)
+            plan[component][name] = converted(source, dtype, weight_exponent(folds.get(component, {}), name))
     return {component: list(tensors.values()) for component, tensors in plan.items()}
 
 
@@ -87,18 +94,26 @@ def total_bytes(tensors: Iterable[StoredTensor]) -> int:
 
 
 def write_weights(path: Path, tensors: Iterable[StoredTensor], advance: Advance) -> FileRecord:
-    """Writes a safetensors file, hashed as it is written. `advance` is told the bytes of each piece."""
+    """Writes a safetensors file, hashed as it is written. `advance` is told the bytes of each piece.
+
+    Reading and converting run in a second thread, a few pieces ahead of hashing and writing.
+    """
     tensors = list(tensors)
     header = encode_header({tensor.name: (tensor.dtype, tensor.shape) for tensor in tensors})
     digest = hashlib.sha256(header)
     size = len(header)
     with path.open("wb") as file:
         file.write(header)
-        for tensor in tensors:
-            for piece in tensor.chunks():
-                data = np.ascontiguousarray(piece, dtype=tensor.dtype.storage).reshape(-1).view(np.uint8).data
+        with contextlib.closing(ahead(_pieces(tensors), _PIECES_AHEAD)) as pieces:
+            for data in pieces:
                 file.write(data)
                 digest.update(data)
                 size += data.nbytes
                 advance(data.nbytes)
     return FileRecord(size, digest.hexdigest())
+
+
+def _pieces(tensors: Iterable[StoredTensor]) -> Iterator[memoryview]:
+    for tensor in tensors:
+        for piece in tensor.chunks():
+            yield np.ascontiguousarray(piece, dtype=tensor.dtype.storage).reshape(-1).view(np.uint8).data

@@ -19,6 +19,10 @@ PATCH_SIZE = 2
 
 _ADALN_WIDTH = 256
 
+# Far more than any model has; a damaged file with more would keep us busy for hours
+_MOST_LAYERS = 1024
+_MOST_POSITIONS = 1 << 16
+
 
 def _require(condition: bool, where: str, message: str) -> None:
     if not condition:
@@ -74,8 +78,8 @@ class TransformerConfig:
         axes_lens = fields.integers("axes_lens", 3)
         config = cls(
             dim=fields.integer("dim"),
-            n_layers=fields.integer("n_layers"),
-            n_refiner_layers=fields.integer("n_refiner_layers"),
+            n_layers=fields.integer("n_layers", maximum=_MOST_LAYERS),
+            n_refiner_layers=fields.integer("n_refiner_layers", maximum=_MOST_LAYERS),
             n_heads=fields.integer("n_heads"),
             cap_feat_dim=fields.integer("cap_feat_dim"),
             in_channels=fields.integer("in_channels"),
@@ -92,6 +96,7 @@ class TransformerConfig:
             f"axes_dims must add up to dim / n_heads = {config.head_dim}",
         )
         _require(all(d % 2 == 0 for d in axes_dims), where, "every one of axes_dims must be even")
+        _require(max(axes_lens) <= _MOST_POSITIONS, where, f"axes_lens must be at most {_MOST_POSITIONS}")
         kv_heads = fields.integer("n_kv_heads", config.n_heads)
         _require(
             kv_heads == config.n_heads,
@@ -106,7 +111,7 @@ class TransformerConfig:
         _require("siglip_feat_dim" not in fields, where, "Z-Image Omni (siglip_feat_dim) is not supported")
         patches = [fields.raw(key) for key in ("all_patch_size", "all_f_patch_size")]
         _require(
-            all(p is None or list(p) == [size] for p, size in zip(patches, (PATCH_SIZE, 1), strict=True)),
+            all(p is None or p in ([size], (size,)) for p, size in zip(patches, (PATCH_SIZE, 1), strict=True)),
             where,
             f"all_patch_size must be [{PATCH_SIZE}] and all_f_patch_size [1]",
         )
@@ -142,7 +147,7 @@ class TextEncoderConfig:
         _require(not fields.boolean("use_sliding_window", False), where, "use_sliding_window is not supported")
         config = cls(
             hidden_size=fields.integer("hidden_size"),
-            num_hidden_layers=fields.integer("num_hidden_layers", minimum=2),
+            num_hidden_layers=fields.integer("num_hidden_layers", minimum=2, maximum=_MOST_LAYERS),
             num_attention_heads=fields.integer("num_attention_heads"),
             num_key_value_heads=fields.integer("num_key_value_heads"),
             head_dim=fields.integer("head_dim"),
@@ -198,7 +203,7 @@ class VaeConfig:
         channels = fields.integers("block_out_channels")
         for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             kinds = fields.raw(key)
-            _require(kinds is None or list(kinds) == [kind] * len(channels), where, f"{key} must all be {kind}")
+            _require(kinds is None or kinds == [kind] * len(channels), where, f"{key} must all be {kind}")
         for key in ("use_quant_conv", "use_post_quant_conv"):
             _require(not fields.boolean(key, False), where, f"{key} is not supported")
         _require(fields.boolean("mid_block_add_attention", True), where, "mid_block_add_attention must be true")

@@ -2,11 +2,14 @@
 
 import contextlib
 import errno
+import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
 from types import FrameType
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -15,10 +18,14 @@ from .errors import ZImageRuntimeError
 FAILURE = 1
 INTERRUPTED = 128 + signal.SIGINT
 
+_MAX_LINE = 1000  # characters of an error: a message may quote what a file holds
+
 
 def run_command(command: click.Command, arguments: Sequence[str] | None = None) -> int:
     """Runs a click command and returns its exit status: 0, 1 for a failure, 2 for usage, 130 when interrupted."""
-    signal.signal(signal.SIGTERM, _terminate)
+    _prepare_streams()
+    with contextlib.suppress(ValueError):  # only the main thread may; elsewhere the default stays
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         result = command.main(args=arguments, standalone_mode=False)
         sys.stdout.flush()
@@ -26,7 +33,10 @@ def run_command(command: click.Command, arguments: Sequence[str] | None = None) 
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.ClickException as error:
-        _say(_usage_line(error))
+        if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help text, and older versions lack it
+            error.show()
+        else:
+            _say(_usage_line(error))
         return error.exit_code
     except (click.Abort, KeyboardInterrupt):
         _say("interrupted")
@@ -39,7 +49,19 @@ def run_command(command: click.Command, arguments: Sequence[str] | None = None) 
         _say("out of memory; try a smaller --size, --low-memory, or close other programs")
     except OSError as error:
         _say(_os_error_line(error))
+        _settle_stdout()
     return FAILURE
+
+
+def _prepare_streams() -> None:
+    """A stream that the caller closed becomes one to nowhere, and no file name is impossible to print."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # lives as long as the process
+        elif name == "stdout" and isinstance(stream, io.TextIOWrapper):
+            # a name that is not valid UTF-8 goes out as the bytes it came in as
+            stream.reconfigure(errors="surrogateescape" if stream.encoding.lower() == "utf-8" else "backslashreplace")
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
@@ -49,6 +71,9 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 def _say(text: str) -> None:
     line = " ".join(text.split())
+    if len(line) > _MAX_LINE:
+        line = f"{line[:_MAX_LINE]} …"
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     with contextlib.suppress(OSError):  # where stderr is closed too, the exit status remains
         print(f"error: {line}" if line != "interrupted" else line, file=sys.stderr, flush=True)
 
@@ -68,6 +93,14 @@ def _os_error_line(error: OSError) -> str:
     return f"{where}{error.strerror or error}"
 
 
+def _settle_stdout() -> None:
+    """What stdout could not take is dropped, where the interpreter would complain of it once more at exit."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        _discard_stdout()
+
+
 def _discard_stdout() -> None:
     """Points stdout at nothing, so that the interpreter's own flush at exit cannot fail."""
     nothing = os.open(os.devnull, os.O_WRONLY)
@@ -77,3 +110,25 @@ def _discard_stdout() -> None:
         pass
     finally:
         os.close(nothing)
+
+
+_SIZE = re.compile(r"(-?\d+)[xX×](-?\d+)")
+
+
+if TYPE_CHECKING:
+    _SizeParam = click.ParamType[tuple[int, int]]
+else:  # generic since click 8.4 only
+    _SizeParam = click.ParamType
+
+
+class SizeType(_SizeParam):
+    """WIDTHxHEIGHT in pixels."""
+
+    name = "WxH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """Parses the text; whether the model can draw that size is the pipeline's to say."""
+        match = _SIZE.fullmatch(value)
+        if not match or len(value) > 40:
+            self.fail(f"{value[:40]!r} is no size; write it like 1024x768", param, ctx)
+        return int(match[1]), int(match[2])

@@ -1,10 +1,22 @@
 """Reading JSON objects field by field, so that a wrong value is named with its file and its key."""
 
 import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from .errors import ConfigError
+
+_LONGEST_LIST = 64
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: JSON may hold halves of surrogate pairs, which cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class Fields:
@@ -25,8 +37,9 @@ class Fields:
 
     def fail(self, key: str, expected: str) -> ConfigError:
         """The error for a wrong value: the caller raises it."""
-        found = repr(self._data.get(key, "nothing"))
-        return ConfigError(f"{self.where}: {key} must be {expected}, found {found[:80]}")
+        # reprlib, for a file may nest more deeply than repr can follow
+        found = reprlib.repr(self._data[key])[:80] if key in self._data else "nothing"
+        return ConfigError(f"{self.where}: {key} must be {expected}, found {found}")
 
     def _get(self, key: str, default: object) -> object:
         value = self._data.get(key)
@@ -36,7 +49,8 @@ class Fields:
         """An integer from `minimum` to `maximum`."""
         value = self._get(key, default)
         if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
-            raise self.fail(key, f"an integer of at least {minimum}")
+            limit = "" if maximum >= 2**63 - 1 else f" and at most {maximum}"
+            raise self.fail(key, f"an integer of at least {minimum}{limit}")
         return value
 
     def number(self, key: str, default: float | None = None, *, positive: bool = True) -> float:
@@ -57,6 +71,8 @@ class Fields:
         value = self._get(key, default)
         if not isinstance(value, str) or not value:
             raise self.fail(key, "a non-empty string")
+        if not is_unicode(value):
+            raise self.fail(key, "valid Unicode")
         return value
 
     def optional_text(self, key: str) -> str | None:
@@ -71,13 +87,14 @@ class Fields:
         return value
 
     def integers(self, key: str, length: int | None = None) -> tuple[int, ...]:
-        """A list of positive integers, of the given length if one is given."""
+        """A list of at most 64 positive integers, of the given length if one is given."""
         value = self._data.get(key)
         if (
             not isinstance(value, list | tuple)
             or not value
+            or len(value) > _LONGEST_LIST
             or (length is not None and len(value) != length)
-            or not all(isinstance(item, int) and not isinstance(item, bool) and item > 0 for item in value)
+            or not all(isinstance(item, int) and not isinstance(item, bool) and 0 < item < 2**63 for item in value)
         ):
             raise self.fail(key, f"a list of {length or 'one or more'} positive integers")
         return tuple(value)

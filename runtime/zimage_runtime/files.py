@@ -13,7 +13,8 @@ _CHUNK = 1 << 22
 
 def temporary_sibling(path: Path) -> Path:
     """A fresh hidden name in the folder of `path`, so that a rename stays on one file system."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    # cut, for a name may be as long as the file system takes
+    return path.with_name(f".{path.name[:32]}.{secrets.token_hex(4)}.part")
 
 
 @contextlib.contextmanager

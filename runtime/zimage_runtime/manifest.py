@@ -6,16 +6,21 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Self
 
 from .config import PARTS, ModelConfig
 from .contracts import COMPONENTS, Program
 from .errors import BundleError, ConfigError
-from .fields import Fields
+from .fields import Fields, is_unicode
+from .files import atomic_write
 
 FORMAT = "zimage-bundle"
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
+
+CPU = "cpu"
+CUDA = "cuda"
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -24,6 +29,8 @@ class Precision(StrEnum):
     """How a bundle's weights are stored and computed with."""
 
     FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,7 @@ class Manifest:
     tokenizer: str  # path of tokenizer.json
     files: Mapping[str, FileRecord]  # every file but the manifest, by path with forward slashes
     self_check: Mapping[str, Any] = field(default_factory=dict)  # what each program gave on a fixed input
+    folds: Mapping[str, Any] = field(default_factory=dict)  # powers of two divided out of weights, by component
     parity: Mapping[str, Any] | None = None  # distances to the checkpoint; None until measured
 
     @property
@@ -92,7 +100,7 @@ class Manifest:
     @property
     def executors(self) -> set[str]:
         """The executors that every program is written for."""
-        return set.intersection(*(set(by_executor) for by_executor in self.programs.values()))
+        return set.intersection(*(set(r) for program, r in self.programs.items() if program is not Program.MODULATION))
 
     def to_json(self) -> str:
         """The file's text."""
@@ -112,6 +120,7 @@ class Manifest:
             "embeddings": self.embeddings,
             "tokenizer": self.tokenizer,
             "files": {path: vars(record) for path, record in self.files.items()},
+            "folds": self.folds,
             "self_check": self.self_check,
             "parity": self.parity,
         }
@@ -169,15 +178,23 @@ class Manifest:
             embeddings=listed(fields.text("embeddings")),
             tokenizer=listed(fields.text("tokenizer")),
             files=files,
+            folds=_plain_object(fields, "folds") or {},
             self_check=_plain_object(fields, "self_check") or {},
             parity=_plain_object(fields, "parity"),
         )
 
 
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Replaces a bundle's manifest in one go."""
+    with atomic_write(root / MANIFEST_NAME) as file:
+        file.write(manifest.to_json().encode())
+
+
 def checked_path(path: str, where: str) -> str:
     """A path that stays inside the bundle on every system. Raises `BundleError` for any other."""
     parts = path.split("/")
-    if not path or any(part in ("", ".", "..") for part in parts) or "\\" in path or ":" in path or "\0" in path:
+    outside = any(part in ("", ".", "..") for part in parts) or any(character in path for character in "\\:\0")
+    if outside or not is_unicode(path):
         raise BundleError(f"{where}: unsafe path {path!r}: paths must be relative, inside the bundle, without '..'")
     return path
 

@@ -12,15 +12,20 @@ from .contracts import Program
 from .errors import MemoryLimitError, RequestError
 from .geometry import PictureGeometry, padded, picture_geometry
 from .manifest import Manifest
+from .tiling import tiled_bytes
 
-_BASE = 160 << 20  # the interpreter, numpy, ONNX Runtime, Pillow
+_BASE = 160 << 20  # the interpreter, numpy, ONNX Runtime, Pillow and a tokenizer of 150,000 words
 
 _FLOAT = 4  # bytes
 
 # Live activations at a program's peak, in units of one token (or pixel) times the width named beside it
-_DENOISER_WIDTHS = 14.0  # x dim
-_TEXT_WIDTHS = 14.0  # x intermediate_size / 3
+_DENOISER_WIDTHS = 17.0  # x dim
+_TEXT_WIDTHS = 15.0  # x intermediate_size / 3
+_TEXT_SCORES = 3.0  # x heads x tokens: causal attention holds its scores
 _DECODER_MAPS = 4.5  # x the widest feature map at full resolution
+
+# Copies of the weights that ONNX Runtime makes at load, low memory or not: convolutions are laid out anew
+_DECODER_WEIGHTS = 1.75
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class MemoryPlan:
     programs: dict[Program, int]  # weights and activations
     available: int  # of this machine or control group, now
     low_memory: bool
+    tiled: bool = False  # whether the picture is decoded in tiles, because the decoder as one program does not fit
 
     @property
     def peak(self) -> int:
@@ -51,7 +57,7 @@ def plan_memory(
     low_memory: bool = False,
     available: int | None = None,
 ) -> MemoryPlan:
-    """The plan for a request.
+    """The plan for a request. The picture is decoded in tiles only where the decoder as one program does not fit.
 
     Raises `MemoryLimitError` where the peak is more than what is available, naming the largest size that fits.
     """
@@ -74,15 +80,22 @@ def _plan(
         Program.DECODER,
     ):
         # packed copies are what a program cannot do without; mapped weights are the page cache's, which yields
-        weights = 0 if low_memory else max((r.weight_bytes for r in manifest.programs[program].values()), default=0)
-        programs[program] = weights + _activations(program, manifest, geometry, tokens, batch)
-    return MemoryPlan(programs, limit, low_memory)
+        weights = max((r.weight_bytes for r in manifest.programs[program].values()), default=0)
+        copies = _DECODER_WEIGHTS if program is Program.DECODER else float(not low_memory)
+        programs[program] = int(weights * copies) + _activations(program, manifest, geometry, tokens, batch)
+    in_tiles = tiled_bytes(manifest.config.vae, geometry.width, geometry.height)
+    tiled = _BASE + programs[Program.DECODER] > limit and in_tiles < programs[Program.DECODER]
+    if tiled:
+        programs[Program.DECODER] = in_tiles
+    return MemoryPlan(programs, limit, low_memory, tiled)
 
 
 def _activations(program: Program, manifest: Manifest, geometry: PictureGeometry, tokens: int, batch: int) -> int:
     config = manifest.config
     if program is Program.TEXT_ENCODER:
-        return int(_FLOAT * tokens * _TEXT_WIDTHS * config.text_encoder.intermediate_size / 3)
+        text = config.text_encoder
+        widths = _TEXT_WIDTHS * text.intermediate_size / 3 + _TEXT_SCORES * text.num_attention_heads * tokens
+        return int(_FLOAT * tokens * widths)
     if program is Program.DENOISER:
         sequence = batch * (geometry.image_tokens + padded(tokens))
         return int(_FLOAT * sequence * _DENOISER_WIDTHS * config.transformer.dim)
@@ -111,8 +124,11 @@ def _largest_size(
     manifest: Manifest, geometry: PictureGeometry, tokens: int, batch: int, plan: MemoryPlan
 ) -> str | None:
     unit = manifest.config.vae.scale * 2
-    for width in range(geometry.width - unit, 0, -unit):
-        height = max(round(geometry.height * width / geometry.width / unit), 1) * unit
+    longest = max(geometry.width, geometry.height) // unit
+    for side in range(longest - 1, 0, -1):
+        width, height = (
+            max(round(pixels / unit * side / longest), 1) * unit for pixels in (geometry.width, geometry.height)
+        )
         try:
             smaller = picture_geometry(width, height, manifest.config)
         except RequestError:

@@ -12,8 +12,7 @@ from .contracts import SIGNATURES, Program
 from .errors import ExecutorError
 from .executor import Conditioning, Floats
 from .geometry import Rotary
-
-CPU = "cpu"
+from .manifest import CPU
 
 
 def thread_count() -> int:
@@ -100,11 +99,15 @@ class OrtCpuExecutor:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors reach the caller as exceptions; stderr is the command's own
         options.intra_op_num_threads = thread_count()
+        disabled = []
         if self._low_memory:
             options.add_session_config_entry("session.disable_prepacking", "1")
             options.enable_cpu_mem_arena = False
+            disabled = ["ConstantFolding"]  # which would widen all 16-bit weights to float32 at once
         try:
-            return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            return onnxruntime.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+            )
         except Exception as error:
             raise _explained(program, f"cannot be loaded from {path}", error) from None
 

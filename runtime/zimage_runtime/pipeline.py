@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .bundle import Bundle
 from .contracts import Program
-from .errors import ExecutorError, RequestError
+from .errors import BundleError, ExecutorError, RequestError
 from .executor import Conditioning, Denoiser, Executor, Floats
 from .geometry import (
     PictureGeometry,
@@ -28,14 +28,20 @@ from .geometry import (
     text_rotary,
     transformer_rotary,
 )
+from .hub import bundle_directory
+from .manifest import CPU
 from .memory import MemoryPlan, plan_memory
 from .noise import MAX_SEED, TorchGenerator
 from .schedule import Schedule, make_schedule
 from .tensors import TensorFile, to_float32
+from .tiling import TiledDecoder
 from .tokenizer import PromptTokenizer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+MAX_COUNT = 10_000
+"""Pictures of one request."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,7 @@ class Pipeline:
     bundle: Bundle
     executor: Executor
     keep_loaded: bool = True
+    low_memory: bool = False  # as the executor has it
     _tokenizer: PromptTokenizer = field(init=False, repr=False)
     _embeddings: TensorFile = field(init=False, repr=False)
 
@@ -126,22 +133,23 @@ class Pipeline:
         low_memory: bool = False,
         keep_loaded: bool = True,
     ) -> Self:
-        """Opens a bundle directory. Nothing large is read yet.
+        """Opens a bundle: a directory, or a name on the Hub, ``ORG/NAME``, whose files are fetched into the cache
+        of huggingface_hub. Nothing large is read yet.
 
         `executor` is "auto" or "cpu". `vram` is a budget in bytes for executors on a GPU, which this version has
         none of. With `low_memory`, weights stay mapped from the file. With `keep_loaded`, what fits in memory
         stays loaded between pictures; without it, each stage is freed when its last use is over.
 
-        Raises `BundleError`, or `RequestError` for an executor that is not here.
+        Raises `BundleError`, `HubError`, or `RequestError` for an executor that is not here.
         """
-        from .ort import CPU, OrtCpuExecutor
+        from .ort import OrtCpuExecutor
 
-        bundle = Bundle.open(path)
+        bundle = Bundle.open(bundle_directory(path))
         if executor not in ("auto", CPU):
             raise RequestError(f"executor {executor!r} is not available; this version runs on 'cpu'")
         if vram is not None:
             raise RequestError("vram is a budget for executors on a GPU; the cpu executor has none")
-        return cls(bundle, OrtCpuExecutor(bundle, low_memory=low_memory), keep_loaded)
+        return cls(bundle, OrtCpuExecutor(bundle, low_memory=low_memory), keep_loaded, low_memory)
 
     def request(
         self,
@@ -155,8 +163,8 @@ class Pipeline:
         """Checks a request and fills in the bundle's defaults. Raises `RequestError`."""
         manifest = self.bundle.manifest
         width, height = size or (manifest.defaults.width, manifest.defaults.height)
-        if count < 1 or batch_size < 1:
-            raise RequestError("the count of pictures and the batch size must be at least 1")
+        if not 1 <= count <= MAX_COUNT or batch_size < 1:
+            raise RequestError(f"the count of pictures must be 1 to {MAX_COUNT}, and the batch size at least 1")
         first = secrets.randbelow(2**32 - count) if seed is None else seed
         if not 0 <= first <= MAX_SEED - count + 1:
             raise RequestError(f"seeds must be 0 to {MAX_SEED}, not {first} to {first + count - 1}")
@@ -214,7 +222,9 @@ class Pipeline:
         """Draws a checked request. Raises `RequestError` at once where the prompt or the memory does not allow it."""
         start = time.perf_counter()
         ids, cut = self._tokenizer.encode_counted(request.prompt)
-        plan = plan_memory(self.bundle.manifest, request.geometry, len(ids), request.batch_size)
+        plan = plan_memory(
+            self.bundle.manifest, request.geometry, len(ids), request.batch_size, low_memory=self.low_memory
+        )
         return self._events(request, ids, cut, plan, start)
 
     def _events(self, request: Request, ids: list[int], cut: int, plan: MemoryPlan, start: float) -> Iterator[Event]:
@@ -237,7 +247,7 @@ class Pipeline:
                 self.executor.release(Program.DENOISER)
             for seed, one in zip(seeds, latents, strict=True):
                 begin = time.perf_counter()
-                image = to_image(self.decode(one[None])[0])
+                image = to_image(self.decode(one[None], tiled=plan.tiled)[0])
                 yield PictureEvent(seed, image, one, time.perf_counter() - begin)
             if not plan.keep_all or (last and not self.keep_loaded):
                 self.executor.release(Program.DECODER)
@@ -245,21 +255,40 @@ class Pipeline:
     def condition(self, geometry: PictureGeometry, schedule: Schedule, ids: list[int]) -> Denoiser:
         """Runs what depends on the prompt, the size and the schedule, but not on the seed."""
         config = self.bundle.manifest.config
-        caption_tokens = padded(len(ids))
-        conditioning = Conditioning(
-            hidden_states=self.executor.encode_text(self.embed(ids), text_rotary(len(ids), config.text_encoder)),
+        hidden_states = self.executor.encode_text(self.embed(ids), text_rotary(len(ids), config.text_encoder))
+        return self.executor.prepare(self.conditioning(geometry, schedule, hidden_states))
+
+    def conditioning(self, geometry: PictureGeometry, schedule: Schedule, hidden_states: Floats) -> Conditioning:
+        """What the executor is prepared with, for a prompt's hidden states [1, tokens, hidden_size]."""
+        caption_tokens = padded(hidden_states.shape[1])
+        return Conditioning(
+            hidden_states=hidden_states,
             timesteps=schedule.timesteps,
             image_rotary=self._rotary(image_positions(geometry, caption_tokens)),
             caption_rotary=self._rotary(caption_positions(caption_tokens)),
         )
-        return self.executor.prepare(conditioning)
+
+    def token_ids(self, prompt: str) -> list[int]:
+        """The ids of a prompt in its template."""
+        return self._tokenizer.encode(prompt)
 
     def _rotary(self, positions: NDArray[np.int64]) -> Rotary:
         return transformer_rotary(positions, self.bundle.manifest.config.transformer)
 
     def embed(self, ids: list[int]) -> Floats:
         """Rows of the embedding table, of which no other row is read: [1, tokens, hidden_size]."""
-        table, dtype = self._embeddings.array("embed_tokens.weight")
+        name, config = "embed_tokens.weight", self.bundle.manifest.config.text_encoder
+        table, dtype = self._embeddings.array(name)
+        if table.shape != (config.vocab_size, config.hidden_size):
+            raise BundleError(
+                f"{self._embeddings.path}: {name} has shape {list(table.shape)}, the manifest says "
+                f"{[config.vocab_size, config.hidden_size]}; export or download the bundle again"
+            )
+        if max(ids) >= len(table):
+            raise BundleError(
+                f"{self.bundle.root}: its tokenizer gives token {max(ids)}, its text encoder has {len(table)} rows; "
+                "export or download the bundle again"
+            )
         return to_float32(table[ids], dtype)[None]
 
     def initial_latents(self, geometry: PictureGeometry, seeds: tuple[int, ...]) -> Floats:
@@ -268,10 +297,16 @@ class Pipeline:
         shape = (1, channels, geometry.latent_height, geometry.latent_width)
         return np.concatenate([TorchGenerator(seed).normals(shape) for seed in seeds])
 
-    def decode(self, latents: Floats) -> Floats:
-        """Latents [batch, channels, h, w] → pictures [batch, 3, 8h, 8w], about -1 to 1."""
+    def decode(self, latents: Floats, *, tiled: bool = False) -> Floats:
+        """Latents [batch, channels, h, w] → pictures [batch, 3, 8h, 8w], about -1 to 1.
+
+        `tiled` takes less memory and more time, and gives the same picture.
+        """
         vae = self.bundle.manifest.config.vae
         unscaled = latents / np.float32(vae.scaling_factor) + np.float32(vae.shift_factor)
+        if tiled:
+            self.executor.release(Program.DECODER)
+            return TiledDecoder(vae, TensorFile(self.bundle.file(self.bundle.manifest.weights["vae"])))(unscaled)
         return self.executor.decode(unscaled)
 
     def release(self) -> None:

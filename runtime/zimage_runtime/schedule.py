@@ -1,4 +1,4 @@
-"""The sigmas of the flow-matching Euler schedule, value for value as diffusers computes them, in float32.
+"""The sigmas of the flow-matching Euler schedule, as diffusers computes them in float32, to the last bit or two.
 
 Source: ``get_default_z_image_sigmas`` in ``pipeline_z_image.py`` and ``FlowMatchEulerDiscreteScheduler``.
 """

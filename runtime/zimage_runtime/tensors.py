@@ -20,6 +20,7 @@ from .errors import ZImageRuntimeError
 from .fields import Fields
 
 _MAX_HEADER = 100_000_000
+_MAX_RANK = 64
 _LENGTH = struct.Struct("<Q")
 
 
@@ -85,6 +86,8 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raise TensorFileError(f"{path}: no such file") from None
     except OSError as error:
         raise TensorFileError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise TensorFileError(f"{str(path)!r}: not a possible file name") from None
     try:
         header = json.loads(text)
     except (ValueError, RecursionError):
@@ -118,7 +121,9 @@ def _read_entry(value: object, where: str, path: Path, data_start: int, file_siz
 
 
 def _are_sizes(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+    if not isinstance(value, list) or len(value) > _MAX_RANK:
+        return False
+    return all(type(item) is int and 0 <= item < 2**63 for item in value)
 
 
 def encode_header(tensors: Mapping[str, tuple[DType, tuple[int, ...]]], alignment: int = 64) -> bytes:

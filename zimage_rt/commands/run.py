@@ -1,7 +1,6 @@
 """`zimage-rt run`: a prompt goes in, paths of pictures come out."""
 
 import json
-import re
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from zimage_runtime.console import SizeType
 from zimage_runtime.errors import RequestError
 from zimage_runtime.progress import Progress
 
@@ -19,32 +19,26 @@ if TYPE_CHECKING:
 
     from ..metadata import PictureInfo
 
-_SIZE = re.compile(r"(-?\d+)[xX×](-?\d+)")
-
-
-class SizeType(click.ParamType[tuple[int, int]]):
-    """WIDTHxHEIGHT in pixels."""
-
-    name = "WxH"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        """Parses the text; whether the model can draw that size is the pipeline's to say."""
-        match = _SIZE.fullmatch(value)
-        if not match or len(value) > 40:
-            self.fail(f"{value[:40]!r} is no size; write it like 1024x768", param, ctx)
-        return int(match[1]), int(match[2])
-
 
 @click.command(short_help="Draw pictures from a prompt.")
 @click.argument("prompt", required=False)
-@click.option("-m", "--model", "bundle", type=click.Path(path_type=Path), help="The bundle to draw with.")
+@click.option(
+    "-m", "--model", type=click.Path(), help="The bundle to draw with: a directory, or its name on the Hub, ORG/NAME."
+)
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="PNG, JPEG or WebP file.  [default: zimage-SEED.png]"
 )
 @click.option("--size", type=SizeType(), help="Multiples of 16.  [default: the bundle's own]")
 @click.option("--steps", type=int, help="Denoising steps.  [default: the bundle's own, 8 for Turbo]")
 @click.option("--seed", type=int, help="The same seed draws the same picture.  [default: random]")
-@click.option("-n", "--count", type=int, default=1, show_default=True, help="Pictures, with seeds SEED, SEED+1, …")
+@click.option(
+    "-n",
+    "--count",
+    type=click.IntRange(1, 10_000),
+    default=1,
+    show_default=True,
+    help="Pictures, with seeds SEED, SEED+1, …",
+)
 @click.option(
     "--replay",
     type=click.Path(path_type=Path),
@@ -57,7 +51,7 @@ class SizeType(click.ParamType[tuple[int, int]]):
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 def run(
     prompt: str | None,
-    bundle: Path | None,
+    model: str | None,
     output: Path | None,
     size: tuple[int, int] | None,
     steps: int | None,
@@ -71,6 +65,7 @@ def run(
     quiet: bool,
 ) -> None:
     """Draw pictures of PROMPT and print the path of each file written."""
+    from zimage_runtime.hub import bundle_directory
     from zimage_runtime.pipeline import Pipeline
 
     from ..demo import demo_bundle
@@ -81,10 +76,11 @@ def run(
     if replay and ((size, steps, seed) != (None, None, None) or count != 1):
         raise click.UsageError("--replay takes size, steps and seed from the file; leave these options out")
     start = time.perf_counter()
-    if output is not None:
-        check_output(output)
+    check_output(output)
     recorded = _recorded(replay) if replay else None
-    pipeline = Pipeline.from_bundle(bundle or demo_bundle(), executor, low_memory=low_memory, keep_loaded=False)
+    progress = Progress(quiet)
+    bundle = bundle_directory(model, progress) if model is not None else demo_bundle()
+    pipeline = Pipeline.from_bundle(bundle, executor, low_memory=low_memory, keep_loaded=False)
     if recorded:
         _check_same_bundle(recorded, pipeline, replay)
         prompt, size = recorded.prompt, (recorded.width, recorded.height)
@@ -92,7 +88,7 @@ def run(
     request = pipeline.request(prompt or "", size, steps, seed, count)
     info = None if no_metadata else _describe(pipeline, request)
     report = _Report(as_json)
-    _draw(pipeline, request, _Writer(output, info, len(request.seeds), report), Progress(quiet))
+    _draw(pipeline, request, _Writer(output, info, len(request.seeds), report), progress)
     report.finish(time.perf_counter() - start)
 
 
@@ -143,7 +139,7 @@ class _Report:
     def finish(self, seconds: float) -> None:
         if self.as_json:
             document = {"images": self.pictures, "seconds": round(seconds, 3)}
-            click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+            click.echo(json.dumps(document, indent=2))  # ASCII, so that any path can be printed
 
 
 @dataclass(frozen=True)
@@ -159,7 +155,9 @@ class _Writer:
         """Fails now where writing would fail later for a reason that is known now."""
         from PIL import Image
 
-        self._encode(Image.new("RGB", (1, 1)), 0)
+        from zimage_runtime.noise import MAX_SEED
+
+        self._encode(Image.new("RGB", (1, 1)), MAX_SEED)  # whose metadata is the longest
 
     def write(self, image: "Image", seed: int) -> None:
         from ..outputs import write_picture

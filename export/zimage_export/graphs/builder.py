@@ -5,7 +5,7 @@ few megabytes at any size, and every node, value and initializer bears the name 
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,12 +30,16 @@ _ONNX_TYPES = {
 
 Attribute = int | float | str | Sequence[int]
 
+Storage = Callable[[str, tuple[int, ...]], DType]
+"""The stored type of a weight, by its name and shape."""
+
 
 @dataclass(frozen=True)
 class Graph:
     """A program without its weights."""
 
     program: Program
+    executor: str
     nodes: list[onnx.NodeProto]
     constants: list[onnx.TensorProto]  # small ones, inside the file
     weights: dict[str, tuple[int, ...]]  # name → shape, outside the file
@@ -74,14 +78,19 @@ class Graph:
 
 @dataclass
 class GraphBuilder:
-    """Collects the nodes of one program. Values are the strings that name them."""
+    """Collects the nodes of one program. Values are the strings that name them, and each has an element type."""
 
     program: Program
+    executor: str
     dims: Mapping[str, int]
+    storage: Storage
     _nodes: list[onnx.NodeProto] = field(default_factory=list)
     _constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
     _weights: dict[str, tuple[int, ...]] = field(default_factory=dict)
     _names: set[str] = field(default_factory=set)
+    _types: dict[str, DType] = field(default_factory=dict)
+    _casts: dict[str, str] = field(default_factory=dict)
+    _widening: list[onnx.NodeProto] = field(default_factory=list)  # casts of weights
     _scope: list[str] = field(default_factory=list)
 
     @contextlib.contextmanager
@@ -111,6 +120,9 @@ class GraphBuilder:
             unique = f"{full}_{repeat}"
         self._names.add(unique)
         values = [unique] if outputs == 1 else [f"{unique}.{index}" for index in range(outputs)]
+        known = next((self._types[value] for value in inputs if value in self._types), None)
+        if known is not None:
+            self._types.update(dict.fromkeys(values, known))
         domain = _CONTRIB if contrib else ""
         self._nodes.append(helper.make_node(kind, inputs, values, name=unique, domain=domain, **attributes))
         return values
@@ -119,7 +131,26 @@ class GraphBuilder:
         """A tensor of the component's weights file, by the scope and its name there."""
         full = self._full(name)
         self._weights[full] = tuple(shape)
+        self._types[full] = self.storage(full, tuple(shape))
         return full
+
+    def type_of(self, value: str) -> DType:
+        """The element type of a floating-point value. Inputs and constants are float32."""
+        return self._types.get(value, DType.F32)
+
+    def cast(self, value: str, dtype: DType) -> str:
+        """The value in another element type; the value itself where it has that type."""
+        if self.type_of(value) is dtype:
+            return value
+        key = f"{value}:{dtype}"
+        if key not in self._casts:
+            scope, self._scope = self._scope, []
+            self._casts[key] = self.op("Cast", value, name=f"{value}.{dtype.lower()}", to=_ONNX_TYPES[dtype])
+            self._scope = scope
+            self._types[self._casts[key]] = dtype
+            if value in self._weights:
+                self._widening.append(self._nodes.pop())
+        return self._casts[key]
 
     def constant(self, value: NDArray[np.generic], name: str) -> str:
         """A small tensor inside the file; the same name is the same tensor everywhere."""
@@ -143,8 +174,12 @@ class GraphBuilder:
 
     def output(self, value: str, name: str) -> None:
         """Makes a value an output of the program."""
-        self._nodes.append(helper.make_node("Identity", [value], [name], name=name))
+        self._nodes.append(helper.make_node("Identity", [self.cast(value, DType.F32)], [name], name=name))
 
     def build(self) -> Graph:
         """The finished graph."""
-        return Graph(self.program, self._nodes, list(self._constants.values()), self._weights, self.dims)
+        # ONNX Runtime walks back from the outputs and runs, of a node's inputs, the one that stands later in the file
+        # first. With the casts of weights at the front, each runs just before its layer and is freed after it; left
+        # in place, all of them run before the first layer, and a 16-bit model is in memory in float32.
+        nodes = [*self._widening, *self._nodes]
+        return Graph(self.program, self.executor, nodes, list(self._constants.values()), self._weights, self.dims)

@@ -1,26 +1,39 @@
-"""The layers that the transformer and the text encoder are made of, in the operators that ONNX Runtime's CPU
-kernels are fastest at: `Gemm` on two-dimensional operands, which takes weights as published ([out, in]); fused
-`RMSNormalization` and `RotaryEmbedding`; and an attention that never holds the [tokens, tokens] scores.
+"""The layers that the transformer and the text encoder are made of, in the operators that each executor is best at.
 
-Activations are [batch, tokens, width]; `shape` arguments are int64 vectors of that shape.
+The CPU's: `Gemm` on two-dimensional operands, which takes weights as published ([out, in]); fused
+`RMSNormalization` and `RotaryEmbedding`; and an attention that never holds the [tokens, tokens] scores. CUDA's are
+the same, but for the attention, which is opset 23's and dispatches to flash attention.
+
+Activations are [batch, tokens, width]; `shape` arguments are int64 vectors of that shape. Linears multiply in the
+`compute` type; norms and whatever is added to the residual stream are float32. Values are cast where they must be,
+which in float32 is nowhere.
 """
 
 from dataclasses import dataclass
+
+from zimage_runtime.tensors import DType
 
 from .builder import GraphBuilder
 
 
 @dataclass(frozen=True)
 class Layers:
-    """Layers on a builder. Weights are named by the builder's scope."""
+    """Layers for the CPU. Weights are named by the builder's scope."""
 
     b: GraphBuilder
+    compute: DType = DType.F32
+
+    def weight(self, name: str, shape: tuple[int, ...], dtype: DType = DType.F32) -> str:
+        """A tensor of the weights file, in the element type that its user needs."""
+        return self.b.cast(self.b.weight(name, shape), dtype)
 
     def linear(self, x: str, name: str, out_width: int, in_width: int, *, bias: bool = False) -> str:
-        """A linear layer on rows [rows, in_width] → [rows, out_width]."""
-        inputs = [x, self.b.weight(f"{name}.weight", (out_width, in_width))]
+        """A linear layer on rows [rows, in_width] → [rows, out_width]. One stored in float32 is computed in it."""
+        weight = self.b.weight(f"{name}.weight", (out_width, in_width))
+        compute = DType.F32 if self.b.type_of(weight) is DType.F32 else self.compute
+        inputs = [self.b.cast(x, compute), self.b.cast(weight, compute)]
         if bias:
-            inputs.append(self.b.weight(f"{name}.bias", (out_width,)))
+            inputs.append(self.weight(f"{name}.bias", (out_width,), compute))
         return self.b.op("Gemm", *inputs, name=name, transB=1)
 
     def rows(self, x: str, width: int, name: str = "rows") -> str:
@@ -32,7 +45,8 @@ class Layers:
         return self.b.op("Reshape", x, shape, name=name)
 
     def rms_norm(self, x: str, scale: str, epsilon: float, name: str) -> str:
-        """Root mean square norm over the last axis, times `scale` (a value, [width])."""
+        """Root mean square norm over the last axis, times `scale` (a value, [width]), in float32."""
+        x = self.b.cast(x, DType.F32)
         return self.b.op("RMSNormalization", x, scale, name=name, axis=-1, epsilon=epsilon)
 
     def rotary(self, x: str, cos: str, sin: str, heads: int, name: str, *, interleaved: bool) -> str:
@@ -40,16 +54,22 @@ class Layers:
 
         `interleaved` rotates neighbouring channels (Z-Image), otherwise a head's two halves (Qwen).
         """
-        return self.b.op("RotaryEmbedding", x, cos, sin, "", name=name, interleaved=int(interleaved), num_heads=heads)
+        dtype = self.b.type_of(x)
+        tables = [self.b.cast(table, dtype) for table in (cos, sin)]
+        return self.b.op("RotaryEmbedding", x, *tables, "", name=name, interleaved=int(interleaved), num_heads=heads)
 
     def head_norm(self, x: str, name: str, head_dim: int, epsilon: float) -> str:
-        """Normalizes each head of a query or key: [rows, heads * head_dim] → [rows * heads, head_dim]."""
+        """Normalizes each head of a query or key: [rows, heads * head_dim] → [rows * heads, head_dim].
+
+        The operator itself computes in float32, whatever it reads and writes.
+        """
         heads = self.rows(x, head_dim, name=f"{name}.heads")
-        return self.rms_norm(heads, self.b.weight(f"{name}.weight", (head_dim,)), epsilon, name)
+        scale = self.weight(f"{name}.weight", (head_dim,), self.b.type_of(x))
+        return self.b.op("RMSNormalization", heads, scale, name=name, axis=-1, epsilon=epsilon)
 
     def attention(self, q: str, k: str, v: str, heads: int, name: str = "scores") -> str:
         """Full attention of [batch, tokens, heads * head_dim]."""
-        # the contrib operator is a third faster than opset 23's and blocks over the keys
+        # the contrib operator is a little faster than opset 23's and blocks over the keys
         return self.b.op("MultiHeadAttention", q, k, v, name=name, contrib=True, num_heads=heads)
 
     def causal_attention(self, q: str, k: str, v: str, heads: int, kv_heads: int, name: str = "scores") -> str:
@@ -60,8 +80,27 @@ class Layers:
         """x * sigmoid(x); ONNX Runtime fuses the two."""
         return self.b.op("Mul", x, self.b.op("Sigmoid", x, name=f"{name}.sigmoid"), name=name)
 
-    def gated(self, x: str, gate: str, up: str, down: str, width: int, inner: int) -> str:
-        """SwiGLU on rows: down(silu(gate(x)) * up(x)); the three are the names of linear layers."""
-        gate_out = self.silu(self.linear(x, gate, inner, width), f"{gate}.silu")
+    def scaled(self, x: str, exponent: int, name: str) -> str:
+        """x * 2**exponent in x's own type; nothing where the exponent is 0."""
+        if exponent == 0:
+            return x
+        return self.b.op("Mul", x, self.b.cast(self.b.number(2.0**exponent), self.b.type_of(x)), name=name)
+
+    def gated(self, x: str, gate: str, up: str, down: str, width: int, inner: int, exponent: int = 0) -> str:
+        """SwiGLU on rows: down(silu(gate(x)) * up(x) * 2**exponent); the three are the names of linear layers."""
+        gate_out = self.scaled(self.silu(self.linear(x, gate, inner, width), f"{gate}.silu"), exponent, "range")
         product = self.b.op("Mul", gate_out, self.linear(x, up, inner, width), name="product")
         return self.linear(product, down, width, inner)
+
+    def residual(self, x: str, update: str, name: str) -> str:
+        """Adds a branch to the residual stream, which is float32."""
+        return self.b.op("Add", x, self.b.cast(update, DType.F32), name=name)
+
+
+@dataclass(frozen=True)
+class CudaLayers(Layers):
+    """Layers for CUDA: operators of opset 23 alone."""
+
+    def attention(self, q: str, k: str, v: str, heads: int, name: str = "scores") -> str:
+        """Full attention of [batch, tokens, heads * head_dim]."""
+        return self.b.op("Attention", q, k, v, name=name, q_num_heads=heads, kv_num_heads=heads)

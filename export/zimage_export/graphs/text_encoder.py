@@ -8,9 +8,12 @@ from dataclasses import dataclass
 
 from zimage_runtime.config import TextEncoderConfig
 from zimage_runtime.contracts import Program
+from zimage_runtime.tensors import DType
 
-from .builder import Graph, GraphBuilder
+from .builder import Graph
+from .folds import BlockFold
 from .layers import Layers
+from .target import Target
 
 
 @dataclass(frozen=True)
@@ -18,39 +21,37 @@ class TextEncoderGraph:
     """Builds the text encoder's program from its configuration."""
 
     config: TextEncoderConfig
+    target: Target
 
     def build(self) -> Graph:
         """Prompt embeddings → hidden states."""
         c = self.config
-        b = GraphBuilder(Program.TEXT_ENCODER, {"hidden_size": c.hidden_size, "half_head": c.head_dim // 2})
-        layers = Layers(b)
+        b = self.target.builder(Program.TEXT_ENCODER, {"hidden_size": c.hidden_size, "half_head": c.head_dim // 2})
+        layers = self.target.layers(b)
         x = "inputs_embeds"
         shape = b.op("Shape", x, name="shape")
         for index in range(c.used_layers):
+            fold = self.target.fold("text_encoder", f"layers.{index}")
             with b.scope(f"layers.{index}"):
-                x = self._layer(layers, x, shape)
+                x = self._layer(layers, x, shape, fold)
         b.output(x, "hidden_states")
         return b.build()
 
-    def _layer(self, layers: Layers, x: str, shape: str) -> str:
+    def _layer(self, layers: Layers, x: str, shape: str, fold: BlockFold) -> str:
         c, b = self.config, layers.b
         scale = b.weight("input_layernorm.weight", (c.hidden_size,))
         h = layers.rms_norm(x, scale, c.rms_norm_eps, "input_layernorm")
         with b.scope("self_attn"):
             h = self._attention(layers, layers.rows(h, c.hidden_size))
-        x = b.op("Add", x, layers.reshape(h, shape, "attention_update"), name="attention_residual")
+        h = b.cast(layers.reshape(h, shape, "attention_update"), DType.F32)
+        x = layers.residual(x, layers.scaled(h, fold.attention, "attention_range"), "attention_residual")
         scale = b.weight("post_attention_layernorm.weight", (c.hidden_size,))
         h = layers.rms_norm(x, scale, c.rms_norm_eps, "post_attention_layernorm")
         with b.scope("mlp"):
-            h = layers.gated(
-                layers.rows(h, c.hidden_size),
-                "gate_proj",
-                "up_proj",
-                "down_proj",
-                c.hidden_size,
-                c.intermediate_size,
-            )
-        return b.op("Add", x, layers.reshape(h, shape, "mlp_update"), name="mlp_residual")
+            names = ("gate_proj", "up_proj", "down_proj")
+            h = layers.gated(layers.rows(h, c.hidden_size), *names, c.hidden_size, c.intermediate_size, -fold.product)
+        h = b.cast(layers.reshape(h, shape, "mlp_update"), DType.F32)
+        return layers.residual(x, layers.scaled(h, fold.ffn + fold.product, "mlp_range"), "mlp_residual")
 
     def _attention(self, layers: Layers, x: str) -> str:
         c, b = self.config, layers.b

@@ -17,6 +17,7 @@ from zimage_runtime.contracts import Program
 
 from .builder import Graph, GraphBuilder
 from .layers import Layers
+from .target import Target
 
 _QK_NORM_EPS = 1e-5  # fixed in diffusers, whatever norm_eps is
 _FINAL_NORM_EPS = 1e-6
@@ -46,6 +47,7 @@ class TransformerGraphs:
     """Builds the transformer's programs from its configuration."""
 
     config: TransformerConfig
+    target: Target
 
     def build(self) -> list[Graph]:
         """Caption, modulation and denoiser."""
@@ -53,7 +55,7 @@ class TransformerGraphs:
 
     def _builder(self, program: Program) -> GraphBuilder:
         c = self.config
-        return GraphBuilder(
+        return self.target.builder(
             program,
             {
                 "dim": c.dim,
@@ -67,7 +69,7 @@ class TransformerGraphs:
     def caption(self) -> Graph:
         """Hidden states → caption tokens: norm, linear, pads, context refiners."""
         c, b = self.config, self._builder(Program.CAPTION)
-        layers = Layers(b)
+        layers = self.target.layers(b)
         scale = b.weight("cap_embedder.0.weight", (c.cap_feat_dim,))
         x = layers.rms_norm("hidden_states", scale, c.norm_eps, "cap_embedder.0")
         x = layers.linear(layers.rows(x, c.cap_feat_dim), "cap_embedder.1", c.dim, c.cap_feat_dim, bias=True)
@@ -75,16 +77,17 @@ class TransformerGraphs:
         x = self._pad(b, x, b.weight("cap_pad_token", (1, c.dim)), "cos", "cap_pad")
         shape = b.op("Shape", x, name="shape")
         for index in range(c.n_refiner_layers):
-            with b.scope(f"context_refiner.{index}"):
+            block = f"context_refiner.{index}"
+            with b.scope(block):
                 norms = Norms(*(b.weight(f"{name}.weight", (c.dim,)) for name in _NORMS))
-                x = self._block(layers, x, shape, norms, Tables("cos", "sin"))
+            x = self._block(layers, x, shape, norms, Tables("cos", "sin"), block)
         b.output(x, "caption")
         return b.build()
 
     def modulation(self) -> Graph:
         """Timesteps → what each block's norms multiply by, and the final norm's scale."""
         c, b = self.config, self._builder(Program.MODULATION)
-        layers = Layers(b)
+        layers = self.target.layers(b)
         embedding = self._timestep_embedding(b, layers)
         tables = [self._block_modulation(b, layers, embedding, scope) for scope in self._modulated()]
         b.output(b.op("Concat", *tables, name="stack", axis=1), "modulation")
@@ -102,7 +105,8 @@ class TransformerGraphs:
 
     def _timestep_embedding(self, b: GraphBuilder, layers: Layers) -> str:
         exponents = np.arange(_FREQUENCIES, dtype=np.float32) / np.float32(_FREQUENCIES)
-        frequencies = np.exp(np.float32(-np.log(10000.0)) * exponents)[None]
+        # float32's own exp is off by a bit or two, which timesteps up to 1000 turn into 6e-5 of an angle
+        frequencies = np.exp(np.float64(np.float32(-np.log(10000.0)) * exponents)).astype(np.float32)[None]
         with b.scope("t_embedder"):
             t = b.op("Mul", "timesteps", b.number(self.config.t_scale), name="scaled")
             t = b.op("Unsqueeze", t, b.integers(1), name="column")
@@ -131,7 +135,7 @@ class TransformerGraphs:
     def denoiser(self) -> Graph:
         """Latents → velocity: one step of the transformer over [image, caption]."""
         c, b = self.config, self._builder(Program.DENOISER)
-        layers = Layers(b)
+        layers = self.target.layers(b)
         batch = b.dim("latents", 0, "batch")
         image_tables, all_tables = self._tables(b, batch)
         tokens, grid = self._patchify(b, layers, batch)
@@ -139,8 +143,7 @@ class TransformerGraphs:
         norms = self._norm_rows(b)
         shape = b.op("Shape", x, name="image_shape")
         for index in range(c.n_refiner_layers):
-            with b.scope(f"noise_refiner.{index}"):
-                x = self._block(layers, x, shape, norms[index], image_tables)
+            x = self._block(layers, x, shape, norms[index], image_tables, f"noise_refiner.{index}")
         caption = b.op(
             "Expand",
             "caption",
@@ -150,8 +153,7 @@ class TransformerGraphs:
         x = b.op("Concat", x, caption, name="unified", axis=1)
         shape = b.op("Shape", x, name="unified_shape")
         for index in range(c.n_layers):
-            with b.scope(f"layers.{index}"):
-                x = self._block(layers, x, shape, norms[c.n_refiner_layers + index], all_tables)
+            x = self._block(layers, x, shape, norms[c.n_refiner_layers + index], all_tables, f"layers.{index}")
         count = b.dim(tokens, 1, "image_count")
         x = b.op("Slice", x, b.integers(0), count, b.integers(1), name="image_only")
         with b.scope(f"all_final_layer.{_PATCH}"):
@@ -209,20 +211,20 @@ class TransformerGraphs:
             shape = b.op("Concat", batch or b.integers(1), missing, b.integers(self.config.dim), name="shape", axis=0)
             return b.op("Concat", x, b.op("Expand", token, shape, name="tokens"), name="padded_tokens", axis=1)
 
-    def _block(self, layers: Layers, x: str, shape: str, norms: Norms, tables: Tables) -> str:
+    def _block(self, layers: Layers, x: str, shape: str, norms: Norms, tables: Tables, block: str) -> str:
         c, b = self.config, layers.b
-        h = layers.rms_norm(x, norms.attention_in, c.norm_eps, "attention_norm1")
-        with b.scope("attention"):
-            h = self._attention(layers, layers.rows(h, c.dim), shape, tables)
-        h = layers.reshape(
-            layers.rms_norm(h, norms.attention_out, c.norm_eps, "attention_norm2"), shape, "attention_update"
-        )
-        x = b.op("Add", x, h, name="attention_residual")
-        h = layers.rms_norm(x, norms.ffn_in, c.norm_eps, "ffn_norm1")
-        with b.scope("feed_forward"):
-            h = layers.gated(layers.rows(h, c.dim), "w1", "w3", "w2", c.dim, c.ffn_dim)
-        h = layers.reshape(layers.rms_norm(h, norms.ffn_out, c.norm_eps, "ffn_norm2"), shape, "ffn_update")
-        return b.op("Add", x, h, name="ffn_residual")
+        fold = self.target.fold("transformer", block)
+        with b.scope(block):
+            h = layers.rms_norm(x, norms.attention_in, c.norm_eps, "attention_norm1")
+            with b.scope("attention"):
+                h = self._attention(layers, layers.rows(h, c.dim), shape, tables)
+            h = layers.rms_norm(h, norms.attention_out, _folded(c.norm_eps, fold.attention), "attention_norm2")
+            x = layers.residual(x, layers.reshape(h, shape, "attention_update"), "attention_residual")
+            h = layers.rms_norm(x, norms.ffn_in, c.norm_eps, "ffn_norm1")
+            with b.scope("feed_forward"):
+                h = layers.gated(layers.rows(h, c.dim), "w1", "w3", "w2", c.dim, c.ffn_dim, -fold.product)
+            h = layers.rms_norm(h, norms.ffn_out, _folded(c.norm_eps, fold.ffn + fold.product), "ffn_norm2")
+            return layers.residual(x, layers.reshape(h, shape, "ffn_update"), "ffn_residual")
 
     def _attention(self, layers: Layers, x: str, shape: str, tables: Tables) -> str:
         c = self.config
@@ -237,3 +239,8 @@ class TransformerGraphs:
 
 
 _NORMS = ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")
+
+
+def _folded(epsilon: float, exponent: int) -> float:
+    """A norm's epsilon, for an input that is divided by 2**exponent."""
+    return float(epsilon * 2.0 ** (-2 * exponent))

@@ -10,9 +10,10 @@ import numpy as np
 
 from zimage_runtime.config import VaeConfig
 from zimage_runtime.contracts import Program
+from zimage_runtime.tensors import DType
 
 from .builder import Graph, GraphBuilder
-from .layers import Layers
+from .target import Target
 
 _EPS = 1e-6
 _LOGVAR_RANGE = (-30.0, 20.0)
@@ -23,6 +24,7 @@ class VaeGraphs:
     """Builds the autoencoder's programs from its configuration."""
 
     config: VaeConfig
+    target: Target
 
     def build(self) -> list[Graph]:
         """Decoder and encoder."""
@@ -30,7 +32,7 @@ class VaeGraphs:
 
     def decoder(self) -> Graph:
         """Latents → picture."""
-        c, b = self.config, GraphBuilder(Program.DECODER, {"latent_channels": self.config.latent_channels})
+        c, b = self.config, self.target.builder(Program.DECODER, {"latent_channels": self.config.latent_channels})
         channels = c.block_out_channels[::-1]
         with b.scope("decoder"):
             x = self._conv(b, "latents", "conv_in", channels[0], c.latent_channels)
@@ -49,7 +51,7 @@ class VaeGraphs:
 
     def encoder(self) -> Graph:
         """Picture → mean and log-variance of the latents."""
-        c, b = self.config, GraphBuilder(Program.ENCODER, {"latent_channels": self.config.latent_channels})
+        c, b = self.config, self.target.builder(Program.ENCODER, {"latent_channels": self.config.latent_channels})
         channels = c.block_out_channels
         with b.scope("encoder"):
             x = self._conv(b, "image", "conv_in", channels[0], c.in_channels)
@@ -63,7 +65,7 @@ class VaeGraphs:
                         x = self._conv(b, x, "downsamplers.0.conv", width, width, strides=2, pads=(0, 0, 1, 1))
             x = self._middle(b, x, width)
             x = self._norm_silu(b, x, "conv_norm_out", width)
-            moments = self._conv(b, x, "conv_out", 2 * c.latent_channels, width)
+            moments = b.cast(self._conv(b, x, "conv_out", 2 * c.latent_channels, width), DType.F32)
             mean, logvar = b.ops("Split", moments, name="moments", outputs=2, axis=1, num_outputs=2)
             low, high = (b.number(value) for value in _LOGVAR_RANGE)
             logvar = b.op("Clip", logvar, low, high, name="logvar_clamped")
@@ -82,25 +84,19 @@ class VaeGraphs:
         strides: int = 1,
         pads: tuple[int, int, int, int] = (1, 1, 1, 1),
     ) -> str:
-        weight = b.weight(f"{name}.weight", (out_width, in_width, kernel, kernel))
-        bias = b.weight(f"{name}.bias", (out_width,))
-        return b.op(
-            "Conv",
-            x,
-            weight,
-            bias,
-            name=name,
-            kernel_shape=[kernel] * 2,
-            strides=[strides] * 2,
-            pads=list(pads),
-        )
+        layers = self.target.layers(b)
+        weight = layers.weight(f"{name}.weight", (out_width, in_width, kernel, kernel), layers.compute)
+        bias = layers.weight(f"{name}.bias", (out_width,), layers.compute)
+        inputs = [b.cast(x, layers.compute), weight, bias]
+        shape, steps = [kernel] * 2, [strides] * 2
+        return b.op("Conv", *inputs, name=name, kernel_shape=shape, strides=steps, pads=pads)
 
     def _group_norm(self, b: GraphBuilder, x: str, name: str, width: int) -> str:
         groups = self.config.norm_num_groups
         shape = b.op("Shape", x, name=f"{name}.shape")
         ones = b.constant(np.ones(groups, np.float32), f"ones_{groups}")
         zeros = b.constant(np.zeros(groups, np.float32), f"zeros_{groups}")
-        h = b.op("Reshape", x, b.integers(0, groups, -1), name=f"{name}.groups")
+        h = b.op("Reshape", b.cast(x, DType.F32), b.integers(0, groups, -1), name=f"{name}.groups")
         h = b.op("InstanceNormalization", h, ones, zeros, name=f"{name}.normalized", epsilon=_EPS)
         h = b.op("Reshape", h, shape, name=f"{name}.channels")
         factors = [
@@ -116,7 +112,7 @@ class VaeGraphs:
         return b.op("Add", h, factors[1], name=name)
 
     def _norm_silu(self, b: GraphBuilder, x: str, name: str, width: int) -> str:
-        return Layers(b).silu(self._group_norm(b, x, name, width), f"{name}.silu")
+        return self.target.layers(b).silu(self._group_norm(b, x, name, width), f"{name}.silu")
 
     def _resnet(self, b: GraphBuilder, x: str, name: str, out_width: int, in_width: int) -> str:
         with b.scope(name):
@@ -124,7 +120,7 @@ class VaeGraphs:
             h = self._conv(b, self._norm_silu(b, h, "norm2", out_width), "conv2", out_width, out_width)
             if in_width != out_width:
                 x = self._conv(b, x, "conv_shortcut", out_width, in_width, kernel=1, pads=(0, 0, 0, 0))
-            return b.op("Add", x, h, name="residual")
+            return b.op("Add", x, b.cast(h, b.type_of(x)), name="residual")
 
     def _middle(self, b: GraphBuilder, x: str, width: int) -> str:
         with b.scope("mid_block"):
@@ -135,7 +131,7 @@ class VaeGraphs:
 
     def _attention(self, b: GraphBuilder, x: str, width: int) -> str:
         """One head over all latent positions."""
-        layers = Layers(b)
+        layers = self.target.layers(b)
         tokens = b.op("Concat", b.dim(x, 0, "batch"), b.integers(-1, width), name="tokens.shape", axis=0)
         h = self._group_norm(b, x, "group_norm", width)
         h = b.op("Reshape", h, b.integers(0, width, -1), name="positions")
@@ -148,7 +144,7 @@ class VaeGraphs:
         h = layers.reshape(layers.linear(h, "to_out.0", width, width, bias=True), tokens, "update.tokens")
         h = b.op("Transpose", h, name="channels_first", perm=[0, 2, 1])
         h = layers.reshape(h, b.op("Shape", x, name="shape"), "update")
-        return b.op("Add", x, h, name="residual")
+        return b.op("Add", x, b.cast(h, b.type_of(x)), name="residual")
 
     def _upsample(self, b: GraphBuilder, x: str, width: int) -> str:
         scales = b.constant(np.array([1, 1, 2, 2], dtype=np.float32), "scales_1_1_2_2")

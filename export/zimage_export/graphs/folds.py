@@ -1,0 +1,51 @@
+"""Powers of two that are divided out of weights so that fp16 does not overflow, without changing any result.
+
+Two results of a transformer block leave fp16's range in the published model: the attention's out-projection and the
+SwiGLU product that goes into `w2`. Both branches end in an RMS norm, which ignores the scale of what it is given. So
+`to_out` and `w3` are divided by 2**k, and that norm's epsilon by 2**2k: the same result, bit for bit, in float32 and
+bf16. In Qwen3 the branches end in the residual stream; there `v_proj` and `up_proj` are divided, and the branch's
+output is multiplied back in float32.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class BlockFold:
+    """The exponents k of one block. Zero leaves the block as published."""
+
+    attention: int = 0  # divided out of to_out (Qwen3: v_proj)
+    ffn: int = 0  # divided out of w3 (Qwen3: up_proj)
+    product: int = 0  # divided out of the SwiGLU product by a multiplication, where weights cannot take more
+
+
+Folds = Mapping[str, BlockFold]
+"""By block: `layers.7`, `noise_refiner.0`, `context_refiner.1`."""
+
+NO_FOLD = BlockFold()
+
+_ATTENTION = ("attention.to_out.0.weight", "self_attn.v_proj.weight")
+_FFN = ("feed_forward.w3.weight", "mlp.up_proj.weight")
+
+
+def weight_exponent(folds: Folds, name: str) -> int:
+    """The power of two that a stored weight is multiplied by: 0 or less."""
+    block, tail = _split(name)
+    fold = folds.get(block, NO_FOLD)
+    if tail in _ATTENTION:
+        return -fold.attention
+    if tail in _FFN:
+        return -fold.ffn
+    return 0
+
+
+def folded_weights(block: str) -> tuple[tuple[str, str], ...]:
+    """The names that a block's attention and feed-forward exponents apply to, one pair an architecture."""
+    return tuple((f"{block}.{attention}", f"{block}.{ffn}") for attention, ffn in zip(_ATTENTION, _FFN, strict=True))
+
+
+def _split(name: str) -> tuple[str, str]:
+    """`layers.7.attention.to_q.weight` → (`layers.7`, `attention.to_q.weight`)."""
+    parts = name.split(".", 2)
+    return (f"{parts[0]}.{parts[1]}", parts[2]) if len(parts) == 3 else ("", name)

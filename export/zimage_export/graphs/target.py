@@ -1,0 +1,42 @@
+"""What a program is built for: an executor, a precision, and the folds of its weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from zimage_runtime.contracts import Program
+from zimage_runtime.manifest import CPU, CUDA, Precision
+from zimage_runtime.tensors import DType
+
+from ..precision import StoragePolicy
+from .builder import GraphBuilder
+from .folds import NO_FOLD, BlockFold, Folds
+from .layers import CudaLayers, Layers
+
+EXECUTORS = (CPU, CUDA)
+"""The executors whose programs a bundle holds."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Decides operators and element types, so that the graphs need not know of them."""
+
+    executor: str = CPU
+    policy: StoragePolicy = field(default_factory=lambda: StoragePolicy(Precision.FP32))
+    folds: Mapping[str, Folds] = field(default_factory=dict)  # by component
+
+    def builder(self, program: Program, dims: Mapping[str, int]) -> GraphBuilder:
+        """A builder for one program."""
+        component = program.component
+        return GraphBuilder(
+            program, self.executor, dims, lambda name, shape: self.policy.storage(component, name, shape)
+        )
+
+    def layers(self, b: GraphBuilder) -> Layers:
+        """The layers of a program. Modulation always runs on the CPU."""
+        if self.executor == CPU or b.program is Program.MODULATION:
+            return Layers(b, DType.F32)
+        return CudaLayers(b, self.policy.cuda_compute(b.program.component))
+
+    def fold(self, component: str, block: str) -> BlockFold:
+        """The folds of one block."""
+        return self.folds.get(component, {}).get(block, NO_FOLD)

@@ -1,0 +1,86 @@
+"""Distances between a bundle and its checkpoint: how they are computed, told and judged."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from zimage_runtime.contracts import Program
+from zimage_runtime.executor import Floats
+from zimage_runtime.manifest import Manifest, Precision
+
+from .errors import ExportError
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a precision may be off by."""
+
+    latents: float  # relative error after the last step
+    psnr_db: float  # of the picture
+    max_difference: int = 255  # of a pixel's channel, in 255ths
+
+
+GATES = {
+    Precision.FP32: Gate(latents=1e-4, psnr_db=48.0, max_difference=1),
+    # twenty times what a small model shows: errors grow with depth, and few-step pictures with them
+    Precision.BF16: Gate(latents=0.1, psnr_db=25.0),
+    Precision.FP16: Gate(latents=0.02, psnr_db=35.0),
+}
+
+
+def relative_error(value: Floats, expected: Floats) -> float:
+    """The norm of the difference over the norm of what was expected."""
+    difference = np.linalg.norm(value.astype(np.float64) - expected.astype(np.float64))
+    return float(difference / np.linalg.norm(expected.astype(np.float64)))
+
+
+def summarize(measured: Sequence[dict[str, float]], name: str, size: str, steps: int) -> dict[str, Any]:
+    """The worst over the prompts. A PSNR of null stands for identical pictures."""
+    worst = {key: max(m[key] for m in measured) for key in measured[0]}
+    components = {p.value: _rounded(worst[p.value]) for p in Program}
+    mean_square = worst["mean_square"]
+    psnr = round(10 * math.log10(255**2 / mean_square), 2) if mean_square else None
+    return {
+        "reference": f"{name} with diffusers in float32",
+        "executor": "cpu",
+        "size": size,
+        "steps": steps,
+        "prompts": len(measured),
+        "relative_error": components,
+        "latents": _rounded(worst["latents"]),
+        "picture": {"psnr_db": psnr, "max_difference": int(worst["max_difference"])},
+    }
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+def check_gate(parity: dict[str, Any], manifest: Manifest) -> None:
+    """Raises `ExportError` for a bundle that is further off than its precision may be."""
+    gate = GATES[manifest.precision]
+    latents, difference = parity["latents"], parity["picture"]["max_difference"]
+    psnr = parity["picture"]["psnr_db"]
+    psnr = math.inf if psnr is None else psnr
+    if not (latents <= gate.latents and difference <= gate.max_difference and psnr >= gate.psnr_db):
+        raise ExportError(
+            f"the bundle is further from its checkpoint than {manifest.precision} allows: latents {latents} "
+            f"(at most {gate.latents}), picture {psnr} dB (at least {gate.psnr_db}), pixels {difference}/255 "
+            f"(at most {gate.max_difference}/255)"
+        )
+
+
+def parity_table(parity: dict[str, Any]) -> str:
+    """The parity document as a table for people."""
+    picture = parity["picture"]
+    psnr = "identical" if picture["psnr_db"] is None else f"{picture['psnr_db']} dB"
+    rows = [*((name, f"{error:.2e}") for name, error in parity["relative_error"].items())]
+    rows += [
+        ("latents", f"{parity['latents']:.2e}"),
+        ("picture", f"{psnr}, at most {picture['max_difference']}/255 off"),
+    ]
+    title = f"against {parity['reference']}, {parity['size']}, {parity['steps']} steps, {parity['prompts']} prompts"
+    return "\n".join([title, *(f"  {name:<14}{value}" for name, value in rows)])

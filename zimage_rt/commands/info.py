@@ -1,0 +1,163 @@
+"""`zimage-rt info`: what a bundle holds, and whether it is still what was written."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from zimage_runtime.errors import BundleError
+from zimage_runtime.progress import Progress
+
+if TYPE_CHECKING:
+    from zimage_runtime.bundle import Bundle
+    from zimage_runtime.config import ModelConfig
+
+_LABEL_WIDTH = 16
+
+
+@click.command(short_help="Show what a bundle holds.")
+@click.argument("bundle", type=click.Path())
+@click.option("--verify", is_flag=True, help="Read every file and check that it is as it was written.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of lines.")
+def info(bundle: str, verify: bool, as_json: bool) -> None:
+    """Show what BUNDLE holds: its source, dimensions, sizes, programs and measured distance to the checkpoint.
+
+    BUNDLE is a directory, or the name of a bundle on the Hub, ORG/NAME, which is fetched.
+    """
+    from zimage_runtime.bundle import Bundle
+    from zimage_runtime.hub import bundle_directory
+
+    opened = Bundle.open(bundle_directory(bundle))
+    if not as_json:
+        for line in _lines(opened):
+            click.echo(line)
+    altered = _verify(opened) if verify else None
+    if as_json:
+        document = {**_document(opened), "verified": altered is None if verify else None}
+        click.echo(json.dumps(document, indent=2))  # ASCII: a manifest may hold what stdout cannot encode
+    if altered:
+        raise altered
+    if verify and not as_json:
+        click.echo(f"all {len(opened.manifest.files)} files are as written")
+
+
+def _verify(bundle: "Bundle") -> BundleError | None:
+    """Hashes every file; returns the error that names the altered ones, so that a document can be printed first."""
+    with Progress().task("verifying", bundle.size, in_bytes=True) as advance:
+        try:
+            bundle.verify(advance)
+        except BundleError as error:
+            return error
+    return None
+
+
+def _document(bundle: "Bundle") -> dict[str, Any]:
+    manifest = bundle.manifest
+    return {
+        "path": str(bundle.root),
+        "name": manifest.name,
+        "source": vars(manifest.source),
+        "precision": manifest.precision.value,
+        "exporter": manifest.exporter,
+        "config": manifest.config.to_json(),
+        "defaults": vars(manifest.defaults),
+        "bytes": bundle.size,
+        "files": len(manifest.files),
+        "components": _sizes(bundle),
+        "programs": _programs(bundle),
+        "self_check": manifest.self_check,
+        "parity": manifest.parity,
+        "fingerprint": manifest.fingerprint,
+    }
+
+
+def _lines(bundle: "Bundle") -> Iterator[str]:
+    manifest = bundle.manifest
+    source, defaults = manifest.source, manifest.defaults
+    yield _line("name", manifest.name)
+    yield _line("source", source.name + (f", revision {source.revision}" if source.revision else ""))
+    yield _line("precision", manifest.precision.value)
+    yield _line("exporter", manifest.exporter)
+    for part, dimensions in _dimensions(manifest.config).items():
+        yield _line(part, dimensions)
+    yield _line("default", f"{defaults.width}x{defaults.height}, {defaults.steps} steps")
+    yield _line("size", f"{_readable(bundle.size)} in {len(manifest.files)} files")
+    for component, size in _sizes(bundle).items():
+        yield _line(f"  {component}", _readable(size))
+    for executor, programs in _programs(bundle).items():
+        yield _line(f"runs on {executor}", ", ".join(programs))
+    if manifest.parity is None:
+        yield _line("parity", "not measured")
+    else:
+        yield "parity"
+        yield from _nested(manifest.parity, depth=1)
+    yield _line("fingerprint", manifest.fingerprint)
+
+
+def _line(label: str, text: str) -> str:
+    return f"{_printable(label):<{_LABEL_WIDTH}}  {_printable(text)}"
+
+
+def _printable(text: str) -> str:
+    """Text from a manifest without what would steer a terminal or break the line."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def _dimensions(config: "ModelConfig") -> dict[str, str]:
+    encoder, transformer, vae, scheduler = config.text_encoder, config.transformer, config.vae, config.scheduler
+    return {
+        "text encoder": (
+            f"{encoder.used_layers} of {encoder.num_hidden_layers} layers, width {encoder.hidden_size}, "
+            f"{encoder.num_attention_heads} heads ({encoder.num_key_value_heads} for keys and values), "
+            f"{encoder.vocab_size} tokens"
+        ),
+        "transformer": (
+            f"{transformer.n_layers} layers and 2 x {transformer.n_refiner_layers} refiners, "
+            f"width {transformer.dim}, {transformer.n_heads} heads"
+        ),
+        "vae": f"{vae.latent_channels} channels, {vae.scale} pixels a latent, widths {list(vae.block_out_channels)}",
+        "scheduler": f"flow matching, shift {scheduler.shift:g}",
+    }
+
+
+def _sizes(bundle: "Bundle") -> dict[str, int]:
+    """Bytes by the folder that holds them; files beside the manifest go by their own names."""
+    sizes: dict[str, int] = {}
+    for path, record in bundle.manifest.files.items():
+        folder = path.partition("/")[0]
+        sizes[folder] = sizes.get(folder, 0) + record.size
+    return sizes
+
+
+def _programs(bundle: "Bundle") -> dict[str, list[str]]:
+    """The programs that each executor has, by executor."""
+    programs: dict[str, list[str]] = {}
+    for program, records in bundle.manifest.programs.items():
+        for executor in records:
+            programs.setdefault(executor, []).append(program.value)
+    return programs
+
+
+def _nested(values: Mapping[str, Any], depth: int) -> Iterator[str]:
+    """Numbers as `key: value`, a level of indentation for each object; which there are is the exporter's to say."""
+    for key, value in values.items():
+        indent = "  " * depth + _printable(key)
+        if isinstance(value, Mapping):
+            yield f"{indent}:"
+            yield from _nested(value, depth + 1)
+        else:
+            text = f"{value:.4g}" if isinstance(value, float) else str(value)
+            yield f"{indent}: {_printable(text)}"
+
+
+def _readable(size: int) -> str:
+    """A size in the decimal unit that fits it."""
+    if size < 1000:
+        return f"{size} B"
+    amount = size / 1000
+    for unit in ("kB", "MB"):
+        if amount < 1000:
+            return f"{amount:.2f} {unit}"
+        amount /= 1000
+    return f"{amount:.2f} GB"

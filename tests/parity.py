@@ -1,0 +1,85 @@
+"""The fp32 quality gate, and the two ways of drawing that it compares.
+
+The gate: with the same prompt, size, steps and seed, the latents after the last step are within 1e-4 of diffusers'
+(norm of the difference over the norm), and no channel of a pixel differs by more than 1 of 255.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zimage_runtime.pipeline import PictureEvent, Pipeline
+
+LATENTS_TOLERANCE = 1e-4
+PIXEL_TOLERANCE = 1
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One picture to draw."""
+
+    prompt: str
+    size: tuple[int, int] = (64, 64)  # width, height
+    steps: int = 4
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What came of it."""
+
+    latents: Floats  # [channels, height / 8, width / 8], after the last step
+    pixels: NDArray[np.uint8]  # [height, width, 3]
+
+
+def draw(pipeline: Pipeline, case: Case, count: int = 1, batch_size: int = 1) -> list[Drawing]:
+    """Draws `count` pictures with our pipeline, from the case's seed on."""
+    events = pipeline.stream(case.prompt, case.size, case.steps, case.seed, count, batch_size)
+    return [Drawing(e.latents, np.asarray(e.image)) for e in events if isinstance(e, PictureEvent)]
+
+
+def draw_with_diffusers(pipeline: Any, case: Case) -> Drawing:
+    """Draws one picture with diffusers: its pipeline up to the latents, then the decoding that it would do."""
+    import torch
+
+    width, height = case.size
+    with torch.no_grad():
+        latents = pipeline(
+            prompt=case.prompt,
+            width=width,
+            height=height,
+            num_inference_steps=case.steps,
+            guidance_scale=0.0,
+            generator=torch.Generator("cpu").manual_seed(case.seed),
+            output_type="latent",
+        ).images
+        config = pipeline.vae.config
+        decoded = pipeline.vae.decode(latents / config.scaling_factor + config.shift_factor).sample
+        (image,) = pipeline.image_processor.postprocess(decoded, output_type="pil")
+    return Drawing(latents[0].numpy(), np.asarray(image))
+
+
+def next_seeds(case: Case, count: int) -> list[Case]:
+    """The case with its own seed and the ones that follow."""
+    return [replace(case, seed=case.seed + index) for index in range(count)]
+
+
+def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    """Norm of the difference over the norm of what was expected."""
+    assert found.shape == expected.shape
+    difference = found.astype(np.float64) - expected
+    return float(np.linalg.norm(difference) / np.linalg.norm(expected.astype(np.float64)))
+
+
+def check_parity(found: Drawing, expected: Drawing) -> None:
+    """The gate. Raises `AssertionError`."""
+    assert np.ptp(expected.pixels) > 0, "the reference picture is blank and proves nothing"
+    error = relative_error(found.latents, expected.latents)
+    assert error <= LATENTS_TOLERANCE, f"latents are {error:.2g} away from diffusers'"
+    assert found.pixels.shape == expected.pixels.shape
+    furthest = int(np.abs(found.pixels.astype(int) - expected.pixels).max())
+    assert furthest <= PIXEL_TOLERANCE, f"a pixel is {furthest} of 255 away from diffusers'"

@@ -1,0 +1,293 @@
+"""`zimage-rt info` and `zimage-rt doctor`: what they say, and that they say what is wrong."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from zimage_rt.cli import cli
+from zimage_rt.commands import doctor
+from zimage_rt.commands.doctor import Finding, Verdict
+from zimage_runtime.bundle import Bundle
+from zimage_runtime.console import run_command
+
+
+@pytest.fixture
+def own_bundle(bundle: Path, tmp_path: Path) -> Path:
+    """A copy to alter."""
+    return shutil.copytree(bundle, tmp_path / "bundle")
+
+
+def edit_manifest(bundle: Path, **values: object) -> None:
+    path = bundle / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def flip_last_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def lines_of(text: str) -> dict[str, str]:
+    """The text of each line by its label, of which indentation is a part."""
+    return {line[:16].rstrip(): line[16:].strip() for line in text.splitlines()}
+
+
+def test_info_says_what_the_manifest_says(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(cli, ["info", str(bundle)]) == 0
+    manifest = Bundle.open(bundle).manifest
+    lines = lines_of(capsys.readouterr().out)
+    assert lines["name"] == manifest.name
+    assert lines["source"] == manifest.source.name
+    assert lines["precision"] == "fp32"
+    assert lines["exporter"] == manifest.exporter
+    assert f"width {manifest.config.transformer.dim}, " in lines["transformer"]
+    assert lines["default"] == f"{manifest.defaults.width}x{manifest.defaults.height}, 8 steps"
+    assert lines["size"].endswith(f"in {len(manifest.files)} files")
+    assert {"  text_encoder", "  transformer", "  vae", "  tokenizer.json"} <= lines.keys()
+    assert lines["runs on cpu"] == "text_encoder, caption, modulation, denoiser, decoder, encoder"
+    assert lines["parity"] == "not measured"
+    assert lines["fingerprint"] == manifest.fingerprint
+
+
+def test_info_shows_the_revision_and_nested_parity(own_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit_manifest(
+        own_bundle,
+        source={"name": "Tongyi-MAI/Z-Image-Turbo", "revision": "abc123"},
+        parity={"latents": {"relative_error": 0.000012345}, "pictures": 2},
+    )
+    assert run_command(cli, ["info", str(own_bundle)]) == 0
+    out = capsys.readouterr().out
+    assert lines_of(out)["source"] == "Tongyi-MAI/Z-Image-Turbo, revision abc123"
+    assert "parity\n  latents:\n    relative_error: 1.234e-05\n  pictures: 2\n" in out
+
+
+def test_info_prints_no_control_characters_of_a_manifest(own_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit_manifest(own_bundle, exporter="red \x1b[31m\nname   forged")
+    assert run_command(cli, ["info", str(own_bundle)]) == 0
+    assert lines_of(capsys.readouterr().out)["exporter"] == r"red \x1b[31m\nname   forged"
+    assert run_command(cli, ["info", str(own_bundle), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["exporter"].startswith("red \x1b[31m\n")
+
+
+@pytest.mark.parametrize(("options", "verified"), [([], None), (["--verify"], True)])
+def test_info_json_is_one_document(
+    bundle: Path, options: list[str], verified: bool | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(cli, ["info", str(bundle), "--json", *options]) == 0
+    document = json.loads(capsys.readouterr().out)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    for key in ("source", "precision", "exporter", "config", "defaults", "self_check", "parity"):
+        assert document[key] == manifest[key]
+    assert document["fingerprint"] == Bundle.open(bundle).manifest.fingerprint
+    assert document["bytes"] == sum(document["components"].values())
+    assert document["bytes"] == sum(record["size"] for record in manifest["files"].values())
+    assert document["programs"]["cpu"] == [name for name, by in manifest["programs"].items() if "cpu" in by]
+    assert document["verified"] is verified
+
+
+def test_info_verify_reads_every_file(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(cli, ["info", str(bundle), "--verify"]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1] == f"all {len(Bundle.open(bundle).manifest.files)} files are as written"
+    assert "verifying: 100%" in err
+
+
+def test_info_verify_names_the_altered_file(own_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flip_last_byte(own_bundle / "vae" / "weights.safetensors")
+    assert run_command(cli, ["info", str(own_bundle)]) == 0, "hashes are only checked when asked for"
+    assert run_command(cli, ["info", str(own_bundle), "--verify"]) == 1
+    out, err = capsys.readouterr()
+    assert "as written" not in out
+    last = err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert "vae/weights.safetensors" in last
+    assert "tokenizer.json" not in last
+    assert run_command(cli, ["info", str(own_bundle), "--verify", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["verified"] is False
+
+
+def test_info_wants_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(cli, ["info"]) == 2
+    assert "BUNDLE" in capsys.readouterr().err
+    assert run_command(cli, ["info", str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert "not a bundle" in err
+
+
+def test_doctor_finds_this_environment_in_order(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(cli, ["doctor"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == list(doctor.CHECKS)
+    assert {line.split()[0] for line in lines} <= {"ok", "note"}
+    assert run_command(cli, ["doctor", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["ok"] is True
+    found = {check["name"]: check["values"] for check in document["checks"]}
+    assert found["zimage-rt"]["python"] == sys.version.split()[0]
+    assert "CPUExecutionProvider" in found["onnxruntime"]["providers"]
+    assert found["processor"]["threads_used"] >= 1
+    assert 0 < found["memory"]["available"] <= found["memory"]["total"]
+    assert found["export"]["torch"]
+
+
+def test_doctor_and_help_load_nothing_heavy() -> None:
+    code = (
+        "import sys, json; from zimage_rt.cli import cli; from zimage_runtime.console import run_command;"
+        "at_import = sorted({'numpy', 'onnxruntime', 'psutil', 'PIL', 'tqdm', 'tokenizers'} & set(sys.modules));"
+        "status = run_command(cli, ['doctor', '--json']);"
+        "after = sorted({'torch', 'diffusers', 'transformers', 'onnx'} & set(sys.modules));"
+        "print(json.dumps([at_import, status, after]), file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(result.stderr) == [[], 0, []]
+    assert json.loads(result.stdout)["ok"] is True
+
+
+def install(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
+    """Makes the doctor see these distributions and no others."""
+    monkeypatch.setattr(doctor, "_installed", lambda name: versions.get(name.replace("-", "_")))
+
+
+def test_doctor_tells_how_to_swap_two_onnx_runtimes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(monkeypatch, onnxruntime="1.23.0", onnxruntime_gpu="1.23.1")
+    assert run_command(cli, ["doctor"]) == 1
+    (problem,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("problem")]
+    assert "onnxruntime 1.23.0 and onnxruntime-gpu 1.23.1" in problem
+    for command in (
+        "`pip uninstall -y onnxruntime onnxruntime-gpu`",
+        "`pip install onnxruntime-gpu`",
+        "`pip install onnxruntime`",
+    ):
+        assert command in problem
+    assert run_command(cli, ["doctor", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["ok"] is False
+
+
+def test_one_onnx_runtime_of_either_kind_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, onnxruntime_gpu="1.23.1")
+    assert doctor.check_packages("packages").verdict is Verdict.OK
+    install(monkeypatch)
+    assert doctor.check_packages("packages").verdict is Verdict.NOTE, "importable, but installed by other means"
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    assert doctor.check_packages("packages").verdict is Verdict.PROBLEM
+
+
+def test_the_known_answer_model_is_what_onnx_would_write() -> None:
+    value, floats = onnx.helper.make_tensor_value_info, onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        [
+            onnx.helper.make_node("MatMul", ["x", "w"], ["y"]),
+            onnx.helper.make_node("RMSNormalization", ["y", "scale"], ["z"]),
+        ],
+        "check",
+        [value("x", floats, [2, 4]), value("w", floats, [4, 2]), value("scale", floats, [2])],
+        [value("z", floats, [2, 2])],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 23)], ir_version=10)
+    onnx.checker.check_model(model, full_check=True)
+    assert onnx.load_from_string(doctor.KNOWN_ANSWER_MODEL) == model
+
+
+class WrongSession:
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        pass
+
+    def run(self, names: list[str], feeds: dict[str, Any]) -> list[Any]:
+        return [np.ones((2, 2), np.float32)]
+
+
+def refuse(*arguments: Any, **options: Any) -> None:
+    raise RuntimeError("opset 23 is\nunder development")
+
+
+@pytest.mark.parametrize(
+    ("session", "reason"), [(WrongSession, "wrong numbers"), (refuse, "opset 23 is under development")]
+)
+def test_doctor_notices_an_onnx_runtime_that_does_not_compute(
+    session: Any, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onnxruntime.InferenceSession", session)
+    finding = doctor.check_onnxruntime("onnxruntime")
+    assert finding.verdict is Verdict.PROBLEM
+    assert reason in finding.text
+    assert "pip install" in finding.text
+
+
+def test_doctor_survives_libraries_that_do_not_load(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setitem(sys.modules, "psutil", None)
+    assert run_command(cli, ["doctor"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    broken = {line.split()[1]: line for line in lines if line.startswith("problem")}
+    assert broken.keys() == {"processor", "memory", "onnxruntime"}
+    assert "--force-reinstall onnxruntime" in broken["onnxruntime"]
+    assert "psutil" in broken["memory"]
+
+
+def test_a_new_check_is_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    checks = {"moon": lambda name: Finding(name, Verdict.NOTE, "full", {"phase": 1.0})}
+    monkeypatch.setattr(doctor, "CHECKS", checks)
+    assert run_command(cli, ["doctor"]) == 0
+    assert capsys.readouterr().out.split() == ["note", "moon", "full"]
+
+
+def test_doctor_reads_vector_instructions_where_the_system_tells(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cpu_info = tmp_path / "cpuinfo"
+    monkeypatch.setattr(doctor, "_CPU_INFO", cpu_info)
+    finding = doctor.check_processor("processor")
+    assert finding.verdict is Verdict.NOTE
+    assert "vector instructions unknown" in finding.text
+    assert finding.values["vector_instructions"] is None
+    cpu_info.write_text("model name\t: A Processor\nflags\t\t: fpu avx2 avx512f avx512_vnni\n\nmodel name\t: Another\n")
+    finding = doctor.check_processor("processor")
+    assert finding.verdict is Verdict.OK
+    assert finding.text.startswith("A Processor, ")
+    assert finding.values["vector_instructions"] == ["AVX2", "AVX-512", "AVX-512 VNNI"]
+    cpu_info.write_text("model name\t: Old\nflags\t\t: fpu sse2\n")
+    assert "no AVX2" in doctor.check_processor("processor").text
+
+
+@pytest.mark.parametrize(("limit", "said"), [("1073741824\n", "the control group allows 1.0 GiB"), ("max\n", None)])
+def test_doctor_names_the_control_groups_limit(
+    limit: str, said: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    path = tmp_path / "memory.max"
+    path.write_text(limit)
+    monkeypatch.setattr(doctor, "_CONTROL_GROUP_LIMITS", (path,))
+    finding = doctor.check_memory("memory")
+    assert finding.values["control_group_limit"] == (1 << 30 if said else None)
+    assert said in finding.text if said else "control group" not in finding.text
+
+
+def test_doctor_says_that_no_executor_uses_the_gpu_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+    finding = doctor.check_nvidia("nvidia")
+    assert (finding.verdict, finding.values["driver"]) == (Verdict.NOTE, True)
+    assert "CPU only" in finding.text
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr(doctor, "_loads", lambda library: False)
+    assert doctor.check_nvidia("nvidia").values["driver"] is False
+    assert doctor.check_nvidia("nvidia").verdict is Verdict.OK
+
+
+def test_doctor_lists_what_exporting_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None if name in ("torch", "onnx") else object())
+    finding = doctor.check_export("export")
+    assert finding.verdict is Verdict.NOTE
+    assert finding.text.startswith("torch, onnx not installed; `pip install 'zimage-rt[export]'`")

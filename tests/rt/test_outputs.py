@@ -1,0 +1,144 @@
+"""What `zimage-rt run` writes and says when all is well: names, formats, stdout and stderr."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cli_tools import Capture, Outcome, call_rt, finish, start
+from PIL import Image
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def draw(capsys: Capture, bundle: Path, *options: object) -> Outcome:
+    outcome = call_rt(
+        capsys, "run", "a fox", "-m", bundle, "--size", "48x32", "--steps", 1, "--seed", 7, "--quiet", *options
+    )
+    assert (outcome.status, outcome.err) == (0, "")
+    return outcome
+
+
+def pixels(path: str | Path) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]":
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def test_default_name_bears_the_seed_and_replaces_nothing(bundle: Path, capsys: Capture) -> None:
+    Path("zimage-7.png").write_text("mine")
+    assert draw(capsys, bundle).out == "zimage-7-2.png\n"
+    assert draw(capsys, bundle).out == "zimage-7-3.png\n"
+    assert Path("zimage-7.png").read_text() == "mine"
+    assert sorted(os.listdir()) == ["zimage-7-2.png", "zimage-7-3.png", "zimage-7.png"]
+
+
+def test_random_seed_is_in_the_name(bundle: Path, capsys: Capture) -> None:
+    names = set()
+    for _ in range(2):
+        outcome = call_rt(capsys, "run", "a fox", "-m", bundle, "--size", "16x16", "--steps", 1, "--quiet", "--json")
+        (image,) = json.loads(outcome.out)["images"]
+        assert image["path"] == f"zimage-{image['seed']}.png"
+        names.add(image["path"])
+    assert len(names) == 2
+
+
+def test_named_output_is_replaced(bundle: Path, capsys: Capture) -> None:
+    Path("cat.png").write_text("not a picture")
+    assert draw(capsys, bundle, "-o", "cat.png").out == "cat.png\n"
+    assert pixels("cat.png").shape == (32, 48, 3)
+    assert os.listdir() == ["cat.png"]
+
+
+def test_several_pictures_bear_their_seeds_and_replace_nothing(bundle: Path, capsys: Capture) -> None:
+    Path("cat-8.png").write_text("mine")
+    outcome = draw(capsys, bundle, "-n", 3, "-o", "cat.png")
+    assert outcome.lines == ["cat-7.png", "cat-8-2.png", "cat-9.png"]
+    assert Path("cat-8.png").read_text() == "mine"
+    for seed, path in zip((7, 8, 9), outcome.lines, strict=True):
+        single = draw(capsys, bundle, "--seed", seed, "-o", "single.png")
+        assert Path(path).read_bytes() == Path(single.lines[0]).read_bytes()
+
+
+def test_several_pictures_without_a_name(bundle: Path, capsys: Capture) -> None:
+    assert draw(capsys, bundle, "-n", 2).lines == ["zimage-7.png", "zimage-8.png"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("a.png", "PNG"), ("a.jpg", "JPEG"), ("a.JPEG", "JPEG"), ("a.webp", "WEBP"), ("a.b.png", "PNG")],
+)
+def test_format_follows_the_extension(bundle: Path, capsys: Capture, name: str, kind: str) -> None:
+    draw(capsys, bundle, "-o", name)
+    with Image.open(name) as image:
+        image.load()
+        assert (image.format, image.size, image.mode) == (kind, (48, 32), "RGB")
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.webp"])
+def test_lossy_formats_are_close_to_the_png(bundle: Path, capsys: Capture, name: str) -> None:
+    draw(capsys, bundle, "-o", "a.png")
+    draw(capsys, bundle, "-o", name)
+    difference = np.abs(pixels("a.png").astype(int) - pixels(name).astype(int))
+    assert 0 < difference.mean() < 16  # the pictures are noise; unrelated ones differ by 60
+
+
+def test_output_in_another_folder(bundle: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "new folder").mkdir()
+    path = tmp_path / "new folder" / "狐狸 🦊.png"
+    assert draw(capsys, bundle, "-o", path).out == f"{path}\n"
+    assert path.is_file()
+
+
+def test_json_is_one_document(bundle: Path, capsys: Capture) -> None:
+    document = json.loads(draw(capsys, bundle, "-n", 2, "--json", "-o", "狐狸.png").out)
+    assert document["images"] == [{"path": "狐狸-7.png", "seed": 7}, {"path": "狐狸-8.png", "seed": 8}]
+    assert document["seconds"] > 0
+    assert sorted(os.listdir()) == ["狐狸-7.png", "狐狸-8.png"]
+
+
+def test_progress_goes_to_stderr(bundle: Path, capsys: Capture) -> None:
+    outcome = call_rt(capsys, "run", "a fox", "-m", bundle, "--size", "32x32", "--steps", 2, "--seed", 7)
+    assert outcome.out == "zimage-7.png\n"
+    assert "drawing" in outcome.err
+    assert "2/2" in outcome.err
+
+
+def test_prompt_that_is_cut_is_said(bundle: Path, capsys: Capture) -> None:
+    options = ("-m", bundle, "--size", "32x32", "--steps", 1, "--seed", 7)
+    outcome = call_rt(capsys, "run", "a" * 600, *options)
+    assert outcome.status == 0
+    assert "too long" in outcome.err
+    assert call_rt(capsys, "run", "a" * 600, *options, "--quiet").err == ""
+
+
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_name_that_is_not_text(bundle: Path, tmp_path: Path, locale: str, options: tuple[str, ...]) -> None:
+    process = start(
+        *("zimage-rt", "run", "a fox", "-m", bundle, "--size", "32x32", "--steps", 1, "--quiet"),
+        *("-o", b"caf\xe9.png", *options),
+        cwd=tmp_path,
+        env={**os.environ, "LC_ALL": locale},
+        errors="surrogateescape",
+        encoding="utf-8",
+    )
+    outcome = finish(process)
+    assert (outcome.status, outcome.err) == (0, "")
+    name = json.loads(outcome.out)["images"][0]["path"] if options else outcome.lines[0]
+    assert os.fsencode(name) == b"caf\xe9.png"
+    assert os.listdir(os.fsencode(tmp_path)) == [b"caf\xe9.png"]
+
+
+def test_name_that_the_terminal_cannot_show(bundle: Path, tmp_path: Path) -> None:
+    process = start(
+        *("zimage-rt", "run", "a fox", "-m", bundle, "--size", "32x32", "--steps", 1, "--quiet", "-o", "狐.png"),
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONIOENCODING": "cp1252"},
+    )
+    outcome = finish(process)
+    assert (outcome.status, outcome.out, outcome.err) == (0, "\\u72d0.png\n", "")
+    assert os.listdir(tmp_path) == ["狐.png"]

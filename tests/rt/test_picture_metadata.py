@@ -1,0 +1,308 @@
+"""What a picture file says about itself, read back with Pillow, ElementTree and another project's A1111 parser."""
+
+import json
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from cli_tools import Capture, assert_one_line_error, call_rt, unchanged
+from PIL import Image, PngImagePlugin
+from sd_parsers import ParserManager
+from sd_parsers.data import Generators
+
+from zimage_rt.metadata import PictureInfo, encode_picture, read_picture_info
+from zimage_rt.outputs import ImageFormat
+from zimage_runtime.bundle import Bundle
+from zimage_runtime.errors import RequestError
+
+FORMATS = {".png": ImageFormat.PNG, ".jpg": ImageFormat.JPEG, ".webp": ImageFormat.WEBP}
+SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+SOURCE_TYPE_NAME = "{http://iptc.org/std/Iptc4xmpExt/2008-02-29/}DigitalSourceType"
+USER_COMMENT, EXIF_IFD = 0x9286, 0x8769
+
+PROMPTS = {
+    "plain": "a red fox in the snow",
+    "empty": "",
+    "latin-1": "café “au lait” – déjà vu",
+    "chinese": "雪地里的一只红狐狸，水墨画",
+    "emoji": "a 🦊 under a 🏳️‍🌈",
+    "newlines": "first line\nsecond line\n\n\tlast",
+    "returns": "one\r\ntwo\rthree",
+    "quotes": "a sign that says \"open\", 'closed' & <b>\\n</b>]]>",
+    "control": "bell \a escape \x1b[31m delete \x7f next \x85 separators \u2028 \ufeff",
+    "like settings": "Steps: 3, Sampler: DDIM, Seed: 5\nNegative prompt: none",
+}
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def info() -> PictureInfo:
+    return PictureInfo(
+        prompt="a fox",
+        seed=7,
+        width=48,
+        height=32,
+        steps=8,
+        model="Z-Image-Turbo-fp32",
+        fingerprint="0" * 64,
+        executor="cpu",
+    )
+
+
+def draw(capsys: Capture, bundle: Path, prompt: str, output: str, *options: object) -> Path:
+    size = ("--size", "48x32", "--steps", 2, "--seed", 7)
+    outcome = call_rt(capsys, "run", "-m", bundle, *size, "-o", output, "--quiet", *options, "--", prompt)
+    assert (outcome.status, outcome.err) == (0, "")
+    return Path(output)
+
+
+def parameters(path: Path) -> str:
+    """The A1111 text of a picture: a PNG chunk, or the EXIF user comment in big-endian UTF-16."""
+    with Image.open(path) as image:
+        if image.format == "PNG":
+            return str(image.info["parameters"])
+        assert image.info["exif"].removeprefix(b"Exif\0\0")[:2] == b"MM"  # big-endian, as the comment is
+        comment = image.getexif().get_ifd(EXIF_IFD)[USER_COMMENT]
+    assert comment.startswith(b"UNICODE\0")
+    return str(comment[8:].decode("utf-16-be"))
+
+
+def xmp(path: Path) -> ElementTree.Element:
+    with Image.open(path) as image:
+        packet = image.info["xmp"]
+    return ElementTree.fromstring(packet)
+
+
+def pixels(path: Path) -> Any:
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
+def test_prompts_come_back_as_they_were(info: PictureInfo, suffix: str, prompt: str) -> None:
+    info = PictureInfo(**{**vars(info), "prompt": prompt})
+    path = Path(f"picture{suffix}")
+    path.write_bytes(encode_picture(Image.new("RGB", (48, 32)), FORMATS[suffix], info))
+    assert read_picture_info(path) == info
+    assert parameters(path) == (
+        f"{prompt}\nSteps: 8, Sampler: Euler, CFG scale: 1, Seed: 7, Size: 48x32, Model: Z-Image-Turbo-fp32"
+    )
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_command_describes_what_it_drew(bundle: Path, capsys: Capture, suffix: str) -> None:
+    manifest = Bundle.open(bundle).manifest
+    path = draw(capsys, bundle, "a fox,\na hen", f"picture{suffix}")
+    assert read_picture_info(path) == PictureInfo(
+        "a fox,\na hen", 7, 48, 32, 2, manifest.name, manifest.fingerprint, "cpu"
+    )
+    assert parameters(path).splitlines()[:2] == ["a fox,", "a hen"]
+
+
+def test_each_of_several_pictures_bears_its_own_seed(bundle: Path, capsys: Capture) -> None:
+    draw(capsys, bundle, "a fox", "picture.png", "-n", 2)
+    assert [read_picture_info(Path(f"picture-{seed}.png")).seed for seed in (7, 8)] == [7, 8]
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_source_type_says_that_a_model_made_it(bundle: Path, capsys: Capture, suffix: str) -> None:
+    path = draw(capsys, bundle, "a fox", f"picture{suffix}")
+    assert [e.get(SOURCE_TYPE_NAME) for e in xmp(path).iter() if e.get(SOURCE_TYPE_NAME)] == [SOURCE_TYPE]
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("prompt", ["a red fox, 35mm: grain", "two\nlines", "雪地里的红狐狸"])
+def test_another_projects_parser_reads_it(bundle: Path, capsys: Capture, suffix: str, prompt: str) -> None:
+    found = ParserManager().parse(draw(capsys, bundle, prompt, f"picture{suffix}"))
+    assert found is not None
+    assert found.generator == Generators.AUTOMATIC1111
+    (sampler,) = found.samplers
+    assert sampler.name == "Euler"
+    assert sampler.parameters == {"cfg_scale": "1", "seed": "7", "steps": "2"}
+    assert sampler.model is not None
+    assert sampler.model.name == Bundle.open(bundle).manifest.name
+    assert found.full_prompt == prompt
+    assert found.full_negative_prompt == ""
+    assert found.metadata == {"Size": "48x32"}
+
+
+@pytest.mark.parametrize(
+    ("model", "written"),
+    [
+        ("Z-Image-Turbo-fp32", "Z-Image-Turbo-fp32"),
+        ("tuned, again", '"tuned, again"'),
+        ("v1:2", '"v1:2"'),
+        ("two\nlines", '"two\\nlines"'),
+        ('say "fox", fox', '"say \\"fox\\", fox"'),
+        ("红狐,1", '"红狐,1"'),
+    ],
+)
+def test_values_are_quoted_where_the_grammar_needs_it(info: PictureInfo, model: str, written: str) -> None:
+    text = PictureInfo(**{**vars(info), "model": model}).parameters()
+    assert text.count("\n") == 1
+    assert text.endswith(f", Model: {written}")
+    if written != model:
+        assert json.loads(written) == model
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_no_metadata_leaves_nothing_but_the_picture(bundle: Path, capsys: Capture, suffix: str) -> None:
+    bare = draw(capsys, bundle, "a fox", f"bare{suffix}", "--no-metadata")
+    described = draw(capsys, bundle, "a fox", f"described{suffix}")
+    with Image.open(bare) as image:
+        image.load()
+        assert not set(image.info) & {"parameters", "zimage", "XML:com.adobe.xmp", "xmp", "exif", "comment"}
+        assert not getattr(image, "text", {})
+        assert not image.getexif()
+    assert b"a fox" not in bare.read_bytes()
+    assert np.array_equal(pixels(bare), pixels(described))
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_replay_draws_the_same_picture(bundle: Path, capsys: Capture, suffix: str) -> None:
+    path = draw(capsys, bundle, "a 🦊,\n“red”", f"picture{suffix}")
+    outcome = call_rt(capsys, "run", "-m", bundle, "--replay", path, "-o", f"again{suffix}", "--quiet")
+    assert (outcome.lines, outcome.err) == ([f"again{suffix}"], "")
+    assert Path(f"again{suffix}").read_bytes() == path.read_bytes()
+
+
+def test_replay_of_a_jpeg_as_png_is_what_was_drawn(bundle: Path, capsys: Capture) -> None:
+    png = draw(capsys, bundle, "a fox", "original.png")
+    jpeg = draw(capsys, bundle, "a fox", "picture.jpg")
+    outcome = call_rt(capsys, "run", "-m", bundle, "--replay", jpeg, "--quiet")
+    assert outcome.lines == ["zimage-7.png"]
+    assert Path("zimage-7.png").read_bytes() == png.read_bytes()
+
+
+def test_replay_of_one_of_several(bundle: Path, capsys: Capture) -> None:
+    draw(capsys, bundle, "a fox", "cat.png", "-n", 2)
+    outcome = call_rt(capsys, "run", "-m", bundle, "--replay", "cat-8.png", "-o", "again.png", "--quiet")
+    assert outcome.status == 0
+    assert Path("again.png").read_bytes() == Path("cat-8.png").read_bytes()
+
+
+def refuse_replay(capsys: Capture, bundle: Path, path: Path, *named: object) -> None:
+    with unchanged(Path()):
+        outcome = call_rt(capsys, "run", "-m", bundle, "--replay", path, "--quiet")
+    assert_one_line_error(outcome, path, *named)
+
+
+def test_replay_of_what_is_not_there(bundle: Path, capsys: Capture) -> None:
+    refuse_replay(capsys, bundle, Path("cat.png"), "no such file")
+
+
+def test_replay_of_a_folder(bundle: Path, capsys: Capture) -> None:
+    refuse_replay(capsys, bundle, bundle)
+
+
+@pytest.mark.parametrize("data", [b"", b"a fox", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"RIFF\0\0\0\0WEBP"])
+def test_replay_of_what_is_no_picture(bundle: Path, capsys: Capture, data: bytes) -> None:
+    Path("cat.png").write_bytes(data)
+    refuse_replay(capsys, bundle, Path("cat.png"))
+
+
+@pytest.mark.parametrize("suffix", [*FORMATS, ".gif"])
+def test_replay_of_a_picture_without_metadata(bundle: Path, capsys: Capture, suffix: str) -> None:
+    path = Path(f"holiday{suffix}")
+    Image.new("RGB", (48, 32)).save(path)
+    refuse_replay(capsys, bundle, path)
+
+
+def write_png(path: Path, document: str) -> None:
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text("zimage", document)
+    Image.new("RGB", (16, 16)).save(path, pnginfo=chunks)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"version": 2},
+        {"version": "1"},
+        {"prompt": None},
+        {"prompt": ["a fox"]},
+        {"seed": -1},
+        {"seed": 2**64},
+        {"seed": 7.5},
+        {"seed": True},
+        {"width": "48"},
+        {"width": 0},
+        {"width": 47},
+        {"height": 2**62},
+        {"steps": 0},
+        {"steps": 1000},
+        {"model": ""},
+        {"fingerprint": 5},
+        {"executor": None},
+    ],
+)
+def test_replay_of_a_document_with_a_wrong_value(bundle: Path, capsys: Capture, change: dict[str, object]) -> None:
+    info = read_picture_info(draw(capsys, bundle, "a fox", "picture.png"))
+    write_png(Path("changed.png"), json.dumps({**json.loads(info.replay()), **change}))
+    with unchanged(Path()):
+        outcome = call_rt(capsys, "run", "-m", bundle, "--replay", "changed.png", "--quiet")
+    assert_one_line_error(outcome, next(iter(change)))
+
+
+@pytest.mark.parametrize("document", ["{", "null", "[]", "7", "{}", "[" * 100_000, '{"version": 1' + "0" * 5000 + "}"])
+def test_replay_of_a_damaged_document(bundle: Path, capsys: Capture, document: str) -> None:
+    write_png(Path("damaged.png"), document)
+    refuse_replay(capsys, bundle, Path("damaged.png"))
+
+
+def test_replay_of_a_prompt_that_is_not_unicode(bundle: Path, capsys: Capture) -> None:
+    info = read_picture_info(draw(capsys, bundle, "a fox", "picture.png"))
+    write_png(Path("changed.png"), json.dumps({**json.loads(info.replay()), "prompt": "\ud83e"}))
+    outcome = call_rt(capsys, "run", "-m", bundle, "--replay", "changed.png", "--quiet")
+    assert_one_line_error(outcome, "prompt", "UTF-8")
+
+
+@pytest.mark.parametrize("encoding", ["nonsense", "utf-32", "base64", "utf-8"])
+def test_damaged_xmp_holds_nothing(encoding: str) -> None:
+    packet = f'<?xml version="1.0" encoding="{encoding}"?><x:xmpmeta'.encode()
+    Image.new("RGB", (16, 16)).save("picture.jpg", xmp=packet)
+    with pytest.raises(RequestError, match="no zimage metadata"):
+        read_picture_info(Path("picture.jpg"))
+
+
+def test_replay_of_another_bundles_picture(bundle: Path, qwen_bundle: Path, capsys: Capture) -> None:
+    path = draw(capsys, bundle, "a fox", "picture.png")
+    refuse_replay(capsys, qwen_bundle, path, Bundle.open(bundle).manifest.name, "another bundle", "-m")
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".webp"])
+@pytest.mark.parametrize("prompt", ["x" * 40_000, "狐" * 11_000], ids=["english", "chinese"])
+def test_prompt_too_long_for_the_format_fails_before_drawing(
+    bundle: Path, capsys: Capture, suffix: str, prompt: str
+) -> None:
+    path = Path(f"picture{suffix}")
+    with unchanged(Path()):
+        # drawing this one would take minutes
+        size = ("--size", "2048x2048", "--steps", 256)
+        outcome = call_rt(capsys, "run", prompt, "-m", bundle, *size, "-o", path, "--quiet")
+    assert_one_line_error(outcome, "too long", "PNG", "--no-metadata")
+
+
+def test_longest_prompt_that_fits_is_written(info: PictureInfo, bundle: Path, capsys: Capture) -> None:
+    """Whether a prompt fits does not depend on the seed, so what is accepted is written in the end."""
+
+    def fits(length: int) -> bool:
+        longest = PictureInfo(**{**vars(info), "prompt": "狐" * length, "seed": 2**64 - 1})
+        try:
+            encode_picture(Image.new("RGB", (1, 1)), ImageFormat.JPEG, longest)
+        except RequestError:
+            return False
+        return True
+
+    length = max(length for length in range(10_000, 11_000) if fits(length))
+    path = draw(capsys, bundle, "狐" * (length - 100), "picture.jpg")
+    assert read_picture_info(path).prompt == "狐" * (length - 100)
+    png = draw(capsys, bundle, "狐" * 20_000, "picture.png")
+    assert read_picture_info(png).prompt == "狐" * 20_000

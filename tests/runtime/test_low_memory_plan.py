@@ -1,0 +1,23 @@
+"""The pipeline plans with the memory mode that its executor has."""
+
+from pathlib import Path
+
+import pytest
+
+import zimage_runtime.memory
+from zimage_runtime.errors import MemoryLimitError
+from zimage_runtime.pipeline import Pipeline
+
+
+def test_low_memory_is_planned_as_such(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = (64, 64)
+    whole, mapped = (Pipeline.from_bundle(bundle, low_memory=low) for low in (False, True))
+    manifest = whole.bundle.manifest
+    geometry = whole.request("a cat", size).geometry
+    least = zimage_runtime.memory.plan_memory(manifest, geometry, 20, low_memory=True).peak
+    most = zimage_runtime.memory.plan_memory(manifest, geometry, 20).peak
+    assert least < most
+    monkeypatch.setattr(zimage_runtime.memory, "available_memory", lambda: (least + most) // 2)
+    with pytest.raises(MemoryLimitError, match="--low-memory"):
+        whole.stream("a cat", size)
+    mapped.stream("a cat", size)

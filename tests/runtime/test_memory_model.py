@@ -1,0 +1,199 @@
+"""What a picture will take is known before anything is loaded, and is about what it then takes."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from zimage_runtime.bundle import Bundle
+from zimage_runtime.contracts import Program
+from zimage_runtime.errors import MemoryLimitError
+from zimage_runtime.geometry import picture_geometry
+from zimage_runtime.manifest import Manifest
+from zimage_runtime.memory import MemoryPlan, _control_group_left, available_memory, plan_memory
+
+PLENTY = 1 << 50
+
+
+@pytest.fixture(scope="module")
+def manifest(bundle: Path) -> Manifest:
+    return Bundle.open(bundle).manifest
+
+
+def plan(
+    manifest: Manifest,
+    width: int,
+    height: int,
+    *,
+    tokens: int = 32,
+    batch: int = 1,
+    low_memory: bool = False,
+    available: int = PLENTY,
+) -> MemoryPlan:
+    geometry = picture_geometry(width, height, manifest.config)
+    return plan_memory(manifest, geometry, tokens, batch, low_memory=low_memory, available=available)
+
+
+def test_what_is_needed_is_exactly_enough(manifest: Manifest) -> None:
+    needed = plan(manifest, 512, 512).peak
+    assert plan(manifest, 512, 512, available=needed).peak == needed
+    with pytest.raises(MemoryLimitError):
+        plan(manifest, 512, 512, available=needed - 1)
+
+
+@pytest.mark.parametrize("asked", [(512, 512), (768, 512), (512, 768), (1024, 256)])
+def test_a_refusal_names_the_largest_size_that_fits(manifest: Manifest, asked: tuple[int, int]) -> None:
+    width, height = asked
+    available = (plan(manifest, width, height).peak + plan(manifest, 64, 64).peak) // 2
+    with pytest.raises(MemoryLimitError, match=f"{width}x{height} needs about .* GiB") as refusal:
+        plan(manifest, width, height, available=available)
+    found = re.search(r"largest size of this shape that fits is (\d+)x(\d+)", str(refusal.value))
+    assert found, str(refusal.value)
+    named = int(found[1]), int(found[2])
+    plan(manifest, *named, available=available)  # fits: not refused
+    assert named[0] / named[1] == pytest.approx(width / height, rel=0.1)
+    next_width = named[0] + 16
+    next_height = max(round(height * next_width / width / 16), 1) * 16
+    with pytest.raises(MemoryLimitError):
+        plan(manifest, next_width, next_height, available=available)
+
+
+def test_a_refusal_says_when_low_memory_would_do(manifest: Manifest) -> None:
+    small = plan(manifest, 16, 16), plan(manifest, 16, 16, low_memory=True)
+    assert small[1].peak < small[0].peak
+    with pytest.raises(MemoryLimitError, match="it fits with --low-memory"):
+        plan(manifest, 16, 16, available=small[1].peak)
+
+
+def test_a_refusal_says_when_nothing_would_do(manifest: Manifest) -> None:
+    with pytest.raises(MemoryLimitError, match="no size fits"):
+        plan(manifest, 512, 512, available=1 << 20)
+    with pytest.raises(MemoryLimitError, match="no size fits"):
+        plan(manifest, 512, 512, available=1 << 20, low_memory=True)
+
+
+def test_a_refusal_names_the_batch(manifest: Manifest) -> None:
+    with pytest.raises(MemoryLimitError, match="512x512 in batches of 3 needs"):
+        plan(manifest, 512, 512, batch=3, available=1 << 20)
+
+
+def test_every_part_of_a_request_counts(manifest: Manifest) -> None:
+    base = plan(manifest, 256, 256).programs
+    wider, taller = plan(manifest, 512, 256).programs, plan(manifest, 256, 512).programs
+    for program in (Program.DENOISER, Program.DECODER):
+        assert wider[program] > base[program]
+        assert wider[program] == taller[program]
+    longer = plan(manifest, 256, 256, tokens=200).programs
+    for program in (Program.TEXT_ENCODER, Program.CAPTION, Program.DENOISER):
+        assert longer[program] > base[program]
+    assert longer[Program.DECODER] == base[Program.DECODER]
+    assert plan(manifest, 256, 256, batch=2).programs[Program.DENOISER] > base[Program.DENOISER]
+    # pictures of a batch are decoded one by one
+    assert plan(manifest, 256, 256, batch=2).programs[Program.DECODER] == base[Program.DECODER]
+
+
+def test_low_memory_saves_the_copies_of_the_weights(manifest: Manifest) -> None:
+    usual, low = (plan(manifest, 256, 256, low_memory=flag).programs for flag in (False, True))
+    for program in (Program.TEXT_ENCODER, Program.CAPTION, Program.MODULATION, Program.DENOISER):
+        assert usual[program] - low[program] >= manifest.programs[program]["cpu"].weight_bytes
+
+
+def test_everything_stays_loaded_only_where_all_of_it_fits(manifest: Manifest) -> None:
+    needed = plan(manifest, 256, 256)
+    base = needed.peak - max(needed.programs.values())
+    together = base + sum(needed.programs.values())
+    assert plan(manifest, 256, 256, available=together).keep_all
+    assert not plan(manifest, 256, 256, available=together - 1).keep_all
+
+
+def group(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+V2 = ("memory.max", "memory.current", "inactive_file")
+V1 = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file")
+
+
+def test_a_control_group_of_version_2_limits_and_its_idle_page_cache_does_not_count(tmp_path: Path) -> None:
+    stat = "anon 500\nfile 400\ninactive_file 300\nactive_file 100\n"
+    root = group(tmp_path, {"memory.max": "4000\n", "memory.current": "1000\n", "memory.stat": stat})
+    assert _control_group_left(root, *V2) == 4000 - (1000 - 300)
+
+
+def test_a_control_group_of_version_1_limits_with_its_children(tmp_path: Path) -> None:
+    files = {
+        "memory/memory.limit_in_bytes": "4000\n",
+        "memory/memory.usage_in_bytes": "1000\n",
+        "memory/memory.stat": "inactive_file 1\ntotal_inactive_file 250\n",
+    }
+    assert _control_group_left(group(tmp_path, files), *V1) == 4000 - (1000 - 250)
+
+
+def test_no_control_group_or_no_limit_in_it_is_no_limit(tmp_path: Path) -> None:
+    assert _control_group_left(tmp_path, *V2) is None
+    root = group(tmp_path, {"memory.max": "max\n", "memory.current": "1000\n", "memory.stat": "inactive_file 0\n"})
+    assert _control_group_left(root, *V2) is None
+
+
+def test_a_control_group_over_its_limit_has_nothing_left(tmp_path: Path) -> None:
+    files = {"memory.max": "1000\n", "memory.current": "1500\n", "memory.stat": "inactive_file 100\n"}
+    assert _control_group_left(group(tmp_path, files), *V2) == 0
+
+
+def test_the_stricter_of_machine_and_control_group_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zimage_runtime.memory._CONTROL_GROUP", tmp_path)
+    of_machine = available_memory()
+    files = {"memory.max": "9000\n", "memory.current": "2000\n", "memory.stat": "inactive_file 0\n"}
+    group(tmp_path, files)
+    assert available_memory() == 7000 < of_machine
+    (tmp_path / "memory.max").write_text(f"{1 << 60}\n")
+    assert available_memory() > 7000
+
+
+# Prints the growth of anonymous memory over what the process had before it loaded the program, and the whole peak.
+MEASURED_CHILD = """
+import sys, threading, time
+import numpy as np
+import onnxruntime
+from zimage_runtime.bundle import Bundle
+from zimage_runtime.contracts import Program
+from zimage_runtime.ort import OrtCpuExecutor
+
+def anonymous():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) << 10 for line in status if line.startswith("RssAnon"))
+
+peak = 0
+def watch():
+    global peak
+    while True:
+        peak = max(peak, anonymous())
+        time.sleep(0.002)
+
+executor = OrtCpuExecutor(Bundle.open(sys.argv[1]))
+side = int(sys.argv[2]) // 8
+latents = np.random.default_rng(0).standard_normal((1, 16, side, side), dtype=np.float32)
+before = anonymous()
+threading.Thread(target=watch, daemon=True).start()
+executor.run(Program.DECODER, {"latents": latents})
+print(peak - before, peak)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
+def test_a_decoder_takes_what_was_predicted(bundle: Path, manifest: Manifest) -> None:
+    side = 896
+    needed = plan(manifest, side, side)
+    predicted = needed.programs[Program.DECODER]
+    assert predicted >= 200 << 20
+    command = [sys.executable, "-c", MEASURED_CHILD, str(bundle), str(side)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    growth, peak = (int(value) for value in output.split())
+    assert 1.0 <= predicted / growth <= 1.5
+    base = needed.peak - max(needed.programs.values())
+    assert peak <= base + predicted

@@ -1,0 +1,139 @@
+"""Decoding in tiles: the same picture in less memory, chosen only where the decoder as one program does not fit."""
+
+import tracemalloc
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from zimage_runtime import memory
+from zimage_runtime.contracts import Program
+from zimage_runtime.errors import MemoryLimitError
+from zimage_runtime.executor import Floats
+from zimage_runtime.geometry import PictureGeometry, picture_geometry
+from zimage_runtime.memory import MemoryPlan, plan_memory
+from zimage_runtime.pipeline import Pipeline, to_image
+from zimage_runtime.tensors import TensorFile
+from zimage_runtime.tiling import TiledDecoder, tile_rows, tiled_bytes
+
+TILE_VALUES = 1 << 13  # 2 rows of the largest map of a 128-pixel picture of the small model: dozens of tiles
+
+
+@pytest.fixture(scope="module")
+def pipeline(bundle: Path) -> Pipeline:
+    return Pipeline.from_bundle(bundle)
+
+
+@pytest.fixture(scope="module")
+def decoder(pipeline: Pipeline) -> TiledDecoder:
+    manifest = pipeline.bundle.manifest
+    weights = TensorFile(pipeline.bundle.file(manifest.weights["vae"]))
+    return TiledDecoder(manifest.config.vae, weights, TILE_VALUES)
+
+
+@pytest.fixture(scope="module")
+def pictures(pipeline: Pipeline, decoder: TiledDecoder) -> tuple[Floats, Floats]:
+    """One picture [3, 128, 128] decoded as a whole and in tiles. Its latents are those of a picture with edges."""
+    y, x = np.mgrid[0:128, 0:128] / 128
+    waves = [np.sin(7 * x + 3 * y), np.cos(5 * y - 2 * x), np.where((x - 0.4) ** 2 + (y - 0.6) ** 2 < 0.06, 0.8, -0.5)]
+    latents, _ = pipeline.executor.encode(np.stack(waves)[None].astype(np.float32))
+    return pipeline.executor.decode(latents)[0], decoder(latents)[0]
+
+
+def psnr(found: Floats, expected: Floats) -> float:
+    """In dB, of pictures in -1 to 1."""
+    return float(10 * np.log10(4 / np.mean(np.square(found - expected, dtype=np.float64))))
+
+
+def rows_between_tiles(pipeline: Pipeline) -> Iterator[int]:
+    """The last rows of the tiles of the layers at full resolution."""
+    widest = max(pipeline.bundle.manifest.config.vae.block_out_channels[:2])
+    step = tile_rows(widest, 128, TILE_VALUES)
+    return iter(range(step - 1, 127, step))
+
+
+def test_the_picture_is_the_whole_decoders(pictures: tuple[Floats, Floats]) -> None:
+    whole, tiled = pictures
+    assert whole.std() > 0.1
+    assert psnr(tiled, whole) > 100  # the requirement is 45; a statistic of one tile instead of the map gives 20
+
+
+def test_no_step_at_the_borders_of_tiles(pipeline: Pipeline, pictures: tuple[Floats, Floats]) -> None:
+    whole, tiled = pictures
+    borders = list(rows_between_tiles(pipeline))
+    assert len(borders) > 10
+    steps, own = (np.abs(np.diff(picture, axis=1)) for picture in (tiled, whole))
+    assert steps[:, borders].max() <= own.max()
+    assert np.abs(steps - own)[:, borders].max() < 1e-4  # the picture's own gradient, and nothing added
+
+
+@pytest.mark.parametrize(("batch", "height", "width"), [(1, 2, 22), (2, 6, 4), (1, 14, 2)])
+@pytest.mark.parametrize("values", [1, 5000, 1 << 20])
+def test_any_shape_batch_and_tile_size(
+    pipeline: Pipeline, decoder: TiledDecoder, batch: int, height: int, width: int, values: int
+) -> None:
+    channels = pipeline.bundle.manifest.config.vae.latent_channels
+    latents = np.random.default_rng(3).standard_normal((batch, channels, height, width), dtype=np.float32)
+    kept = latents.copy()
+    found, expected = replace(decoder, tile_values=values)(latents), pipeline.executor.decode(latents)
+    assert found.shape == expected.shape
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    np.testing.assert_array_equal(latents, kept)
+
+
+def test_memory_is_what_the_plan_says(pipeline: Pipeline, decoder: TiledDecoder) -> None:
+    latents = np.random.default_rng(3).standard_normal((1, 16, 40, 40), dtype=np.float32)
+    tracemalloc.start()
+    try:
+        decoder(latents)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    fixed = tiled_bytes(decoder.config, 0, 0)
+    maps = tiled_bytes(decoder.config, 320, 320) - fixed
+    assert 0.5 * maps < peak < maps + 40 * TILE_VALUES * 4
+
+
+def plan(pipeline: Pipeline, geometry: PictureGeometry, available: int) -> MemoryPlan:
+    return plan_memory(pipeline.bundle.manifest, geometry, 20, available=available)
+
+
+def test_the_plan_tiles_before_it_refuses(pipeline: Pipeline) -> None:
+    manifest = pipeline.bundle.manifest
+    geometry = picture_geometry(4096, 4096, manifest.config)
+    roomy = plan(pipeline, geometry, 1 << 50)
+    assert not roomy.tiled
+    decode = roomy.programs[Program.DECODER]
+    base = roomy.peak - max(roomy.programs.values())
+    assert not plan(pipeline, geometry, max(roomy.peak, base + decode)).tiled
+    tight = plan(pipeline, geometry, base + decode - 1)
+    assert tight.tiled
+    assert tight.programs[Program.DECODER] == tiled_bytes(manifest.config.vae, 4096, 4096) < decode
+    assert plan(pipeline, geometry, tight.peak).tiled
+    with pytest.raises(MemoryLimitError, match="largest size"):
+        plan(pipeline, geometry, tight.peak - 1)
+
+
+def test_a_picture_drawn_in_tiles_is_the_same(
+    bundle: Path, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = pipeline.request("a fox", (512, 512), 1, seed=4)
+    roomy = plan(pipeline, request.geometry, 1 << 50)
+    expected = pipeline.decode(pipeline.initial_latents(request.geometry, (4,)))
+    drawn = Pipeline.from_bundle(bundle)
+    used: list[bool] = []
+    whole = Pipeline.decode
+
+    def decode(self: Pipeline, latents: Floats, *, tiled: bool = False) -> Floats:
+        used.append(tiled)
+        return whole(self, drawn.initial_latents(request.geometry, (4,)), tiled=tiled)
+
+    monkeypatch.setattr(Pipeline, "decode", decode)
+    monkeypatch.setattr(memory, "available_memory", lambda: roomy.peak - 1)
+    image = drawn.generate("a fox", (512, 512), 1, seed=4).images[0]
+    assert used == [True]
+    difference = np.abs(np.asarray(image, np.int16) - np.asarray(to_image(expected[0]), np.int16))
+    assert difference.max() <= 1

@@ -1,0 +1,101 @@
+"""The wheel: exactly what it should carry, and usable without the export extra."""
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from email.message import Message
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+PACKAGES = {  # name → folder of the repository that holds it
+    "zimage_export": REPOSITORY / "export",
+    "zimage_runtime": REPOSITORY / "runtime",
+    "zimage_rt": REPOSITORY,
+}
+OPTIMUM_COMMAND = "optimum/commands/register/zimage.py"
+LEFT_OUT = shutil.ignore_patterns(".*", "*.egg-info", "build", "dist", "out")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of a copy of the repository, tests and benchmarks included, built without the network."""
+    source = tmp_path_factory.mktemp("wheel") / "source"
+    shutil.copytree(REPOSITORY, source, ignore=LEFT_OUT)
+    out = source.parent / "dist"
+    offline = ("--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", *offline, "--wheel-dir", str(out), str(source)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    (path,) = out.glob("*.whl")
+    return path
+
+
+@pytest.fixture(scope="module")
+def unpacked(wheel: Path) -> Path:
+    folder = wheel.parent / "unpacked"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def metadata(unpacked: Path) -> Message:
+    (path,) = unpacked.glob("*.dist-info/METADATA")
+    return Parser().parsestr(path.read_text(encoding="utf-8"))
+
+
+def run_isolated(code: str, *paths: Path) -> subprocess.CompletedProcess[str]:
+    """Runs code in an interpreter that sees the standard library and the given paths, and nothing installed."""
+    setup = f"import sys; sys.path[:0] = {[str(path) for path in paths]!r}; "
+    return subprocess.run([sys.executable, "-I", "-S", "-c", setup + code], capture_output=True, text=True)
+
+
+def test_the_wheel_carries_the_packages_and_nothing_else(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert len(names) == len(set(names))
+    carried = [name for name in names if ".dist-info/" not in name]
+    modules = {
+        str(path.relative_to(home).as_posix())
+        for package, home in PACKAGES.items()
+        for path in (home / package).rglob("*.py")
+    }
+    typed = {f"{package}/py.typed" for package in PACKAGES}
+    expected = modules | typed | {OPTIMUM_COMMAND}
+    assert expected <= set(carried)
+    others = [name for name in carried if name not in expected]
+    assert all(name.startswith("zimage_rt/demo_bundle/") for name in others), others
+
+
+def test_a_plain_install_needs_no_torch(metadata: Message) -> None:
+    requirements = metadata.get_all("Requires-Dist") or []
+    plain = {line.split(">")[0].split("=")[0].strip() for line in requirements if "extra ==" not in line}
+    assert {"numpy", "onnxruntime", "tokenizers"} <= plain
+    assert not plain & {"torch", "diffusers", "transformers", "onnx", "optimum", "safetensors"}
+    assert any(line.startswith("torch") and 'extra == "export"' in line for line in requirements)
+
+
+def test_the_wheel_names_both_commands(unpacked: Path) -> None:
+    (path,) = unpacked.glob("*.dist-info/entry_points.txt")
+    lines = path.read_text().splitlines()
+    assert "zimage-rt = zimage_rt.cli:main" in lines
+    assert "zimage-export = zimage_export.cli:main" in lines
+
+
+def test_the_unpacked_wheel_imports_alone(unpacked: Path, metadata: Message) -> None:
+    code = "import zimage_rt; from importlib.metadata import version; print(zimage_rt.__file__, version('zimage-rt'))"
+    result = run_isolated(code, unpacked)
+    assert result.stderr == ""
+    assert result.stdout.split() == [str(unpacked / "zimage_rt" / "__init__.py"), metadata["Version"]]
+
+
+def test_optimum_finds_the_command_of_an_installed_wheel(unpacked: Path) -> None:
+    site_packages = Path(sysconfig.get_path("purelib"))  # optimum is here; its .pth files are not read
+    code = "from optimum.commands.optimum_cli import main; sys.argv = ['optimum-cli', 'export', '--help']; main()"
+    assert "zimage" in run_isolated(code, unpacked, site_packages).stdout
+    assert "zimage" not in run_isolated(code, site_packages).stdout, "it comes from the wheel"

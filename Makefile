@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow check bench install clean
+.PHONY: demo test test-slow check bench bench-full-size install clean
 
 install: $(STAMP)
 
@@ -31,6 +31,15 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# WORK keeps the synthetic models between runs: 10 GB, and 55 GB more for the full-size one.
+WORK ?= out/bench
+bench: $(STAMP)
+	$(BIN)/python benchmarks/memory_model.py --work $(WORK)
+	$(BIN)/python benchmarks/cpu_step.py --work $(WORK)
+
+bench-full-size: $(STAMP)
+	$(BIN)/python benchmarks/full_size.py --work $(WORK)/full-size
 
 clean:
 	rm -rf $(VENV) out build dist

@@ -262,7 +262,7 @@ def test_latents_not_unscaled_rightly(key: str, value: float, copy: Path, expect
 
 def test_the_picture_upside_down(bundle: Path, expected: Drawing, monkeypatch: pytest.MonkeyPatch) -> None:
     decode = Pipeline.decode
-    monkeypatch.setattr(Pipeline, "decode", lambda self, latents: decode(self, latents)[:, :, ::-1])
+    monkeypatch.setattr(Pipeline, "decode", lambda self, latents, **tiled: decode(self, latents, **tiled)[:, :, ::-1])
     assert_caught(bundle, expected, "a pixel is .* away from diffusers'")
 
 

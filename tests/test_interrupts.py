@@ -94,28 +94,25 @@ def test_stopped_while_building(checkpoint: Path, tmp_path: Path, number: signal
 
 
 def test_killed_while_building(checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
+    """Killed twenty times at random moments, from the first byte to the replacement of an older bundle."""
     target = tmp_path / "bundle"
     moments = random.Random(0)
-    left = 0
-    for _ in range(8):
-        process = start("zimage-export", "build", checkpoint, target, "--quiet")
-        while not any(name.endswith(".part") for name in os.listdir(tmp_path)) and process.poll() is None:
+    cut_short = 0
+    for _ in range(20):
+        process = start("zimage-export", "build", checkpoint, target, "--force", "--quiet")
+        before = set(os.listdir(tmp_path))
+        while not set(os.listdir(tmp_path)) - before and process.poll() is None:
             time.sleep(0.002)
-        time.sleep(moments.uniform(0, 0.15))
+        time.sleep(moments.uniform(0, 0.25))
         process.kill()
         process.communicate()
-        left += bool(os.listdir(tmp_path))
-        if target.exists():  # the kill came too late
+        cut_short += process.returncode == -signal.SIGKILL
+        if target.exists():  # a whole bundle, of this build or of one before
             Bundle.open(target).verify()
-            call_export(capsys, "build", checkpoint, target, "--force", "--quiet")
-            assert os.listdir(tmp_path) == ["bundle"]
-            break
-        with pytest.raises(BundleError, match="no such bundle"):
-            Bundle.open(target)
-        for name in os.listdir(tmp_path):
+        for name in set(os.listdir(tmp_path)) - {"bundle"}:
             with pytest.raises(BundleError):
                 Bundle.open(tmp_path / name)
-    assert left, "no build was killed while it wrote"
+    assert cut_short >= 10, "most builds were done before they were killed"
     outcome = call_export(capsys, "build", checkpoint, target, "--force", "--quiet")
     assert outcome.status == 0, outcome.err
     Bundle.open(target).verify()

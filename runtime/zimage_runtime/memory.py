@@ -11,7 +11,7 @@ from pathlib import Path
 from .contracts import Program
 from .errors import MemoryLimitError, RequestError
 from .geometry import PictureGeometry, padded, picture_geometry
-from .manifest import Manifest
+from .manifest import Manifest, Precision
 from .tiling import tiled_bytes
 
 _BASE = 160 << 20  # the interpreter, numpy, ONNX Runtime, Pillow and a tokenizer of 150,000 words
@@ -40,7 +40,8 @@ class MemoryPlan:
     @property
     def peak(self) -> int:
         """The most that is held at once when each stage is freed before the next is loaded."""
-        return _BASE + max(self.programs.values())
+        once = self.programs[Program.CAPTION] + self.programs[Program.MODULATION]  # which are held together
+        return _BASE + max(once, *self.programs.values())
 
     @property
     def keep_all(self) -> bool:
@@ -83,11 +84,23 @@ def _plan(
         weights = max((r.weight_bytes for r in manifest.programs[program].values()), default=0)
         copies = _DECODER_WEIGHTS if program is Program.DECODER else float(not low_memory)
         programs[program] = int(weights * copies) + _activations(program, manifest, geometry, tokens, batch)
+        if low_memory and manifest.precision is not Precision.FP32:
+            programs[program] += _widened_bytes(program, manifest)
     in_tiles = tiled_bytes(manifest.config.vae, geometry.width, geometry.height)
     tiled = _BASE + programs[Program.DECODER] > limit and in_tiles < programs[Program.DECODER]
     if tiled:
         programs[Program.DECODER] = in_tiles
     return MemoryPlan(programs, limit, low_memory, tiled)
+
+
+def _widened_bytes(program: Program, manifest: Manifest) -> int:
+    """16-bit weights that are in float32 at once where they stay mapped: one layer's largest, and the one before."""
+    config = manifest.config
+    if program is Program.TEXT_ENCODER:
+        return 2 * _FLOAT * config.text_encoder.hidden_size * config.text_encoder.intermediate_size
+    if program in (Program.DENOISER, Program.CAPTION):
+        return 2 * _FLOAT * config.transformer.dim * config.transformer.ffn_dim
+    return 0
 
 
 def _activations(program: Program, manifest: Manifest, geometry: PictureGeometry, tokens: int, batch: int) -> int:
@@ -112,12 +125,12 @@ def _refusal(manifest: Manifest, geometry: PictureGeometry, tokens: int, batch: 
         + (f" in batches of {batch}" if batch > 1 else "")
         + f" needs about {_gib(plan.peak)} of memory and {_gib(plan.available)} is available"
     )
-    largest = _largest_size(manifest, geometry, tokens, batch, plan)
-    if largest:
-        return f"{asked}; the largest size of this shape that fits is {largest}"
+    advice = []
+    if largest := _largest_size(manifest, geometry, tokens, batch, plan):
+        advice.append(f"the largest size of this shape that fits is {largest}")
     if not plan.low_memory and _plan(manifest, geometry, tokens, batch, True, plan.available).peak <= plan.available:
-        return f"{asked}; it fits with --low-memory"
-    return f"{asked}; no size fits: close other programs or use a smaller bundle"
+        advice.append("it fits with --low-memory")
+    return f"{asked}; {'; '.join(advice) or 'no size fits: close other programs or use a smaller bundle'}"
 
 
 def _largest_size(

@@ -99,10 +99,10 @@ class OrtCpuExecutor:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors reach the caller as exceptions; stderr is the command's own
         options.intra_op_num_threads = thread_count()
+        options.enable_mem_pattern = False  # the second run would take another block as large as all activations
         disabled = []
         if self._low_memory:
             options.add_session_config_entry("session.disable_prepacking", "1")
-            options.enable_cpu_mem_arena = False
             disabled = ["ConstantFolding"]  # which would widen all 16-bit weights to float32 at once
         try:
             return onnxruntime.InferenceSession(

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from .bundle import Bundle
 from .contracts import Program
 from .errors import BundleError, ExecutorError, RequestError
-from .executor import Conditioning, Denoiser, Executor, Floats
+from .executor import Conditioning, Executor, Floats
 from .geometry import (
     PictureGeometry,
     Rotary,
@@ -228,9 +228,13 @@ class Pipeline:
         return self._events(request, ids, cut, plan, start)
 
     def _events(self, request: Request, ids: list[int], cut: int, plan: MemoryPlan, start: float) -> Iterator[Event]:
-        denoiser = self.condition(request.geometry, request.schedule, ids)
-        if not self.keep_loaded:
-            self.executor.release(Program.TEXT_ENCODER, Program.CAPTION, Program.MODULATION)
+        release_early = not (plan.keep_all and self.keep_loaded)
+        hidden_states = self.encode_prompt(ids)
+        if release_early:
+            self.executor.release(Program.TEXT_ENCODER)
+        denoiser = self.executor.prepare(self.conditioning(request.geometry, request.schedule, hidden_states))
+        if release_early:
+            self.executor.release(Program.CAPTION, Program.MODULATION)
         yield CaptionEvent(len(ids), cut, time.perf_counter() - start)
         for first in range(0, len(request.seeds), request.batch_size):
             seeds = request.seeds[first : first + request.batch_size]
@@ -252,11 +256,10 @@ class Pipeline:
             if not plan.keep_all or (last and not self.keep_loaded):
                 self.executor.release(Program.DECODER)
 
-    def condition(self, geometry: PictureGeometry, schedule: Schedule, ids: list[int]) -> Denoiser:
-        """Runs what depends on the prompt, the size and the schedule, but not on the seed."""
-        config = self.bundle.manifest.config
-        hidden_states = self.executor.encode_text(self.embed(ids), text_rotary(len(ids), config.text_encoder))
-        return self.executor.prepare(self.conditioning(geometry, schedule, hidden_states))
+    def encode_prompt(self, ids: list[int]) -> Floats:
+        """The text encoder's hidden states of a prompt: [1, tokens, hidden_size]."""
+        rotary = text_rotary(len(ids), self.bundle.manifest.config.text_encoder)
+        return self.executor.encode_text(self.embed(ids), rotary)
 
     def conditioning(self, geometry: PictureGeometry, schedule: Schedule, hidden_states: Floats) -> Conditioning:
         """What the executor is prepared with, for a prompt's hidden states [1, tokens, hidden_size]."""

@@ -33,8 +33,8 @@ def test_every_option_of_build_is_offered() -> None:
     offered = {name for action in parser._actions for name in action.option_strings}
     options = [parameter for parameter in build.params if isinstance(parameter, click.Option)]
     assert offered == {"-h", "--help", "-m", "--model"}.union(*(option.opts for option in options))
-    text = " ".join(parser.format_help().split())
-    assert all(option.help and option.help in text for option in options)
+    text = "".join(parser.format_help().split())  # argparse breaks lines at hyphens too
+    assert all(option.help and "".join(option.help.split()) in text for option in options)
     arguments = [parameter.name for parameter in build.params if isinstance(parameter, click.Argument)]
     assert arguments == ["model", "out"], "the command hands these two on, in this order"
 

@@ -19,7 +19,9 @@ from zimage_runtime.geometry import (
 from zimage_runtime.ort import OrtCpuExecutor
 
 from .errors import ExportError
+from .residency import bounded_mappings
 
+_MAPPED_BYTES = 256 << 20  # of weights at a time
 _TOKENS = 20  # fewer than the padded caption, so that pads are exercised
 _SIDE = 96  # pixels: 36 image tokens at the published scale, so that there are pads too
 
@@ -27,13 +29,15 @@ _SIDE = 96  # pixels: 36 image tokens at the published scale, so that there are 
 def self_check(bundle: Bundle) -> dict[str, Any]:
     """Runs every program and returns the root mean square of each output.
 
-    Weights stay mapped, so the check needs little memory at any size. Raises `ExportError` for an output that is
-    not finite or is constant.
+    Weights stay mapped and are handed back as they are used, so the check is small at any size. Raises `ExportError`
+    for an output that is not finite or is constant.
     """
     executor = OrtCpuExecutor(bundle, low_memory=True)
     results: dict[str, Any] = {}
     for program, feeds in fixed_inputs(bundle.manifest.config).items():
-        outputs = executor.run(program, feeds)
+        executor.load(program)
+        with bounded_mappings(bundle.root, _MAPPED_BYTES):
+            outputs = executor.run(program, feeds)
         executor.release()
         for name, value in outputs.items():
             if not np.isfinite(value).all():

@@ -83,16 +83,20 @@ class OrtCpuExecutor:
     def run(self, program: Program, feeds: dict[str, Floats]) -> dict[str, Floats]:
         """Runs one program: inputs and outputs by the names in `contracts`."""
         names = list(SIGNATURES[program].outputs)
-        session = self._sessions.get(program)
-        if session is None:
-            session = self._sessions[program] = self._load(program)
+        self.load(program)
         try:
-            outputs: list[NDArray[np.float32]] = session.run(names, feeds)
+            outputs: list[NDArray[np.float32]] = self._sessions[program].run(names, feeds)
         except Exception as error:  # the library's own classes share no base but Exception
             raise _explained(program, "failed", error) from None
-        return dict(zip(names, outputs, strict=True))
+        # the arrays lie in the session's arena, all of which lives for as long as one of them does: copies do not
+        return {name: output.copy() for name, output in zip(names, outputs, strict=True)}
 
-    def _load(self, program: Program) -> Any:
+    def load(self, program: Program) -> None:
+        """Makes a program's session, unless it has one."""
+        if program not in self._sessions:
+            self._sessions[program] = self._session(program)
+
+    def _session(self, program: Program) -> Any:
         import onnxruntime
 
         path = self._bundle.program(program, CPU)

@@ -1,10 +1,11 @@
-"""A 16-bit bundle on the CPU with `--low-memory`: weights are widened a layer at a time, not all at once."""
+"""Memory of a 16-bit bundle on the CPU: what is widened, what is given back, what the self-check holds."""
 
 import json
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -58,11 +59,92 @@ print(json.dumps(peak - before))
 """
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the kernel's account of the process")
-def test_weights_are_widened_one_at_a_time(tmp_path: Path) -> None:
-    write_checkpoint(tmp_path / "checkpoint", WIDE)
-    bundle = build(tmp_path / "checkpoint", tmp_path / "bundle", BuildOptions(Precision.BF16), Progress(quiet=True))
-    widened = Bundle.open(bundle.root).manifest.programs[Program.DENOISER][CPU].weight_bytes
-    child = subprocess.run([sys.executable, "-c", CHILD, str(bundle.root)], capture_output=True, text=True, check=True)
+needs_proc = pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="reads the kernel's account of the process"
+)
+
+
+@pytest.fixture(scope="module")
+def wide_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("wide")
+    write_checkpoint(folder / "checkpoint", WIDE)
+    return build(folder / "checkpoint", folder / "bundle", BuildOptions(Precision.BF16), Progress(quiet=True))
+
+
+def child(script: str, bundle: Bundle, *arguments: object) -> Any:
+    command = [sys.executable, "-c", script, str(bundle.root), *map(str, arguments)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+@needs_proc
+def test_weights_are_widened_one_at_a_time(wide_bundle: Bundle) -> None:
+    widened = wide_bundle.manifest.programs[Program.DENOISER][CPU].weight_bytes
     assert widened > 190e6
-    assert json.loads(child.stdout) < 0.3 * widened
+    assert child(CHILD, wide_bundle) < 0.3 * widened
+
+
+RELEASED = """
+import json, sys
+from pathlib import Path
+from zimage_export.selfcheck import fixed_inputs
+from zimage_runtime.bundle import Bundle
+from zimage_runtime.contracts import Program
+from zimage_runtime.ort import OrtCpuExecutor
+
+def anonymous():
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+bundle = Bundle.open(sys.argv[1])
+feeds = fixed_inputs(bundle.manifest.config)
+executor = OrtCpuExecutor(bundle)
+executor.run(Program.MODULATION, feeds[Program.MODULATION])
+executor.release()
+before = anonymous()
+outputs = executor.run(Program.DENOISER, feeds[Program.DENOISER])
+held = anonymous() - before
+executor.release()
+print(json.dumps([held, anonymous() - before, float(outputs["velocity"].std())]))
+"""
+
+
+@needs_proc
+def test_a_released_program_gives_its_memory_back_while_its_outputs_live(wide_bundle: Bundle) -> None:
+    held, left, deviation = child(RELEASED, wide_bundle)
+    widened = wide_bundle.manifest.programs[Program.DENOISER][CPU].weight_bytes
+    assert held > 0.9 * widened
+    assert left < 0.6 * held  # small blocks, of which the C library keeps some; full-size ones go back whole
+    assert deviation > 0
+
+
+SELF_CHECKED = """
+import json, sys, threading
+from pathlib import Path
+from zimage_export import residency, selfcheck
+from zimage_runtime.bundle import Bundle
+
+bundle = Bundle.open(sys.argv[1])
+peak, done = 0, threading.Event()
+
+def watch():
+    global peak
+    while not done.wait(0.001):
+        peak = max(peak, residency._mapped_bytes())
+
+selfcheck._MAPPED_BYTES = int(sys.argv[2])
+selfcheck.self_check(bundle)  # the libraries' own pages are mapped in now
+watcher = threading.Thread(target=watch)
+watcher.start()
+checked = selfcheck.self_check(bundle)
+done.set()
+watcher.join()
+print(json.dumps([peak, checked]))
+"""
+
+
+@needs_proc
+def test_the_self_check_hands_mapped_weights_back(wide_bundle: Bundle) -> None:
+    free, unbounded = child(SELF_CHECKED, wide_bundle, 1 << 40)
+    handed_back, bounded = child(SELF_CHECKED, wide_bundle, 1 << 20)
+    assert unbounded == bounded == wide_bundle.manifest.self_check
+    assert free - handed_back > 40e6

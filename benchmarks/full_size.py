@@ -1,0 +1,166 @@
+"""The full-size model on an ordinary machine: made, exported, checked, and one picture drawn, with each one's memory.
+
+    python benchmarks/full_size.py --work DIR [--precision bf16] [--scale full] [--size 256x256]
+
+Each phase is a process of its own, watched from outside. The checkpoint is made of random weights in the published
+shapes and types (33 GB; the bf16 bundle takes 21 GB more) and is kept in DIR for the next run. The time that
+streaming takes is held against a plain read of the same shards and a plain write of as many bytes as the bundle has.
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from common import RESULTS, Peak, describe, machine, markdown_table, measure_child, write_results
+
+_PIECE = 16 << 20
+_PACKAGES = ("onnxruntime", "onnx", "numpy")
+
+
+def main() -> None:
+    """Runs all phases and writes the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="where the checkpoint and the bundle are put")
+    parser.add_argument("--precision", default="bf16")
+    parser.add_argument("--scale", default="full", choices=["full", "small"])
+    parser.add_argument("--size", default="256x256")
+    parser.add_argument("--steps", default="8")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--copy", type=Path, nargs=2, metavar=("CHECKPOINT", "BUNDLE"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.copy:
+        plain_copy(*options.copy)
+        return
+    report = measure(options.work, options.precision, options.scale, options.size, options.steps)
+    write_results(f"full_size_{options.precision}", report, to_markdown(report), options.out)
+    print(to_markdown(report))
+
+
+def measure(work: Path, precision: str, scale: str, size: str, steps: str) -> dict[str, Any]:
+    """Every phase's seconds, memory and bytes."""
+    checkpoint, bundle = work / "checkpoint", work / f"bundle-{precision}"
+    work.mkdir(parents=True, exist_ok=True)
+    phases: dict[str, dict[str, Any]] = {}
+    if not checkpoint.exists():
+        phases["synthesize"] = _phase("zimage_export.cli", "synthesize", str(checkpoint), "--scale", scale)[0]
+    _forget_cached_files()
+    phases["export"], text = _phase(
+        "zimage_export.cli", "build", str(checkpoint), str(bundle), "--precision", precision, "--force", "--json"
+    )
+    export = json.loads(text)
+    _forget_cached_files()
+    phases["plain read and write"] = _plain_copy_phase(work, checkpoint, bundle)
+    phases["verify hashes"] = _phase("zimage_rt.cli", "info", str(bundle), "--verify")[0]
+    picture = work / "picture.png"
+    phases["picture"], text = _phase(
+        "zimage_rt.cli", "run", "a red fox in the snow", "-m", str(bundle), "--size", size, "--steps", steps,
+        "--seed", "7", "--low-memory", "-o", str(picture), "--json",
+    )  # fmt: skip
+    return {
+        "machine": machine(*_PACKAGES),
+        "scale": scale,
+        "precision": precision,
+        "picture": {"size": size, "steps": int(steps), "low_memory": True},
+        "checkpoint_bytes": _folder_bytes(checkpoint),
+        "bundle_bytes": export["bytes"],
+        "export_seconds": export["seconds"],
+        "streaming_over_plain_copy": round(export["seconds"]["weights"] / phases["plain read and write"]["seconds"], 2),
+        "phases": phases,
+    }
+
+
+def _plain_copy_phase(work: Path, checkpoint: Path, bundle: Path) -> dict[str, Any]:
+    print(f"{time.strftime('%H:%M:%S')} plain read and write", file=sys.stderr, flush=True)
+    copy = [sys.executable, __file__, "--work", str(work), "--copy", str(checkpoint), str(bundle)]
+    return _row(measure_child(copy)[0])
+
+
+def _phase(module: str, *arguments: str) -> tuple[dict[str, Any], str]:
+    run = f"import sys; from {module} import main; sys.argv = ['zimage', *sys.argv[1:]]; main()"
+    print(f"{time.strftime('%H:%M:%S')} {' '.join(arguments[:2])}", file=sys.stderr, flush=True)
+    peak, text = measure_child([sys.executable, "-c", run, *arguments, *([] if "info" in arguments else ["--quiet"])])
+    return _row(peak), text
+
+
+def _row(peak: Peak) -> dict[str, Any]:
+    return {
+        "seconds": round(peak.seconds, 1),
+        "anonymous_bytes": peak.anonymous,
+        "mapped_bytes": peak.file,
+        "resident_bytes": peak.resident,
+        "read_bytes": peak.read,
+        "written_bytes": peak.written,
+    }
+
+
+def plain_copy(checkpoint: Path, bundle: Path) -> None:
+    """Reads every shard and writes as many bytes as the bundle's weights take, and does nothing else."""
+    for path in sorted(checkpoint.rglob("*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while file.read(_PIECE):
+                pass
+    scratch = bundle.with_suffix(".scratch")
+    scratch.mkdir(exist_ok=True)
+    zeros = memoryview(bytearray(_PIECE))
+    try:
+        for number, path in enumerate(sorted(bundle.rglob("*.safetensors"))):
+            left = path.stat().st_size
+            with (scratch / str(number)).open("wb", buffering=0) as file:
+                while left:
+                    left -= file.write(zeros[: min(left, _PIECE)])
+    finally:
+        shutil.rmtree(scratch)
+
+
+def _forget_cached_files() -> None:
+    """Lets the kernel drop the page cache, where it may be told to, so that every phase reads from the disk."""
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+    except OSError:
+        print("the page cache could not be dropped: reads may come from memory", file=sys.stderr)
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def to_markdown(report: dict[str, Any]) -> str:
+    """The report for people."""
+    rows = [
+        [name, row["seconds"], *(f"{row[key] / 1e9:.2f}" for key in _COLUMNS)] for name, row in report["phases"].items()
+    ]
+    export, picture = report["export_seconds"], report["picture"]
+    return "\n".join(
+        [
+            f"# Full size: {report['precision']}",
+            "",
+            f"A {report['scale']}-scale checkpoint of random weights, {report['checkpoint_bytes'] / 1e9:.1f} GB "
+            f"(transformer float32, the rest bf16) → a bundle of {report['bundle_bytes'] / 1e9:.1f} GB; one picture of "
+            f"{picture['size']}, {picture['steps']} steps, `--low-memory`, on the CPU. Sizes in GB (10⁹).",
+            "",
+            markdown_table(["phase", "seconds", *_COLUMNS.values()], rows),
+            "",
+            f"The export spent {export['graphs']} s on graphs and {export['weights']} s on streaming and hashing, "
+            f"which is {report['streaming_over_plain_copy']} times a plain read and write of the same bytes.",
+            "",
+            f"Machine: {describe(report['machine'])}.",
+            "",
+            f"Made by `python benchmarks/full_size.py --work DIR --precision {report['precision']}`.",
+        ]
+    )
+
+
+_COLUMNS = {
+    "anonymous_bytes": "peak anonymous",
+    "mapped_bytes": "peak mapped",
+    "resident_bytes": "peak resident",
+    "read_bytes": "read",
+    "written_bytes": "written",
+}
+
+if __name__ == "__main__":
+    main()

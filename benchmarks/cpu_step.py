@@ -326,13 +326,14 @@ def _command(options: argparse.Namespace) -> str:
     words = ["taskset -c 0"] if physical_threads() == 1 else []
     words += ["python benchmarks/cpu_step.py --work DIR --layers", options.layers, "--sides", *options.sides]
     words += ["--rounds", *options.rounds, "--picture-rounds", options.picture_rounds, "--steps", options.steps]
+    words += ["--name", options.name] if options.name != "cpu_step" else []
     flags = {"--no-bf16": options.no_bf16, "--no-compile": options.no_compile, "--cpu-time": options.cpu_time}
     return " ".join(str(word) for word in [*words, *(flag for flag, given in flags.items() if given)])
 
 
 def _keep(document: dict[str, Any], options: argparse.Namespace) -> None:
     if options.scale == "real":
-        write_results("cpu_step", document, to_markdown(document), options.out)
+        write_results(options.name, document, to_markdown(document), options.out)
 
 
 def main() -> None:
@@ -353,6 +354,7 @@ def main() -> None:
         help="processor seconds instead of the clock's, for a busy machine; right with one thread (`taskset -c 0`)",
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="where results are written (scale real only)")
+    parser.add_argument("--name", default="cpu_step", help="of the results")
     document = run(parser.parse_args())
     print(to_markdown(document))
     print(json.dumps(document))

@@ -25,6 +25,7 @@ from zimage_runtime.manifest import (
     write_manifest,
 )
 from zimage_runtime.progress import Progress
+from zimage_runtime.schedule import DEFAULT_STEPS
 from zimage_runtime.tensors import DType, read_header
 from zimage_runtime.tokenizer import PromptTokenizer
 
@@ -38,8 +39,6 @@ from .precision import StoragePolicy
 from .selfcheck import self_check
 from .single_files import NO_FILES, SingleFiles
 from .weights import StoredTensor, plan_embeddings, plan_weights, total_bytes, write_weights
-
-DEFAULT_STEPS = 8
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from zimage_runtime.progress import Progress
+from zimage_runtime.schedule import DEFAULT_STEPS
 
-from .build import DEFAULT_STEPS
 from .checkpoint import Checkpoint
 from .errors import ExportError
 from .folding import BlockPeak, blocks

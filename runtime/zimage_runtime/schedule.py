@@ -13,6 +13,9 @@ from .errors import RequestError
 
 Floats = NDArray[np.float32]
 
+DEFAULT_STEPS = 8
+"""What Z-Image Turbo is distilled for."""
+
 MAX_STEPS = 256
 
 

@@ -52,7 +52,7 @@ def test_info_says_what_the_manifest_says(bundle: Path, capsys: pytest.CaptureFi
     assert lines["default"] == f"{manifest.defaults.width}x{manifest.defaults.height}, 8 steps"
     assert lines["size"].endswith(f"in {len(manifest.files)} files")
     assert {"  text_encoder", "  transformer", "  vae", "  tokenizer.json"} <= lines.keys()
-    assert lines["runs on cpu"] == "text_encoder, caption, modulation, denoiser, decoder, encoder"
+    assert lines["cpu programs"] == "text_encoder, caption, modulation, denoiser, decoder, encoder"
     assert lines["parity"] == "not measured"
     assert lines["fingerprint"] == manifest.fingerprint
 

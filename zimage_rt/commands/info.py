@@ -86,7 +86,7 @@ def _lines(bundle: "Bundle") -> Iterator[str]:
     for component, size in _sizes(bundle).items():
         yield _line(f"  {component}", _readable(size))
     for executor, programs in _programs(bundle).items():
-        yield _line(f"runs on {executor}", ", ".join(programs))
+        yield _line(f"{executor} programs", ", ".join(programs))
     if manifest.parity is None:
         yield _line("parity", "not measured")
     else:

@@ -8,6 +8,8 @@ from zimage_runtime.tensors import DType
 
 from .errors import ExportError
 
+_INFINITE = 0x7C00  # fp16's bits from infinity on, the sign left out
+
 
 def encode(values: NDArray[np.float32], dtype: DType, name: str) -> NDArray[np.generic]:
     """Rounds float32 to nearest even in a floating-point type. Raises `ExportError` for what leaves fp16's range."""
@@ -15,8 +17,15 @@ def encode(values: NDArray[np.float32], dtype: DType, name: str) -> NDArray[np.g
         return values.astype(ml_dtypes.bfloat16).view(np.uint16)
     if dtype is not DType.F16:
         return values.astype(dtype.storage, copy=False)
-    with np.errstate(over="ignore"):
-        half = values.astype(np.float16)
-    if not np.isfinite(half).all():
+    half = _to_half(values)
+    if half.size and int((half & 0x7FFF).max()) >= _INFINITE:
         raise ExportError(f"{name}: holds values that fp16 cannot; use --precision bf16")
     return half
+
+
+def _to_half(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """float32 as fp16's bits. torch's conversion is several times faster than numpy's, and rounds alike."""
+    import torch
+
+    half: NDArray[np.float16] = torch.from_numpy(np.ascontiguousarray(values)).to(torch.float16).numpy()
+    return half.view(np.uint16)

@@ -104,16 +104,20 @@ class OrtCpuExecutor:
         options.log_severity_level = 4  # errors reach the caller as exceptions; stderr is the command's own
         options.intra_op_num_threads = thread_count()
         options.enable_mem_pattern = False  # the second run would take another block as large as all activations
-        disabled = []
+        disabled: list[str] = []
         if self._low_memory:
             options.add_session_config_entry("session.disable_prepacking", "1")
-            disabled = ["ConstantFolding"]  # which would widen all 16-bit weights to float32 at once
+            disabled = _WIDENING
         try:
             return onnxruntime.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
             )
         except Exception as error:
             raise _explained(program, f"cannot be loaded from {path}", error) from None
+
+
+_WIDENING = ["ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer"]
+"""The graph optimizations that would widen all bf16 or fp16 weights to float32 at once, at load."""
 
 
 @dataclass(frozen=True)

@@ -64,11 +64,11 @@ needs_proc = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="module")
-def wide_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+@pytest.fixture(scope="module", params=[Precision.BF16, Precision.FP16])
+def wide_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("wide")
     write_checkpoint(folder / "checkpoint", WIDE)
-    return build(folder / "checkpoint", folder / "bundle", BuildOptions(Precision.BF16), Progress(quiet=True))
+    return build(folder / "checkpoint", folder / "bundle", BuildOptions(request.param), Progress(quiet=True))
 
 
 def child(script: str, bundle: Bundle, *arguments: object) -> Any:

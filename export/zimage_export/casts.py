@@ -27,5 +27,10 @@ def _to_half(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     """float32 as fp16's bits. torch's conversion is several times faster than numpy's, and rounds alike."""
     import torch
 
-    half: NDArray[np.float16] = torch.from_numpy(np.ascontiguousarray(values)).to(torch.float16).numpy()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a second one would spin between pieces, and take the core that hashes and writes
+    try:
+        half: NDArray[np.float16] = torch.from_numpy(np.ascontiguousarray(values)).to(torch.float16).numpy()
+    finally:
+        torch.set_num_threads(threads)
     return half.view(np.uint16)

@@ -82,6 +82,15 @@ def start(program: str, *arguments: object, **options: Any) -> subprocess.Popen[
     entry = f"from {_MODULES[program]} import main; main()"
     words = [os.fsencode(argument if isinstance(argument, bytes) else str(argument)) for argument in arguments]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace", **options}
+    prepare = options.pop("preexec_fn", None)
+
+    def heed_ctrl_c() -> None:
+        # where the tests run as a shell's background job, SIGINT comes ignored and would stay so in the child
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if prepare is not None:
+            prepare()
+
+    options["preexec_fn"] = heed_ctrl_c
     return subprocess.Popen([sys.executable, "-c", entry, *words], **options)
 
 

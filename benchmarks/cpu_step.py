@@ -160,10 +160,7 @@ def step_calls(models: Models, side: int) -> dict[str, Callable[[], Floats]]:
     latents = ours.initial_latents(request.geometry, request.seeds)
     hidden_states = ours.encode_prompt(ids)
     denoiser = ours.executor.prepare(ours.conditioning(request.geometry, request.schedule, hidden_states))
-    from zimage_runtime.geometry import text_rotary
-
-    config = ours.bundle.manifest.config.text_encoder
-    hidden = torch.from_numpy(ours.executor.encode_text(ours.embed(ids), text_rotary(len(ids), config))[0])
+    hidden = torch.from_numpy(hidden_states[0])
     timestep = torch.from_numpy(request.schedule.timesteps[:1])
 
     def with_torch(transformer: Any) -> Callable[[], Floats]:

@@ -16,10 +16,10 @@ from numpy.typing import NDArray
 from zimage_runtime.bundle import Bundle
 from zimage_runtime.contracts import Program
 from zimage_runtime.executor import Floats
-from zimage_runtime.geometry import caption_positions, padded, text_rotary, transformer_rotary
+from zimage_runtime.geometry import caption_positions, padded, transformer_rotary
 from zimage_runtime.manifest import write_manifest
 from zimage_runtime.ort import OrtCpuExecutor
-from zimage_runtime.pipeline import Pipeline, Request, to_image
+from zimage_runtime.pipeline import PictureEvent, Pipeline, Request, to_image
 from zimage_runtime.progress import Advance, Progress
 
 from .checkpoint import Checkpoint
@@ -156,7 +156,7 @@ def _component_errors(
     ids = pipeline.token_ids(request.prompt)
     executor = pipeline.executor
     assert isinstance(executor, OrtCpuExecutor)
-    hidden = executor.encode_text(pipeline.embed(ids), text_rotary(len(ids), config.text_encoder))
+    hidden = pipeline.encode_prompt(ids)
     executor.release()
     rotary = transformer_rotary(caption_positions(padded(len(ids))), config.transformer)
     feeds = {"hidden_states": capture.hidden_states, "cos": rotary.cos, "sin": rotary.sin}
@@ -201,7 +201,5 @@ def _encode_reference(reference: ReferencePipeline, picture: Floats) -> Floats:
 
 
 def _draw(pipeline: Pipeline, request: Request) -> tuple[Floats, NDArray[np.uint8]]:
-    from zimage_runtime.pipeline import PictureEvent
-
     picture = next(event for event in pipeline.run(request) if isinstance(event, PictureEvent))
     return picture.latents, np.asarray(picture.image)

@@ -85,7 +85,7 @@ def plan_embeddings(checkpoint: Checkpoint) -> list[StoredTensor]:
     """The token embeddings, kept as stored in every precision: the host reads a few rows of them a prompt."""
     config = checkpoint.config.text_encoder
     source = checkpoint.text_encoder.get(EMBEDDINGS, (config.vocab_size, config.hidden_size))
-    return [StoredTensor(EMBEDDINGS, source.dtype, source.shape, source.chunks)]
+    return [converted(source, source.dtype)]
 
 
 def total_bytes(tensors: Iterable[StoredTensor]) -> int:

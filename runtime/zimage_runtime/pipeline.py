@@ -247,13 +247,14 @@ class Pipeline:
                     raise ExecutorError(f"step {step + 1} gave values that are not finite; verify the bundle")
                 yield StepEvent(seeds, step + 1, request.schedule.steps, latents, time.perf_counter() - begin)
             last = first + request.batch_size >= len(request.seeds)
-            if not plan.keep_all or (last and not self.keep_loaded):
+            release_now = not plan.keep_all or (last and not self.keep_loaded)
+            if release_now:
                 self.executor.release(Program.DENOISER)
             for seed, one in zip(seeds, latents, strict=True):
                 begin = time.perf_counter()
                 image = to_image(self.decode(one[None], tiled=plan.tiled)[0])
                 yield PictureEvent(seed, image, one, time.perf_counter() - begin)
-            if not plan.keep_all or (last and not self.keep_loaded):
+            if release_now:
                 self.executor.release(Program.DECODER)
 
     def encode_prompt(self, ids: list[int]) -> Floats:

@@ -16,6 +16,13 @@ _SPLIT = (
 
 def write_byte_tokenizer(path: Path) -> None:
     """Writes a ``tokenizer.json``."""
+    tokenizer = byte_level_bpe()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
+    tokenizer.save(str(path))
+
+
+def byte_level_bpe() -> Tokenizer:
+    """A tokenizer of the 256 bytes with Qwen's normalization and splitting, without special tokens and merges."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(alphabet)}, merges=[]))
     tokenizer.normalizer = normalizers.NFC()
@@ -26,8 +33,7 @@ def write_byte_tokenizer(path: Path) -> None:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
-    tokenizer.save(str(path))
+    return tokenizer
 
 
 def chat_template() -> str:

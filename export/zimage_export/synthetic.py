@@ -5,11 +5,10 @@ so that activations stay near one, as in a trained model: a model whose output i
 A tensor's values depend on the seed and its name alone, and one tensor is in memory at a time.
 """
 
-import json
 import math
 import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,17 @@ from zimage_runtime.config import (
 from zimage_runtime.progress import Advance, Progress
 from zimage_runtime.tensors import DType
 
-from .byte_tokenizer import chat_template, write_byte_tokenizer
+from .byte_tokenizer import write_byte_tokenizer
 from .casts import encode
 from .output import check_disk, check_target, replaced_directory
+from .published_layout import (
+    text_encoder_config,
+    transformer_config,
+    vae_config,
+    write_configs,
+    write_json,
+    write_tokenizer_config,
+)
 from .weights import StoredTensor, total_bytes, write_weights
 
 
@@ -159,7 +166,7 @@ def write_checkpoint(
         replaced_directory(out) as folder,
         (progress or Progress(quiet=True)).task("random weights", total, in_bytes=True) as advance,
     ):
-        _write_configs(folder, config)
+        write_configs(folder, config)
         for part, (_, _, shards, stem) in parts.items():
             _write_sharded(folder / part, stem, tensors[part], shards, advance)
         _write_tokenizer(folder / "tokenizer", tokenizer)
@@ -177,19 +184,19 @@ def _with_vocabulary_of(config: ModelConfig, tokenizer: Path) -> ModelConfig:
 def _transformer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     from diffusers import ZImageTransformer2DModel
 
-    return _meta_shapes(ZImageTransformer2DModel, **asdict(config.transformer), n_kv_heads=config.transformer.n_heads)
+    return _meta_shapes(ZImageTransformer2DModel, **transformer_config(config.transformer))
 
 
 def _vae_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     from diffusers import AutoencoderKL
 
-    return _meta_shapes(AutoencoderKL, **_vae_config(config.vae))
+    return _meta_shapes(AutoencoderKL, **vae_config(config.vae))
 
 
 def _text_encoder_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    shapes = _meta_shapes(Qwen3ForCausalLM, Qwen3Config(**_text_encoder_config(config.text_encoder)))
+    shapes = _meta_shapes(Qwen3ForCausalLM, Qwen3Config(**text_encoder_config(config.text_encoder)))
     shapes.pop("lm_head.weight", None)  # tied to the embeddings, so not stored
     return shapes
 
@@ -254,69 +261,10 @@ def _write_sharded(folder: Path, stem: str, tensors: list[StoredTensor], shards:
         name = f"{stem}-{number:05d}-of-{shards:05d}.safetensors"
         write_weights(folder / name, group, advance)
         weight_map.update({tensor.name: name for tensor in group})
-    _write_json(
+    write_json(
         folder / f"{stem}.safetensors.index.json",
         {"metadata": {"total_size": total}, "weight_map": weight_map},
     )
-
-
-def _text_encoder_config(config: TextEncoderConfig) -> dict[str, Any]:
-    return {
-        **asdict(config),
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "max_position_embeddings": 40960,
-        "max_window_layers": config.num_hidden_layers,
-        "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
-    }
-
-
-def _vae_config(config: VaeConfig) -> dict[str, Any]:
-    levels = len(config.block_out_channels)
-    return {
-        **asdict(config),
-        "act_fn": "silu",
-        "down_block_types": ["DownEncoderBlock2D"] * levels,
-        "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "force_upcast": True,
-        "mid_block_add_attention": True,
-        "use_quant_conv": False,
-        "use_post_quant_conv": False,
-    }
-
-
-def _write_configs(folder: Path, config: ModelConfig) -> None:
-    _write_json(
-        folder / "model_index.json",
-        {
-            "_class_name": "ZImagePipeline",
-            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-            "text_encoder": ["transformers", "Qwen3Model"],
-            "tokenizer": ["transformers", "Qwen2Tokenizer"],
-            "transformer": ["diffusers", "ZImageTransformer2DModel"],
-            "vae": ["diffusers", "AutoencoderKL"],
-        },
-    )
-    transformer = {
-        "_class_name": "ZImageTransformer2DModel",
-        **asdict(config.transformer),
-        "n_kv_heads": config.transformer.n_heads,
-        "qk_norm": True,
-        "all_patch_size": [2],
-        "all_f_patch_size": [1],
-    }
-    scheduler = {
-        "_class_name": "FlowMatchEulerDiscreteScheduler",
-        "use_dynamic_shifting": False,
-        **asdict(config.scheduler),
-    }
-    _write_json(folder / "transformer" / "config.json", transformer)
-    _write_json(folder / "text_encoder" / "config.json", _text_encoder_config(config.text_encoder))
-    _write_json(folder / "vae" / "config.json", {"_class_name": "AutoencoderKL", **_vae_config(config.vae)})
-    _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
 
 
 def _write_tokenizer(folder: Path, tokenizer: Path | None) -> None:
@@ -325,18 +273,4 @@ def _write_tokenizer(folder: Path, tokenizer: Path | None) -> None:
         write_byte_tokenizer(folder / "tokenizer.json")
     else:
         (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
-    _write_json(
-        folder / "tokenizer_config.json",
-        {
-            "tokenizer_class": "Qwen2Tokenizer",
-            "chat_template": chat_template(),
-            "eos_token": "<|im_end|>",
-            "pad_token": "<|endoftext|>",
-            "model_max_length": 131072,
-        },
-    )
-
-
-def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+    write_tokenizer_config(folder)

@@ -24,6 +24,9 @@ from .single_files import NO_FILES, SingleFiles, check_depth, infer_config, read
 FLOATING = (DType.F32, DType.F16, DType.BF16)
 """The element types that a checkpoint's weights may have."""
 
+DEMO = Path(__file__).with_name("demo") / "tiny"
+"""The checkpoint of the demo model."""
+
 _CHUNK_BYTES = 64 << 20
 
 _PIPELINES = ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline")
@@ -206,9 +209,10 @@ class Checkpoint:
 
         Such a component's folder may be missing; where it has a ``config.json``, that one counts. With a file for
         every component, `path` need only have the tokenizer: ``tokenizer.json``, or a directory with it.
+        ``"tiny"`` is the demo model that ships (``"./tiny"`` a directory of that name).
         Raises `CheckpointError` for whatever is missing or wrong.
         """
-        root = Path(path)
+        root = DEMO if path == DEMO.name else Path(path)
         if not files.complete:
             _check_layout(root, files)
         weights = {part: Weights.in_file(part, file) for part in COMPONENTS if (file := files.get(part))}

@@ -73,7 +73,8 @@ def build(
 ) -> None:
     """Export the checkpoint MODEL to a bundle at OUT.
 
-    MODEL is a directory in diffusers layout, or a name on the Hub such as Tongyi-MAI/Z-Image-Turbo.
+    MODEL is a directory in diffusers layout, a name on the Hub such as Tongyi-MAI/Z-Image-Turbo, or "tiny", the demo
+    model that ships.
     """
     require_extra()
     from .build import BuildOptions, build_reported

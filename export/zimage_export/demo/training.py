@@ -31,8 +31,18 @@ class Course:
         return rise * fall
 
 
-def train(task: Task, course: Course, plain: Iterable[str], state: Path, *, every: int = 100) -> None:
+def train(
+    task: Task,
+    course: Course,
+    plain: Iterable[str],
+    state: Path,
+    *,
+    every: int = 100,
+    processes: int | None = None,
+) -> None:
     """Trains `task.model` in place. Goes on from `state`, which is rewritten every `every` steps and at the end.
+
+    `plain` as for `MuonAdamW`, `processes` as for `gradient_workers`.
 
     A line of JSON every 20 steps goes into ``<state>.log``: step, loss (mean since the last line), seconds.
     """
@@ -41,7 +51,11 @@ def train(task: Task, course: Course, plain: Iterable[str], state: Path, *, ever
     first = _resume(task, optimizer, state) if state.exists() else 0
     losses: list[float] = []
     start = time.monotonic()
-    with gradient_workers(task, course.microbatches) as gradients, open(f"{state}.log", "a", encoding="utf-8") as log:
+    log_file = state.with_name(state.name + ".log")
+    with (
+        gradient_workers(task, course.microbatches, processes) as gradients,
+        log_file.open("a", encoding="utf-8") as log,
+    ):
         for step in range(first, course.steps):
             losses.append(gradients(step))
             optimizer.step(course.scale(step))

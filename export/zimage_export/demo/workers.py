@@ -6,6 +6,7 @@ the same whoever computed what.
 """
 
 import os
+import queue
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -81,7 +82,16 @@ def gradient_workers(task: Task, microbatches: int, processes: int | None = None
 def _work(task: Task, slots: Tensor, losses: Tensor, todo: Any, done: Any) -> None:
     torch.set_num_threads(1)
     parameters = [p for p in task.model.parameters() if p.requires_grad]
-    while (job := todo.get()) is not None:
+    trainer = os.getppid()
+    while True:
+        try:
+            job = todo.get(timeout=5)
+        except queue.Empty:
+            if os.getppid() != trainer:  # it was killed
+                return
+            continue
+        if job is None:
+            return
         step, index = job
         try:
             loss = task.loss(step, index)

@@ -1,0 +1,109 @@
+"""Training of the demo model: its batched passes are diffusers' own, and its steps do not depend on who computes."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from fitting import Failing, Fitting
+from torch import Tensor
+
+from zimage_export.demo.architecture import new_text_encoder, new_transformer
+from zimage_export.demo.generator import Generator, encode_text
+from zimage_export.demo.muon import MuonAdamW, orthogonal
+from zimage_export.demo.training import Course, train
+from zimage_export.demo.workers import gradient_workers
+
+COURSE = Course(steps=6, microbatches=4, matrix_rate=0.02, vector_rate=1e-2, warmup=2)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "length", "padded"), [(16, 16, 20, 32), (24, 24, 32, 32), (16, 24, 40, 64)]
+)
+def test_the_batched_pass_is_that_of_diffusers(height: int, width: int, length: int, padded: int) -> None:
+    torch.manual_seed(1)
+    generator = Generator(new_text_encoder(), new_transformer()).eval()
+    for name, p in generator.named_parameters():
+        if p.ndim == 1 or "pad_token" in name:  # away from their neutral values
+            p.data += torch.randn_like(p) * (1 if "pad_token" in name else 0.1)
+    latents, times = torch.randn(2, 16, height, width), torch.tensor([0.3, 0.7])
+    tokens = torch.randint(0, 700, (2, padded))
+    with torch.no_grad():
+        ours = generator(latents, times, tokens, torch.tensor([length, length]))
+        text = generator.text_encoder.model(input_ids=tokens[:, :length], output_hidden_states=True).hidden_states[-2]
+        theirs = generator.transformer(list(latents[:, :, None]), times, list(text), return_dict=False)[0]
+        torch.testing.assert_close(encode_text(generator.text_encoder, tokens)[:, :length], text, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours, torch.stack(theirs)[:, :, 0], rtol=0, atol=1e-5)
+
+
+def test_orthogonal_keeps_directions_and_evens_out_lengths() -> None:
+    torch.manual_seed(2)
+    for shape in ((3, 20, 50), (2, 50, 20)):
+        given = torch.randn(shape)
+        left, _, right = torch.linalg.svd(given, full_matrices=False)
+        stretch = left.transpose(1, 2) @ orthogonal(given) @ right.transpose(1, 2)
+        values = stretch.diagonal(dim1=1, dim2=2)
+        assert float(values.min()) > 0.4  # Newton-Schulz stops near one, not at it
+        assert float(values.max()) < 1.3
+        assert float((stretch - torch.diag_embed(values)).abs().max()) < 1e-3
+
+
+def test_muon_descends() -> None:
+    task = Fitting()
+    parameters = dict(task.model.named_parameters())
+    optimizer = MuonAdamW(parameters, [], 0.02, 1e-2)
+    losses = []
+    for _ in range(60):
+        task.model.zero_grad()
+        loss = task.loss(0, 0)
+        loss.backward()
+        losses.append(float(loss.detach()))
+        optimizer.step(1.0)
+    assert losses[-1] < 0.3 * losses[0]
+
+
+def trained(state: Path, course: Course = COURSE, processes: int | None = None) -> dict[str, Tensor]:
+    task = Fitting()
+    train(task, course, [], state, every=2, processes=processes)
+    return dict(task.model.state_dict())
+
+
+def test_one_process_or_two_train_to_the_same_bits(tmp_path: Path) -> None:
+    one, two = trained(tmp_path / "one.pt", processes=1), trained(tmp_path / "two.pt", processes=2)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not torch.equal(one["0.weight"], Fitting().model[0].weight)
+
+
+def test_an_interrupted_course_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = trained(tmp_path / "whole.pt", processes=1)
+    real, calls = MuonAdamW.step, []
+
+    def failing(self: MuonAdamW, scale: float) -> None:
+        calls.append(scale)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        real(self, scale)
+
+    monkeypatch.setattr(MuonAdamW, "step", failing)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "cut.pt", processes=1)
+    again = trained(tmp_path / "cut.pt", processes=1)
+    assert len(calls) == 4 + 4  # from the save at step 2 on
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+def test_a_failure_in_a_worker_ends_the_training() -> None:
+    with pytest.raises(RuntimeError, match="ValueError: no such scene"), gradient_workers(Failing(), 2, 1) as gradients:
+        gradients(0)
+
+
+def test_gradients_are_those_of_the_whole_batch() -> None:
+    task = Fitting()
+    with gradient_workers(task, 4, len(os.sched_getaffinity(0))) as gradients:
+        loss = gradients(3)
+    found = [p.grad.clone() for p in task.model.parameters()]
+    whole = torch.stack([task.loss(3, index) for index in range(4)]).mean()
+    expected = torch.autograd.grad(whole, list(task.model.parameters()))
+    assert loss == pytest.approx(float(whole.detach()), rel=1e-5)
+    for mine, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-6)

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow check bench bench-full-size install clean
+.PHONY: demo demo-model demo-bundle demo-scores test test-slow check bench bench-full-size install clean
 
 install: $(STAMP)
 
@@ -14,12 +14,27 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,test,dev]'
 	touch $@
 
-# A checkpoint of random weights, its bundle, and a picture: the whole way, on this machine.
+# The demo model's checkpoint to a bundle, and a picture from it: the whole way, on this machine.
 demo: $(STAMP)
 	rm -rf out/demo && mkdir -p out/demo
-	$(BIN)/zimage-export synthesize out/demo/checkpoint
-	$(BIN)/zimage-export build out/demo/checkpoint out/demo/bundle
+	$(BIN)/zimage-export build tiny out/demo/bundle --precision bf16
 	$(BIN)/zimage-rt run "a red circle left of a blue square" -m out/demo/bundle --seed 1 -o out/demo/picture.png
+
+# Trains the demo model from nothing, about two hours on two cores; interrupted, it goes on where it was. The C library
+# is told to keep freed memory, and idle threads to sleep: both cost a third of the time otherwise.
+DEMO_WORK ?= out/demo-model
+demo-model: $(STAMP)
+	MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_MMAP_THRESHOLD_=4000000000 OMP_WAIT_POLICY=PASSIVE \
+	    $(BIN)/python -m zimage_export.demo $(DEMO_WORK)
+
+# Renews the bundle that ships, after a change of the exporter or of the demo model.
+demo-bundle: $(STAMP)
+	$(BIN)/zimage-export build tiny zimage_rt/demo_bundle --precision bf16 --force
+
+# Does it draw what it is asked for? The model card's figures, and the README's picture.
+demo-scores: $(STAMP)
+	$(BIN)/python benchmarks/demo_scores.py
+	$(BIN)/python benchmarks/contact_sheet.py docs/demo.png
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow and not gpu"

@@ -31,7 +31,7 @@ def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def diffusers_pipeline(checkpoint: Path) -> Any:
     """diffusers' pipeline on `checkpoint`, in float32: the reference."""
-    return _open_with_diffusers(checkpoint)
+    return open_with_diffusers(checkpoint)
 
 
 @pytest.fixture(scope="session")
@@ -60,7 +60,7 @@ def qwen_bundle(qwen_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory)
 @pytest.fixture(scope="session")
 def qwen_diffusers_pipeline(qwen_checkpoint: Path) -> Any:
     """diffusers' pipeline on `qwen_checkpoint`, in float32."""
-    return _open_with_diffusers(qwen_checkpoint)
+    return open_with_diffusers(qwen_checkpoint)
 
 
 def _build(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -69,7 +69,8 @@ def _build(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def _open_with_diffusers(checkpoint: Path) -> Any:
+def open_with_diffusers(checkpoint: Path) -> Any:
+    """diffusers' pipeline in float32, on one thread."""
     import torch
     from diffusers import ZImagePipeline
 

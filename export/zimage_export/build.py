@@ -90,7 +90,7 @@ def build_reported(model: str | Path, out: str | Path, options: BuildOptions, pr
     check_target(target, options.force)
     checkpoint, options = _open(model, options, progress)
     _check_tokenizer(checkpoint)
-    policy = StoragePolicy(options.precision, checkpoint.vae_type)
+    policy = StoragePolicy(options.precision, checkpoint.vae_type, checkpoint.timestep_type)
     folds = _folds(checkpoint, options, progress)
     phases.end("prepare")
     graphs = [

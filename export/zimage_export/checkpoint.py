@@ -234,6 +234,11 @@ class Checkpoint:
         """The element type that the VAE is published in."""
         return self.vae.get("decoder.conv_in.weight").dtype
 
+    @property
+    def timestep_type(self) -> DType:
+        """The element type that the timestep embedder is published in."""
+        return self.transformer.get("t_embedder.mlp.0.weight").dtype
+
     def weights(self, component: str) -> Weights:
         """The tensors of `text_encoder`, `transformer` or `vae`."""
         return {"text_encoder": self.text_encoder, "transformer": self.transformer, "vae": self.vae}[component]

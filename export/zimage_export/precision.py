@@ -23,6 +23,7 @@ class StoragePolicy:
 
     precision: Precision
     vae_type: DType = DType.F32  # of the checkpoint's own VAE weights
+    timestep_type: DType = DType.F32  # of its timestep embedder
 
     def storage(self, component: str, name: str, shape: tuple[int, ...]) -> DType:
         """The stored type of a tensor, by its name in the component and its shape."""
@@ -32,7 +33,9 @@ class StoragePolicy:
         if component == "vae":
             return DType.BF16 if self.precision is Precision.BF16 or self.vae_type is DType.BF16 else DType.F32
         if component == "transformer" and name.startswith(_FLOAT32_LINEARS):
-            return DType.F32
+            # the timestep is embedded on the CPU, in float32: what is bf16 already loses nothing
+            kept = half is self.timestep_type and name.startswith("t_embedder.")
+            return half if kept else DType.F32
         return half
 
     def cuda_compute(self, component: str) -> DType:

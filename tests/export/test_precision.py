@@ -11,6 +11,7 @@ from onnx import TensorProto, load
 from parity import Case, draw, relative_error
 
 from zimage_export.build import BuildOptions, build
+from zimage_export.precision import StoragePolicy
 from zimage_export.selfcheck import fixed_inputs
 from zimage_runtime.bundle import Bundle
 from zimage_runtime.contracts import Program
@@ -18,7 +19,7 @@ from zimage_runtime.manifest import CUDA, Precision
 from zimage_runtime.ort import OrtCpuExecutor
 from zimage_runtime.pipeline import Pipeline
 from zimage_runtime.progress import Progress
-from zimage_runtime.tensors import read_header
+from zimage_runtime.tensors import DType, read_header
 
 # measured on the small model and doubled; a wrong graph is off by tenths
 LATENTS_GATE = {Precision.BF16: 5e-3, Precision.FP16: 8e-4}
@@ -67,6 +68,19 @@ def test_only_linears_and_convolutions_are_stored_in_16_bits(
     assert {entry.dtype for entry in vae.values()} == {"BF16", "F32"}
     embeddings = read_header(root / "text_encoder" / "embeddings.safetensors")
     assert embeddings["embed_tokens.weight"].dtype == "BF16"
+
+
+def test_a_timestep_embedder_stays_bf16_where_that_loses_nothing() -> None:
+    name, shape = "t_embedder.mlp.0.weight", (1024, 256)
+    for precision, own, stored in (
+        (Precision.BF16, DType.BF16, DType.BF16),
+        (Precision.BF16, DType.F32, DType.F32),
+        (Precision.FP16, DType.BF16, DType.F32),
+        (Precision.FP32, DType.BF16, DType.F32),
+    ):
+        assert StoragePolicy(precision, timestep_type=own).storage("transformer", name, shape) is stored
+    policy = StoragePolicy(Precision.BF16, timestep_type=DType.BF16)
+    assert policy.storage("transformer", "cap_embedder.1.weight", (192, 128)) is DType.F32
 
 
 @pytest.mark.parametrize("precision", HALVES)

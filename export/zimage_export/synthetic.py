@@ -29,7 +29,8 @@ from zimage_runtime.tensors import DType
 from .byte_tokenizer import chat_template, write_byte_tokenizer
 from .casts import encode
 from .output import check_disk, check_target, replaced_directory
-from .weights import StoredTensor, total_bytes, write_weights
+from .stored import StoredTensor, total_bytes
+from .weights import write_weights
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from .errors import CheckpointError, ExportError
 from .folding import Peaks, choose_folds
 from .graphs import EXECUTORS, Graph, Target, build_graphs
 from .graphs.folds import Folds
+from .mixed import eight_bit_layers
 from .output import check_disk, check_target, replaced_directory
 from .precision import StoragePolicy
 from .rebalance import Rebalancing, loudness
@@ -94,8 +95,11 @@ def build_reported(model: str | Path, out: str | Path, options: BuildOptions, pr
     _check_tokenizer(checkpoint)
     peaks = _measured(checkpoint, options, progress)
     folds = choose_folds(checkpoint, peaks)
-    balance = Rebalancing(checkpoint, loudness(peaks)) if options.precision is Precision.INT8 else None
-    policy = _policy(checkpoint, options)
+    balance = Rebalancing(checkpoint, loudness(peaks))
+    policy = StoragePolicy(options.precision, checkpoint.vae_type)
+    if options.precision is Precision.INT4:
+        plan_weights(checkpoint, build_graphs(checkpoint.config), StoragePolicy(Precision.FP32), {})  # checks shapes
+        policy = dataclasses.replace(policy, eight_bits=eight_bit_layers(checkpoint, balance))
     phases.end("prepare")
     graphs = [
         graph
@@ -104,7 +108,7 @@ def build_reported(model: str | Path, out: str | Path, options: BuildOptions, pr
         if executor == CPU or graph.program is not Program.MODULATION
     ]
     phases.end("graphs")
-    weights = plan_weights(checkpoint, graphs, policy, folds, balance)
+    weights = plan_weights(checkpoint, graphs, policy, folds, balance if policy.rebalanced else None)
     embeddings = plan_embeddings(checkpoint)
     needed = sum(total_bytes(tensors) for tensors in [*weights.values(), embeddings])
     check_disk(target, needed)
@@ -203,10 +207,6 @@ def _measured(checkpoint: Checkpoint, options: BuildOptions, progress: Progress)
     from .calibrate import measure_peaks, read_prompts
 
     return measure_peaks(checkpoint, read_prompts(options.calibrate), progress)
-
-
-def _policy(checkpoint: Checkpoint, options: BuildOptions) -> StoragePolicy:
-    return StoragePolicy(options.precision, checkpoint.vae_type)
 
 
 def _plain(folds: dict[str, Folds]) -> dict[str, dict[str, dict[str, int]]]:

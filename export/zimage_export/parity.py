@@ -28,6 +28,8 @@ GATES = {
     # twenty times what a small model shows: errors grow with depth, and few-step pictures with them
     Precision.BF16: Gate(latents=0.1, psnr_db=25.0),
     Precision.FP16: Gate(latents=0.02, psnr_db=35.0),
+    Precision.INT8: Gate(latents=0.25, psnr_db=20.0),
+    Precision.INT4: Gate(latents=0.6, psnr_db=14.0),
 }
 
 

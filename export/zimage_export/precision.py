@@ -64,6 +64,11 @@ class StoragePolicy:
     vae_type: DType = DType.F32  # of the checkpoint's own VAE weights
     eight_bits: frozenset[str] = field(default_factory=frozenset)  # int4: `component/weight` that keep 8 bits
 
+    @property
+    def rebalanced(self) -> bool:
+        """Whether magnitudes are moved between activations and weights: where a token has one scale."""
+        return self.precision is Precision.INT8
+
     def encoding(self, component: str, name: str) -> Encoding:
         """How the weight of a linear layer is stored, by its name in the component."""
         quantized = component != "vae" and name.endswith(_QUANTIZED)

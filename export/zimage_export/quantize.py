@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from zimage_runtime.tensors import DType
 
 from .checkpoint import TensorSource
+from .errors import ExportError
 from .precision import BLOCK_SIZE, Encoding, scale_of
 from .stored import NO_FACTORS, Factors, Floats, LazyFactors, StoredTensor, row_chunks
 
@@ -83,6 +84,8 @@ def _stored(source: TensorSource, encoding: Encoding, factors: Factors) -> tuple
             integers[rows], scales[rows] = blocks8(weights)
         else:
             integers[rows], scales[rows] = blocks4(weights)
+        if not np.isfinite(scales[rows]).all():
+            raise ExportError(f"{source.name}: holds values that are not finite; is the checkpoint damaged?")
     return integers, scales
 
 
@@ -129,7 +132,8 @@ def blocks4(weights: Floats) -> tuple[NDArray[np.uint8], Floats]:
         best, scales = np.where(better, error, best), np.where(better, scale, scales)
         values[better] = candidate[better]
     nibbles = (values + 8).astype(np.uint8)
-    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4), scales
+    packed = np.bitwise_or(nibbles[..., 0::2], np.left_shift(nibbles[..., 1::2], 4), dtype=np.uint8)
+    return packed, scales.astype(np.float32)
 
 
 def blocks8(weights: Floats) -> tuple[NDArray[np.uint8], Floats]:
@@ -143,10 +147,20 @@ def blocks8(weights: Floats) -> tuple[NDArray[np.uint8], Floats]:
 def dequantized(integers: Integers, scales: Floats, encoding: Encoding) -> Floats:
     """The weight [out, in] that stored integers stand for."""
     if encoding is Encoding.INT8:
-        return np.asarray(integers.T * scales[:, None], np.float32)
+        return integers.T.astype(np.float32) * scales[:, None]
     if encoding is Encoding.BLOCKS4:
-        low, high = integers & 15, integers >> 4
-        values = np.stack([low, high], axis=-1).reshape(*integers.shape[:2], BLOCK_SIZE).astype(np.float32) - 8
+        nibbles = integers.astype(np.uint8)
+        low_high = np.stack([nibbles & 15, nibbles >> 4], axis=-1)
+        values = low_high.reshape(*integers.shape[:2], BLOCK_SIZE).astype(np.float32) - 8
     else:
         values = integers.astype(np.float32) - 128
     return (values * scales[..., None]).reshape(len(integers), -1)
+
+
+def rounded(weights: Floats, encoding: Encoding) -> Floats:
+    """What is left of rows [rows, width] once they are stored."""
+    if encoding is Encoding.INT8:
+        values, scales = int8_rows(weights)
+        return dequantized(values.T, scales, encoding)
+    integers, scales = blocks4(weights) if encoding is Encoding.BLOCKS4 else blocks8(weights)
+    return dequantized(integers, scales, encoding)

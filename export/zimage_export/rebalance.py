@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zimage_runtime.config import ModelConfig
+from zimage_runtime.tensors import to_float32
 
 from .checkpoint import Checkpoint, TensorSource, Weights
 from .folding import Loudness, Peaks
@@ -90,16 +91,24 @@ class Rebalancing:
             return None
         return lambda: self._block(component, block)[tail]
 
+    def loudness(self, component: str, block: str) -> dict[str, Loudness]:
+        """How loud the activations of each place of a block are, by its first reader."""
+        weights, heads = self._checkpoint.weights(component), _Heads.of(self._checkpoint.config, component)
+        measured = self._ranges.get(component, {}).get(block, {})
+        places = [place.readers[0] for place in PLACES[component]]
+        if all(place in measured for place in places):
+            return dict(measured)
+        return {**_tell(weights, component, block, heads), **measured}
+
     def _factors_of_block(self, component: str, block: str) -> dict[str, Factors]:
         weights = self._checkpoint.weights(component)
         spread = _Heads.of(self._checkpoint.config, component)
-        told = _tell(weights, component, block, spread)
-        measured = self._ranges.get(component, {}).get(block, {})
+        told = self.loudness(component, block)
         columns: dict[str, Floats] = {}
         rows: dict[str, Floats] = {}
         for index, place in enumerate(PLACES[component]):
-            loudness = measured.get(place.readers[0], told[place.readers[0]])
-            samples = [_sample(weights.get(f"{block}.{reader}")) for reader in place.readers]
+            loudness = told[place.readers[0]]
+            samples = [sample_rows(weights.get(f"{block}.{reader}")) for reader in place.readers]
             shared = spread if index == 1 else _NO_HEADS  # values that several heads share are scaled alike
             factors = choose(shared.gather(loudness), shared.stack(samples))
             for reader in place.readers:
@@ -209,7 +218,8 @@ def _normal(rms: Floats) -> Loudness:
 def _row_rms(source: TensorSource, entering: Floats) -> Floats:
     """[out]: the root mean square of each output, for independent inputs of these."""
     squares = np.square(entering)
-    return np.sqrt(np.concatenate([np.square(rows) @ squares for _, rows in row_chunks(source)]))
+    rms: Floats = np.sqrt(np.concatenate([np.square(rows) @ squares for _, rows in row_chunks(source)]))
+    return rms
 
 
 def _silu_rms(deviation: Floats) -> Floats:
@@ -217,15 +227,12 @@ def _silu_rms(deviation: Floats) -> Floats:
     nodes, node_weights = np.polynomial.hermite_e.hermegauss(21)
     z = deviation.astype(np.float64)[:, None] * nodes
     silu = z / (1 + np.exp(-np.clip(z, -500, 500)))
-    return np.sqrt(silu**2 @ node_weights / node_weights.sum()).astype(np.float32)
+    rms: Floats = np.sqrt(silu**2 @ node_weights / node_weights.sum()).astype(np.float32)
+    return rms
 
 
-def _sample(source: TensorSource) -> Floats:
+def sample_rows(source: TensorSource) -> Floats:
     """Some of a weight's rows, evenly spread."""
-    from zimage_runtime.tensors import to_float32
-
-    table = np.memmap(
-        source.path, dtype=source.dtype.storage, mode="r", offset=source.entry.offset, shape=source.shape
-    )
+    table = np.memmap(source.path, dtype=source.dtype.storage, mode="r", offset=source.entry.offset, shape=source.shape)
     chosen = np.unique(np.linspace(0, len(table) - 1, min(_SAMPLE_ROWS, len(table))).astype(np.int64))
     return to_float32(np.asarray(table[chosen]), source.dtype)

@@ -21,6 +21,7 @@ from zimage_runtime.manifest import write_manifest
 from zimage_runtime.ort import OrtCpuExecutor
 from zimage_runtime.pipeline import PictureEvent, Pipeline, Request, to_image
 from zimage_runtime.progress import Advance, Progress
+from zimage_runtime.tensors import TensorFile
 
 from .checkpoint import Checkpoint
 from .errors import ExportError
@@ -168,20 +169,23 @@ def _component_errors(
     return {
         "text_encoder": relative_error(hidden, capture.hidden_states),
         "caption": relative_error(caption, capture.captions[0]),
-        "modulation": relative_error(table, _modulation_table(checkpoint, capture)),
+        "modulation": relative_error(table, _modulation_table(checkpoint, pipeline.bundle, capture)),
         "denoiser": max(relative_error(a, b) for a, b in zip(velocities, capture.velocities, strict=True)),
     }
 
 
-def _modulation_table(checkpoint: Checkpoint, capture: _Capture) -> Floats:
-    """The reference's modulation in the form of the contract: [steps, blocks, 4, dim], times the norms' weights."""
+def _modulation_table(checkpoint: Checkpoint, bundle: Bundle, capture: _Capture) -> Floats:
+    """The reference's modulation in the form of the contract: [steps, blocks, 4, dim], times the norms' weights.
+
+    The weights are the bundle's own, out of which rebalancing may have moved a part; what it moved wrongly, the
+    denoiser's error tells.
+    """
     config = checkpoint.config.transformer
     prefixes = [f"noise_refiner.{i}" for i in range(config.n_refiner_layers)]
     prefixes += [f"layers.{i}" for i in range(config.n_layers)]
     norms = ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")
-    weights = np.stack(
-        [np.stack([checkpoint.transformer.get(f"{p}.{norm}.weight").read() for norm in norms]) for p in prefixes]
-    )
+    stored = TensorFile(bundle.file(bundle.manifest.weights["transformer"]))
+    weights = np.stack([np.stack([stored.array(f"{p}.{norm}.weight")[0] for norm in norms]) for p in prefixes])
     raw = np.stack([np.stack(blocks) for blocks in capture.modulations]).reshape(-1, len(prefixes), 4, config.dim)
     raw[:, :, 0::2] += 1
     raw[:, :, 1::2] = np.tanh(raw[:, :, 1::2])

@@ -6,7 +6,7 @@ know their name, type and shape, and that produce their bytes when asked.
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np

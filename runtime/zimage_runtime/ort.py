@@ -1,6 +1,5 @@
 """The `cpu` executor: ONNX Runtime on whole-component programs. It is the reference, and always works."""
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,18 +13,7 @@ from .executor import Conditioning, Floats
 from .geometry import Rotary
 from .integers import ACTIVATION_LEVELS, activation_levels
 from .manifest import CPU
-
-
-def thread_count() -> int:
-    """Physical cores that this process may use: a second thread on a core slows matrix products down."""
-    import psutil
-
-    try:
-        usable = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on Windows or macOS
-        usable = os.cpu_count() or 1
-    physical = psutil.cpu_count(logical=False) or usable
-    return max(1, min(physical, usable))
+from .threads import thread_count
 
 
 class OrtCpuExecutor:

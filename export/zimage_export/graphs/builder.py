@@ -108,6 +108,15 @@ class GraphBuilder:
         finally:
             self._scope.pop()
 
+    @contextlib.contextmanager
+    def outside(self) -> Iterator[None]:
+        """Names inside the block are the program's own, whatever scope they are in."""
+        scope, self._scope = self._scope, []
+        try:
+            yield
+        finally:
+            self._scope = scope
+
     def _full(self, name: str) -> str:
         return ".".join([*self._scope, name])
 
@@ -166,9 +175,8 @@ class GraphBuilder:
             return value
         key = f"{value}:{dtype}"
         if key not in self._casts:
-            scope, self._scope = self._scope, []
-            self._casts[key] = self.op("Cast", value, name=f"{value}.{dtype.lower()}", to=_ONNX_TYPES[dtype])
-            self._scope = scope
+            with self.outside():
+                self._casts[key] = self.op("Cast", value, name=f"{value}.{dtype.lower()}", to=_ONNX_TYPES[dtype])
             self._types[self._casts[key]] = dtype
             if value in self._weights:
                 self._widening.append(self._nodes.pop())

@@ -73,8 +73,9 @@ class Int8Layers(Layers):
         b = self.b
         levels = b.setting(ACTIVATION_LEVELS, SAFE_LEVELS)
         if "activation_zero" not in self._known:
-            zero = b.op("Add", levels, b.number(1.0), name="activation_zero.float")
-            zero = b.op("Cast", zero, name="activation_zero", to=TensorProto.UINT8)
+            with b.outside():
+                zero = b.op("Add", levels, b.number(1.0), name="activation_zero.float")
+                zero = b.op("Cast", zero, name="activation_zero", to=TensorProto.UINT8)
             self._known["activation_zero"] = Quantized("", "", zero)
         return self._rows(x, levels, self._known["activation_zero"].zero)
 

@@ -21,7 +21,7 @@ from .folding import BlockPeak, Loudness, blocks
 from .rebalance import PLACES
 from .reference import reference_pipeline
 
-_MAX_PROMPTS = 64
+_MAX_PROMPTS = 256
 _SIDE = 512  # pixels, or the model's own default where that is less
 
 

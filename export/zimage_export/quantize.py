@@ -131,6 +131,8 @@ def blocks4(weights: Floats) -> tuple[NDArray[np.uint8], Floats]:
         better = error < best
         best, scales = np.where(better, error, best), np.where(better, scale, scales)
         values[better] = candidate[better]
+    square = np.square(values).sum(axis=-1)  # for these integers, the scale of least error
+    scales = np.where(square > 0, (values * blocks).sum(axis=-1) / np.maximum(square, 1), scales)
     nibbles = (values + 8).astype(np.uint8)
     packed = np.bitwise_or(nibbles[..., 0::2], np.left_shift(nibbles[..., 1::2], 4), dtype=np.uint8)
     return packed, scales.astype(np.float32)

@@ -5,6 +5,7 @@ is counted where it arises; the picture is drawn by each side from the prompt on
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from zimage_runtime.bundle import Bundle
 from zimage_runtime.contracts import Program
 from zimage_runtime.executor import Floats
 from zimage_runtime.geometry import caption_positions, padded, transformer_rotary
-from zimage_runtime.manifest import write_manifest
+from zimage_runtime.integers import activation_bits
+from zimage_runtime.manifest import Precision, write_manifest
 from zimage_runtime.ort import OrtCpuExecutor
 from zimage_runtime.pipeline import PictureEvent, Pipeline, Request, to_image
 from zimage_runtime.progress import Advance, Progress
@@ -27,6 +29,7 @@ from .checkpoint import Checkpoint
 from .errors import ExportError
 from .parity import check_gate, relative_error, summarize
 from .reference import ReferencePipeline, reference_pipeline
+from .sensitivity import LayerErrors, Layers, summary
 from .single_files import NO_FILES, SingleFiles
 
 PROMPTS = ("a red circle left of a blue square", "白色背景上的一个红色圆形")
@@ -47,18 +50,40 @@ class _Capture:
     velocities: list[Floats] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was measured."""
+
+    bundle: Bundle  # with its new manifest
+    layers: Layers  # what each precision costs each layer
+
+
 def verify(
     bundle: Bundle,
     model: str | Path,
     progress: Progress,
     size: tuple[int, int] | None = None,
     files: SingleFiles = NO_FILES,
+    prompts: Sequence[str] = PROMPTS,
 ) -> Bundle:
+    """As `verify_reported`, for those who want the bundle alone."""
+    return verify_reported(bundle, model, progress, size, files, prompts).bundle
+
+
+def verify_reported(
+    bundle: Bundle,
+    model: str | Path,
+    progress: Progress,
+    size: tuple[int, int] | None = None,
+    files: SingleFiles = NO_FILES,
+    prompts: Sequence[str] = PROMPTS,
+) -> VerifyReport:
     """Measures a bundle against its checkpoint and writes what it finds to the manifest.
 
-    `files` are the single files that the bundle was built with.
-    Returns the bundle with its new manifest. Raises `CheckpointError` for a bad checkpoint, and `ExportError` for
-    one of other dimensions or for a bundle beyond its precision's gate (the manifest is written all the same).
+    `files` are the single files that the bundle was built with; each of `prompts` is drawn once. Returns the bundle
+    with its new manifest, and what each precision costs each layer. Raises `CheckpointError` for a bad checkpoint, and
+    `ExportError` for one of other dimensions or for a bundle beyond its precision's gate (the manifest is written all
+    the same).
     """
     checkpoint = Checkpoint.open(model, files)
     manifest = bundle.manifest
@@ -70,16 +95,20 @@ def verify(
     pipeline = Pipeline(bundle, OrtCpuExecutor(bundle, low_memory=True), keep_loaded=False, low_memory=True)
     width, height = size or (min(manifest.defaults.width, _MAX_SIDE), min(manifest.defaults.height, _MAX_SIDE))
     reference = reference_pipeline(checkpoint)
+    layer_errors = LayerErrors.watching(reference, checkpoint)
     measured: list[dict[str, float]] = []
-    with progress.task("verifying", len(PROMPTS) * manifest.defaults.steps) as advance, torch.inference_mode():
-        for seed, prompt in enumerate(PROMPTS, _FIRST_SEED):
+    with progress.task("verifying", len(prompts) * manifest.defaults.steps) as advance, torch.inference_mode():
+        for seed, prompt in enumerate(prompts, _FIRST_SEED):
             request = pipeline.request(prompt, (width, height), seed=seed)
             measured.append(_measure(pipeline, reference, checkpoint, request, advance))
+    layers = layer_errors.report()
     parity = summarize(measured, checkpoint.name, f"{width}x{height}", manifest.defaults.steps)
+    parity |= {"activation_bits": activation_bits()} if manifest.precision is Precision.INT8 else {}
+    parity["layers"] = summary(layers)
     updated = dataclasses.replace(manifest, parity=parity)
     write_manifest(bundle.root, updated)
     check_gate(parity, updated)
-    return Bundle(bundle.root, updated)
+    return VerifyReport(Bundle(bundle.root, updated), layers)
 
 
 def _measure(

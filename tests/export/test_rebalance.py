@@ -137,8 +137,7 @@ class Untouched(Rebalancing):
     """What an export without rebalancing would do."""
 
     def _factors_of_block(self, component: str, block: str) -> dict[str, Factors]:
-        place = {name: Factors() for p in PLACES[component] for name in (p.maker, *p.readers)}
-        return place
+        return {name: Factors() for p in PLACES[component] for name in (p.maker, *p.readers)}
 
 
 def test_outliers_cost_an_eighth_with_rebalancing(

@@ -27,9 +27,6 @@ _DECODER_MAPS = 4.5  # x the widest feature map at full resolution
 # Copies of the weights that ONNX Runtime makes at load, low memory or not: convolutions are laid out anew
 _DECODER_WEIGHTS = 1.75
 
-# Copies of the weights that are packed for speed where memory allows it. 4-bit ones get, beside each block's scale,
-# a sum of its values.
-_PACKED_COPIES = {Precision.INT4: 1.25}
 _WIDENED = (Precision.BF16, Precision.FP16, Precision.INT4)  # what is computed in float32 where it is not packed
 
 
@@ -87,8 +84,7 @@ def _plan(
     ):
         # packed copies are what a program cannot do without; mapped weights are the page cache's, which yields
         weights = max((r.weight_bytes for r in manifest.programs[program].values()), default=0)
-        packed = 0.0 if low_memory else _PACKED_COPIES.get(manifest.precision, 1.0)
-        copies = _DECODER_WEIGHTS if program is Program.DECODER else packed
+        copies = _DECODER_WEIGHTS if program is Program.DECODER else float(not low_memory)
         programs[program] = int(weights * copies) + _activations(program, manifest, geometry, tokens, batch)
         if low_memory and manifest.precision in _WIDENED:
             programs[program] += _widened_bytes(program, manifest)

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo demo-model demo-bundle demo-scores test test-slow check bench bench-full-size install clean
+.PHONY: demo demo-model demo-bundle demo-scores test test-slow check bench bench-int8 bench-full-size install clean
 
 install: $(STAMP)
 
@@ -52,6 +52,9 @@ WORK ?= out/bench
 bench: $(STAMP)
 	$(BIN)/python benchmarks/memory_model.py --work $(WORK)
 	$(BIN)/python benchmarks/cpu_step.py --work $(WORK)
+
+bench-int8: $(STAMP)
+	$(BIN)/python benchmarks/int8_step.py --work $(WORK)
 
 bench-full-size: $(STAMP)
 	$(BIN)/python benchmarks/full_size.py --work $(WORK)/full-size

@@ -208,6 +208,6 @@ def mib(size: float) -> int:
 
 def physical_threads() -> int:
     """What the product uses."""
-    from zimage_runtime.ort import thread_count
+    from zimage_runtime.threads import thread_count
 
     return min(thread_count(), os.cpu_count() or 1)

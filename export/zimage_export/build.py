@@ -31,14 +31,17 @@ from zimage_runtime.tokenizer import PromptTokenizer
 
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, ExportError
-from .folding import choose_folds
+from .folding import Peaks, choose_folds
 from .graphs import EXECUTORS, Graph, Target, build_graphs
 from .graphs.folds import Folds
+from .mixed import eight_bit_layers
 from .output import check_disk, check_target, replaced_directory
 from .precision import StoragePolicy
+from .rebalance import Rebalancing, loudness
 from .selfcheck import self_check
 from .single_files import NO_FILES, SingleFiles
-from .weights import StoredTensor, plan_embeddings, plan_weights, total_bytes, write_weights
+from .stored import StoredTensor, total_bytes
+from .weights import plan_embeddings, plan_weights, write_weights
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,13 @@ def build_reported(model: str | Path, out: str | Path, options: BuildOptions, pr
     check_target(target, options.force)
     checkpoint, options = _open(model, options, progress)
     _check_tokenizer(checkpoint)
+    peaks = _measured(checkpoint, options, progress)
+    folds = choose_folds(checkpoint, peaks)
+    balance = Rebalancing(checkpoint, loudness(peaks))
     policy = StoragePolicy(options.precision, checkpoint.vae_type, checkpoint.timestep_type)
-    folds = _folds(checkpoint, options, progress)
+    if options.precision is Precision.INT4:
+        plan_weights(checkpoint, build_graphs(checkpoint.config), StoragePolicy(Precision.FP32), {})  # checks shapes
+        policy = dataclasses.replace(policy, eight_bits=eight_bit_layers(checkpoint, balance))
     phases.end("prepare")
     graphs = [
         graph
@@ -100,7 +108,7 @@ def build_reported(model: str | Path, out: str | Path, options: BuildOptions, pr
         if executor == CPU or graph.program is not Program.MODULATION
     ]
     phases.end("graphs")
-    weights = plan_weights(checkpoint, graphs, policy, folds)
+    weights = plan_weights(checkpoint, graphs, policy, folds, balance if policy.rebalanced else None)
     embeddings = plan_embeddings(checkpoint)
     needed = sum(total_bytes(tensors) for tensors in [*weights.values(), embeddings])
     check_disk(target, needed)
@@ -184,17 +192,21 @@ def _write_program(path: Path, graph: Graph) -> int:
     path.write_bytes(graph.to_model("weights.safetensors", entries).SerializeToString())
     # programs of standard operators alone can be checked down to every value's type and shape
     onnx.checker.check_model(str(path), full_check=graph.executor != CPU)
-    if graph.executor == CPU:
-        return sum(math.prod(shape) * DType.F32.size for shape in graph.weights.values())
+    if graph.executor == CPU:  # which widens 16 bits, and keeps integers
+        return sum(math.prod(s) * _in_memory(entries[name].dtype) for name, s in graph.weights.items())
     return sum(entries[name].nbytes for name in graph.weights)
 
 
-def _folds(checkpoint: Checkpoint, options: BuildOptions, progress: Progress) -> dict[str, Folds]:
+def _in_memory(dtype: str) -> int:
+    return 1 if dtype in (DType.I8, DType.U8) else DType.F32.size
+
+
+def _measured(checkpoint: Checkpoint, options: BuildOptions, progress: Progress) -> Peaks | None:
     if options.calibrate is None:
-        return choose_folds(checkpoint)
+        return None
     from .calibrate import measure_peaks, read_prompts
 
-    return choose_folds(checkpoint, measure_peaks(checkpoint, read_prompts(options.calibrate), progress))
+    return measure_peaks(checkpoint, read_prompts(options.calibrate), progress)
 
 
 def _plain(folds: dict[str, Folds]) -> dict[str, dict[str, dict[str, int]]]:

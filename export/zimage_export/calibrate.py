@@ -1,7 +1,8 @@
 """Measuring how large activations grow over a handful of prompts, with the reference, a block at a time.
 
 What is measured is what leaves fp16's range in this model: each block's out-projection, its SwiGLU product and what
-`w2` makes of it, and the same in the text encoder. See `graphs.folds`.
+`w2` makes of it, and the same in the text encoder (see `graphs.folds`); and how loud each channel is that a linear
+reads (see `rebalance`).
 """
 
 from collections.abc import Callable
@@ -16,10 +17,11 @@ from zimage_runtime.schedule import DEFAULT_STEPS
 
 from .checkpoint import Checkpoint
 from .errors import ExportError
-from .folding import BlockPeak, blocks
+from .folding import BlockPeak, Loudness, blocks
+from .rebalance import PLACES
 from .reference import reference_pipeline
 
-_MAX_PROMPTS = 64
+_MAX_PROMPTS = 256
 _SIDE = 512  # pixels, or the model's own default where that is less
 
 
@@ -41,10 +43,15 @@ def measure_peaks(checkpoint: Checkpoint, prompts: list[str], progress: Progress
     """The largest magnitudes in every block while each prompt is drawn once."""
     pipeline = reference_pipeline(checkpoint)
     peaks = {component: {name: BlockPeak() for name in names} for component, names in blocks(checkpoint.config).items()}
+    listeners = []
     for component, by_block in peaks.items():
         model = getattr(pipeline, component)
         for name, peak in by_block.items():
-            _watch(model.get_submodule(name), peak, component == "transformer")
+            block = model.get_submodule(name)
+            _watch(block, peak, component == "transformer")
+            for place in PLACES[component]:
+                reader = block.get_submodule(place.readers[0].removesuffix(".weight"))
+                listeners.append((peak, place.readers[0], _Listener(reader)))
     side = min(_SIDE, checkpoint.config.vae.sample_size)
     with progress.task("calibrating", len(prompts) * DEFAULT_STEPS) as advance, torch.inference_mode():
         pipeline.transformer.register_forward_hook(lambda module, inputs, output: advance(1))
@@ -58,7 +65,31 @@ def measure_peaks(checkpoint: Checkpoint, prompts: list[str], progress: Progress
                 generator=torch.Generator("cpu").manual_seed(seed),
                 output_type="latent",
             )
+    for peak, reader_name, listener in listeners:
+        if listener.count:
+            peak.places[reader_name] = listener.loudness()
     return peaks
+
+
+class _Listener:
+    """Adds up what a linear reads, by channel."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        self.count = 0
+        self._squares = torch.zeros(0, dtype=torch.float64)
+        self._peaks = torch.zeros(0)
+        linear.register_forward_pre_hook(self._listen)
+
+    def _listen(self, module: nn.Module, inputs: Any) -> None:
+        rows = inputs[0].reshape(-1, inputs[0].shape[-1])
+        squares, peaks = rows.square().sum(0, dtype=torch.float64), rows.abs().amax(0)
+        self._squares = self._squares + squares if self.count else squares
+        self._peaks = torch.maximum(self._peaks, peaks) if self.count else peaks
+        self.count += len(rows)
+
+    def loudness(self) -> Loudness:
+        """What was heard so far."""
+        return Loudness((self._squares / self.count).sqrt().float().numpy(), self._peaks.float().numpy())
 
 
 def _watch(block: Any, peak: BlockPeak, diffusion: bool) -> None:

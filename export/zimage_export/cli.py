@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from zimage_runtime.bundle import Bundle
 
     from .single_files import SingleFiles
+    from .verify import VerifyReport
 
 _FILE = click.Path(path_type=Path)
 
@@ -51,7 +52,7 @@ def cli() -> None:
 @click.option(
     "--calibrate",
     type=click.Path(path_type=Path),
-    help="Text file of prompts, one a line, to measure fp16's range with.  [default: from the weights alone]",
+    help="Text file of prompts, one a line, to measure activations with.  [default: from the weights alone]",
 )
 @click.option("--verify", "measure", is_flag=True, help="Measure the bundle against the checkpoint when it is done.")
 @click.option("--force", is_flag=True, help="Replace a bundle that is already at OUT.")
@@ -84,7 +85,7 @@ def build(
     progress = Progress(quiet)
     options = BuildOptions(Precision(precision), force, revision, files=files, calibrate=calibrate)
     report = build_reported(model, out, options, progress)
-    bundle = _verify(report.bundle, model, progress, None, files, revision) if measure else report.bundle
+    bundle = _verify(report.bundle, model, progress, None, files, revision).bundle if measure else report.bundle
     manifest = bundle.manifest
     _report(
         {
@@ -106,6 +107,7 @@ def build(
 @click.option("--reference", required=True, help="The checkpoint that the bundle was made from, as for build.")
 @_single_files
 @click.option("--size", type=SizeType(), help="Of the pictures drawn.  [default: the bundle's own, at most 256 a side]")
+@click.option("--prompts", type=_FILE, help="Text file of prompts, one a line, each drawn once.  [default: two]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the table.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 def verify(
@@ -115,6 +117,7 @@ def verify(
     text_encoder: Path | None,
     vae: Path | None,
     size: tuple[int, int] | None,
+    prompts: Path | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -122,16 +125,19 @@ def verify(
 
     Each component is compared on its own, then the final latents and the picture. The reference is diffusers, a
     block at a time, so that no checkpoint is too large. Fails if the bundle is further off than its precision allows.
+    What each precision would cost each layer is printed with it, and its summary written too.
     """
     from zimage_runtime.bundle import Bundle
 
     from .parity import parity_table
+    from .sensitivity import table
     from .single_files import SingleFiles
 
     files = SingleFiles(transformer, text_encoder, vae)
-    measured = _verify(Bundle.open(bundle), reference, Progress(quiet), size, files)
-    parity = dict(measured.manifest.parity or {})
-    _report(parity, as_json, parity_table(parity))
+    measured = _verify(Bundle.open(bundle), reference, Progress(quiet), size, files, prompts=prompts)
+    parity = dict(measured.bundle.manifest.parity or {})
+    document = {**parity, "each_layer": measured.layers}
+    _report(document, as_json, f"{parity_table(parity)}\n{table(measured.layers)}")
 
 
 def _verify(
@@ -141,20 +147,23 @@ def _verify(
     size: tuple[int, int] | None,
     files: "SingleFiles",
     revision: str | None = None,
-) -> "Bundle":
+    prompts: Path | None = None,
+) -> "VerifyReport":
     require_extra()
     from zimage_runtime.contracts import COMPONENTS
     from zimage_runtime.hub import Hub, hub_id
 
-    from .verify import verify as measure_bundle
+    from .calibrate import read_prompts
+    from .verify import PROMPTS, verify_reported
 
+    drawn = PROMPTS if prompts is None else read_prompts(prompts)
     if name := hub_id(reference):
         source = bundle.manifest.source
         if source.name == name:
             revision = source.revision  # what the bundle was made from
         own_files = [part for part in COMPONENTS if files.get(part)]
         reference = str(Hub(progress=progress).checkpoint(name, revision, without=own_files).path)
-    return measure_bundle(bundle, reference, progress, size, files)
+    return verify_reported(bundle, reference, progress, size, files, drawn)
 
 
 @cli.command()

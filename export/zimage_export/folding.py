@@ -7,8 +7,10 @@ Where measured activations need more than that, the rest is divided out of the S
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from zimage_runtime.config import ModelConfig
 
@@ -28,6 +30,14 @@ Peaks = Mapping[str, Mapping[str, "BlockPeak"]]
 """By component and block."""
 
 
+@dataclass(frozen=True)
+class Loudness:
+    """How large the activations are that a linear reads, by channel."""
+
+    rms: NDArray[np.float32]  # [width]
+    peak: NDArray[np.float32]  # [width], the largest magnitude
+
+
 class BlockPeak:
     """The largest magnitudes seen in a block without any fold."""
 
@@ -35,6 +45,7 @@ class BlockPeak:
         self.attention = 0.0  # the out-projection's result (Qwen3: o_proj's input and result)
         self.product = 0.0  # the SwiGLU product
         self.ffn = 0.0  # w2's result
+        self.places: dict[str, Loudness] = {}  # by the linear that reads, as in `rebalance.PLACES`
 
 
 def blocks(config: ModelConfig) -> dict[str, list[str]]:

@@ -1,6 +1,7 @@
 """Distances between a bundle and its checkpoint: how they are computed, told and judged."""
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ GATES = {
     # twenty times what a small model shows: errors grow with depth, and few-step pictures with them
     Precision.BF16: Gate(latents=0.1, psnr_db=25.0),
     Precision.FP16: Gate(latents=0.02, psnr_db=35.0),
+    Precision.INT8: Gate(latents=0.25, psnr_db=20.0),
+    Precision.INT4: Gate(latents=0.6, psnr_db=14.0),
 }
 
 
@@ -41,8 +44,6 @@ def summarize(measured: Sequence[dict[str, float]], name: str, size: str, steps:
     """The worst over the prompts. A PSNR of null stands for identical pictures."""
     worst = {key: max(m[key] for m in measured) for key in measured[0]}
     components = {p.value: _rounded(worst[p.value]) for p in Program}
-    mean_square = worst["mean_square"]
-    psnr = round(10 * math.log10(255**2 / mean_square), 2) if mean_square else None
     return {
         "reference": f"{name} with diffusers in float32",
         "executor": "cpu",
@@ -51,8 +52,18 @@ def summarize(measured: Sequence[dict[str, float]], name: str, size: str, steps:
         "prompts": len(measured),
         "relative_error": components,
         "latents": _rounded(worst["latents"]),
-        "picture": {"psnr_db": psnr, "max_difference": int(worst["max_difference"])},
+        "latents_median": _rounded(statistics.median(m["latents"] for m in measured)),
+        "picture": {
+            "psnr_db": _psnr(worst["mean_square"]),
+            "psnr_db_median": _psnr(statistics.median(m["mean_square"] for m in measured)),
+            "psnr_db_each": [_psnr(m["mean_square"]) for m in measured],
+            "max_difference": int(worst["max_difference"]),
+        },
     }
+
+
+def _psnr(mean_square: float) -> float | None:
+    return round(10 * math.log10(255**2 / mean_square), 2) if mean_square else None
 
 
 def _rounded(value: float) -> float:
@@ -77,6 +88,8 @@ def parity_table(parity: dict[str, Any]) -> str:
     """The parity document as a table for people."""
     picture = parity["picture"]
     psnr = "identical" if picture["psnr_db"] is None else f"{picture['psnr_db']} dB"
+    if parity["prompts"] > 1 and picture["psnr_db_median"] is not None:
+        psnr += f" (median {picture['psnr_db_median']})"
     rows = [*((name, f"{error:.2e}") for name, error in parity["relative_error"].items())]
     rows += [
         ("latents", f"{parity['latents']:.2e}"),

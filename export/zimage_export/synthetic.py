@@ -36,7 +36,8 @@ from .published_layout import (
     write_json,
     write_tokenizer_config,
 )
-from .weights import StoredTensor, total_bytes, write_weights
+from .stored import StoredTensor, total_bytes
+from .weights import write_weights
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ is counted where it arises; the picture is drawn by each side from the prompt on
 """
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,18 @@ from zimage_runtime.bundle import Bundle
 from zimage_runtime.contracts import Program
 from zimage_runtime.executor import Floats
 from zimage_runtime.geometry import caption_positions, padded, transformer_rotary
-from zimage_runtime.manifest import write_manifest
+from zimage_runtime.integers import activation_bits
+from zimage_runtime.manifest import Precision, write_manifest
 from zimage_runtime.ort import OrtCpuExecutor
 from zimage_runtime.pipeline import PictureEvent, Pipeline, Request, to_image
 from zimage_runtime.progress import Advance, Progress
+from zimage_runtime.tensors import TensorFile
 
 from .checkpoint import Checkpoint
 from .errors import ExportError
 from .parity import check_gate, relative_error, summarize
 from .reference import ReferencePipeline, reference_pipeline
+from .sensitivity import LayerErrors, Layers, summary
 from .single_files import NO_FILES, SingleFiles
 
 PROMPTS = ("a red circle left of a blue square", "白色背景上的一个红色圆形")
@@ -46,18 +50,40 @@ class _Capture:
     velocities: list[Floats] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class VerifyReport:
+    """What was measured."""
+
+    bundle: Bundle  # with its new manifest
+    layers: Layers  # what each precision costs each layer
+
+
 def verify(
     bundle: Bundle,
     model: str | Path,
     progress: Progress,
     size: tuple[int, int] | None = None,
     files: SingleFiles = NO_FILES,
+    prompts: Sequence[str] = PROMPTS,
 ) -> Bundle:
+    """As `verify_reported`, for those who want the bundle alone."""
+    return verify_reported(bundle, model, progress, size, files, prompts).bundle
+
+
+def verify_reported(
+    bundle: Bundle,
+    model: str | Path,
+    progress: Progress,
+    size: tuple[int, int] | None = None,
+    files: SingleFiles = NO_FILES,
+    prompts: Sequence[str] = PROMPTS,
+) -> VerifyReport:
     """Measures a bundle against its checkpoint and writes what it finds to the manifest.
 
-    `files` are the single files that the bundle was built with.
-    Returns the bundle with its new manifest. Raises `CheckpointError` for a bad checkpoint, and `ExportError` for
-    one of other dimensions or for a bundle beyond its precision's gate (the manifest is written all the same).
+    `files` are the single files that the bundle was built with; each of `prompts` is drawn once. Returns the bundle
+    with its new manifest, and what each precision costs each layer. Raises `CheckpointError` for a bad checkpoint, and
+    `ExportError` for one of other dimensions or for a bundle beyond its precision's gate (the manifest is written all
+    the same).
     """
     checkpoint = Checkpoint.open(model, files)
     manifest = bundle.manifest
@@ -69,16 +95,20 @@ def verify(
     pipeline = Pipeline(bundle, OrtCpuExecutor(bundle, low_memory=True), keep_loaded=False, low_memory=True)
     width, height = size or (min(manifest.defaults.width, _MAX_SIDE), min(manifest.defaults.height, _MAX_SIDE))
     reference = reference_pipeline(checkpoint)
+    layer_errors = LayerErrors.watching(reference, checkpoint)
     measured: list[dict[str, float]] = []
-    with progress.task("verifying", len(PROMPTS) * manifest.defaults.steps) as advance, torch.inference_mode():
-        for seed, prompt in enumerate(PROMPTS, _FIRST_SEED):
+    with progress.task("verifying", len(prompts) * manifest.defaults.steps) as advance, torch.inference_mode():
+        for seed, prompt in enumerate(prompts, _FIRST_SEED):
             request = pipeline.request(prompt, (width, height), seed=seed)
             measured.append(_measure(pipeline, reference, checkpoint, request, advance))
+    layers = layer_errors.report()
     parity = summarize(measured, checkpoint.name, f"{width}x{height}", manifest.defaults.steps)
+    parity |= {"activation_bits": activation_bits()} if manifest.precision is Precision.INT8 else {}
+    parity["layers"] = summary(layers)
     updated = dataclasses.replace(manifest, parity=parity)
     write_manifest(bundle.root, updated)
     check_gate(parity, updated)
-    return Bundle(bundle.root, updated)
+    return VerifyReport(Bundle(bundle.root, updated), layers)
 
 
 def _measure(
@@ -168,20 +198,23 @@ def _component_errors(
     return {
         "text_encoder": relative_error(hidden, capture.hidden_states),
         "caption": relative_error(caption, capture.captions[0]),
-        "modulation": relative_error(table, _modulation_table(checkpoint, capture)),
+        "modulation": relative_error(table, _modulation_table(checkpoint, pipeline.bundle, capture)),
         "denoiser": max(relative_error(a, b) for a, b in zip(velocities, capture.velocities, strict=True)),
     }
 
 
-def _modulation_table(checkpoint: Checkpoint, capture: _Capture) -> Floats:
-    """The reference's modulation in the form of the contract: [steps, blocks, 4, dim], times the norms' weights."""
+def _modulation_table(checkpoint: Checkpoint, bundle: Bundle, capture: _Capture) -> Floats:
+    """The reference's modulation in the form of the contract: [steps, blocks, 4, dim], times the norms' weights.
+
+    The weights are the bundle's own, out of which rebalancing may have moved a part; what it moved wrongly, the
+    denoiser's error tells.
+    """
     config = checkpoint.config.transformer
     prefixes = [f"noise_refiner.{i}" for i in range(config.n_refiner_layers)]
     prefixes += [f"layers.{i}" for i in range(config.n_layers)]
     norms = ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")
-    weights = np.stack(
-        [np.stack([checkpoint.transformer.get(f"{p}.{norm}.weight").read() for norm in norms]) for p in prefixes]
-    )
+    stored = TensorFile(bundle.file(bundle.manifest.weights["transformer"]))
+    weights = np.stack([np.stack([stored.array(f"{p}.{norm}.weight")[0] for norm in norms]) for p in prefixes])
     raw = np.stack([np.stack(blocks) for blocks in capture.modulations]).reshape(-1, len(prefixes), 4, config.dim)
     raw[:, :, 0::2] += 1
     raw[:, :, 1::2] = np.tanh(raw[:, :, 1::2])

@@ -6,9 +6,7 @@ know their name, type and shape, and that produce their bytes when asked.
 
 import contextlib
 import hashlib
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +21,11 @@ from .ahead import ahead
 from .casts import encode
 from .checkpoint import Checkpoint, TensorSource
 from .graphs import Graph
-from .graphs.folds import Folds, weight_exponent
-from .precision import StoragePolicy
+from .graphs.folds import Folds, block_of, weight_exponent
+from .precision import SCALE_SUFFIX, Encoding, StoragePolicy, linear_shape
+from .quantize import quantized
+from .rebalance import Rebalancing
+from .stored import Factors, LazyFactors, StoredTensor, row_chunks
 
 EMBEDDINGS = "embed_tokens.weight"
 
@@ -32,25 +33,18 @@ _CHUNK_BYTES = 16 << 20
 _PIECES_AHEAD = 3
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor as the bundle stores it."""
+def converted(
+    source: TensorSource, dtype: DType, exponent: int = 0, factors: LazyFactors | None = None
+) -> StoredTensor:
+    """A tensor times 2**exponent, in another element type; as it is where nothing changes.
 
-    name: str
-    dtype: DType
-    shape: tuple[int, ...]
-    chunks: Callable[[], Iterator[NDArray[np.generic]]]  # its elements in order, in pieces of bounded size
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that it takes in the file."""
-        return math.prod(self.shape) * self.dtype.size
-
-
-def converted(source: TensorSource, dtype: DType, exponent: int = 0) -> StoredTensor:
-    """A tensor times 2**exponent, in another element type; as it is where nothing changes."""
+    `factors` are asked for when they are needed.
+    """
 
     def chunks() -> Iterator[NDArray[np.generic]]:
+        if factors is not None:
+            yield from multiplied(factors())
+            return
         if dtype is source.dtype and exponent == 0:
             yield from source.chunks(_CHUNK_BYTES)
             return
@@ -60,11 +54,21 @@ def converted(source: TensorSource, dtype: DType, exponent: int = 0) -> StoredTe
                 values = values * np.float32(2.0**exponent)
             yield encode(values, dtype, source.name)
 
+    def multiplied(by: Factors) -> Iterator[NDArray[np.generic]]:
+        power = np.float32(2.0**exponent)
+        pieces = row_chunks(source, by) if len(source.shape) == 2 else [(0, by.apply(source.read()))]
+        for _, values in pieces:
+            yield encode(values * power, dtype, source.name)
+
     return StoredTensor(source.name, dtype, source.shape, chunks)
 
 
 def plan_weights(
-    checkpoint: Checkpoint, graphs: Iterable[Graph], policy: StoragePolicy, folds: Mapping[str, Folds]
+    checkpoint: Checkpoint,
+    graphs: Iterable[Graph],
+    policy: StoragePolicy,
+    folds: Mapping[str, Folds],
+    balance: Rebalancing | None = None,
 ) -> dict[str, list[StoredTensor]]:
     """The tensors of each component's weights file, which are those that its programs use.
 
@@ -74,11 +78,28 @@ def plan_weights(
     plan: dict[str, dict[str, StoredTensor]] = {component: {} for component in COMPONENTS}
     for graph in graphs:
         component = graph.program.component
-        for name, shape in graph.weights.items():
-            source = checkpoint.weights(component).get(name, shape)
-            dtype = policy.storage(component, name, shape)
-            plan[component][name] = converted(source, dtype, weight_exponent(folds.get(component, {}), name))
-    return {component: list(tensors.values()) for component, tensors in plan.items()}
+        weights, exponents = checkpoint.weights(component), folds.get(component, {})
+        for stored, shape in graph.weights.items():
+            name = stored.removesuffix(SCALE_SUFFIX)
+            encoding, exponent = policy.encoding(component, name), weight_exponent(exponents, name)
+            if name in plan[component]:
+                continue
+            factors = balance.factors(component, name) if balance else None
+            if encoding is Encoding.FLOAT:
+                source = weights.get(name, shape)
+                tensors = [converted(source, policy.storage(component, name, shape), exponent, factors)]
+            else:
+                tensors = quantized(weights.get(name, linear_shape(shape, encoding)), encoding, factors, exponent)
+            plan[component].update({tensor.name: tensor for tensor in tensors})
+    return {component: _by_block(tensors) for component, tensors in plan.items()}
+
+
+def _by_block(tensors: Mapping[str, StoredTensor]) -> list[StoredTensor]:
+    """In the order of the programs, but a block's tensors together: they are read together, too."""
+    places: dict[str, int] = {}
+    for name in tensors:
+        places.setdefault(block_of(name), len(places))
+    return sorted(tensors.values(), key=lambda tensor: places[block_of(tensor.name)])
 
 
 def plan_embeddings(checkpoint: Checkpoint) -> list[StoredTensor]:
@@ -86,11 +107,6 @@ def plan_embeddings(checkpoint: Checkpoint) -> list[StoredTensor]:
     config = checkpoint.config.text_encoder
     source = checkpoint.text_encoder.get(EMBEDDINGS, (config.vocab_size, config.hidden_size))
     return [converted(source, source.dtype)]
-
-
-def total_bytes(tensors: Iterable[StoredTensor]) -> int:
-    """Bytes of several tensors' data."""
-    return sum(tensor.nbytes for tensor in tensors)
 
 
 def write_weights(path: Path, tensors: Iterable[StoredTensor], advance: Advance) -> FileRecord:

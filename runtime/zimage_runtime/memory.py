@@ -27,6 +27,8 @@ _DECODER_MAPS = 4.5  # x the widest feature map at full resolution
 # Copies of the weights that ONNX Runtime makes at load, low memory or not: convolutions are laid out anew
 _DECODER_WEIGHTS = 1.75
 
+_WIDENED = (Precision.BF16, Precision.FP16, Precision.INT4)  # what is computed in float32 where it is not packed
+
 
 @dataclass(frozen=True)
 class MemoryPlan:
@@ -84,7 +86,7 @@ def _plan(
         weights = max((r.weight_bytes for r in manifest.programs[program].values()), default=0)
         copies = _DECODER_WEIGHTS if program is Program.DECODER else float(not low_memory)
         programs[program] = int(weights * copies) + _activations(program, manifest, geometry, tokens, batch)
-        if low_memory and manifest.precision is not Precision.FP32:
+        if low_memory and manifest.precision in _WIDENED:
             programs[program] += _widened_bytes(program, manifest)
     in_tiles = tiled_bytes(manifest.config.vae, geometry.width, geometry.height)
     tiled = _BASE + programs[Program.DECODER] > limit and in_tiles < programs[Program.DECODER]
@@ -94,7 +96,7 @@ def _plan(
 
 
 def _widened_bytes(program: Program, manifest: Manifest) -> int:
-    """16-bit weights that are in float32 at once where they stay mapped: one layer's largest, and the one before."""
+    """Narrow weights that are in float32 at once where they stay mapped: one layer's largest, and the one before."""
     config = manifest.config
     if program is Program.TEXT_ENCODER:
         return 2 * _FLOAT * config.text_encoder.hidden_size * config.text_encoder.intermediate_size

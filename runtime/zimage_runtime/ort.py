@@ -1,6 +1,5 @@
 """The `cpu` executor: ONNX Runtime on whole-component programs. It is the reference, and always works."""
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,19 +11,9 @@ from .contracts import SIGNATURES, Program
 from .errors import ExecutorError
 from .executor import Conditioning, Floats
 from .geometry import Rotary
+from .integers import ACTIVATION_LEVELS, activation_levels
 from .manifest import CPU
-
-
-def thread_count() -> int:
-    """Physical cores that this process may use: a second thread on a core slows matrix products down."""
-    import psutil
-
-    try:
-        usable = len(os.sched_getaffinity(0))
-    except AttributeError:  # not on Windows or macOS
-        usable = os.cpu_count() or 1
-    physical = psutil.cpu_count(logical=False) or usable
-    return max(1, min(physical, usable))
+from .threads import thread_count
 
 
 class OrtCpuExecutor:
@@ -85,7 +74,8 @@ class OrtCpuExecutor:
         names = list(SIGNATURES[program].outputs)
         self.load(program)
         try:
-            outputs: list[NDArray[np.float32]] = self._sessions[program].run(names, feeds)
+            session = self._sessions[program]
+            outputs: list[NDArray[np.float32]] = session.run(names, {**feeds, **_settings(session)})
         except Exception as error:  # the library's own classes share no base but Exception
             raise _explained(program, "failed", error) from None
         # the arrays lie in the session's arena, all of which lives for as long as one of them does: copies do not
@@ -114,6 +104,13 @@ class OrtCpuExecutor:
             )
         except Exception as error:
             raise _explained(program, f"cannot be loaded from {path}", error) from None
+
+
+def _settings(session: Any) -> dict[str, NDArray[np.float32]]:
+    """What this processor needs otherwise than a program has it: see `integers`."""
+    if all(value.name != ACTIVATION_LEVELS for value in session.get_overridable_initializers()):
+        return {}
+    return {ACTIVATION_LEVELS: np.array(activation_levels(), np.float32)}
 
 
 _WIDENING = ["ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer"]

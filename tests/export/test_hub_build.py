@@ -10,6 +10,7 @@ from cli_tools import Capture, assert_one_line_error, call_export
 from hub_server import COMMIT, SECOND_COMMIT, HubServer, hub_in_use
 
 from zimage_export.checkpoint import Checkpoint
+from zimage_export.verify import VerifyReport
 from zimage_runtime.bundle import Bundle
 from zimage_runtime.hub import Hub
 from zimage_runtime.progress import Progress
@@ -140,11 +141,11 @@ def test_verify_compares_with_the_commit_that_the_bundle_was_made_from(
     hub.add(NAME, {**_files(checkpoint), "model_index.json": b"{}"}, SECOND_COMMIT)
     references = []
 
-    def record(bundle: Bundle, model: str, *rest: Any) -> Bundle:
+    def record(bundle: Bundle, model: str, *rest: Any) -> VerifyReport:
         references.append(model)
-        return bundle
+        return VerifyReport(bundle, {})
 
-    monkeypatch.setattr("zimage_export.verify.verify", record)
+    monkeypatch.setattr("zimage_export.verify.verify_reported", record)
     monkeypatch.setattr("zimage_export.parity.parity_table", lambda parity: "")
     assert call_export(capsys, "verify", out, "--reference", NAME, "--quiet").status == 0
     assert [Path(path).name for path in references] == [COMMIT]

@@ -92,7 +92,7 @@ def check_processor(name: str) -> Finding:
     """The processor, the threads that are used, and the vector instructions that decide its speed."""
     import psutil
 
-    from zimage_runtime.ort import thread_count
+    from zimage_runtime.threads import thread_count
 
     model, features = _processor()
     values = {
@@ -235,6 +235,19 @@ def check_onnxruntime(name: str) -> Finding:
     return Finding(name, Verdict.OK, text, values)
 
 
+def check_int8(name: str) -> Finding:
+    """How many bits an int8 bundle's activations have here, found out by a product with a known answer."""
+    from zimage_runtime.integers import activation_bits
+
+    bits = activation_bits()
+    if bits == 8:
+        return Finding(
+            name, Verdict.OK, "integer products are exact: int8 bundles run with 8-bit activations", {"bits": 8}
+        )
+    text = "integer products saturate here (no VNNI): int8 bundles run with 7-bit activations, a little less faithful"
+    return Finding(name, Verdict.NOTE, text, {"bits": 7})
+
+
 def check_nvidia(name: str) -> Finding:
     """Whether NVIDIA's driver is there. No executor uses it yet."""
     present = shutil.which("nvidia-smi") is not None or _loads("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
@@ -279,6 +292,7 @@ CHECKS: dict[str, Callable[[str], Finding]] = {
     "disk": check_disk,
     "packages": check_packages,
     "onnxruntime": check_onnxruntime,
+    "int8": check_int8,
     "nvidia": check_nvidia,
     "export": check_export,
 }

@@ -44,6 +44,7 @@ class Graph:
     constants: list[onnx.TensorProto]  # small ones, inside the file
     weights: dict[str, tuple[int, ...]]  # name → shape, outside the file
     dims: Mapping[str, int]  # the config's values for names in the signature's shapes
+    settings: tuple[str, ...] = ()  # the constants that the runtime may override
 
     def to_model(self, weights_file: str, entries: Mapping[str, TensorEntry]) -> onnx.ModelProto:
         """The ONNX model, whose initializers point into a safetensors file beside it.
@@ -55,7 +56,11 @@ class Graph:
         graph = helper.make_graph(
             self.nodes,
             self.program.value,
-            [self._value(name, shape) for name, shape in signature.inputs.items()],
+            [
+                *(self._value(name, shape) for name, shape in signature.inputs.items()),
+                # an input that has an initializer may be left out, and then has its value
+                *(helper.make_tensor_value_info(name, TensorProto.FLOAT, []) for name in self.settings),
+            ],
             [self._value(name, shape) for name, shape in signature.outputs.items()],
             initializer=[*self.constants, *initializers],
         )
@@ -92,6 +97,7 @@ class GraphBuilder:
     _casts: dict[str, str] = field(default_factory=dict)
     _widening: list[onnx.NodeProto] = field(default_factory=list)  # casts of weights
     _scope: list[str] = field(default_factory=list)
+    _settings: list[str] = field(default_factory=list)
 
     @contextlib.contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -101,6 +107,15 @@ class GraphBuilder:
             yield
         finally:
             self._scope.pop()
+
+    @contextlib.contextmanager
+    def outside(self) -> Iterator[None]:
+        """Names inside the block are the program's own, whatever scope they are in."""
+        scope, self._scope = self._scope, []
+        try:
+            yield
+        finally:
+            self._scope = scope
 
     def _full(self, name: str) -> str:
         return ".".join([*self._scope, name])
@@ -127,12 +142,28 @@ class GraphBuilder:
         self._nodes.append(helper.make_node(kind, inputs, values, name=unique, domain=domain, **attributes))
         return values
 
-    def weight(self, name: str, shape: Sequence[int]) -> str:
-        """A tensor of the component's weights file, by the scope and its name there."""
+    def full_name(self, name: str) -> str:
+        """A weight's name in the component, by the scope and its name there."""
+        return self._full(name)
+
+    def weight(self, name: str, shape: Sequence[int], dtype: DType | None = None) -> str:
+        """A tensor of the component's weights file; its stored type is the builder's affair unless it is given."""
         full = self._full(name)
         self._weights[full] = tuple(shape)
-        self._types[full] = self.storage(full, tuple(shape))
+        self._types[full] = dtype or self.storage(full, tuple(shape))
         return full
+
+    def typed(self, value: str, dtype: DType) -> str:
+        """The value, of which it is now known that it has another element type than its node's first input."""
+        self._types[value] = dtype
+        return value
+
+    def setting(self, name: str, default: float) -> str:
+        """A float32 scalar that the runtime may override; the same name is the same scalar everywhere."""
+        self.constant(np.array(default, dtype=np.float32), name)
+        if name not in self._settings:
+            self._settings.append(name)
+        return name
 
     def type_of(self, value: str) -> DType:
         """The element type of a floating-point value. Inputs and constants are float32."""
@@ -144,9 +175,8 @@ class GraphBuilder:
             return value
         key = f"{value}:{dtype}"
         if key not in self._casts:
-            scope, self._scope = self._scope, []
-            self._casts[key] = self.op("Cast", value, name=f"{value}.{dtype.lower()}", to=_ONNX_TYPES[dtype])
-            self._scope = scope
+            with self.outside():
+                self._casts[key] = self.op("Cast", value, name=f"{value}.{dtype.lower()}", to=_ONNX_TYPES[dtype])
             self._types[self._casts[key]] = dtype
             if value in self._weights:
                 self._widening.append(self._nodes.pop())
@@ -182,4 +212,5 @@ class GraphBuilder:
         # first. With the casts of weights at the front, each runs just before its layer and is freed after it; left
         # in place, all of them run before the first layer, and a 16-bit model is in memory in float32.
         nodes = [*self._widening, *self._nodes]
-        return Graph(self.program, self.executor, nodes, list(self._constants.values()), self._weights, self.dims)
+        constants, settings = list(self._constants.values()), tuple(self._settings)
+        return Graph(self.program, self.executor, nodes, constants, self._weights, self.dims, settings)

@@ -45,6 +45,11 @@ def folded_weights(block: str) -> tuple[tuple[str, str], ...]:
     return tuple((f"{block}.{attention}", f"{block}.{ffn}") for attention, ffn in zip(_ATTENTION, _FFN, strict=True))
 
 
+def block_of(name: str) -> str:
+    """The block that a tensor belongs to; empty for one outside the blocks."""
+    return _split(name)[0]
+
+
 def _split(name: str) -> tuple[str, str]:
     """`layers.7.attention.to_q.weight` → (`layers.7`, `attention.to_q.weight`)."""
     parts = name.split(".", 2)

@@ -10,6 +10,8 @@ from zimage_runtime.tensors import DType
 from ..precision import StoragePolicy
 from .builder import GraphBuilder
 from .folds import NO_FOLD, BlockFold, Folds
+from .int4 import BlockCudaLayers, BlockLayers
+from .int8 import Int8CudaLayers, Int8Layers
 from .layers import CudaLayers, Layers
 
 EXECUTORS = (CPU, CUDA)
@@ -33,7 +35,12 @@ class Target:
 
     def layers(self, b: GraphBuilder) -> Layers:
         """The layers of a program. Modulation always runs on the CPU."""
-        if self.executor == CPU or b.program is Program.MODULATION:
+        on_cpu = self.executor == CPU or b.program is Program.MODULATION
+        if self.policy.precision is Precision.INT8:
+            return (Int8Layers if on_cpu else Int8CudaLayers)(b, policy=self.policy)
+        if self.policy.precision is Precision.INT4:
+            return (BlockLayers if on_cpu else BlockCudaLayers)(b, policy=self.policy)
+        if on_cpu:
             return Layers(b, DType.F32)
         return CudaLayers(b, self.policy.cuda_compute(b.program.component))
 

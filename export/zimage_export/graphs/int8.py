@@ -1,0 +1,120 @@
+"""Linear layers of int8 weights and 8-bit activations (W8A8).
+
+Weights have a scale an output channel, activations a scale a token, so that neither a loud channel nor a loud token
+(pads, in this model) costs the others their resolution. Activations are quantized once for all layers that read them.
+What is quantized is symmetric: the CPU's kernels are fast for uint8 times int8 alone, so a token's zero there is
+levels + 1; CUDA's are for int8 times int8, with zero at 0.
+
+The CPU's product goes to float32, times the output channels' scales, tile by tile as it is computed
+(`MatMulIntegerToFloat`); of the three passes over a layer's output that scaling would take there is one left, and
+where the output goes into a product that is quantized again, none.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from onnx import TensorProto
+
+from zimage_runtime.integers import ACTIVATION_LEVELS, EXACT_LEVELS, SAFE_LEVELS
+from zimage_runtime.manifest import Precision
+from zimage_runtime.tensors import DType
+
+from ..precision import Encoding, StoragePolicy, scale_of
+from .layers import CudaLayers, Layers
+
+_TINY = 1e-30  # a token of zeros has a scale, too
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """Rows of activations as integers."""
+
+    values: str  # [rows, width] uint8 around `zero`, or int8
+    scale: str  # [rows, 1] float32
+    zero: str  # a uint8 scalar; empty for int8
+
+
+@dataclass(frozen=True)
+class Int8Layers(Layers):
+    """Layers for the CPU whose quantized linears multiply integers."""
+
+    policy: StoragePolicy = field(default_factory=lambda: StoragePolicy(Precision.INT8))
+    _known: dict[str, Quantized] = field(default_factory=dict)  # by the value that was quantized
+
+    def linear(self, x: str, name: str, out_width: int, in_width: int, *, bias: bool = False) -> str:
+        """A linear layer on rows [rows, in_width] → [rows, out_width] float32."""
+        if not self._is_quantized(name):
+            return super().linear(x, name, out_width, in_width, bias=bias)
+        quantized = self._quantized(x)
+        product = self._product(quantized, name, out_width, in_width)
+        return self.b.op("Mul", product, quantized.scale, name=name)
+
+    def gated(self, x: str, gate: str, up: str, down: str, width: int, inner: int, exponent: int = 0) -> str:
+        """SwiGLU on rows. The scale that `up` owes its rows joins the scale that the product is quantized with."""
+        if not all(map(self._is_quantized, (gate, up, down))):
+            return super().gated(x, gate, up, down, width, inner, exponent)
+        gate_out = self.scaled(self.silu(self.linear(x, gate, inner, width), f"{gate}.silu"), exponent, "range")
+        source = self._quantized(x)
+        unscaled = self._product(source, up, inner, width)
+        product = self._quantized(self.b.op("Mul", gate_out, unscaled, name="product"))
+        scale = self.b.op("Mul", product.scale, source.scale, name="product.row_scale")
+        return self.b.op("Mul", self._product(product, down, width, inner), scale, name=down)
+
+    def _is_quantized(self, name: str) -> bool:
+        component = self.b.program.component
+        return self.policy.encoding(component, self.b.full_name(f"{name}.weight")) is Encoding.INT8
+
+    def _quantized(self, x: str) -> Quantized:
+        if x not in self._known:
+            self._known[x] = self._quantize(self.b.cast(x, DType.F32))
+        return self._known[x]
+
+    def _quantize(self, x: str) -> Quantized:
+        b = self.b
+        levels = b.setting(ACTIVATION_LEVELS, SAFE_LEVELS)
+        if "activation_zero" not in self._known:
+            with b.outside():
+                zero = b.op("Add", levels, b.number(1.0), name="activation_zero.float")
+                zero = b.op("Cast", zero, name="activation_zero", to=TensorProto.UINT8)
+            self._known["activation_zero"] = Quantized("", "", zero)
+        return self._rows(x, levels, self._known["activation_zero"].zero)
+
+    def _rows(self, x: str, levels: str, zero: str) -> Quantized:
+        """Quantizes each row by the largest of its magnitudes: two passes that read, and one that writes bytes."""
+        b, last = self.b, self.b.integers(-1)
+        most = b.op("ReduceMax", x, last, name="quantized.most", keepdims=1)
+        least = b.op("Neg", b.op("ReduceMin", x, last, name="quantized.least", keepdims=1), name="quantized.negated")
+        tiny = b.constant(np.array([[_TINY]], np.float32), "tiny")
+        peak = b.op("Max", most, least, tiny, name="quantized.peak")
+        scale = b.op("Div", peak, levels, name="quantized.scale")
+        flat = b.op("Reshape", scale, last, name="quantized.scales")
+        zeros = b.op("Expand", zero, b.op("Shape", flat, name="quantized.rows"), name="quantized.zeros")
+        return Quantized(b.op("QuantizeLinear", x, flat, zeros, name="quantized", axis=0), scale, zero)
+
+    def _weights(self, name: str, out_width: int, in_width: int) -> tuple[str, str]:
+        weight = self.b.weight(f"{name}.weight", (in_width, out_width), DType.I8)
+        return weight, self.b.weight(scale_of(f"{name}.weight"), (out_width,), DType.F32)
+
+    def _product(self, x: Quantized, name: str, out_width: int, in_width: int) -> str:
+        """The product in float32, without the rows' scale."""
+        b = self.b
+        weight, scale = self._weights(name, out_width, in_width)
+        inputs = [x.values, weight, b.number(1.0), scale, x.zero]
+        return b.typed(b.op("MatMulIntegerToFloat", *inputs, name=f"{name}.product", contrib=True), DType.F32)
+
+
+@dataclass(frozen=True)
+class Int8CudaLayers(Int8Layers, CudaLayers):
+    """The same for CUDA: int8 activations, and standard operators alone."""
+
+    def _quantize(self, x: str) -> Quantized:
+        zero = self.b.constant(np.array(0, np.int8), "int8_zero")
+        rows = self._rows(x, self.b.number(EXACT_LEVELS), zero)
+        return Quantized(rows.values, rows.scale, "")
+
+    def _product(self, x: Quantized, name: str, out_width: int, in_width: int) -> str:
+        b = self.b
+        weight, scale = self._weights(name, out_width, in_width)
+        product = b.op("MatMulInteger", x.values, weight, name=f"{name}.integers")
+        product = b.op("Cast", product, name=f"{name}.float", to=TensorProto.FLOAT)
+        return b.op("Mul", b.typed(product, DType.F32), scale, name=f"{name}.product")

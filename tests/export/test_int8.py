@@ -1,0 +1,254 @@
+"""int8 bundles: what is stored, how far pictures are from diffusers', and which activations a processor gets."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from half_emulation import run_cuda_program_on_cpu
+from onnx import TensorProto, numpy_helper
+from parity import Case, draw, draw_with_diffusers, relative_error
+
+from zimage_export.build import BuildOptions, build
+from zimage_export.checkpoint import Checkpoint
+from zimage_export.precision import Encoding
+from zimage_export.quantize import dequantized, int8_rows
+from zimage_export.rebalance import Rebalancing
+from zimage_runtime import integers
+from zimage_runtime.bundle import Bundle
+from zimage_runtime.contracts import Program
+from zimage_runtime.integers import ACTIVATION_LEVELS, EXACT_LEVELS, SAFE_LEVELS
+from zimage_runtime.manifest import CPU, CUDA, Precision
+from zimage_runtime.ort import OrtCpuExecutor
+from zimage_runtime.pipeline import Pipeline
+from zimage_runtime.progress import Progress
+from zimage_runtime.tensors import TensorFile, read_header
+
+# measured on the small model with 7 bits, and a half more; a wrong graph is off by tenths
+LATENTS_GATE = 0.026
+PSNR_GATE = 47.0
+CASES = (Case("a red circle", (80, 64), steps=8, seed=3), Case("白色背景", (64, 96), steps=8, seed=4))
+LINEAR = "layers.0.feed_forward.w2.weight"
+
+
+@pytest.fixture(scope="module")
+def int8(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("int8") / "bundle"
+    build(checkpoint, out, BuildOptions(Precision.INT8), Progress(quiet=True))
+    return out
+
+
+@pytest.fixture
+def seven_bits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What a processor gets whose products saturate."""
+    monkeypatch.setattr(integers, "products_are_exact", lambda: False)
+    integers.activation_levels.cache_clear()
+    yield
+    integers.activation_levels.cache_clear()
+
+
+@pytest.mark.usefixtures("seven_bits")
+@pytest.mark.parametrize("case", CASES)
+def test_picture_is_within_the_gate_of_diffusers_with_seven_bits(
+    int8: Path, diffusers_pipeline: Any, case: Case
+) -> None:
+    check_gate(int8, diffusers_pipeline, case)
+
+
+def test_picture_is_within_the_gate_of_diffusers_with_this_processors_bits(int8: Path, diffusers_pipeline: Any) -> None:
+    check_gate(int8, diffusers_pipeline, CASES[0])
+
+
+def check_gate(bundle: Path, diffusers_pipeline: Any, case: Case) -> None:
+    (ours,), theirs = draw(Pipeline.from_bundle(bundle), case), draw_with_diffusers(diffusers_pipeline, case)
+    assert relative_error(ours.latents, theirs.latents) <= LATENTS_GATE
+    difference = ours.pixels.astype(np.float64) - theirs.pixels
+    assert 10 * np.log10(255**2 / max(np.mean(difference**2), 1e-9)) >= PSNR_GATE
+
+
+def denoiser_feeds(bundle: Bundle) -> dict[str, Any]:
+    """A step, with the bundle's own modulation: rebalancing has moved a part of it into the weights."""
+    from zimage_export.selfcheck import fixed_inputs
+
+    feeds = fixed_inputs(bundle.manifest.config)[Program.DENOISER]
+    table = OrtCpuExecutor(bundle).run(Program.MODULATION, {"timesteps": np.array([0.3], np.float32)})
+    return feeds | {"modulation": table["modulation"][0], "final_scale": table["final_scale"][0]}
+
+
+def test_eight_bits_halve_the_error_and_saturating_ones_are_what_it_guards_from(bundle: Path, int8: Path) -> None:
+    """ONNX Runtime can be made exact everywhere at a price, which shows here what 8 bits give."""
+    exact, quantized = Bundle.open(bundle), Bundle.open(int8)
+    expected = OrtCpuExecutor(exact).run(Program.DENOISER, denoiser_feeds(exact))["velocity"]
+    feeds = denoiser_feeds(quantized)
+
+    def error(levels: float, *, precise: bool) -> float:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        if precise:
+            options.add_session_config_entry("session.x64quantprecision", "1")
+        path = quantized.program(Program.DENOISER, CPU)
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        setting = {ACTIVATION_LEVELS: np.array(levels, np.float32)}
+        return relative_error(session.run(["velocity"], {**feeds, **setting})[0], expected)
+
+    seven, eight = error(SAFE_LEVELS, precise=False), error(EXACT_LEVELS, precise=True)
+    assert error(SAFE_LEVELS, precise=True) == pytest.approx(seven, rel=0.05)
+    assert eight < 0.75 * seven
+    careless = error(EXACT_LEVELS, precise=False)
+    assert careless == pytest.approx(eight, rel=0.05) if integers.products_are_exact() else careless > 4 * seven
+
+
+def test_programs_are_safe_unless_they_are_told_otherwise(int8: Path) -> None:
+    """Whoever runs a program without knowing of the scalar gets 7 bits; all integers hang on that one scalar."""
+    bundle = Bundle.open(int8)
+    for program in (Program.TEXT_ENCODER, Program.CAPTION, Program.DENOISER):
+        graph = onnx.load(bundle.program(program, CPU), load_external_data=False).graph
+        constants = {t.name: t for t in graph.initializer}
+        assert numpy_helper.to_array(constants[ACTIVATION_LEVELS]) == SAFE_LEVELS
+        assert ACTIVATION_LEVELS in {value.name for value in graph.input}  # so it can be overridden
+        makers = {output: node for node in graph.node for output in node.output}
+        zero = makers["activation_zero"]
+        assert makers[zero.input[0]].input[0] == ACTIVATION_LEVELS
+        products = [node for node in graph.node if node.op_type.startswith("MatMulInteger")]
+        assert {node.input[4] for node in products} == {"activation_zero"}
+        for node in products:
+            quantize = makers[node.input[0]]
+            assert quantize.op_type == "QuantizeLinear"
+            assert makers[quantize.input[2]].input[0] == "activation_zero"
+            assert makers[makers[quantize.input[1]].input[0]].input[1] == ACTIVATION_LEVELS
+
+
+@pytest.mark.parametrize("levels", [SAFE_LEVELS, EXACT_LEVELS])
+def test_the_runtime_feeds_what_the_known_answer_says(int8: Path, levels: float, monkeypatch: Any) -> None:
+    import zimage_runtime.ort
+
+    monkeypatch.setattr(zimage_runtime.ort, "activation_levels", lambda: levels)
+    executor = OrtCpuExecutor(Bundle.open(int8))
+    seen: list[Any] = []
+    executor.load(Program.CAPTION)
+    session = executor._sessions[Program.CAPTION]
+
+    class Watched:
+        get_overridable_initializers = session.get_overridable_initializers
+
+        def run(self, names: list[str], feeds: dict[str, Any]) -> Any:
+            seen.append(feeds.get(ACTIVATION_LEVELS))
+            return session.run(names, feeds)
+
+    executor._sessions[Program.CAPTION] = Watched()
+    from zimage_export.selfcheck import fixed_inputs
+
+    executor.run(Program.CAPTION, fixed_inputs(Bundle.open(int8).manifest.config)[Program.CAPTION])
+    assert seen == [np.float32(levels)]
+
+
+def test_what_is_stored_how(int8: Path) -> None:
+    transformer = read_header(int8 / "transformer" / "weights.safetensors")
+    assert transformer[LINEAR].dtype == "I8"
+    assert transformer[LINEAR].shape == (256, 96)  # [in, out]
+    assert transformer[f"{LINEAR}_scale"].dtype == "F32"
+    assert transformer[f"{LINEAR}_scale"].shape == (96,)
+    text = read_header(int8 / "text_encoder" / "weights.safetensors")
+    assert text["layers.0.self_attn.k_proj.weight"].dtype == "I8"
+    assert transformer["layers.0.adaLN_modulation.0.weight"].dtype == "BF16"
+    for name in ("t_embedder.mlp.0.weight", "cap_embedder.1.weight", "all_x_embedder.2-1.weight", "x_pad_token"):
+        assert transformer[name].dtype == "F32", name
+    assert transformer["all_final_layer.2-1.adaLN_modulation.1.weight"].dtype == "F32"
+    assert {entry.dtype for entry in read_header(int8 / "vae" / "weights.safetensors").values()} == {"F32"}
+    kinds = {entry.dtype for name, entry in transformer.items() if "attention.to_" in name and "_scale" not in name}
+    assert kinds == {"I8"}
+
+
+@pytest.mark.parametrize(
+    ("component", "name"),
+    [("transformer", LINEAR), ("transformer", "context_refiner.1.attention.to_v.weight")]
+    + [("text_encoder", f"layers.2.{name}.weight") for name in ("mlp.gate_proj", "self_attn.o_proj")],
+)
+def test_stored_values_are_the_checkpoints(checkpoint: Path, int8: Path, component: str, name: str) -> None:
+    """Times the rebalancing factors and the range folds, every value is within a step, and nearly all within half."""
+    opened, bundle = Checkpoint.open(checkpoint), Bundle.open(int8)
+    file = TensorFile(bundle.file(bundle.manifest.weights[component]))
+    (stored, _), (scales, _) = file.array(name), file.array(f"{name}_scale")
+    factors = Rebalancing(opened).factors(component, name)
+    assert factors is not None
+    expected = factors().apply(opened.weights(component).get(name).read().astype(np.float32))
+    found = dequantized(stored, np.asarray(scales, np.float32), Encoding.INT8)
+    power = np.exp2(np.rint(np.log2(np.linalg.norm(found) / np.linalg.norm(expected))))  # the fold for fp16's range
+    error = np.abs(found / power - expected) / (scales[:, None] / power)
+    assert (np.abs(stored) <= 127).all()
+    assert np.mean(error <= 0.5 + 1e-3) > 0.99
+    assert power == 1 or name.endswith(("to_out.0.weight", "w3.weight", "v_proj.weight", "up_proj.weight"))
+
+
+def test_cuts_are_those_of_least_error() -> None:
+    """Against every cut tried in float64; a channel with one loud value is cut, a uniform one is not."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((64, 4096)).astype(np.float32)
+    rows[:8] = rng.uniform(-1, 1, (8, 4096))
+    values, scales = int8_rows(rows)
+    error = np.square(values * scales[:, None].astype(np.float64) - rows).sum(axis=1)
+
+    def at(cut: float) -> Any:
+        scale = np.abs(rows).max(axis=1).astype(np.float64)[:, None] * cut / 127
+        return np.square(np.clip(np.rint(rows / scale), -127, 127) * scale - rows).sum(axis=1)
+
+    tried = np.stack([at(cut) for cut in np.linspace(0.6, 1, 41)])
+    assert (error <= tried.min(axis=0) * 1.05).all()
+    assert error[8:].sum() < 0.97 * at(1.0)[8:].sum()
+    np.testing.assert_allclose(scales[:8], np.abs(rows[:8]).max(axis=1) / 127, rtol=1e-6)
+
+
+def test_activations_are_quantized_once_for_all_that_read_them(int8: Path) -> None:
+    bundle = Bundle.open(int8)
+    blocks = bundle.manifest.config.transformer.modulated_blocks
+    for executor in (CPU, CUDA):
+        kinds = [
+            n.op_type
+            for n in onnx.load(bundle.program(Program.DENOISER, executor), load_external_data=False).graph.node
+        ]
+        assert kinds.count("QuantizeLinear") == 4 * blocks
+        assert kinds.count("MatMulIntegerToFloat" if executor == CPU else "MatMulInteger") == 7 * blocks
+
+
+def test_cuda_programs_are_standard_and_multiply_int8_with_int8(int8: Path) -> None:
+    bundle = Bundle.open(int8)
+    for program in (Program.TEXT_ENCODER, Program.CAPTION, Program.DENOISER):
+        graph = onnx.load(bundle.program(program, CUDA), load_external_data=False).graph
+        assert {node.domain for node in graph.node} == {""}
+        stored = {tensor.name: tensor.data_type for tensor in graph.initializer}
+        products = [node for node in graph.node if node.op_type == "MatMulInteger"]
+        assert products
+        assert {stored[node.input[1]] for node in products} == {TensorProto.INT8}
+        assert all(len(node.input) == 2 for node in products)  # no zero points
+        assert stored["int8_zero"] == TensorProto.INT8
+        assert ACTIVATION_LEVELS not in stored
+
+
+def test_cuda_programs_give_what_is_expected(bundle: Path, int8: Path) -> None:
+    from zimage_export.selfcheck import fixed_inputs
+
+    exact, quantized = Bundle.open(bundle), Bundle.open(int8)
+    fixed = fixed_inputs(exact.manifest.config)
+    pairs = [(p, fixed[p], fixed[p]) for p in (Program.TEXT_ENCODER, Program.CAPTION)]
+    pairs.append((Program.DENOISER, denoiser_feeds(exact), denoiser_feeds(quantized)))
+    for program, exact_feeds, feeds in pairs:
+        expected = OrtCpuExecutor(exact).run(program, exact_feeds)
+        for name, value in run_cuda_program_on_cpu(quantized, program, feeds).items():
+            assert relative_error(value, expected[name]) < 0.03, (program, name)
+
+
+def test_low_memory_draws_the_same(int8: Path) -> None:
+    (fast,), (mapped,) = (draw(Pipeline.from_bundle(int8, low_memory=low), CASES[0]) for low in (False, True))
+    # a value at the border between two levels may fall on either side, and no more than that
+    assert relative_error(mapped.latents, fast.latents) < LATENTS_GATE
+
+
+def test_the_manifest_counts_bytes_as_they_are_in_memory(int8: Path) -> None:
+    bundle = Bundle.open(int8)
+    header = read_header(int8 / "transformer" / "weights.safetensors")
+    model = onnx.load(bundle.program(Program.CAPTION, CPU), load_external_data=False)
+    used = [t.name for t in model.graph.initializer if t.data_location == TensorProto.EXTERNAL]
+    assert bundle.manifest.programs[Program.CAPTION][CPU].weight_bytes == sum(header[name].nbytes for name in used)

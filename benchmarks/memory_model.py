@@ -1,8 +1,8 @@
 """How much memory each program takes, against what `zimage_runtime.memory` says it will take.
 
-Every point runs in a process of its own, twice over (pictures are decoded once), on a bundle of random weights whose
-activations dwarf its weights. What counts is anonymous memory: mapped weights are
-the page cache's, which yields.
+Every point runs in a process of its own, twice over (pictures are encoded and decoded once), on a bundle of random
+weights whose activations dwarf its weights. What counts is anonymous memory: mapped weights are the page cache's,
+which yields.
 
     python benchmarks/memory_model.py --work out/benchmarks
 """
@@ -47,8 +47,8 @@ class Point:
     @property
     def label(self) -> str:
         """The point in a few words."""
-        size = f" {self.width}x{self.height}" if self.program in ("denoiser", "decoder") else ""
-        tokens = f" {self.tokens} tokens" if self.program not in ("decoder", "modulation", "base") else ""
+        size = f" {self.width}x{self.height}" if self.program in ("denoiser", "decoder", "encoder") else ""
+        tokens = f" {self.tokens} tokens" if self.program not in ("decoder", "encoder", "modulation", "base") else ""
         batch = f" batch {self.batch}" if self.batch > 1 else ""
         return f"{self.program}{size}{tokens}{batch}{' low-memory' if self.low_memory else ''}"
 
@@ -65,6 +65,7 @@ def points(quick: bool, large: bool) -> Iterator[Point]:
             yield Point("denoiser", side, side, 32, low_memory=low_memory)
         for side in (128,) if quick else (256, 512):
             yield Point("decoder", side, side, low_memory=low_memory)
+            yield Point("encoder", side, side, low_memory=low_memory)
     if not quick:
         yield Point("denoiser", 512, 512, 512, batch=2)
     if large:
@@ -126,6 +127,8 @@ def feeds(config: Any, point: Point) -> dict[str, np.ndarray[Any, np.dtype[np.fl
         "steps": 8,
         "latent_h": geometry.latent_height,
         "latent_w": geometry.latent_width,
+        "height": geometry.height,
+        "width": geometry.width,
         "hidden_size": config.text_encoder.hidden_size,
         "half_head": (config.text_encoder if text else config.transformer).head_dim // 2,
         "dim": config.transformer.dim,
@@ -155,7 +158,7 @@ def child(bundle_path: str, point: Point) -> None:
         return
     executor = OrtCpuExecutor(bundle, low_memory=point.low_memory)
     inputs = feeds(bundle.manifest.config, point)
-    for _ in range(1 if point.program == Program.DECODER else _RUNS):
+    for _ in range(1 if point.program in (Program.DECODER, Program.ENCODER) else _RUNS):
         executor.run(Program(point.program), inputs)
 
 
@@ -165,7 +168,15 @@ def predicted(manifest: Any, point: Point) -> int:
     from zimage_runtime.memory import plan_memory
 
     geometry = picture_geometry(point.width, point.height, manifest.config)
-    plan = plan_memory(manifest, geometry, point.tokens, point.batch, low_memory=point.low_memory, available=1 << 50)
+    plan = plan_memory(
+        manifest,
+        geometry,
+        point.tokens,
+        point.batch,
+        low_memory=point.low_memory,
+        encodes=point.program == Program.ENCODER,
+        available=1 << 50,
+    )
     base = plan.peak - max(plan.programs.values())
     return base if point.program == "base" else base + plan.programs[Program(point.program)]
 
@@ -187,7 +198,8 @@ def report(rows: list[dict[str, Any]], description: dict[str, Any]) -> str:
             "",
             describe(description) + ".",
             "Random weights; transformer of width 768, text encoder of width 512, the published VAE.",
-            "Measured is the peak of anonymous memory of a fresh process that ran the program twice, the decoder once.",
+            "Measured is the peak of anonymous memory of a fresh process that ran the program twice, "
+            "decoder and encoder once.",
             "The base is for a tokenizer of the published size, which takes 102 MiB and is not loaded here.",
             "Made by `python benchmarks/memory_model.py`.",
             "",

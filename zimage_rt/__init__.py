@@ -11,12 +11,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zimage_runtime.errors import ZImageRuntimeError
-    from zimage_runtime.pipeline import CaptionEvent, PictureEvent, Pipeline, Result, StepEvent
+    from zimage_runtime.pipeline import (
+        CaptionEvent,
+        EncodeEvent,
+        NoticeEvent,
+        PictureEvent,
+        Pipeline,
+        Result,
+        StepEvent,
+    )
 
     from .demo import demo_bundle
 
 __all__ = [
     "CaptionEvent",
+    "EncodeEvent",
+    "NoticeEvent",
     "PictureEvent",
     "Pipeline",
     "Result",
@@ -27,6 +37,8 @@ __all__ = [
 
 _HOMES = {
     "CaptionEvent": "zimage_runtime.pipeline",
+    "EncodeEvent": "zimage_runtime.pipeline",
+    "NoticeEvent": "zimage_runtime.pipeline",
     "PictureEvent": "zimage_runtime.pipeline",
     "Pipeline": "zimage_runtime.pipeline",
     "Result": "zimage_runtime.pipeline",

@@ -22,7 +22,8 @@ from zimage_runtime.noise import MAX_SEED
 
 from .outputs import ImageFormat
 
-REPLAY_VERSION = 1
+REPLAY_VERSION = 2
+"""The newest that we read. Without a picture to start from we write 1, which older versions can replay."""
 
 _PARAMETERS = "parameters"
 _REPLAY = "zimage"
@@ -48,6 +49,9 @@ class PictureInfo:
     model: str  # the bundle's name, precision included
     fingerprint: str  # of the bundle's files
     executor: str
+    strength: float | None = None  # where a picture was started from
+    image: str | None = None  # the hash of that picture's pixels
+    mask: str | None = None  # and of the mask's
 
     def parameters(self) -> str:
         """The A1111 text: the prompt, then a line of settings. Values with , : or a newline are JSON-quoted."""
@@ -59,12 +63,16 @@ class PictureInfo:
             "Size": f"{self.width}x{self.height}",
             "Model": self.model,
         }
+        if self.strength is not None:
+            settings["Denoising strength"] = f"{self.strength:g}"
         line = ", ".join(f"{name}: {_quoted(str(value))}" for name, value in settings.items())
         return f"{self.prompt}\n{line}"
 
     def replay(self) -> str:
         """The document that `--replay` reads."""
-        return json.dumps({"version": REPLAY_VERSION, **asdict(self)})  # ASCII, so that XML can carry any prompt
+        version = 1 if self.image is None else REPLAY_VERSION
+        values = {name: value for name, value in asdict(self).items() if value is not None}
+        return json.dumps({"version": version, **values})  # ASCII, so that XML can carry any prompt
 
     @classmethod
     def from_replay(cls, text: str | bytes, where: str) -> Self:
@@ -85,6 +93,9 @@ class PictureInfo:
                 model=fields.text("model"),
                 fingerprint=fields.text("fingerprint"),
                 executor=fields.text("executor"),
+                strength=fields.number("strength") if "image" in fields else None,
+                image=fields.optional_text("image"),
+                mask=fields.optional_text("mask"),
             )
         except ConfigError as error:
             raise RequestError(str(error)) from None

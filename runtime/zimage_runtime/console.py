@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .errors import ZImageRuntimeError
+from .errors import DeviceLostError, ZImageRuntimeError
 
 FAILURE = 1
 INTERRUPTED = 128 + signal.SIGINT
@@ -41,6 +41,9 @@ def run_command(command: click.Command, arguments: Sequence[str] | None = None) 
     except (click.Abort, KeyboardInterrupt):
         _say("interrupted")
         return INTERRUPTED
+    except DeviceLostError as error:
+        _say(str(error))
+        _leave_at_once()
     except ZImageRuntimeError as error:
         _say(str(error))
     except BrokenPipeError:
@@ -101,6 +104,13 @@ def _settle_stdout() -> None:
         _discard_stdout()
 
 
+def _leave_at_once() -> None:
+    """Ends the process without the clean-up of its libraries, which may wait for a device that is gone."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    os._exit(FAILURE)
+
+
 def _discard_stdout() -> None:
     """Points stdout at nothing, so that the interpreter's own flush at exit cannot fail."""
     nothing = os.open(os.devnull, os.O_WRONLY)
@@ -112,13 +122,16 @@ def _discard_stdout() -> None:
         os.close(nothing)
 
 
+_MEMORY = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*(|[KMGT]i?)B?", re.IGNORECASE)
+_UNITS = " KMGT"
 _SIZE = re.compile(r"(-?\d+)[xX×](-?\d+)")
 
 
 if TYPE_CHECKING:
     _SizeParam = click.ParamType[tuple[int, int]]
+    _MemoryParam = click.ParamType[int]
 else:  # generic since click 8.4 only
-    _SizeParam = click.ParamType
+    _SizeParam = _MemoryParam = click.ParamType
 
 
 class SizeType(_SizeParam):
@@ -132,3 +145,18 @@ class SizeType(_SizeParam):
         if not match or len(value) > 40:
             self.fail(f"{value[:40]!r} is no size; write it like 1024x768", param, ctx)
         return int(match[1]), int(match[2])
+
+
+class MemoryType(_MemoryParam):
+    """An amount of memory, in bytes: 8GiB, 8G and 8192M are the same; 8GB is 8 * 10**9."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parses the text; a number without a unit is refused, for nobody means bytes."""
+        match = _MEMORY.fullmatch(value)
+        if not match or not match[2] or not float(match[1]):
+            self.fail(f"{value[:40]!r} is no amount of memory; write it like 8GiB", param, ctx)
+        unit = match[2].upper()
+        decimal = value.upper().endswith("B") and not unit.endswith("I")
+        return int(float(match[1]) * (1000 if decimal else 1024) ** _UNITS.index(unit[0]))

@@ -23,3 +23,7 @@ class MemoryLimitError(RequestError):
 
 class ExecutorError(ZImageRuntimeError):
     """The device or its library refused to load or run a program."""
+
+
+class DeviceLostError(ExecutorError):
+    """The device failed in a way that ends this process's use of it: even its library's clean-up may hang."""

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .contracts import Program
-from .geometry import Rotary
+from .geometry import PictureGeometry, Rotary
 
 Floats = NDArray[np.float32]
 
@@ -20,6 +20,26 @@ class Conditioning:
     timesteps: Floats  # [steps]
     image_rotary: Rotary  # [1, image_tokens, head_dim / 2]
     caption_rotary: Rotary  # [1, caption_tokens, head_dim / 2]
+
+
+class Plan(Protocol):
+    """What an executor will do about memory, for one request."""
+
+    @property
+    def keep_all(self) -> bool:
+        """Whether every program may stay loaded at once."""
+
+    @property
+    def tiled(self) -> bool:
+        """Whether the picture is decoded in tiles on the host, because the decoder as one program does not fit."""
+
+    @property
+    def encodes_tiled(self) -> bool:
+        """The same for the picture to start from."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of it, a line each."""
 
 
 class Denoiser(Protocol):
@@ -35,6 +55,14 @@ class Executor(Protocol):
     @property
     def name(self) -> str:
         """The executor's name on the command line."""
+
+    def plan(
+        self, geometry: PictureGeometry, prompt_tokens: int, batch_size: int = 1, *, encodes: bool = False
+    ) -> Plan:
+        """How a request will be drawn, before anything is loaded. `encodes` says that there is a picture to start from.
+
+        Raises `MemoryLimitError` where it does not fit.
+        """
 
     def encode_text(self, embeddings: Floats, rotary: Rotary) -> Floats:
         """Prompt embeddings [1, tokens, hidden_size] → hidden states of the last but one layer, same shape."""

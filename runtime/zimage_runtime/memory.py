@@ -12,7 +12,7 @@ from .contracts import Program
 from .errors import MemoryLimitError, RequestError
 from .geometry import PictureGeometry, padded, picture_geometry
 from .manifest import Manifest, Precision
-from .tiling import tiled_bytes
+from .tiling import tiled_bytes, tiled_encoder_bytes
 
 _BASE = 160 << 20  # the interpreter, numpy, ONNX Runtime, Pillow and a tokenizer of 150,000 words
 
@@ -23,9 +23,11 @@ _DENOISER_WIDTHS = 17.0  # x dim
 _TEXT_WIDTHS = 15.0  # x intermediate_size / 3
 _TEXT_SCORES = 3.0  # x heads x tokens: causal attention holds its scores
 _DECODER_MAPS = 4.5  # x the widest feature map at full resolution
+_ENCODER_MAPS = 4.5  # x the feature map at full resolution
 
 # Copies of the weights that ONNX Runtime makes at load, low memory or not: convolutions are laid out anew
 _DECODER_WEIGHTS = 1.75
+_ENCODER_WEIGHTS = 1.25
 
 _WIDENED = (Precision.BF16, Precision.FP16, Precision.INT4)  # what is computed in float32 where it is not packed
 
@@ -38,6 +40,12 @@ class MemoryPlan:
     available: int  # of this machine or control group, now
     low_memory: bool
     tiled: bool = False  # whether the picture is decoded in tiles, because the decoder as one program does not fit
+    encodes_tiled: bool = False  # the same for the picture to start from
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of it: nothing, for tiles are no other device here."""
+        return ()
 
     @property
     def peak(self) -> int:
@@ -58,41 +66,48 @@ def plan_memory(
     batch_size: int = 1,
     *,
     low_memory: bool = False,
+    encodes: bool = False,
     available: int | None = None,
 ) -> MemoryPlan:
-    """The plan for a request. The picture is decoded in tiles only where the decoder as one program does not fit.
+    """The plan for a request, which `encodes` a picture to start from or not.
 
+    A picture is decoded or encoded in tiles only where the decoder or encoder as one program does not fit.
     Raises `MemoryLimitError` where the peak is more than what is available, naming the largest size that fits.
     """
     limit = available_memory() if available is None else available
-    plan = _plan(manifest, geometry, prompt_tokens, batch_size, low_memory, limit)
+    plan = _plan(manifest, geometry, prompt_tokens, batch_size, low_memory, limit, encodes)
     if plan.peak > limit:
         raise MemoryLimitError(_refusal(manifest, geometry, prompt_tokens, batch_size, plan))
     return plan
 
 
 def _plan(
-    manifest: Manifest, geometry: PictureGeometry, tokens: int, batch: int, low_memory: bool, limit: int
+    manifest: Manifest,
+    geometry: PictureGeometry,
+    tokens: int,
+    batch: int,
+    low_memory: bool,
+    limit: int,
+    encodes: bool,
 ) -> MemoryPlan:
     programs = {}
-    for program in (
-        Program.TEXT_ENCODER,
-        Program.CAPTION,
-        Program.MODULATION,
-        Program.DENOISER,
-        Program.DECODER,
-    ):
+    for program in Program:
+        if program is Program.ENCODER and not encodes:
+            continue
         # packed copies are what a program cannot do without; mapped weights are the page cache's, which yields
         weights = max((r.weight_bytes for r in manifest.programs[program].values()), default=0)
-        copies = _DECODER_WEIGHTS if program is Program.DECODER else float(not low_memory)
+        copies = {Program.DECODER: _DECODER_WEIGHTS, Program.ENCODER: _ENCODER_WEIGHTS}.get(program, not low_memory)
         programs[program] = int(weights * copies) + _activations(program, manifest, geometry, tokens, batch)
         if low_memory and manifest.precision in _WIDENED:
             programs[program] += _widened_bytes(program, manifest)
-    in_tiles = tiled_bytes(manifest.config.vae, geometry.width, geometry.height)
-    tiled = _BASE + programs[Program.DECODER] > limit and in_tiles < programs[Program.DECODER]
-    if tiled:
-        programs[Program.DECODER] = in_tiles
-    return MemoryPlan(programs, limit, low_memory, tiled)
+    tiled = set()
+    for program, size in ((Program.DECODER, tiled_bytes), (Program.ENCODER, tiled_encoder_bytes)):
+        in_tiles = size(manifest.config.vae, geometry.width, geometry.height)
+        whole = programs.get(program, 0)
+        if _BASE + whole > limit and in_tiles < whole:
+            programs[program] = in_tiles
+            tiled.add(program)
+    return MemoryPlan(programs, limit, low_memory, Program.DECODER in tiled, Program.ENCODER in tiled)
 
 
 def _widened_bytes(program: Program, manifest: Manifest) -> int:
@@ -114,6 +129,9 @@ def _activations(program: Program, manifest: Manifest, geometry: PictureGeometry
     if program is Program.DENOISER:
         sequence = batch * (geometry.image_tokens + padded(tokens))
         return int(_FLOAT * sequence * _DENOISER_WIDTHS * config.transformer.dim)
+    if program is Program.ENCODER:
+        pixels = geometry.width * geometry.height
+        return int(_FLOAT * pixels * config.vae.block_out_channels[0] * _ENCODER_MAPS)
     if program is Program.DECODER:
         channels = config.vae.block_out_channels
         widest = max(channels[0], channels[min(1, len(channels) - 1)])  # the last upsampled map keeps the level's width
@@ -130,9 +148,17 @@ def _refusal(manifest: Manifest, geometry: PictureGeometry, tokens: int, batch: 
     advice = []
     if largest := _largest_size(manifest, geometry, tokens, batch, plan):
         advice.append(f"the largest size of this shape that fits is {largest}")
-    if not plan.low_memory and _plan(manifest, geometry, tokens, batch, True, plan.available).peak <= plan.available:
+    if not plan.low_memory and _fits(manifest, geometry, tokens, batch, plan, low_memory=True):
         advice.append("it fits with --low-memory")
     return f"{asked}; {'; '.join(advice) or 'no size fits: close other programs or use a smaller bundle'}"
+
+
+def _fits(
+    manifest: Manifest, geometry: PictureGeometry, tokens: int, batch: int, plan: MemoryPlan, *, low_memory: bool
+) -> bool:
+    """Whether another request for the same memory fits."""
+    encodes = Program.ENCODER in plan.programs
+    return _plan(manifest, geometry, tokens, batch, low_memory, plan.available, encodes).peak <= plan.available
 
 
 def _largest_size(
@@ -148,7 +174,7 @@ def _largest_size(
             smaller = picture_geometry(width, height, manifest.config)
         except RequestError:
             continue
-        if _plan(manifest, smaller, tokens, batch, plan.low_memory, plan.available).peak <= plan.available:
+        if _fits(manifest, smaller, tokens, batch, plan, low_memory=plan.low_memory):
             return f"{width}x{height}"
     return None
 

@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 from .bundle import Bundle
 from .contracts import SIGNATURES, Program
 from .errors import ExecutorError
-from .executor import Conditioning, Floats
-from .geometry import Rotary
+from .executor import Conditioning, Floats, Plan
+from .geometry import PictureGeometry, Rotary
 from .integers import ACTIVATION_LEVELS, activation_levels
 from .manifest import CPU
+from .memory import plan_memory
 from .threads import thread_count
 
 
@@ -34,6 +35,14 @@ class OrtCpuExecutor:
     def loaded(self) -> set[Program]:
         """The programs that have a session now."""
         return set(self._sessions)
+
+    def plan(
+        self, geometry: PictureGeometry, prompt_tokens: int, batch_size: int = 1, *, encodes: bool = False
+    ) -> Plan:
+        """See `Executor`."""
+        return plan_memory(
+            self._bundle.manifest, geometry, prompt_tokens, batch_size, low_memory=self._low_memory, encodes=encodes
+        )
 
     def encode_text(self, embeddings: Floats, rotary: Rotary) -> Floats:
         """See `Executor`."""

@@ -7,7 +7,7 @@ timing and cancelling. The latents live here, in float32 numpy, where the Euler 
 import secrets
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -15,9 +15,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bundle import Bundle
+from .choice import choose, make_executor
 from .contracts import Program
 from .errors import BundleError, ExecutorError, RequestError
-from .executor import Conditioning, Executor, Floats
+from .events import (
+    CaptionEvent,
+    EncodeEvent,
+    Event,
+    NoticeEvent,
+    PictureEvent,
+    Request,
+    Result,
+    StepEvent,
+    Timings,
+)
+from .executor import Conditioning, Executor, Floats, Plan
 from .geometry import (
     PictureGeometry,
     Rotary,
@@ -29,82 +41,34 @@ from .geometry import (
     transformer_rotary,
 )
 from .hub import bundle_directory
-from .manifest import CPU
-from .memory import MemoryPlan, plan_memory
+from .img2img import DEFAULT_MASKED_STRENGTH, DEFAULT_STRENGTH, Encoded, Start, steps_skipped
 from .noise import MAX_SEED, TorchGenerator
 from .schedule import Schedule, make_schedule
+from .source_image import PictureSource, open_given
 from .tensors import TensorFile, to_float32
-from .tiling import TiledDecoder
+from .tiling import TiledDecoder, TiledEncoder
 from .tokenizer import PromptTokenizer
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+__all__ = [
+    "MAX_COUNT",
+    "CaptionEvent",
+    "EncodeEvent",
+    "Event",
+    "NoticeEvent",
+    "PictureEvent",
+    "Pipeline",
+    "Request",
+    "Result",
+    "StepEvent",
+    "Timings",
+    "to_image",
+]
+
 MAX_COUNT = 10_000
 """Pictures of one request."""
-
-
-@dataclass(frozen=True)
-class CaptionEvent:
-    """The prompt is encoded."""
-
-    tokens: int  # of the prompt in its template
-    cut_tokens: int  # beyond the 512 that the model sees
-    seconds: float  # since the request began
-
-
-@dataclass(frozen=True)
-class StepEvent:
-    """A denoising step is done."""
-
-    seeds: tuple[int, ...]  # of the pictures in the batch
-    step: int  # counted from 1
-    steps: int
-    latents: Floats  # [batch, channels, height / 8, width / 8]; the caller must not write to them
-    seconds: float  # that the step took
-
-
-@dataclass(frozen=True)
-class PictureEvent:
-    """A picture is decoded."""
-
-    seed: int
-    image: "Image"
-    latents: Floats  # [channels, height / 8, width / 8], after the last step
-    seconds: float  # that decoding took
-
-
-Event = CaptionEvent | StepEvent | PictureEvent
-
-
-@dataclass(frozen=True)
-class Timings:
-    """Seconds that each stage took, loading included; one entry a step and a picture."""
-
-    caption: float
-    steps: tuple[float, ...]
-    decode: tuple[float, ...]
-    total: float
-
-
-@dataclass(frozen=True)
-class Result:
-    """What `generate` returns: as many pictures as seeds."""
-
-    images: list["Image"]
-    seeds: list[int]
-    timings: Timings
-
-
-@dataclass(frozen=True)
-class Request:
-    """A request whose values are checked and whose defaults are filled in."""
-
-    prompt: str
-    geometry: PictureGeometry
-    schedule: Schedule
-    seeds: tuple[int, ...]
-    batch_size: int = 1
 
 
 @dataclass
@@ -115,6 +79,7 @@ class Pipeline:
     executor: Executor
     keep_loaded: bool = True
     low_memory: bool = False  # as the executor has it
+    why: str = "asked for"  # it is that executor
     _tokenizer: PromptTokenizer = field(init=False, repr=False)
     _embeddings: TensorFile = field(init=False, repr=False)
 
@@ -136,20 +101,17 @@ class Pipeline:
         """Opens a bundle: a directory, or a name on the Hub, ``ORG/NAME``, whose files are fetched into the cache
         of huggingface_hub. Nothing large is read yet.
 
-        `executor` is "auto" or "cpu". `vram` is a budget in bytes for executors on a GPU, which this version has
-        none of. With `low_memory`, weights stay mapped from the file. With `keep_loaded`, what fits in memory
-        stays loaded between pictures; without it, each stage is freed when its last use is over.
+        `executor` is "cuda", "cpu", or "auto": the best that can run here, and `why` says why it is that one. `vram`
+        is a budget in bytes for executors on a GPU; by default it is what is free there now. With `low_memory`,
+        weights on the CPU stay mapped from the file. With `keep_loaded`, what fits in memory stays loaded between
+        pictures; without it, each stage is freed when its last use is over.
 
-        Raises `BundleError`, `HubError`, or `RequestError` for an executor that is not here.
+        Raises `BundleError`, `HubError`, or `RequestError` for an executor that cannot run here.
         """
-        from .ort import OrtCpuExecutor
-
         bundle = Bundle.open(bundle_directory(path))
-        if executor not in ("auto", CPU):
-            raise RequestError(f"executor {executor!r} is not available; this version runs on 'cpu'")
-        if vram is not None:
-            raise RequestError("vram is a budget for executors on a GPU; the cpu executor has none")
-        return cls(bundle, OrtCpuExecutor(bundle, low_memory=low_memory), keep_loaded, low_memory)
+        choice = choose(bundle, executor)
+        made = make_executor(bundle, choice, vram, low_memory=low_memory)
+        return cls(bundle, made, keep_loaded, low_memory, choice.why)
 
     def request(
         self,
@@ -159,22 +121,37 @@ class Pipeline:
         seed: int | None = None,
         count: int = 1,
         batch_size: int = 1,
+        image: PictureSource | None = None,
+        strength: float | None = None,
+        mask: PictureSource | None = None,
     ) -> Request:
-        """Checks a request and fills in the bundle's defaults. Raises `RequestError`."""
+        """Checks a request, fills in the bundle's defaults and reads the pictures. Raises `RequestError`."""
         manifest = self.bundle.manifest
+        if image is None and (strength is not None or mask is not None):
+            raise RequestError("a strength or a mask is for a picture to start from, which is missing")
+        given = None if image is None else open_given(image, mask)
+        if size is None and given is not None:
+            size = given.own_size(manifest.config.vae)
         width, height = size or (manifest.defaults.width, manifest.defaults.height)
         if not 1 <= count <= MAX_COUNT or batch_size < 1:
             raise RequestError(f"the count of pictures must be 1 to {MAX_COUNT}, and the batch size at least 1")
         first = secrets.randbelow(2**32 - count) if seed is None else seed
         if not 0 <= first <= MAX_SEED - count + 1:
             raise RequestError(f"seeds must be 0 to {MAX_SEED}, not {first} to {first + count - 1}")
-        return Request(
+        request = Request(
             prompt=prompt,
             geometry=picture_geometry(width, height, manifest.config),
             schedule=make_schedule(manifest.defaults.steps if steps is None else steps, manifest.config.scheduler),
             seeds=tuple(range(first, first + count)),
             batch_size=min(batch_size, count),
         )
+        if given is None:
+            return request
+        if strength is None:
+            strength = DEFAULT_STRENGTH if mask is None else DEFAULT_MASKED_STRENGTH
+        skipped = steps_skipped(request.schedule.steps, strength)
+        source = given.resized(width, height, manifest.config.vae)
+        return replace(request, source=source, strength=strength, first_step=skipped)
 
     def generate(
         self,
@@ -184,26 +161,37 @@ class Pipeline:
         seed: int | None = None,
         count: int = 1,
         batch_size: int = 1,
+        image: PictureSource | None = None,
+        strength: float | None = None,
+        mask: PictureSource | None = None,
     ) -> Result:
         """Draws `count` pictures of `size` (width, height) in pixels with the seeds `seed`, `seed` + 1, ….
 
         A seed gives the picture that diffusers draws with ``torch.Generator("cpu").manual_seed(seed)``; without
-        one, a seed is drawn. Raises `RequestError`, `MemoryLimitError` (both before anything is loaded) or
-        `ExecutorError`.
+        one, a seed is drawn. `image` (a file, or Pillow's) is a picture to start from, resized to `size`, which by
+        default is its own, cut to multiples of 16; the more `strength` (up to 1; by default 0.6, with a mask 1), the
+        less of it is left, and the more of the `steps` are taken. Where `mask` is black, the picture is kept.
+
+        Raises `RequestError`, `MemoryLimitError` (both before anything is loaded) or `ExecutorError`.
         """
         start = time.perf_counter()
         caption = 0.0
         steps_taken: list[float] = []
         pictures: list[PictureEvent] = []
-        for event in self.stream(prompt, size, steps, seed, count, batch_size):
+        encode = 0.0
+        for event in self.stream(prompt, size, steps, seed, count, batch_size, image, strength, mask):
             match event:
+                case EncodeEvent():
+                    encode = event.seconds
                 case CaptionEvent():
                     caption = event.seconds
                 case StepEvent():
                     steps_taken.append(event.seconds)
                 case PictureEvent():
                     pictures.append(event)
-        timings = Timings(caption, tuple(steps_taken), tuple(p.seconds for p in pictures), time.perf_counter() - start)
+        timings = Timings(
+            caption, tuple(steps_taken), tuple(p.seconds for p in pictures), time.perf_counter() - start, encode
+        )
         return Result([p.image for p in pictures], [p.seed for p in pictures], timings)
 
     def stream(
@@ -214,38 +202,50 @@ class Pipeline:
         seed: int | None = None,
         count: int = 1,
         batch_size: int = 1,
+        image: PictureSource | None = None,
+        strength: float | None = None,
+        mask: PictureSource | None = None,
     ) -> Iterator[Event]:
         """The same as `generate`, event by event. The request is checked now, not at the first event."""
-        return self.run(self.request(prompt, size, steps, seed, count, batch_size))
+        return self.run(self.request(prompt, size, steps, seed, count, batch_size, image, strength, mask))
 
     def run(self, request: Request) -> Iterator[Event]:
         """Draws a checked request. Raises `RequestError` at once where the prompt or the memory does not allow it."""
-        start = time.perf_counter()
         ids, cut = self._tokenizer.encode_counted(request.prompt)
-        plan = plan_memory(
-            self.bundle.manifest, request.geometry, len(ids), request.batch_size, low_memory=self.low_memory
-        )
-        return self._events(request, ids, cut, plan, start)
+        plan = self.executor.plan(request.geometry, len(ids), request.batch_size, encodes=request.source is not None)
+        return self._events(request, ids, cut, plan)
 
-    def _events(self, request: Request, ids: list[int], cut: int, plan: MemoryPlan, start: float) -> Iterator[Event]:
+    def _events(self, request: Request, ids: list[int], cut: int, plan: Plan) -> Iterator[Event]:
         release_early = not (plan.keep_all and self.keep_loaded)
+        yield from (NoticeEvent(note) for note in plan.notes)
+        encoded = None
+        if request.source is not None:
+            begin = time.perf_counter()
+            encoded = self.encode(request.source.pixels, tiled=plan.encodes_tiled)
+            if release_early:
+                self.executor.release(Program.ENCODER)
+            yield EncodeEvent(time.perf_counter() - begin)
+        begin = time.perf_counter()
         hidden_states = self.encode_prompt(ids)
         if release_early:
             self.executor.release(Program.TEXT_ENCODER)
         denoiser = self.executor.prepare(self.conditioning(request.geometry, request.schedule, hidden_states))
         if release_early:
             self.executor.release(Program.CAPTION, Program.MODULATION)
-        yield CaptionEvent(len(ids), cut, time.perf_counter() - start)
+        yield CaptionEvent(len(ids), cut, time.perf_counter() - begin)
         for first in range(0, len(request.seeds), request.batch_size):
             seeds = request.seeds[first : first + request.batch_size]
-            latents = self.initial_latents(request.geometry, seeds)
-            for step in range(request.schedule.steps):
+            latents, start = self._start(request, seeds, encoded)
+            for step in range(request.first_step, request.schedule.steps):
                 begin = time.perf_counter()
                 velocity = denoiser(latents, step)
                 latents = latents + request.schedule.step_size(step) * velocity
+                if start is not None:
+                    latents = start.kept(latents, request.schedule.sigmas[step + 1])
                 if not np.isfinite(latents).all():
                     raise ExecutorError(f"step {step + 1} gave values that are not finite; verify the bundle")
-                yield StepEvent(seeds, step + 1, request.schedule.steps, latents, time.perf_counter() - begin)
+                taken = step + 1 - request.first_step
+                yield StepEvent(seeds, taken, request.steps, latents, time.perf_counter() - begin)
             last = first + request.batch_size >= len(request.seeds)
             release_now = not plan.keep_all or (last and not self.keep_loaded)
             if release_now:
@@ -301,6 +301,27 @@ class Pipeline:
         shape = (1, channels, geometry.latent_height, geometry.latent_width)
         return np.concatenate([TorchGenerator(seed).normals(shape) for seed in seeds])
 
+    def _start(self, request: Request, seeds: tuple[int, ...], encoded: Encoded | None) -> tuple[Floats, Start | None]:
+        """A batch's first latents: noise, or a picture with noise, which may be needed after each step."""
+        if request.source is None or encoded is None:
+            return self.initial_latents(request.geometry, seeds), None
+        clean, noise = encoded.sample(seeds, self.bundle.manifest.config.vae)
+        start = Start(clean, noise, request.source.mask)
+        return start.at(request.schedule.sigmas[request.first_step]), start
+
+    def encode(self, image: Floats, *, tiled: bool = False) -> Encoded:
+        """A picture [1, 3, height, width] in -1 to 1 → the distribution of its latents.
+
+        `tiled` takes less memory and more time, and gives the same.
+        """
+        if tiled:
+            self.executor.release(Program.ENCODER)
+            return Encoded(*TiledEncoder(self.bundle.manifest.config.vae, self._vae_weights())(image))
+        return Encoded(*self.executor.encode(image))
+
+    def _vae_weights(self) -> TensorFile:
+        return TensorFile(self.bundle.file(self.bundle.manifest.weights["vae"]))
+
     def decode(self, latents: Floats, *, tiled: bool = False) -> Floats:
         """Latents [batch, channels, h, w] → pictures [batch, 3, 8h, 8w], about -1 to 1.
 
@@ -310,7 +331,7 @@ class Pipeline:
         unscaled = latents / np.float32(vae.scaling_factor) + np.float32(vae.shift_factor)
         if tiled:
             self.executor.release(Program.DECODER)
-            return TiledDecoder(vae, TensorFile(self.bundle.file(self.bundle.manifest.weights["vae"])))(unscaled)
+            return TiledDecoder(vae, self._vae_weights())(unscaled)
         return self.executor.decode(unscaled)
 
     def release(self) -> None:

@@ -15,7 +15,10 @@ from zimage_rt.cli import cli
 from zimage_rt.commands import doctor
 from zimage_rt.commands.doctor import Finding, Verdict
 from zimage_runtime.bundle import Bundle
+from zimage_runtime.choice import SWAP_TO_GPU
 from zimage_runtime.console import run_command
+from zimage_runtime.errors import ExecutorError
+from zimage_runtime.nvidia import Gpu
 
 
 @pytest.fixture
@@ -167,7 +170,7 @@ def test_doctor_tells_how_to_swap_two_onnx_runtimes(
     assert "onnxruntime 1.23.0 and onnxruntime-gpu 1.23.1" in problem
     for command in (
         "`pip uninstall -y onnxruntime onnxruntime-gpu`",
-        "`pip install onnxruntime-gpu`",
+        '`pip install "onnxruntime-gpu[cuda,cudnn]"`',
         "`pip install onnxruntime`",
     ):
         assert command in problem
@@ -275,15 +278,50 @@ def test_doctor_names_the_control_groups_limit(
     assert said in finding.text if said else "control group" not in finding.text
 
 
-def test_doctor_says_that_no_executor_uses_the_gpu_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shutil.which", lambda name: f"/usr/bin/{name}")
+class FakeGpu:
+    """What `find_gpu` gives on a machine with a GPU."""
+
+    def __call__(self) -> Gpu:
+        return Gpu("NVIDIA GeForce RTX 4090", (8, 9), 24 << 30, 20 << 30, "13.0")
+
+
+def no_gpu() -> Gpu:
+    raise ExecutorError("no NVIDIA driver is installed (libcuda.so.1 is not there)")
+
+
+def test_doctor_says_what_the_gpu_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zimage_runtime.nvidia.find_gpu", no_gpu)
     finding = doctor.check_nvidia("nvidia")
-    assert (finding.verdict, finding.values["driver"]) == (Verdict.NOTE, True)
-    assert "CPU only" in finding.text
-    monkeypatch.setattr("shutil.which", lambda name: None)
-    monkeypatch.setattr(doctor, "_loads", lambda library: False)
-    assert doctor.check_nvidia("nvidia").values["driver"] is False
+    assert (finding.verdict, finding.values["gpu"]) == (Verdict.OK, None)
+    assert "no NVIDIA driver" in finding.text
+    monkeypatch.setattr("zimage_runtime.nvidia.find_gpu", FakeGpu())
+    finding = doctor.check_nvidia("nvidia")  # with the package for the CPU
+    assert finding.verdict is Verdict.NOTE
+    for said in ("RTX 4090", "8.9", "24.0 GiB, 20.0 GiB free", "CUDA 13.0", *(f"`{line}`" for line in SWAP_TO_GPU)):
+        assert said in finding.text
+    # with the package for the GPU, but without what it needs: the session runs on the CPU and says nothing
+    providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: providers)
+    monkeypatch.setattr("zimage_runtime.ort_cuda.preload_libraries", lambda: "Failed to load libcudnn.so.9")
+    real = doctor._known_answer
+
+    def without_cuda(providers: list[str], **options: Any) -> tuple[Any, Any, Any]:
+        assert providers == ["CUDAExecutionProvider"]
+        return real(["CPUExecutionProvider"])
+
+    monkeypatch.setattr(doctor, "_known_answer", without_cuda)
+    finding = doctor.check_nvidia("nvidia")
+    assert finding.verdict is Verdict.PROBLEM
+    assert "cannot start CUDA (Failed to load libcudnn.so.9)" in finding.text
+
+    class Session:
+        def get_providers(self) -> list[str]:
+            return providers
+
+    monkeypatch.setattr(doctor, "_known_answer", lambda wanted, **options: (1.0, 1.0, Session()))
     assert doctor.check_nvidia("nvidia").verdict is Verdict.OK
+    monkeypatch.setattr(doctor, "_known_answer", lambda wanted, **options: (1.1, 1.0, Session()))
+    assert "wrong numbers" in doctor.check_nvidia("nvidia").text
 
 
 def test_doctor_lists_what_exporting_lacks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from PIL import Image, PngImagePlugin
 from sd_parsers import ParserManager
 from sd_parsers.data import Generators
 
-from zimage_rt.metadata import PictureInfo, encode_picture, read_picture_info
+from zimage_rt.metadata import REPLAY_VERSION, PictureInfo, encode_picture, read_picture_info
 from zimage_rt.outputs import ImageFormat
 from zimage_runtime.bundle import Bundle
 from zimage_runtime.errors import RequestError
@@ -224,7 +224,7 @@ def write_png(path: Path, document: str) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"version": 2},
+        {"version": REPLAY_VERSION + 1},
         {"version": "1"},
         {"prompt": None},
         {"prompt": ["a fox"]},

@@ -5,9 +5,7 @@ problem that is reported, since broken installations are what this command is fo
 """
 
 import contextlib
-import ctypes
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -179,12 +177,14 @@ _ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 
 def check_packages(name: str) -> Finding:
     """Which ONNX Runtime is installed: the two write into one folder, and what is left then is neither."""
+    from zimage_runtime.choice import SWAP_TO_CPU, SWAP_TO_GPU
+
     found = {package: number for package in _ONNX_RUNTIMES if (number := _installed(package))}
     listed = " and ".join(f"{package} {number}" for package, number in found.items())
     if len(found) > 1:
         text = (
-            f"{listed} overwrite each other's files; run `pip uninstall -y onnxruntime onnxruntime-gpu`, then "
-            "`pip install onnxruntime-gpu` for an NVIDIA GPU or `pip install onnxruntime` for the CPU alone"
+            f"{listed} overwrite each other's files; run `{SWAP_TO_GPU[0]}`, then `{SWAP_TO_GPU[1]}` for an NVIDIA GPU "
+            f"or `{SWAP_TO_CPU[1]}` for the CPU alone"
         )
         return Finding(name, Verdict.PROBLEM, text, found)
     if found:
@@ -210,26 +210,17 @@ def check_onnxruntime(name: str) -> Finding:
     package = next((package for package in _ONNX_RUNTIMES if _installed(package)), _ONNX_RUNTIMES[0])
     remedy = f"run `pip install --upgrade --force-reinstall {package}`"
     try:
-        import numpy as np
         import onnxruntime
     except Exception as error:  # a missing system library is an ImportError, a damaged one may be anything
         return Finding(name, Verdict.PROBLEM, f"cannot be loaded ({_reason(error)}); {remedy}")
     providers = onnxruntime.get_available_providers()
     values = {"version": onnxruntime.__version__, "providers": providers}
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
-    x = np.arange(8, dtype=np.float32).reshape(2, 4)
-    w, scale = x.T.copy(), np.array([1, 2], np.float32)
-    product = x @ w
-    expected = product / np.sqrt(np.mean(product**2, axis=-1, keepdims=True)) * scale
     try:
-        session = onnxruntime.InferenceSession(KNOWN_ANSWER_MODEL, options, providers=["CPUExecutionProvider"])
-        answer = session.run(["z"], {"x": x, "w": w, "scale": scale})[0]
+        answer, expected, _ = _known_answer(["CPUExecutionProvider"])
     except Exception as error:
         text = f"{values['version']} cannot run a bundle's operators ({_reason(error)}); {remedy}"
         return Finding(name, Verdict.PROBLEM, text, values)
-    if not np.allclose(answer, expected, rtol=1e-4):
+    if not _is_right(answer, expected):
         return Finding(name, Verdict.PROBLEM, f"{values['version']} computes wrong numbers; {remedy}", values)
     text = f"{values['version']} computes a known answer right; providers: {', '.join(providers)}"
     return Finding(name, Verdict.OK, text, values)
@@ -248,20 +239,65 @@ def check_int8(name: str) -> Finding:
     return Finding(name, Verdict.NOTE, text, {"bits": 7})
 
 
+def _known_answer(providers: list[str], **options: Any) -> tuple[Any, Any, Any]:
+    """What the small model gives, what it should give, and its session."""
+    import numpy as np
+    import onnxruntime
+
+    session_options = onnxruntime.SessionOptions()
+    session_options.log_severity_level = 4
+    session_options.intra_op_num_threads = 1
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    w, scale = x.T.copy(), np.array([1, 2], np.float32)
+    product = x @ w
+    expected = product / np.sqrt(np.mean(product**2, axis=-1, keepdims=True)) * scale
+    session = onnxruntime.InferenceSession(KNOWN_ANSWER_MODEL, session_options, providers=providers, **options)
+    return session.run(["z"], {"x": x, "w": w, "scale": scale})[0], expected, session
+
+
+def _is_right(answer: Any, expected: Any) -> bool:
+    import numpy as np
+
+    return bool(np.allclose(answer, expected, rtol=1e-4))
+
+
 def check_nvidia(name: str) -> Finding:
-    """Whether NVIDIA's driver is there. No executor uses it yet."""
-    present = shutil.which("nvidia-smi") is not None or _loads("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-    if present:
-        return Finding(name, Verdict.NOTE, "driver present; this version draws on the CPU only", {"driver": True})
-    return Finding(name, Verdict.OK, "no driver; this version draws on the CPU only", {"driver": False})
+    """The GPU and its driver, and whether the ONNX Runtime that is installed computes on it."""
+    from zimage_runtime.choice import package_obstacle
+    from zimage_runtime.errors import ExecutorError
+    from zimage_runtime.nvidia import find_gpu
 
-
-def _loads(library: str) -> bool:
     try:
-        ctypes.CDLL(library)
-    except OSError:
-        return False
-    return True
+        gpu = find_gpu()
+    except ExecutorError as error:
+        return Finding(name, Verdict.OK, f"{error}; pictures are drawn on the CPU", {"gpu": None})
+    free = "unknown" if gpu.free is None else _gib(gpu.free)
+    text = f"{gpu}, {_gib(gpu.total)}, {free} free, driver for CUDA {gpu.driver}"
+    values = {"gpu": gpu.name, "capability": list(gpu.capability), "total": gpu.total, "free": gpu.free}
+    if reason := package_obstacle():
+        return Finding(name, Verdict.NOTE, f"{text}; {reason}", values)
+    if reason := _cuda_fault():
+        return Finding(name, Verdict.PROBLEM, f"{text}; {reason}", values)
+    return Finding(name, Verdict.OK, f"{text}; computes a known answer right", values)
+
+
+def _cuda_fault() -> str | None:
+    """What keeps ONNX Runtime from computing on the GPU: the known answer again, there."""
+    import onnxruntime
+
+    from zimage_runtime.choice import SWAP_TO_GPU
+    from zimage_runtime.ort_cuda import PROVIDER, preload_libraries
+
+    complaint = preload_libraries()
+    remedy = f"run `{SWAP_TO_GPU[0]}`, then `{SWAP_TO_GPU[1]}`"
+    try:
+        answer, expected, session = _known_answer([PROVIDER], enable_fallback=0)
+    except Exception as error:  # whatever a broken library raises
+        return f"ONNX Runtime {onnxruntime.__version__} cannot compute on it ({_reason(error)}); {remedy}"
+    if PROVIDER not in session.get_providers():
+        what = complaint[:200] or "a library of CUDA or cuDNN is missing or of another version"
+        return f"ONNX Runtime {onnxruntime.__version__} cannot start CUDA ({what}); {remedy}"
+    return None if _is_right(answer, expected) else f"ONNX Runtime computes wrong numbers on it; {remedy}"
 
 
 _EXPORT_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "safetensors")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zimage_runtime.console import SizeType
+from zimage_runtime.console import MemoryType, SizeType
 from zimage_runtime.errors import RequestError
 from zimage_runtime.progress import Progress
 
@@ -44,7 +44,15 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Draw the picture in this file again: prompt, size, steps and seed come from its metadata.",
 )
-@click.option("--executor", type=click.Choice(["auto", "cpu"]), default="auto", show_default=True)
+@click.option(
+    "--image",
+    type=click.Path(path_type=Path),
+    help="A picture to start from, resized to --size.  [default size: its own, cut to multiples of 16]",
+)
+@click.option("--strength", type=float, help="How far from it, 0 to 1.  [default: 0.6; with --mask 1]")
+@click.option("--mask", type=click.Path(path_type=Path), help="What is white in this picture is painted anew.")
+@click.option("--executor", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--vram", type=MemoryType(), help="GPU memory to use at most, like 8GiB.  [default: what is free]")
 @click.option("--low-memory", is_flag=True, help="Keep weights on disk, mapped: slower, far less memory.")
 @click.option("--no-metadata", is_flag=True, help="Write nothing but pixels.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the paths.")
@@ -58,7 +66,11 @@ def run(
     seed: int | None,
     count: int,
     replay: Path | None,
+    image: Path | None,
+    strength: float | None,
+    mask: Path | None,
     executor: str,
+    vram: int | None,
     low_memory: bool,
     no_metadata: bool,
     as_json: bool,
@@ -75,17 +87,26 @@ def run(
         raise click.UsageError("give a PROMPT, or --replay FILE, and not both")
     if replay and ((size, steps, seed) != (None, None, None) or count != 1):
         raise click.UsageError("--replay takes size, steps and seed from the file; leave these options out")
+    if replay and strength is not None:
+        raise click.UsageError("--replay takes the strength from the file; leave --strength out")
+    if image is None and not replay and (strength is not None or mask is not None):
+        raise click.UsageError("--strength and --mask are for a picture to start from: give it with --image")
     start = time.perf_counter()
     check_output(output)
     recorded = _recorded(replay) if replay else None
     progress = Progress(quiet)
     bundle = bundle_directory(model, progress) if model is not None else demo_bundle()
-    pipeline = Pipeline.from_bundle(bundle, executor, low_memory=low_memory, keep_loaded=False)
+    pipeline = Pipeline.from_bundle(bundle, executor, vram, low_memory=low_memory, keep_loaded=False)
+    if executor == "auto":
+        progress.note(f"drawing on {pipeline.executor.name}: {pipeline.why}")
     if recorded:
         _check_same_bundle(recorded, pipeline, replay)
+        _check_pictures_given(recorded, image, mask, replay)
         prompt, size = recorded.prompt, (recorded.width, recorded.height)
-        steps, seed = recorded.steps, recorded.seed
-    request = pipeline.request(prompt or "", size, steps, seed, count)
+        steps, seed, strength = recorded.steps, recorded.seed, recorded.strength
+    request = pipeline.request(prompt or "", size, steps, seed, count, 1, image, strength, mask)
+    if recorded:
+        _check_same_pictures(recorded, request, image, mask, replay)
     info = None if no_metadata else _describe(pipeline, request)
     report = _Report(as_json)
     _draw(pipeline, request, _Writer(output, info, len(request.seeds), report), progress)
@@ -108,6 +129,30 @@ def _check_same_bundle(recorded: "PictureInfo", pipeline: "Pipeline", replay: Pa
         )
 
 
+def _check_pictures_given(recorded: "PictureInfo", image: Path | None, mask: Path | None, replay: Path | None) -> None:
+    """A picture file holds only the hashes of the pictures that it was drawn from."""
+    for option, given, wanted in (("--image", image, recorded.image), ("--mask", mask, recorded.mask)):
+        if wanted and given is None:
+            raise RequestError(
+                f"{replay}: was drawn from another picture, which is needed again; give it with {option}"
+            )
+        if given is not None and not wanted:
+            raise RequestError(f"{replay}: was drawn without {option}; leave it out")
+
+
+def _check_same_pictures(
+    recorded: "PictureInfo", request: "Request", image: Path | None, mask: Path | None, replay: Path | None
+) -> None:
+    if request.source is None:
+        return
+    for given, wanted, found in (
+        (image, recorded.image, request.source.image_hash),
+        (mask, recorded.mask, request.source.mask_hash),
+    ):
+        if wanted != found:
+            raise RequestError(f"{given}: is not the picture that {replay} was drawn from; its pixels differ")
+
+
 def _describe(pipeline: "Pipeline", request: "Request") -> "PictureInfo":
     from ..metadata import PictureInfo
 
@@ -121,6 +166,9 @@ def _describe(pipeline: "Pipeline", request: "Request") -> "PictureInfo":
         model=manifest.name,
         fingerprint=manifest.fingerprint,
         executor=pipeline.executor.name,
+        strength=request.strength,
+        image=request.source.image_hash if request.source else None,
+        mask=request.source.mask_hash if request.source else None,
     )
 
 
@@ -175,13 +223,15 @@ class _Writer:
 
 def _draw(pipeline: "Pipeline", request: "Request", writer: _Writer, progress: Progress) -> None:
     """Draws and writes each picture as soon as it is decoded, so that an interrupt loses only the one at work."""
-    from zimage_runtime.pipeline import CaptionEvent, PictureEvent, StepEvent
+    from zimage_runtime.pipeline import CaptionEvent, NoticeEvent, PictureEvent, StepEvent
 
     events = pipeline.run(request)
     writer.check()
-    with progress.task("drawing", request.schedule.steps * len(request.seeds)) as advance:
+    with progress.task("drawing", request.steps * len(request.seeds)) as advance:
         for event in events:
             match event:
+                case NoticeEvent():
+                    progress.note(event.text)
                 case CaptionEvent(cut_tokens=cut) if cut:
                     progress.note(f"the prompt is too long: its last {cut} tokens were cut off")
                 case StepEvent():

@@ -10,6 +10,7 @@ import numpy as np
 
 from zimage_runtime.config import VaeConfig
 from zimage_runtime.contracts import Program
+from zimage_runtime.manifest import CUDA
 from zimage_runtime.tensors import DType
 
 from .builder import Graph, GraphBuilder
@@ -147,6 +148,8 @@ class VaeGraphs:
         return b.op("Add", x, b.cast(h, b.type_of(x)), name="residual")
 
     def _upsample(self, b: GraphBuilder, x: str, width: int) -> str:
+        if self.target.executor == CUDA:
+            return self._conv(b, self._repeated(b, x, width), "upsamplers.0.conv", width, width)
         scales = b.constant(np.array([1, 1, 2, 2], dtype=np.float32), "scales_1_1_2_2")
         x = b.op(
             "Resize",
@@ -159,3 +162,12 @@ class VaeGraphs:
             coordinate_transformation_mode="asymmetric",
         )
         return self._conv(b, x, "upsamplers.0.conv", width, width)
+
+    def _repeated(self, b: GraphBuilder, x: str, width: int) -> str:
+        """Each pixel as two by two. CUDA has no `Resize` in bfloat16, and nothing else would run it."""
+        with b.scope("upsamplers.0"):
+            rows = b.op("Mul", b.dim(x, 2, "rows"), b.integers(2), name="rows.doubled")
+            shape = b.op("Concat", b.integers(0, width), rows, b.integers(-1), name="nearest.shape", axis=0)
+            x = b.op("Unsqueeze", x, b.integers(3, 5), name="pixels")
+            x = b.op("Expand", x, b.integers(1, 1, 1, 2, 1, 2), name="repeated")
+            return b.op("Reshape", x, shape, name="nearest")

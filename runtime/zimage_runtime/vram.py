@@ -1,0 +1,145 @@
+"""How much of a GPU's memory a picture takes, computed before anything is loaded.
+
+Programs are loaded in turn where they do not fit together. One takes its weights, in the bundle's own types, and its
+activations. The factors are counted from the programs' operators and from the CPU's measured ones, at the element
+sizes of the GPU; `benchmarks/gpu_cuda.py` measures them where there is a GPU.
+"""
+
+from dataclasses import dataclass
+
+from .contracts import Program
+from .errors import MemoryLimitError
+from .geometry import PictureGeometry, padded
+from .manifest import CUDA, Manifest, Precision
+from .tiling import tiled_bytes, tiled_encoder_bytes
+
+CONTEXT = 700 << 20
+"""What CUDA, cuBLAS and cuDNN hold themselves."""
+
+_FLOAT = 4
+
+# Live activations at a program's peak, in units of one token (or pixel) times the width named beside it
+_BLOCK_WIDTHS = 17.0  # x dim, in the type that is multiplied in
+_FLOAT32_WIDTHS = 3.0  # x dim: the residual stream, a norm's input and its output
+_TEXT_WIDTHS = 15.0  # x intermediate_size / 3
+_TEXT_SCORES = 3.0  # x heads x tokens
+_DECODER_MAPS = 5.0  # x the widest feature map at full resolution, in float32: group norms are computed in it
+_ENCODER_MAPS = 5.0
+
+
+@dataclass(frozen=True)
+class StageVram:
+    """What a program holds on the GPU. Bytes."""
+
+    weights: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.weights + self.activations
+
+
+@dataclass(frozen=True)
+class VramPlan:
+    """What is on the GPU at each moment, for one request and budget."""
+
+    executor: str
+    budget: int  # bytes
+    stages: dict[Program, StageVram]  # on the GPU; one that is not here runs on the host
+    keep_all: bool  # whether all weights stay on the GPU between stages
+    tiled: bool  # whether the picture is decoded on the host, in tiles
+    encodes_tiled: bool  # whether the picture to start from is encoded there
+    host: int  # bytes of the host's memory for that; 0 where there is nothing
+
+    @property
+    def peak(self) -> int:
+        """The most that is held at once."""
+        activations = max((stage.activations for stage in self.stages.values()), default=0)
+        if self.keep_all:
+            # the denoiser keeps its own between steps, so it may hold them beside another's
+            denoiser = self.stages[Program.DENOISER].activations
+            return CONTEXT + sum(stage.weights for stage in self.stages.values()) + denoiser + activations
+        return CONTEXT + max((stage.total for stage in self.stages.values()), default=0)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of it, a line each."""
+        verbs = [verb for verb, there in (("encoded", self.encodes_tiled), ("decoded", self.tiled)) if there]
+        if not verbs:
+            return ()
+        return (f"the picture is {' and '.join(verbs)} on the CPU in tiles, which is slow: the GPU has no room for it",)
+
+
+def plan_vram(
+    manifest: Manifest,
+    geometry: PictureGeometry,
+    prompt_tokens: int,
+    budget: int,
+    batch_size: int = 1,
+    *,
+    encodes: bool = False,
+    executor: str = CUDA,
+) -> VramPlan:
+    """The plan for a request within `budget` bytes. Nothing is loaded or looked up.
+
+    Raises `MemoryLimitError` where even one stage at a time does not fit, naming the smallest budget that would.
+    """
+    stages: dict[Program, StageVram] = {
+        program: StageVram(
+            _weights(program, manifest, executor), _activations(program, manifest, geometry, prompt_tokens, batch_size)
+        )
+        for program in Program
+        # modulation always runs on the host
+        if program is not Program.MODULATION and (encodes or program is not Program.ENCODER)
+    }
+    on_host = {p for p, stage in stages.items() if p.component == "vae" and CONTEXT + stage.total > budget}
+    vae, size = manifest.config.vae, (geometry.width, geometry.height)
+    host = max(
+        tiled_bytes(vae, *size) if Program.DECODER in on_host else 0,
+        tiled_encoder_bytes(vae, *size) if Program.ENCODER in on_host else 0,
+    )
+    stages = {program: stage for program, stage in stages.items() if program not in on_host}
+    tiled, encodes_tiled = Program.DECODER in on_host, Program.ENCODER in on_host
+    together = VramPlan(executor, budget, stages, True, tiled, encodes_tiled, host)
+    if together.peak <= budget:
+        return together
+    plan = VramPlan(executor, budget, stages, False, tiled, encodes_tiled, host)
+    if plan.peak > budget:
+        batch = f" in batches of {batch_size}" if batch_size > 1 else ""
+        raise MemoryLimitError(
+            f"{geometry.width}x{geometry.height}{batch} needs about {_gib(plan.peak)} of GPU memory and {_gib(budget)} "
+            f"is available; give --vram {_gib(plan.peak).replace(' ', '')} where there is as much, choose a smaller "
+            "--size, or use --executor cpu"
+        )
+    return plan
+
+
+def _weights(program: Program, manifest: Manifest, executor: str) -> int:
+    record = manifest.programs[program].get(executor)
+    return record.weight_bytes if record else 0
+
+
+def _activations(program: Program, manifest: Manifest, geometry: PictureGeometry, tokens: int, batch: int) -> int:
+    config = manifest.config
+    # what else than 16 bits there may be is at most float32
+    half = 2 if manifest.precision in (Precision.BF16, Precision.FP16) else _FLOAT
+    pixels = geometry.width * geometry.height
+    if program is Program.TEXT_ENCODER:
+        text = config.text_encoder
+        widths = _TEXT_WIDTHS * text.intermediate_size / 3 + _TEXT_SCORES * text.num_attention_heads * tokens
+        return int(_FLOAT * tokens * widths)
+    if program is Program.ENCODER:
+        return int(_FLOAT * pixels * config.vae.block_out_channels[0] * _ENCODER_MAPS)
+    if program is Program.DECODER:
+        widest = max(config.vae.block_out_channels[:2])  # the last upsampled map keeps the level's width
+        return int(_FLOAT * pixels * widest * _DECODER_MAPS)
+    sequence = padded(tokens) + (batch * geometry.image_tokens if program is Program.DENOISER else 0)
+    if program is Program.DENOISER:
+        sequence += (batch - 1) * padded(tokens)
+    return int(sequence * config.transformer.dim * (half * _BLOCK_WIDTHS + _FLOAT * _FLOAT32_WIDTHS))
+
+
+def _gib(size: int) -> str:
+    """Rounded up, so that what it names is enough."""
+    return f"{-(-size * 10 // 2**30) / 10:.1f} GiB"

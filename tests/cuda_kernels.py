@@ -1,0 +1,61 @@
+"""Which operators ONNX Runtime's CUDA provider has kernels for, in which types, as far as our programs use them.
+
+Source: ``docs/OperatorKernels.md`` in microsoft/onnxruntime, which its build makes from the registered kernels
+(commit 001d12d2623fd411ce0f83d05abb5e82304a3389); the rows that hold for opset 23.
+"""
+
+from onnx import TensorProto
+
+_FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16}
+_ALL_FLOATS = {*_FLOATS, TensorProto.BFLOAT16}
+_INTEGERS = {TensorProto.INT8, TensorProto.UINT8, TensorProto.INT32, TensorProto.INT64}
+_ANY = {*_ALL_FLOATS, *_INTEGERS}
+
+KERNELS: dict[str, set[int]] = {
+    "Abs": {*_FLOATS, TensorProto.INT8, TensorProto.INT32, TensorProto.INT64},
+    "Add": _ANY,
+    "Attention": _ALL_FLOATS,
+    "Cast": _ANY,
+    "Clip": {*_FLOATS, TensorProto.INT8, TensorProto.UINT8, TensorProto.INT64},
+    "Concat": _ANY,
+    "Conv": _ALL_FLOATS,
+    "Div": _ANY,
+    "Expand": _ANY,
+    "Gemm": _ALL_FLOATS,
+    "Identity": _ANY,
+    "InstanceNormalization": _FLOATS,
+    "LayerNormalization": _ALL_FLOATS,
+    "MatMul": _ALL_FLOATS,
+    "MatMulInteger": {TensorProto.INT8},
+    "Mul": _ANY,
+    "Neg": {*_ALL_FLOATS, TensorProto.INT8, TensorProto.INT32, TensorProto.INT64},
+    "QuantizeLinear": _FLOATS,
+    "RMSNormalization": _ALL_FLOATS,
+    "ReduceMax": {*_FLOATS, TensorProto.INT32, TensorProto.INT64},
+    "Reshape": _ANY,
+    "Resize": {*_FLOATS, TensorProto.INT32, TensorProto.UINT8},
+    "RotaryEmbedding": _ALL_FLOATS,
+    "Round": _FLOATS,
+    "Shape": _ANY,
+    "Sigmoid": _ALL_FLOATS,
+    "Slice": _ANY,
+    "Split": _ANY,
+    "Sub": _ANY,
+    "Transpose": _ANY,
+    "Unsqueeze": _ANY,
+}
+"""By operator, the types that its data may have (``T`` in the table, or its first constraint)."""
+
+SHAPE_INPUTS: dict[str, set[int]] = {
+    "Expand": {1},
+    "Reshape": {1},
+    "Slice": {1, 2, 3, 4},
+    "Split": {1},
+    "Unsqueeze": {1},
+    "ReduceMax": {1},
+    "Resize": {1, 2, 3},
+}
+"""Inputs that the kernels read on the host (registered with ``InputMemoryType(OrtMemTypeCPUInput)``)."""
+
+SHAPE_ARITHMETIC = {"Concat", "Div", "Gather", "Mul", "Shape", "Slice", "Sub", "Unsqueeze", "Add"}
+"""What is done with shapes, which ONNX Runtime leaves on the host: ``GetCpuPreferredNodes``."""

@@ -1,0 +1,159 @@
+"""What a picture takes of a GPU's memory is planned before anything is loaded, and the plan keeps its word."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from zimage_runtime.bundle import Bundle
+from zimage_runtime.contracts import Program
+from zimage_runtime.errors import MemoryLimitError
+from zimage_runtime.geometry import picture_geometry
+from zimage_runtime.manifest import Manifest
+from zimage_runtime.tiling import tiled_bytes, tiled_encoder_bytes
+from zimage_runtime.vram import CONTEXT, VramPlan, plan_vram
+
+PLENTY = 1 << 50
+GIB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def manifest(bundle: Path) -> Manifest:
+    return Bundle.open(bundle).manifest
+
+
+def plan(
+    manifest: Manifest,
+    width: int = 512,
+    height: int = 512,
+    budget: int = PLENTY,
+    *,
+    tokens: int = 32,
+    batch: int = 1,
+    encodes: bool = False,
+) -> VramPlan:
+    geometry = picture_geometry(width, height, manifest.config)
+    return plan_vram(manifest, geometry, tokens, budget, batch, encodes=encodes)
+
+
+def test_weights_are_those_that_the_programs_on_the_gpu_use(manifest: Manifest) -> None:
+    stages = plan(manifest, encodes=True).stages
+    assert set(stages) == set(Program) - {Program.MODULATION}
+    for program, stage in stages.items():
+        assert stage.weights == manifest.programs[program]["cuda"].weight_bytes > 0
+
+
+def test_a_smaller_budget_changes_the_plan_step_by_step(manifest: Manifest) -> None:
+    together = plan(manifest)
+    assert together.keep_all
+    assert not together.notes
+    assert plan(manifest, budget=together.peak) == VramPlan(**{**vars(together), "budget": together.peak})
+    in_turn = plan(manifest, budget=together.peak - 1)
+    assert not in_turn.keep_all
+    assert not in_turn.tiled
+    assert in_turn.peak < together.peak
+    assert not plan(manifest, budget=in_turn.peak).tiled
+    on_host = plan(manifest, budget=in_turn.peak - 1)
+    assert on_host.tiled
+    assert Program.DECODER not in on_host.stages
+    assert on_host.host == tiled_bytes(manifest.config.vae, 512, 512)
+    assert on_host.notes == ("the picture is decoded on the CPU in tiles, which is slow: the GPU has no room for it",)
+    least = plan(manifest, budget=CONTEXT + max(stage.total for stage in on_host.stages.values()))
+    assert least.peak <= least.budget
+    with pytest.raises(MemoryLimitError):
+        plan(manifest, budget=least.budget - 1)
+
+
+def plan_or_refusal(
+    manifest: Manifest, width: int, height: int, budget: int, batch: int, encodes: bool
+) -> VramPlan | MemoryLimitError:
+    try:
+        return plan(manifest, width, height, budget, batch=batch, encodes=encodes)
+    except MemoryLimitError as refusal:
+        return refusal
+
+
+def test_no_plan_goes_over_its_budget(manifest: Manifest) -> None:
+    """Of many budgets, sizes and batches, every plan that is made fits, and every refusal names one that does."""
+    refused = made = 0
+    for width, height, batch in ((64, 64, 1), (512, 512, 1), (2048, 1024, 1), (512, 512, 4)):
+        for step in range(1, 30):
+            budget = CONTEXT + (step * step << 20)
+            encodes = step % 2 == 0
+            found = plan_or_refusal(manifest, width, height, budget, batch, encodes)
+            if isinstance(found, VramPlan):
+                made += 1
+                assert found.peak <= budget
+                continue
+            refused += 1
+            assert f"{width}x{height}" in str(found)
+            match = re.search(r"--vram ([\d.]+)GiB", str(found))
+            assert match, str(found)
+            named = int(float(match[1]) * GIB)
+            assert named > budget
+            plan(manifest, width, height, named, batch=batch, encodes=encodes)
+    assert refused > 5
+    assert made > 20
+
+
+def test_every_part_of_a_request_counts(manifest: Manifest) -> None:
+    base = plan(manifest).stages
+    for other in (plan(manifest, 1024, 512), plan(manifest, 512, 1024)):
+        for program in (Program.DENOISER, Program.DECODER):
+            assert other.stages[program].activations > base[program].activations
+    assert plan(manifest, batch=2).stages[Program.DENOISER].activations > base[Program.DENOISER].activations
+    longer = plan(manifest, tokens=300).stages
+    for program in (Program.TEXT_ENCODER, Program.CAPTION, Program.DENOISER):
+        assert longer[program].activations > base[program].activations
+    assert Program.ENCODER not in base
+
+
+def test_the_picture_to_start_from_may_be_encoded_on_the_host(manifest: Manifest) -> None:
+    stages = plan(manifest, 2048, 2048, encodes=True).stages
+    found = plan(manifest, 2048, 2048, CONTEXT + stages[Program.ENCODER].total - 1, encodes=True)
+    assert found.encodes_tiled
+    assert found.tiled
+    assert found.notes[0].startswith("the picture is encoded and decoded on the CPU in tiles")
+    vae = manifest.config.vae
+    assert found.host == max(tiled_bytes(vae, 2048, 2048), tiled_encoder_bytes(vae, 2048, 2048))
+
+
+def test_the_published_model_on_common_cards() -> None:
+    """Sums that anyone can check: 32 blocks of 177 million parameters in 16 bits are 10.5 GiB."""
+    from zimage_export.graphs import Target, build_graphs
+    from zimage_export.precision import StoragePolicy
+    from zimage_export.synthetic import FULL
+    from zimage_runtime.manifest import Defaults, Precision, ProgramRecord, Source
+    from zimage_runtime.tensors import DType
+
+    policy = StoragePolicy(Precision.BF16, DType.BF16)
+    programs: dict[Program, dict[str, ProgramRecord]] = {program: {} for program in Program}
+    for graph in build_graphs(FULL.config, Target("cuda", policy)):
+        sizes = [
+            policy.storage(graph.program.component, name, shape).size * elements(shape)
+            for name, shape in graph.weights.items()
+        ]
+        programs[graph.program]["cuda"] = ProgramRecord("x", sum(sizes))
+    manifest = Manifest(
+        precision=Precision.BF16,
+        source=Source("full"),
+        exporter="test",
+        config=FULL.config,
+        defaults=Defaults(1024, 1024, 8),
+        programs=programs,
+        weights={},
+        embeddings="",
+        tokenizer="",
+        files={},
+    )
+    assert 10.5 < programs[Program.DENOISER]["cuda"].weight_bytes / GIB < 10.6
+    assert plan(manifest, 1024, 1024, 80 * GIB).keep_all
+    assert not plan(manifest, 1024, 1024, 16 * GIB).keep_all
+    with pytest.raises(MemoryLimitError, match=r"needs about 1[12]\.\d GiB"):
+        plan(manifest, 1024, 1024, 11 * GIB)
+
+
+def elements(shape: tuple[int, ...]) -> int:
+    import math
+
+    return math.prod(shape)

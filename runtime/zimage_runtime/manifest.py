@@ -21,6 +21,7 @@ MANIFEST_NAME = "manifest.json"
 
 CPU = "cpu"
 CUDA = "cuda"
+TENSORRT = "tensorrt"
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 

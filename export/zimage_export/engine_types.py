@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from zimage_runtime.tensorrt.targets import Variant
 from zimage_runtime.tensors import DType
 
+from .precision import FLOAT32_LINEARS
+
 Stored = Callable[[str, str, tuple[int, ...]], DType]
 """What a bundle stores a tensor in: by component, name and published shape."""
 
@@ -20,8 +22,8 @@ class EngineTypes:
 
     stored: Stored
     variant: Variant
-    half: DType  # what 16-bit products are in: the bundle's own type, or the variant's for int8
-    full: bool = False  # everything in float32: the twin that is run on the CPU, and fp32 bundles
+    half: DType  # what 16-bit products are in
+    full: bool = False  # all in float32 but int8 weights: the twin, which the CPU runs
     prefix: str = ""  # of the block's names in the component
 
     def storage(self, component: str, name: str, shape: tuple[int, ...]) -> DType:
@@ -32,11 +34,11 @@ class EngineTypes:
         if self.full:
             return DType.F32
         if component == "vae":
-            return self._vae(name)
+            return self._vae(f"{self.prefix}{name}")
         if len(shape) < 2 or name.endswith("_pad_token"):
             return DType.F32
-        if stored is DType.F32:  # the small linears at the transformer's ends
-            return self.half if self.variant is Variant.TURING else DType.F32
+        if component == "transformer" and name.startswith(FLOAT32_LINEARS) and self.variant is Variant.AMPERE:
+            return DType.F32
         return self.half
 
     def _vae(self, name: str) -> DType:
@@ -45,7 +47,7 @@ class EngineTypes:
             return DType.F32
         if self.variant is Variant.AMPERE:
             return DType.BF16
-        return DType.F16 if ".attentions." in name else DType.F32
+        return DType.F16 if ".attentions." in f".{name}" else DType.F32
 
     def cuda_compute(self, component: str) -> DType:
         """What values that come from no weight are computed in."""

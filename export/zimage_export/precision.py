@@ -13,7 +13,7 @@ from zimage_runtime.tensors import DType
 
 _HALF = {Precision.BF16: DType.BF16, Precision.FP16: DType.F16}
 
-_FLOAT32_LINEARS = ("t_embedder.", "cap_embedder.", "all_x_embedder.", "all_final_layer.")
+FLOAT32_LINEARS = ("t_embedder.", "cap_embedder.", "all_x_embedder.", "all_final_layer.")
 """Linears at the transformer's ends: a thousandth of its parameters, and every token passes through them."""
 
 
@@ -31,7 +31,7 @@ class StoragePolicy:
             return DType.F32
         if component == "vae":
             return DType.BF16 if self.precision is Precision.BF16 or self.vae_type is DType.BF16 else DType.F32
-        if component == "transformer" and name.startswith(_FLOAT32_LINEARS):
+        if component == "transformer" and name.startswith(FLOAT32_LINEARS):
             return DType.F32
         return half
 

@@ -23,6 +23,8 @@ CPU = "cpu"
 CUDA = "cuda"
 TENSORRT = "tensorrt"
 
+ENGINES_FOLDER = "engines/"
+
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -84,6 +86,7 @@ class Manifest:
     self_check: Mapping[str, Any] = field(default_factory=dict)  # what each program gave on a fixed input
     folds: Mapping[str, Any] = field(default_factory=dict)  # powers of two divided out of weights, by component
     parity: Mapping[str, Any] | None = None  # distances to the checkpoint; None until measured
+    engines: str | None = None  # path of the catalog of block programs and engines for TensorRT
 
     @property
     def name(self) -> str:
@@ -92,9 +95,12 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all files' hashes: two bundles that draw with the same bytes share it."""
+        """A hash of all files' hashes: two bundles that draw with the same bytes share it.
+
+        Engines are left out: they are made from the rest, and renewed without changing what is drawn.
+        """
         digest = hashlib.sha256()
-        for path in sorted(self.files):
+        for path in sorted(path for path in self.files if not path.startswith(ENGINES_FOLDER)):
             digest.update(f"{path} {self.files[path].sha256}\n".encode())
         return digest.hexdigest()
 
@@ -124,6 +130,7 @@ class Manifest:
             "folds": self.folds,
             "self_check": self.self_check,
             "parity": self.parity,
+            "engines": self.engines,
         }
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
@@ -182,6 +189,7 @@ class Manifest:
             folds=_plain_object(fields, "folds") or {},
             self_check=_plain_object(fields, "self_check") or {},
             parity=_plain_object(fields, "parity"),
+            engines=listed(fields.text("engines")) if "engines" in fields else None,
         )
 
 

@@ -79,6 +79,10 @@ def _autoencoder_block(place: BlockPlace, graphs: VaeGraphs, b: GraphBuilder, dt
     match place.kind:
         case BlockKind.DECODER_IN:
             values = [graphs.decoder_in(b, x)]
+        case BlockKind.MIDDLE_RESNET:
+            values = [graphs.middle_resnet(b, x)]
+        case BlockKind.MIDDLE_ATTENTION:
+            values = [graphs.middle_attention(b, x)]
         case BlockKind.DECODER_UP:
             values = [graphs.decoder_up(b, x, place.level)]
         case BlockKind.DECODER_OUT:

@@ -20,7 +20,7 @@ OPSET = 23
 _IR_VERSION = 11
 _CONTRIB = "com.microsoft"
 
-_ONNX_TYPES = {
+ONNX_TYPES = {
     DType.F32: TensorProto.FLOAT,
     DType.F16: TensorProto.FLOAT16,
     DType.BF16: TensorProto.BFLOAT16,
@@ -63,10 +63,12 @@ class Graph:
         )
         return self._model(graph)
 
-    def to_model_of_inputs(self, name: str, inputs: Mapping[str, Shape], outputs: Mapping[str, Shape]) -> onnx.ModelProto:
+    def to_model_of_inputs(
+        self, name: str, inputs: Mapping[str, Shape], outputs: Mapping[str, Shape]
+    ) -> onnx.ModelProto:
         """The ONNX model whose weights are inputs, after `inputs`: one program then serves every layer of its shape."""
         weights = [
-            helper.make_tensor_value_info(weight, _ONNX_TYPES[self.types[weight]], shape)
+            helper.make_tensor_value_info(weight, ONNX_TYPES[self.types[weight]], shape)
             for weight, shape in self.weights.items()
         ]
         scalars = [helper.make_tensor_value_info(scalar, TensorProto.FLOAT, [1]) for scalar in self.scalars]
@@ -87,10 +89,10 @@ class Graph:
 
     def _value(self, name: str, shape: Shape) -> onnx.ValueInfoProto:
         known = [self.dims.get(d, d) if isinstance(d, str) else d for d in shape]
-        return helper.make_tensor_value_info(name, _ONNX_TYPES[self.types.get(name, DType.F32)], known)
+        return helper.make_tensor_value_info(name, ONNX_TYPES[self.types.get(name, DType.F32)], known)
 
     def _external(self, name: str, location: str, entry: TensorEntry) -> onnx.TensorProto:
-        tensor = onnx.TensorProto(name=name, data_type=_ONNX_TYPES[DType(entry.dtype)], dims=entry.shape)
+        tensor = onnx.TensorProto(name=name, data_type=ONNX_TYPES[DType(entry.dtype)], dims=entry.shape)
         tensor.data_location = TensorProto.EXTERNAL
         for key, value in (("location", location), ("offset", entry.offset), ("length", entry.nbytes)):
             tensor.external_data.add(key=key, value=str(value))
@@ -194,7 +196,7 @@ class GraphBuilder:
         key = f"{value}:{dtype}"
         if key not in self._casts:
             with self.absolute():
-                self._casts[key] = self.op("Cast", value, name=f"{value}.{dtype.lower()}", to=_ONNX_TYPES[dtype])
+                self._casts[key] = self.op("Cast", value, name=f"{value}.{dtype.lower()}", to=ONNX_TYPES[dtype])
             self._types[self._casts[key]] = dtype
             if value in self._weights:
                 self._widening.append(self._nodes.pop())
@@ -215,7 +217,7 @@ class GraphBuilder:
     def number(self, value: float, dtype: DType = DType.F32) -> str:
         """A constant scalar, float32 unless said otherwise."""
         name = f"float_{value:g}" if dtype is DType.F32 else f"{dtype.lower()}_{value:g}"
-        tensor = helper.make_tensor(name, _ONNX_TYPES[dtype], [], [value])
+        tensor = helper.make_tensor(name, ONNX_TYPES[dtype], [], [value])
         if dtype is DType.F32:
             tensor = numpy_helper.from_array(np.array(value, dtype=np.float32), name)
         self._constants[name] = tensor

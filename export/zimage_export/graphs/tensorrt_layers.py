@@ -40,7 +40,12 @@ class TensorRtLayers(Layers):
             weight = self.b.op("Transpose", weight, name=f"{name}.transposed", perm=[0, 2, 1])
             y = self.b.op("MatMul", self.b.cast(x, dtype), weight, name=name)
         if bias:
-            y = self.b.op("Add", y, self.b.cast(self.b.weight(f"{name}.bias", (out_width,)), self.b.type_of(y)), name=f"{name}.biased")
+            y = self.b.op(
+                "Add",
+                y,
+                self.b.cast(self.b.weight(f"{name}.bias", (out_width,)), self.b.type_of(y)),
+                name=f"{name}.biased",
+            )
         return y
 
     def _w8a8(self, x: str, name: str, out_width: int, in_width: int) -> str:
@@ -63,7 +68,9 @@ class TensorRtLayers(Layers):
         if b.has(f"{name}.value"):
             return f"{name}.value", f"{name}.scale"
         with b.absolute():
-            largest = b.op("ReduceMax", b.op("Abs", x, name=f"{name}.abs"), b.integers(-1), name=f"{name}.max", keepdims=1)
+            largest = b.op(
+                "ReduceMax", b.op("Abs", x, name=f"{name}.abs"), b.integers(-1), name=f"{name}.max", keepdims=1
+            )
             largest = b.op("Max", largest, b.number(_TINY), name=f"{name}.nonzero")
             scale = b.op("Mul", largest, b.number(1 / _LEVELS), name=f"{name}.scale")
             unit = b.op("Div", x, scale, name=f"{name}.unit")
@@ -85,7 +92,9 @@ class TensorRtLayers(Layers):
         """With its epsilon as an input, `<name>.epsilon`, as layers differ in it."""
         b = self.b
         x = b.cast(x, DType.F32)
-        mean = b.op("ReduceMean", b.op("Mul", x, x, name=f"{name}.square"), b.integers(-1), name=f"{name}.mean", keepdims=1)
+        mean = b.op(
+            "ReduceMean", b.op("Mul", x, x, name=f"{name}.square"), b.integers(-1), name=f"{name}.mean", keepdims=1
+        )
         mean = b.op("Add", mean, b.scalar(f"{name}.epsilon", epsilon * 2.0 ** (-2 * exponent)), name=f"{name}.safe")
         x = b.op("Div", x, b.op("Sqrt", mean, name=f"{name}.root"), name=f"{name}.normalized")
         return b.op("Mul", x, scale, name=name)
@@ -146,9 +155,16 @@ class TensorRtLayers(Layers):
         mean, square = means
         variance = b.op("Sub", square, b.op("Mul", mean, mean, name=f"{name}.mean_square"), name=f"{name}.difference")
         variance = b.op("Max", variance, b.number(0.0), name=f"{name}.variance")
-        deviation = b.op("Sqrt", b.op("Add", variance, b.number(epsilon), name=f"{name}.safe"), name=f"{name}.deviation")
+        deviation = b.op(
+            "Sqrt", b.op("Add", variance, b.number(epsilon), name=f"{name}.safe"), name=f"{name}.deviation"
+        )
         weight, bias = (
-            b.op("Reshape", b.weight(f"{name}.{kind}", (width,)), b.integers(1, groups, width // groups), name=f"{name}.{kind}.grouped")
+            b.op(
+                "Reshape",
+                b.weight(f"{name}.{kind}", (width,)),
+                b.integers(1, groups, width // groups),
+                name=f"{name}.{kind}.grouped",
+            )
             for kind in ("weight", "bias")
         )
         factor = b.op("Div", weight, deviation, name=f"{name}.factor")

@@ -34,7 +34,7 @@ class VaeGraphs:
         """Latents → picture."""
         b = self.target.builder(Program.DECODER, {"latent_channels": self.config.latent_channels})
         with b.scope("decoder"):
-            x = self.decoder_in(b, "latents")
+            x = self._middle(b, self.decoder_in(b, "latents"))
             for level in range(len(self.config.block_out_channels)):
                 with b.scope(f"up_blocks.{level}"):
                     x = self.decoder_up(b, x, level)
@@ -43,9 +43,8 @@ class VaeGraphs:
         return b.build()
 
     def decoder_in(self, b: GraphBuilder, x: str) -> str:
-        """Latents → the middle block's map."""
-        width = self.config.block_out_channels[-1]
-        return self._middle(b, self._conv(b, x, "conv_in", width, self.config.latent_channels), width)
+        """Latents → the first map."""
+        return self._conv(b, x, "conv_in", self.config.block_out_channels[-1], self.config.latent_channels)
 
     def decoder_up(self, b: GraphBuilder, x: str, level: int) -> str:
         """One up block, the first of which is level 0: a map → one of twice the height and width, the last excepted."""
@@ -68,7 +67,7 @@ class VaeGraphs:
             for level in range(len(self.config.block_out_channels)):
                 with b.scope(f"down_blocks.{level}"):
                     x = self.encoder_down(b, x, level)
-            mean, logvar = self.encoder_out(b, x)
+            mean, logvar = self.encoder_out(b, self._middle(b, x))
         b.output(mean, "mean")
         b.output(logvar, "logvar")
         return b.build()
@@ -89,9 +88,9 @@ class VaeGraphs:
         return self._conv(b, x, "downsamplers.0.conv", width, width, strides=2, pads=(0, 0, 1, 1))
 
     def encoder_out(self, b: GraphBuilder, x: str) -> tuple[str, str]:
-        """The last map → mean and log-variance."""
+        """The middle block's map → mean and log-variance."""
         width = self.config.block_out_channels[-1]
-        x = self._norm_silu(b, self._middle(b, x, width), "conv_norm_out", width)
+        x = self._norm_silu(b, x, "conv_norm_out", width)
         moments = b.cast(self._conv(b, x, "conv_out", 2 * self.config.latent_channels, width), DType.F32)
         mean, logvar = b.ops("Split", moments, name="moments", outputs=2, axis=1, num_outputs=2)
         low, high = (b.number(value) for value in _LOGVAR_RANGE)
@@ -123,22 +122,32 @@ class VaeGraphs:
 
     def _resnet(self, b: GraphBuilder, x: str, name: str, out_width: int, in_width: int) -> str:
         with b.scope(name):
-            h = self._conv(b, self._norm_silu(b, x, "norm1", in_width), "conv1", out_width, in_width)
-            h = self._conv(b, self._norm_silu(b, h, "norm2", out_width), "conv2", out_width, out_width)
-            if in_width != out_width:
-                x = self._conv(b, x, "conv_shortcut", out_width, in_width, kernel=1, pads=(0, 0, 0, 0))
-            return b.op("Add", x, b.cast(h, b.type_of(x)), name="residual")
+            return self._resnet_here(b, x, out_width, in_width)
 
-    def _middle(self, b: GraphBuilder, x: str, width: int) -> str:
+    def _resnet_here(self, b: GraphBuilder, x: str, out_width: int, in_width: int) -> str:
+        h = self._conv(b, self._norm_silu(b, x, "norm1", in_width), "conv1", out_width, in_width)
+        h = self._conv(b, self._norm_silu(b, h, "norm2", out_width), "conv2", out_width, out_width)
+        if in_width != out_width:
+            x = self._conv(b, x, "conv_shortcut", out_width, in_width, kernel=1, pads=(0, 0, 0, 0))
+        return b.op("Add", x, b.cast(h, b.type_of(x)), name="residual")
+
+    def _middle(self, b: GraphBuilder, x: str) -> str:
         with b.scope("mid_block"):
-            x = self._resnet(b, x, "resnets.0", width, width)
+            with b.scope("resnets.0"):
+                x = self.middle_resnet(b, x)
             with b.scope("attentions.0"):
-                x = self._attention(b, x, width)
-            return self._resnet(b, x, "resnets.1", width, width)
+                x = self.middle_attention(b, x)
+            with b.scope("resnets.1"):
+                return self.middle_resnet(b, x)
 
-    def _attention(self, b: GraphBuilder, x: str, width: int) -> str:
-        """One head over all latent positions."""
-        layers = self.target.layers(b)
+    def middle_resnet(self, b: GraphBuilder, x: str) -> str:
+        """A resnet on the middle block's map, as wide as it."""
+        width = self.config.block_out_channels[-1]
+        return self._resnet_here(b, x, width, width)
+
+    def middle_attention(self, b: GraphBuilder, x: str) -> str:
+        """One head over all latent positions, on the middle block's map."""
+        layers, width = self.target.layers(b), self.config.block_out_channels[-1]
         tokens = b.op("Concat", b.dim(x, 0, "batch"), b.integers(-1, width), name="tokens.shape", axis=0)
         h = self._group_norm(b, x, "group_norm", width)
         h = b.op("Reshape", h, b.integers(0, width, -1), name="positions")

@@ -24,6 +24,8 @@ class BlockKind(StrEnum):
     IMAGE_EMBEDDER = "image_embedder"
     FINAL_LAYER = "final_layer"
     DECODER_IN = "decoder_in"  # the autoencoder is a chain of blocks too, whose engines are small
+    MIDDLE_RESNET = "middle_resnet"  # of decoder and encoder alike
+    MIDDLE_ATTENTION = "middle_attention"
     DECODER_UP = "decoder_up"
     DECODER_OUT = "decoder_out"
     ENCODER_IN = "encoder_in"
@@ -40,6 +42,7 @@ class BlockKind(StrEnum):
         """The program that the block is a part of."""
         return _PROGRAMS[self]
 
+
 _PROGRAMS = {
     BlockKind.TEXT_LAYER: Program.TEXT_ENCODER,
     BlockKind.CAPTION_EMBEDDER: Program.CAPTION,
@@ -47,6 +50,8 @@ _PROGRAMS = {
     BlockKind.IMAGE_EMBEDDER: Program.DENOISER,
     BlockKind.FINAL_LAYER: Program.DENOISER,
     BlockKind.DECODER_IN: Program.DECODER,
+    BlockKind.MIDDLE_RESNET: Program.DECODER,
+    BlockKind.MIDDLE_ATTENTION: Program.DECODER,
     BlockKind.DECODER_UP: Program.DECODER,
     BlockKind.DECODER_OUT: Program.DECODER,
     BlockKind.ENCODER_IN: Program.ENCODER,
@@ -69,9 +74,7 @@ BLOCK_SIGNATURES: dict[BlockKind, Signature] = {
         },
         {"y": (1, "tokens", "hidden_size")},
     ),
-    BlockKind.CAPTION_EMBEDDER: Signature(
-        {"hidden_states": (1, "tokens", "hidden_size")}, {"y": (1, "tokens", "dim")}
-    ),
+    BlockKind.CAPTION_EMBEDDER: Signature({"hidden_states": (1, "tokens", "hidden_size")}, {"y": (1, "tokens", "dim")}),
     BlockKind.TRANSFORMER_BLOCK: Signature(
         {"x": (1, "tokens", "dim"), "cos": (1, "tokens", "half_head"), "sin": (1, "tokens", "half_head")},
         {"y": (1, "tokens", "dim")},
@@ -81,7 +84,11 @@ BLOCK_SIGNATURES: dict[BlockKind, Signature] = {
     BlockKind.FINAL_LAYER: Signature(
         {"x": (1, "tokens", "dim"), "final_scale": ("dim",)}, {"patches": (1, "tokens", "patch_dim")}
     ),
-    BlockKind.DECODER_IN: Signature({"latents": (1, "latent_channels", "h", "w")}, {MAP_OUT: (1, "h", "w", "channels")}),
+    BlockKind.DECODER_IN: Signature(
+        {"latents": (1, "latent_channels", "h", "w")}, {MAP_OUT: (1, "h", "w", "channels")}
+    ),
+    BlockKind.MIDDLE_RESNET: Signature({MAP: (1, "h", "w", "channels")}, {MAP_OUT: (1, "h", "w", "channels")}),
+    BlockKind.MIDDLE_ATTENTION: Signature({MAP: (1, "h", "w", "channels")}, {MAP_OUT: (1, "h", "w", "channels")}),
     BlockKind.DECODER_UP: Signature({MAP: (1, "h", "w", "channels")}, {MAP_OUT: (1, "out_h", "out_w", "out_channels")}),
     BlockKind.DECODER_OUT: Signature({MAP: (1, "h", "w", "channels")}, {"image": (1, 3, "h", "w")}),
     BlockKind.ENCODER_IN: Signature({"image": (1, 3, "h", "w")}, {MAP_OUT: (1, "h", "w", "channels")}),
@@ -120,7 +127,7 @@ def block_dims(place: BlockPlace, config: ModelConfig) -> dict[str, int]:
         return {"hidden_size": text.hidden_size, "half_head": text.head_dim // 2}
     if place.kind.component == "vae":
         widths = vae.block_out_channels
-        if place.kind in (BlockKind.DECODER_IN, BlockKind.DECODER_UP, BlockKind.ENCODER_OUT):
+        if place.kind not in (BlockKind.ENCODER_IN, BlockKind.ENCODER_DOWN, BlockKind.DECODER_OUT):
             widths = widths[::-1]
         return {
             "latent_channels": vae.latent_channels,
@@ -163,11 +170,20 @@ def decoder_blocks(config: ModelConfig) -> list[BlockPlace]:
     """The decoder, in order."""
     return [
         BlockPlace(BlockKind.DECODER_IN, "decoder"),
+        *_middle("decoder"),
         *(
             BlockPlace(BlockKind.DECODER_UP, f"decoder.up_blocks.{level}", level)
             for level in range(len(config.vae.block_out_channels))
         ),
         BlockPlace(BlockKind.DECODER_OUT, "decoder"),
+    ]
+
+
+def _middle(part: str) -> list[BlockPlace]:
+    return [
+        BlockPlace(BlockKind.MIDDLE_RESNET, f"{part}.mid_block.resnets.0"),
+        BlockPlace(BlockKind.MIDDLE_ATTENTION, f"{part}.mid_block.attentions.0"),
+        BlockPlace(BlockKind.MIDDLE_RESNET, f"{part}.mid_block.resnets.1"),
     ]
 
 
@@ -179,6 +195,7 @@ def encoder_blocks(config: ModelConfig) -> list[BlockPlace]:
             BlockPlace(BlockKind.ENCODER_DOWN, f"encoder.down_blocks.{level}", level)
             for level in range(len(config.vae.block_out_channels))
         ),
+        *_middle("encoder"),
         BlockPlace(BlockKind.ENCODER_OUT, "encoder"),
     ]
 

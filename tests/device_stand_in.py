@@ -29,7 +29,7 @@ _DEVICE, _HOST = 1 << 40, 1 << 50
 _POISON = 0xC7  # of memory that nobody wrote; as float32, about -1e5
 
 
-class Misuse(AssertionError):
+class MisuseError(AssertionError):
     """The executor did what a real device would answer with wrong pictures or a crash."""
 
 
@@ -111,7 +111,7 @@ class StandInDevice:
         self._call("allocate")
         self._not_capturing("allocate")
         if self.used + nbytes > self.limit:
-            raise Misuse(f"{nbytes} bytes more than {self.used} exceed the budget of {self.limit}")
+            raise MisuseError(f"{nbytes} bytes more than {self.used} exceed the budget of {self.limit}")
         self.used += nbytes
         self.peak = max(self.peak, self.used)
         return self._region(_DEVICE, nbytes).base
@@ -133,7 +133,7 @@ class StandInDevice:
 
     def _region(self, space: int, nbytes: int) -> Region:
         if nbytes <= 0:
-            raise Misuse(f"an allocation of {nbytes} bytes")
+            raise MisuseError(f"an allocation of {nbytes} bytes")
         base = self._next[space]
         self._next[space] = (base + nbytes + 2 * ALIGNMENT) // ALIGNMENT * ALIGNMENT
         region = Region(base, np.full(nbytes, _POISON, np.uint8), np.zeros(nbytes, np.bool_))
@@ -145,16 +145,16 @@ class StandInDevice:
     def _drop(self, address: int) -> Region:
         place = bisect.bisect(self._bases, address) - 1
         if place < 0 or self._bases[place] != address:
-            raise Misuse(f"freed address {address:#x}, which is no allocation")
+            raise MisuseError(f"freed address {address:#x}, which is no allocation")
         region = self._regions[place]
         for access in region.accesses:
             if not self._before(access, self._host):
-                raise Misuse(f"freed while {access.what} may still be under way")
+                raise MisuseError(f"freed while {access.what} may still be under way")
         for queue in [*self._queues.values(), *self._graphs.values()]:
             for operation in queue:
                 for start, _ in [*operation.reads, *operation.writes]:
                     if region.base <= start < region.end:
-                        raise Misuse(f"freed while {operation.what} is queued or captured")
+                        raise MisuseError(f"freed while {operation.what} is queued or captured")
         del self._bases[place], self._regions[place]
         return region
 
@@ -163,9 +163,9 @@ class StandInDevice:
         place = bisect.bisect(self._bases, address) - 1
         region = self._regions[place] if place >= 0 else None
         if region is None or address >= region.end:
-            raise Misuse(f"{what} uses address {address:#x}, which is not allocated")
+            raise MisuseError(f"{what} uses address {address:#x}, which is not allocated")
         if address + nbytes > region.end:
-            raise Misuse(f"{what} uses {nbytes} bytes where {region.end - address} are allocated")
+            raise MisuseError(f"{what} uses {nbytes} bytes where {region.end - address} are allocated")
         return region, address - region.base
 
     def view(self, address: int, nbytes: int, what: str = "a look") -> Bytes:
@@ -184,7 +184,7 @@ class StandInDevice:
     def destroy_stream(self, stream: int) -> None:
         self._call("destroy_stream")
         if self._queues.pop(stream):
-            raise Misuse("a stream was destroyed with work queued")
+            raise MisuseError("a stream was destroyed with work queued")
 
     def create_event(self) -> int:
         self._call("create_event")
@@ -200,7 +200,7 @@ class StandInDevice:
         self._call("record")
         self._known(event)
         if stream in self._capturing:
-            raise Misuse("an event was recorded on a stream that is captured")
+            raise MisuseError("an event was recorded on a stream that is captured")
         number = self._queued[stream]
         self._events[event] = (stream, number, {**self._clocks[stream], stream: number})
 
@@ -208,7 +208,7 @@ class StandInDevice:
         self._call("wait")
         recorded = self._known(event)
         if stream in self._capturing:
-            raise Misuse("a captured stream waits for an event from outside the capture")
+            raise MisuseError("a captured stream waits for an event from outside the capture")
         if recorded is None:
             return
         source, number, clock = recorded
@@ -232,7 +232,7 @@ class StandInDevice:
 
     def _known(self, event: int) -> tuple[int, int, Clock] | None:
         if event not in self._events:
-            raise Misuse("an event is used that does not exist any more")
+            raise MisuseError("an event is used that does not exist any more")
         return self._events[event]
 
     # Work
@@ -295,7 +295,7 @@ class StandInDevice:
     ) -> None:
         region, offset = self.find(address, nbytes, what)
         if not writes and not region.written[offset : offset + nbytes].all():
-            raise Misuse(f"{what} reads what nobody wrote")
+            raise MisuseError(f"{what} reads what nobody wrote")
         if not self.track:
             return
         start, stop = offset, offset + nbytes
@@ -305,7 +305,7 @@ class StandInDevice:
             ordered = self._before(access, clock)
             if overlaps and (writes or access.writes) and not ordered:
                 kind = f"{'write' if writes else 'read'} of {what} and {'write' if access.writes else 'read'} of"
-                raise Misuse(f"nothing orders the {kind} {access.what}")
+                raise MisuseError(f"nothing orders the {kind} {access.what}")
             # what a later access of the same stream covers needs no further look
             covered = access.stream == stream and start <= access.start and access.stop <= stop
             if not (covered and (writes or not access.writes)):
@@ -319,7 +319,7 @@ class StandInDevice:
     def _run_until(self, stream: int, number: int) -> None:
         while self._done[stream] < number:
             if not self._advance(stream):
-                raise Misuse("a stream waits for what never comes")
+                raise MisuseError("a stream waits for what never comes")
 
     def _advance(self, wanted: int | None = None) -> bool:
         """Runs one operation that may run now, of any stream."""
@@ -329,7 +329,7 @@ class StandInDevice:
         stream = self._random.choice(ready)
         operation = self._queues[stream].pop(0)
         if operation.source is not None and self.view(*operation.source).tobytes() != operation.snapshot:
-            raise Misuse(f"pinned memory of {operation.what} was overwritten before it ran")
+            raise MisuseError(f"pinned memory of {operation.what} was overwritten before it ran")
         operation.run()
         self._done[stream] += 1
         return True
@@ -342,19 +342,20 @@ class StandInDevice:
     def begin_capture(self, stream: int) -> None:
         self._call("begin_capture")
         if self._capturing:
-            raise Misuse("a capture began within another")
+            raise MisuseError("a capture began within another")
         self._capturing[stream] = []
 
     def end_capture(self, stream: int) -> int:
+        recorded = self._capturing.pop(stream)  # a capture ends, well or not
         self._call("end_capture")
         graph = self._handle()
-        self._graphs[graph] = self._capturing.pop(stream)
+        self._graphs[graph] = recorded
         return graph
 
     def launch(self, graph: int, stream: int) -> None:
         self._call("launch")
         if graph not in self._graphs:
-            raise Misuse("a graph is launched that does not exist any more")
+            raise MisuseError("a graph is launched that does not exist any more")
         for operation in self._graphs[graph]:
             self._submit(operation, stream)
 
@@ -379,7 +380,7 @@ class StandInDevice:
 
     def _not_capturing(self, name: str) -> None:
         if self._capturing:
-            raise Misuse(f"{name} is not allowed during a capture")
+            raise MisuseError(f"{name} is not allowed during a capture")
 
     def _handle(self) -> int:
         self._handles += 1
@@ -408,7 +409,7 @@ class StandInContext:
     def set_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
         free = {n for n, (_, shape) in self.inputs.items() if any(isinstance(d, str) for d in shape)}
         if set(shapes) != free:
-            raise Misuse(f"{self.program} wants shapes of {sorted(free)}, not of {sorted(shapes)}")
+            raise MisuseError(f"{self.program} wants shapes of {sorted(free)}, not of {sorted(shapes)}")
         for name, shape in shapes.items():
             least, _, most = self.limits.get(name, (shape, shape, shape))
             if not all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True)):
@@ -422,14 +423,14 @@ class StandInContext:
     def enqueue(self, addresses: Mapping[str, int], scratch: int, scratch_bytes: int, stream: int) -> None:
         if set(addresses) != set(self.inputs) | set(self.outputs):
             odd = set(addresses) ^ (set(self.inputs) | set(self.outputs))
-            raise Misuse(f"{self.program}: addresses missing or too many: {sorted(odd)}")
+            raise MisuseError(f"{self.program}: addresses missing or too many: {sorted(odd)}")
         if scratch_bytes < self.scratch(self._shapes):
-            raise Misuse(f"{self.program} has {scratch_bytes} bytes of scratch memory")
+            raise MisuseError(f"{self.program} has {scratch_bytes} bytes of scratch memory")
         out_shapes = self.output_shapes(self._shapes)
         reads, writes = {}, {}
         for name, address in addresses.items():
             if address % ALIGNMENT:
-                raise Misuse(f"{self.program}: {name} is not aligned")
+                raise MisuseError(f"{self.program}: {name} is not aligned")
             if name in self.inputs:
                 size = int(np.prod(self._shapes[name])) * self.inputs[name][0].itemsize
                 reads[name] = (address, size)
@@ -438,8 +439,7 @@ class StandInContext:
         for read in reads.values():
             for start, nbytes in writes.values():
                 if read[0] < start + nbytes and start < read[0] + read[1]:
-                    raise Misuse(f"{self.program} would overwrite its own input")
-
+                    raise MisuseError(f"{self.program} would overwrite its own input")
 
         shapes = dict(self._shapes)
 
@@ -451,7 +451,7 @@ class StandInContext:
             for name, values in self.compute(arrays).items():
                 start, nbytes = writes[name]
                 if values.shape != tuple(out_shapes[name]):
-                    raise Misuse(f"{self.program}: {name} is {values.shape}, expected {out_shapes[name]}")
+                    raise MisuseError(f"{self.program}: {name} is {values.shape}, expected {out_shapes[name]}")
                 self.device.view(start, nbytes)[:] = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
 
         work = [*writes.values()] + ([(scratch, scratch_bytes)] if scratch_bytes else [])

@@ -32,8 +32,8 @@ from zimage_runtime.tokenizer import MAX_PROMPT_TOKENS
 
 from .engine_types import EngineTypes
 from .errors import ExportError
-from .graphs.builder import ONNX_TYPES
 from .graphs.blocks import BlockProgram, build_blocks
+from .graphs.builder import ONNX_TYPES
 from .graphs.folds import BlockFold, Folds
 
 IMAGE_TOKENS = 128 * 128
@@ -45,7 +45,10 @@ LATENT_SIDE = 256
 _USUAL_IMAGE_TOKENS = 64 * 64  # 1024 x 1024
 _USUAL_CAPTION_TOKENS = 128
 _USUAL_SIDE = 128
-_SIDES_MEASURED = {True: (64, 128, 192), False: (64,)}  # with attention over all positions, which grows with their square
+_SIDES_MEASURED = {
+    True: (64, 128, 192),
+    False: (64,),
+}  # with attention over all positions, which grows with their square
 _QUADRATIC = (BlockKind.MIDDLE_ATTENTION,)
 
 
@@ -87,7 +90,7 @@ def add_engines(bundle: Bundle, gpus: Sequence[Gpu] = (), progress: Progress | N
 
 
 def half_type(precision: str, variant: Variant) -> DType:
-    """What 16-bit products are in. Other weights are converted as they are uploaded: folds keep them in fp16's range."""
+    """What 16-bit products are in. Other weights are converted when uploaded: folds keep them in fp16's range."""
     if precision == "fp16" or variant is Variant.TURING:
         return DType.F16
     return DType.BF16
@@ -95,9 +98,7 @@ def half_type(precision: str, variant: Variant) -> DType:
 
 def bundle_blocks(bundle: Bundle, variant: Variant) -> list[BlockProgram]:
     """A bundle's block programs, which depend on how its weights are stored and folded."""
-    headers = {
-        component: read_header(bundle.file(path)) for component, path in bundle.manifest.weights.items()
-    }
+    headers = {component: read_header(bundle.file(path)) for component, path in bundle.manifest.weights.items()}
     precision = bundle.manifest.precision.value
 
     def stored(component: str, name: str, shape: tuple[int, ...]) -> DType:
@@ -160,7 +161,10 @@ def program_sizes(program: BlockProgram, config: ModelConfig) -> Sizes:
         measured = _SIDES_MEASURED[program.kind in _QUADRATIC]
         # of a program that serves several levels, the largest
         return Sizes(
-            2 * min(scales), _USUAL_SIDE * max(scales), LATENT_SIDE * max(scales), tuple(s * max(scales) for s in measured)
+            2 * min(scales),
+            _USUAL_SIDE * max(scales),
+            LATENT_SIDE * max(scales),
+            tuple(s * max(scales) for s in measured),
         )
     if program.kind in (BlockKind.TEXT_LAYER, BlockKind.CAPTION_EMBEDDER):
         return Sizes(1, _USUAL_CAPTION_TOKENS, MAX_PROMPT_TOKENS, (_USUAL_CAPTION_TOKENS,))
@@ -263,4 +267,3 @@ class _Writer:
         for path in (self._root / ENGINES_FOLDER).iterdir():
             if path.is_file() and f"{ENGINES_FOLDER}{path.name}" not in self.files:
                 path.unlink()
-

@@ -113,12 +113,15 @@ def _discard_stdout() -> None:
 
 
 _SIZE = re.compile(r"(-?\d+)[xX×](-?\d+)")
+_MEMORY = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*(|[KMGT]i?)B?", re.IGNORECASE)
+_UNITS = " KMGT"
 
 
 if TYPE_CHECKING:
     _SizeParam = click.ParamType[tuple[int, int]]
+    _MemoryParam = click.ParamType[int]
 else:  # generic since click 8.4 only
-    _SizeParam = click.ParamType
+    _SizeParam = _MemoryParam = click.ParamType
 
 
 class SizeType(_SizeParam):
@@ -132,3 +135,18 @@ class SizeType(_SizeParam):
         if not match or len(value) > 40:
             self.fail(f"{value[:40]!r} is no size; write it like 1024x768", param, ctx)
         return int(match[1]), int(match[2])
+
+
+class MemoryType(_MemoryParam):
+    """An amount of memory, in bytes: 8GiB, 8G and 8192M are the same; 8GB is 8 * 10**9."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parses the text; a number without a unit is refused, for nobody means bytes."""
+        match = _MEMORY.fullmatch(value)
+        if not match or not match[2] or not float(match[1]):
+            self.fail(f"{value[:40]!r} is no amount of memory; write it like 8GiB", param, ctx)
+        unit = match[2].upper()
+        decimal = value.upper().endswith("B") and not unit.endswith("I")
+        return int(float(match[1]) * (1000 if decimal else 1024) ** _UNITS.index(unit[0]))

@@ -1,13 +1,13 @@
 """What a device must be able to do. numpy arrays cross this border; what is large may stay on the other side."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .contracts import Program
-from .geometry import Rotary
+from .geometry import PictureGeometry, Rotary
 
 Floats = NDArray[np.float32]
 
@@ -27,6 +27,26 @@ class Denoiser(Protocol):
 
     def __call__(self, latents: Floats, step: int) -> Floats:
         """The velocity d latents / d sigma at a step. [batch, channels, height / 8, width / 8], in and out."""
+
+
+class Plan(Protocol):
+    """What an executor will do about memory, for one request."""
+
+    @property
+    def keep_all(self) -> bool:
+        """Whether every program may stay loaded at once."""
+
+    @property
+    def tiled(self) -> bool:
+        """Whether the picture is decoded in tiles on the host, because the decoder as one program does not fit."""
+
+
+@runtime_checkable
+class Planner(Protocol):
+    """An executor that plans the memory of its own device."""
+
+    def plan(self, geometry: PictureGeometry, prompt_tokens: int, batch_size: int = 1) -> Plan:
+        """How a request will be drawn, before anything is loaded. Raises `MemoryLimitError` if it does not fit."""
 
 
 class Executor(Protocol):

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from .bundle import Bundle
 from .contracts import Program
 from .errors import BundleError, ExecutorError, RequestError
-from .executor import Conditioning, Executor, Floats
+from .executor import Conditioning, Executor, Floats, Plan, Planner
 from .geometry import (
     PictureGeometry,
     Rotary,
@@ -29,8 +29,8 @@ from .geometry import (
     transformer_rotary,
 )
 from .hub import bundle_directory
-from .manifest import CPU
-from .memory import MemoryPlan, plan_memory
+from .manifest import CPU, TENSORRT
+from .memory import plan_memory
 from .noise import MAX_SEED, TorchGenerator
 from .schedule import Schedule, make_schedule
 from .tensors import TensorFile, to_float32
@@ -136,17 +136,21 @@ class Pipeline:
         """Opens a bundle: a directory, or a name on the Hub, ``ORG/NAME``, whose files are fetched into the cache
         of huggingface_hub. Nothing large is read yet.
 
-        `executor` is "auto" or "cpu". `vram` is a budget in bytes for executors on a GPU, which this version has
-        none of. With `low_memory`, weights stay mapped from the file. With `keep_loaded`, what fits in memory
-        stays loaded between pictures; without it, each stage is freed when its last use is over.
+        `executor` is "auto", "cpu" or "tensorrt". `vram` is a budget in bytes for executors on a GPU, by default
+        what is free there. With `low_memory`, weights stay mapped from the file. With `keep_loaded`, what fits in
+        memory stays loaded between pictures; without it, each stage is freed when its last use is over.
 
         Raises `BundleError`, `HubError`, or `RequestError` for an executor that is not here.
         """
         from .ort import OrtCpuExecutor
 
         bundle = Bundle.open(bundle_directory(path))
+        if executor == TENSORRT:
+            from .tensorrt.executor import open_executor
+
+            return cls(bundle, open_executor(bundle, vram), keep_loaded, low_memory)
         if executor not in ("auto", CPU):
-            raise RequestError(f"executor {executor!r} is not available; this version runs on 'cpu'")
+            raise RequestError(f"executor {executor!r} is not available; this version runs on 'cpu' and 'tensorrt'")
         if vram is not None:
             raise RequestError("vram is a budget for executors on a GPU; the cpu executor has none")
         return cls(bundle, OrtCpuExecutor(bundle, low_memory=low_memory), keep_loaded, low_memory)
@@ -222,12 +226,17 @@ class Pipeline:
         """Draws a checked request. Raises `RequestError` at once where the prompt or the memory does not allow it."""
         start = time.perf_counter()
         ids, cut = self._tokenizer.encode_counted(request.prompt)
-        plan = plan_memory(
-            self.bundle.manifest, request.geometry, len(ids), request.batch_size, low_memory=self.low_memory
-        )
+        plan = self._plan(request, len(ids))
         return self._events(request, ids, cut, plan, start)
 
-    def _events(self, request: Request, ids: list[int], cut: int, plan: MemoryPlan, start: float) -> Iterator[Event]:
+    def _plan(self, request: Request, tokens: int) -> Plan:
+        if isinstance(self.executor, Planner):
+            return self.executor.plan(request.geometry, tokens, request.batch_size)
+        return plan_memory(
+            self.bundle.manifest, request.geometry, tokens, request.batch_size, low_memory=self.low_memory
+        )
+
+    def _events(self, request: Request, ids: list[int], cut: int, plan: Plan, start: float) -> Iterator[Event]:
         release_early = not (plan.keep_all and self.keep_loaded)
         hidden_states = self.encode_prompt(ids)
         if release_early:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zimage_runtime.console import SizeType
+from zimage_runtime.console import MemoryType, SizeType
 from zimage_runtime.errors import RequestError
 from zimage_runtime.progress import Progress
 
@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Draw the picture in this file again: prompt, size, steps and seed come from its metadata.",
 )
-@click.option("--executor", type=click.Choice(["auto", "cpu"]), default="auto", show_default=True)
+@click.option("--executor", type=click.Choice(["auto", "cpu", "tensorrt"]), default="auto", show_default=True)
+@click.option("--vram", type=MemoryType(), help="GPU memory to use at most, like 8GiB.  [default: what is free]")
 @click.option("--low-memory", is_flag=True, help="Keep weights on disk, mapped: slower, far less memory.")
 @click.option("--no-metadata", is_flag=True, help="Write nothing but pixels.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the paths.")
@@ -59,6 +60,7 @@ def run(
     count: int,
     replay: Path | None,
     executor: str,
+    vram: int | None,
     low_memory: bool,
     no_metadata: bool,
     as_json: bool,
@@ -80,7 +82,7 @@ def run(
     recorded = _recorded(replay) if replay else None
     progress = Progress(quiet)
     bundle = bundle_directory(model, progress) if model is not None else demo_bundle()
-    pipeline = Pipeline.from_bundle(bundle, executor, low_memory=low_memory, keep_loaded=False)
+    pipeline = Pipeline.from_bundle(bundle, executor, vram, low_memory=low_memory, keep_loaded=False)
     if recorded:
         _check_same_bundle(recorded, pipeline, replay)
         prompt, size = recorded.prompt, (recorded.width, recorded.height)

@@ -168,7 +168,7 @@ class GraphBuilder:
         return full
 
     def scalar(self, name: str, value: float) -> str:
-        """A float32 input of one element, by the scope and its name: what differs between layers that share a program."""
+        """A float32 input of one element, by scope and name: what differs between layers that share a program."""
         full = self._full(name)
         self._scalars[full] = value
         return full

@@ -77,7 +77,7 @@ class VaeGraphs:
         return self._conv(b, x, "conv_in", self.config.block_out_channels[0], self.config.in_channels)
 
     def encoder_down(self, b: GraphBuilder, x: str, level: int) -> str:
-        """One down block, the first of which is level 0: a map → one of half the height and width, the last excepted."""
+        """One down block, the first of which is level 0: a map → one of half its sides, the last excepted."""
         channels = self.config.block_out_channels
         width = channels[max(level - 1, 0)]
         for index in range(self.config.layers_per_block):

@@ -1,5 +1,7 @@
 """Everything that a stage holds on the device, counted against the budget and given back in one go."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..errors import ExecutorError
@@ -79,23 +81,20 @@ class Arena:
 
     def release(self) -> None:
         """Gives everything back, in whatever state it is; the first failure is raised when all was tried."""
-        failure: BaseException | None = None
-        for items, give in (
-            (self._graphs, self.device.destroy_graph),
-            (self._events, self.device.destroy_event),
-            (self._pinned, self.device.free_pinned),
-        ):
-            while items:
-                try:
-                    give(items.pop())  # type: ignore[operator]
-                except Exception as error:
-                    failure = failure or error
-        while self._sizes:
-            address, size = self._sizes.popitem()
+        device, failures = self.device, []
+        gives: list[Callable[[], None]] = [
+            *(functools.partial(device.destroy_graph, graph) for graph in self._graphs),
+            *(functools.partial(device.destroy_event, event) for event in self._events),
+            *(functools.partial(device.free_pinned, pinned) for pinned in self._pinned),
+            *(functools.partial(device.free, address) for address in self._sizes),
+        ]
+        self.budget.give(sum(self._sizes.values()))
+        for owned in (self._graphs, self._events, self._pinned, self._sizes):
+            owned.clear()
+        for give in gives:
             try:
-                self.device.free(address)
-            except Exception as error:
-                failure = failure or error
-            self.budget.give(size)
-        if failure is not None:
-            raise failure
+                give()
+            except ExecutorError as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]

@@ -1,5 +1,6 @@
 """``engines/blocks.json``: a bundle's block programs, what each takes, which block runs which, and built engines."""
 
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -59,7 +60,7 @@ class ProgramSpec:
         points = self.scratch
         if positions <= points[0][0]:
             return points[0][1]
-        for (low, low_bytes), (high, high_bytes) in zip(points, points[1:], strict=False):
+        for (low, low_bytes), (high, high_bytes) in itertools.pairwise(points):
             if positions <= high:
                 return low_bytes + -(-(high_bytes - low_bytes) * (positions - low) // (high - low))
         return points[-1][1]

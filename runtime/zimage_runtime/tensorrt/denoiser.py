@@ -4,6 +4,7 @@ Where all blocks are resident, a step is captured as one CUDA graph the second t
 compiles what is compiled late) and launched from then on; the host only writes to the pinned memory that it reads.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -105,10 +106,8 @@ class StageDenoiser:
             try:
                 self._queue(stage, shapes, 1)
             except BaseException:
-                try:
+                with contextlib.suppress(ExecutorError):  # a failed capture ends with an error of its own, too
                     machine.device.destroy_graph(machine.device.end_capture(machine.compute))
-                except ExecutorError:
-                    pass  # a capture that failed ends with an error of its own; the first one is what matters
                 raise
             stage.keep_graph(machine.device.end_capture(machine.compute))
         if stage.graph is None:

@@ -4,6 +4,7 @@ Patches, pads, rotary tables and the modulation table are made on the host, wher
 runs on one compute stream. Stages take turns on the device unless all of them fit.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -12,11 +13,11 @@ import numpy as np
 
 from ..bundle import Bundle
 from ..contracts import Program
-from ..errors import ExecutorError
+from ..errors import ExecutorError, ZImageRuntimeError
 from ..executor import Conditioning, Floats
 from ..geometry import PictureGeometry, Rotary
 from ..manifest import TENSORRT
-from ..memory import MemoryPlan, available_memory
+from ..memory import available_memory
 from ..ort import OrtCpuExecutor
 from ..tensors import TensorFile
 from ..tiling import TiledDecoder
@@ -37,6 +38,29 @@ _OF_NO_PICTURE = PictureSizes(prompt_tokens=1, image_count=1, image_tokens=32, l
 Result = TypeVar("Result")
 
 
+@dataclass(frozen=True)
+class RequestPlan:
+    """A residency plan as the pipeline wants to know of it: what is tiled, is so inside the executor."""
+
+    residency: ResidencyPlan
+    tiled: bool = False
+    encodes_tiled: bool = False
+
+    @property
+    def keep_all(self) -> bool:
+        """Whether every stage may stay on the device."""
+        return self.residency.keep_all
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of it."""
+        streamed = len(self.residency.stages[Program.DENOISER].streamed)
+        notes = [f"{streamed} of the transformer's blocks are streamed each step"] if streamed else []
+        if Program.DECODER not in self.residency.stages:
+            notes.append("the picture is decoded on the CPU, in tiles: the decoder does not fit in the VRAM budget")
+        return tuple(notes)
+
+
 @dataclass
 class TensorRtExecutor:
     """Runs a bundle's stages on one device. `open_executor` makes one for the GPU at hand."""
@@ -47,7 +71,7 @@ class TensorRtExecutor:
     spec: VariantSpec
     vram: int  # budget in bytes, CUDA's own needs included
     pinnable: int = 0  # bytes of host memory that streamed blocks may hold pinned
-    plan: ResidencyPlan | None = None
+    _keep_all: bool = False  # as the last plan has it
     _machine: Machine = field(init=False, repr=False)
     _stages: dict[Program, LoadedStage] = field(default_factory=dict, repr=False)
     _host: OrtCpuExecutor = field(init=False, repr=False)
@@ -80,11 +104,14 @@ class TensorRtExecutor:
         """The stages that are on the device now."""
         return set(self._stages)
 
-    def plan_memory(self, geometry: PictureGeometry, prompt_tokens: int, batch_size: int = 1) -> MemoryPlan:
-        """Plans a picture before anything is loaded. Raises `MemoryLimitError` if it does not fit the budget."""
+    def plan(
+        self, geometry: PictureGeometry, prompt_tokens: int, batch_size: int = 1, *, encodes: bool = False
+    ) -> "RequestPlan":
+        """How a request will be drawn, before anything is loaded. Raises `MemoryLimitError` if it does not fit."""
         sizes = PictureSizes.of(geometry, prompt_tokens, batch_size)
-        self.plan = plan_residency(self.spec, self.bundle.manifest.config, sizes, self.vram)
-        return MemoryPlan(dict.fromkeys(Program, 0), available_memory(), low_memory=False)
+        plan = plan_residency(self.spec, self.bundle.manifest.config, sizes, self.vram)
+        self._keep_all = plan.keep_all
+        return RequestPlan(plan)
 
     def encode_text(self, embeddings: Floats, rotary: Rotary) -> Floats:
         """See `Executor`."""
@@ -227,7 +254,7 @@ class TensorRtExecutor:
                 self.release(program)
                 stage = None
             others = set(self._stages) - {program}
-            if others and not (self.plan and self.plan.keep_all):
+            if others and not self._keep_all:
                 self.release(*others)
             if stage is None:
                 stage = self._stages[program] = LoadedStage(self._machine, program, plan)
@@ -264,10 +291,8 @@ class TensorRtExecutor:
     def _abandon(self) -> None:
         """Frees what can be freed after a failure, whose own error is what the caller must see."""
         for free in (self._settle, *(self._stages.pop(program).release for program in tuple(self._stages))):
-            try:
+            with contextlib.suppress(Exception):
                 free()
-            except ExecutorError:
-                continue
 
 
 def _sizes(**values: int) -> PictureSizes:
@@ -290,10 +315,23 @@ def open_executor(bundle: Bundle, vram: int | None = None, note: Note = lambda t
 
     library = Library()
     device = CudaDevice()
-    catalog = read_catalog(bundle)
+    catalog = read_catalog(bundle)  # after the GPU: without one, that is what the user must hear
     store = EngineStore(bundle, catalog, library, device.capability, note)
     free, total = device.memory()
     available = min(free + CONTEXT_BYTES, total)  # CUDA's own needs are taken already
     spec = variant_spec(catalog, device.capability)
     budget = available if vram is None else min(vram, available)
     return TensorRtExecutor(bundle, device, store, spec, budget, int(available_memory() * _PINNED_SHARE))
+
+
+def tensorrt_obstacle(bundle: Bundle) -> str | None:
+    """Why this executor cannot run a bundle here, in words that say what to do; None where it can."""
+    from .cuda import CudaDevice
+    from .library import Library
+
+    try:
+        Library()
+        variant_spec(read_catalog(bundle), CudaDevice().capability)
+    except ZImageRuntimeError as error:
+        return str(error)
+    return None

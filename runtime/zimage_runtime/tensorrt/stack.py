@@ -27,7 +27,7 @@ Fill = Callable[[int, NDArray[np.uint8]], None]
 
 @dataclass
 class BlockStack:
-    """The blocks of one stage. `load` first; then each pass asks for every block, in order, and says when it is done."""
+    """The blocks of one stage. `load` first; then each pass asks for every block in order, and says when it is done."""
 
     device: Device
     arena: Arena

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..contracts import Program
 from ..executor import Floats
@@ -82,7 +83,7 @@ class LoadedStage:
             self._weights.release_pinned(staging)
         self._stack.load()
 
-    def _fill(self, place: BlockPlace, target: np.ndarray) -> None:  # type: ignore[type-arg]
+    def _fill(self, place: BlockPlace, target: NDArray[np.uint8]) -> None:
         spec = self.machine.spec
         program = spec.program_of(place)
         self.machine.weights.fill(target, place, program, spec.blocks[place.key], block_layout(program, place))

@@ -8,6 +8,7 @@ from zimage_runtime.console import run_command
 
 from .commands.doctor import doctor
 from .commands.info import info
+from .commands.plan import plan
 from .commands.run import run
 
 
@@ -19,6 +20,7 @@ def cli() -> None:
 
 cli.add_command(run)
 cli.add_command(info)
+cli.add_command(plan)
 cli.add_command(doctor)
 
 

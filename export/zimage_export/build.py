@@ -26,10 +26,12 @@ from zimage_runtime.manifest import (
 )
 from zimage_runtime.progress import Progress
 from zimage_runtime.schedule import DEFAULT_STEPS
+from zimage_runtime.tensorrt.targets import Gpu
 from zimage_runtime.tensors import DType, read_header
 from zimage_runtime.tokenizer import PromptTokenizer
 
 from .checkpoint import Checkpoint
+from .engines import add_engines
 from .errors import CheckpointError, ExportError
 from .folding import Peaks, choose_folds
 from .graphs import EXECUTORS, Graph, Target, build_graphs
@@ -53,6 +55,8 @@ class BuildOptions:
     revision: str | None = None  # of a checkpoint on the Hub: a branch, tag or commit
     files: SingleFiles = NO_FILES  # components that come from a file of their own
     calibrate: Path | None = None  # prompts to measure activation ranges with
+    engines: bool = False  # write TensorRT's block programs and engines, too
+    gpus: tuple[Gpu, ...] = ()  # for which; none for the usual ones
 
 
 class Phases:
@@ -74,7 +78,7 @@ class BuildReport:
     """A finished export."""
 
     bundle: Bundle
-    seconds: dict[str, float]  # by phase: prepare (a download included), graphs, weights, programs, self_check
+    seconds: dict[str, float]  # by phase: prepare (a download included), graphs, weights, programs, self_check, engines
 
 
 def build(model: str | Path, out: str | Path, options: BuildOptions, progress: Progress) -> Bundle:
@@ -121,6 +125,9 @@ def build_reported(model: str | Path, out: str | Path, options: BuildOptions, pr
         manifest = dataclasses.replace(manifest, self_check=checked, folds=_plain(folds))
         write_manifest(folder, manifest)
         phases.end("self_check")
+        if options.engines:
+            add_engines(Bundle(folder, manifest), options.gpus, progress)
+            phases.end("engines")
     return BuildReport(Bundle.open(target), phases.seconds)
 
 

@@ -21,6 +21,14 @@ if TYPE_CHECKING:
     from .verify import VerifyReport
 
 _FILE = click.Path(path_type=Path)
+_GPUS = ("sm75", "sm80", "sm86", "sm89", "sm120", "portable")
+_gpu_option = click.option(
+    "--gpu",
+    "gpus",
+    type=click.Choice(_GPUS),
+    multiple=True,
+    help="GPU generation to build engines for; may be given again.  [default: portable and sm75]",
+)
 
 
 def _single_files(command: Callable[..., None]) -> Callable[..., None]:
@@ -54,6 +62,8 @@ def cli() -> None:
     type=click.Path(path_type=Path),
     help="Text file of prompts, one a line, to measure activations with.  [default: from the weights alone]",
 )
+@click.option("--engines", is_flag=True, help="Write TensorRT block programs and engines, as `engines` does.")
+@_gpu_option
 @click.option("--verify", "measure", is_flag=True, help="Measure the bundle against the checkpoint when it is done.")
 @click.option("--force", is_flag=True, help="Replace a bundle that is already at OUT.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the path.")
@@ -67,6 +77,8 @@ def build(
     text_encoder: Path | None,
     vae: Path | None,
     calibrate: Path | None,
+    engines: bool,
+    gpus: tuple[str, ...],
     measure: bool,
     force: bool,
     as_json: bool,
@@ -78,12 +90,24 @@ def build(
     model that ships.
     """
     require_extra()
+    if gpus and not engines:
+        raise click.UsageError("--gpu is for --engines, which is missing")
+    from zimage_runtime.tensorrt.targets import Gpu
+
     from .build import BuildOptions, build_reported
     from .single_files import SingleFiles
 
     files = SingleFiles(transformer, text_encoder, vae)
     progress = Progress(quiet)
-    options = BuildOptions(Precision(precision), force, revision, files=files, calibrate=calibrate)
+    options = BuildOptions(
+        Precision(precision),
+        force,
+        revision,
+        files=files,
+        calibrate=calibrate,
+        engines=engines,
+        gpus=tuple(map(Gpu, gpus)),
+    )
     report = build_reported(model, out, options, progress)
     bundle = _verify(report.bundle, model, progress, None, files, revision).bundle if measure else report.bundle
     manifest = bundle.manifest
@@ -100,6 +124,31 @@ def build(
         as_json,
         str(out),
     )
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@_gpu_option
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the path.")
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+def engines(bundle: Path, gpus: tuple[str, ...], as_json: bool, quiet: bool) -> None:
+    """Add TensorRT block programs and engines to BUNDLE, or renew them.
+
+    No GPU is needed. Engines hold no weights; one that does not fit a GPU or a version of TensorRT is built again
+    there, in seconds.
+    """
+    require_extra()
+    from zimage_runtime.bundle import Bundle
+    from zimage_runtime.manifest import ENGINES_FOLDER
+    from zimage_runtime.tensorrt.store import read_catalog
+    from zimage_runtime.tensorrt.targets import Gpu
+
+    from .engines import add_engines
+
+    renewed = add_engines(Bundle.open(bundle), tuple(map(Gpu, gpus)), Progress(quiet))
+    files = {path: record.size for path, record in renewed.manifest.files.items() if path.startswith(ENGINES_FOLDER)}
+    built = [vars(engine) for engine in read_catalog(renewed).engines]
+    _report({"path": str(bundle), "bytes": sum(files.values()), "engines": built}, as_json, str(bundle))
 
 
 @cli.command()

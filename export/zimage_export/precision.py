@@ -17,7 +17,7 @@ from zimage_runtime.tensors import DType
 
 _HALF = {Precision.BF16: DType.BF16, Precision.FP16: DType.F16}
 
-_FLOAT32_LINEARS = ("t_embedder.", "cap_embedder.", "all_x_embedder.", "all_final_layer.")
+FLOAT32_LINEARS = ("t_embedder.", "cap_embedder.", "all_x_embedder.", "all_final_layer.")
 """Linears at the transformer's ends: a thousandth of its parameters, and every token passes through them."""
 
 
@@ -88,7 +88,7 @@ class StoragePolicy:
             return DType.F32
         if component == "vae":
             return DType.BF16 if self.precision is Precision.BF16 or self.vae_type is DType.BF16 else DType.F32
-        if component == "transformer" and name.startswith(_FLOAT32_LINEARS):
+        if component == "transformer" and name.startswith(FLOAT32_LINEARS):
             # the timestep is embedded on the CPU, in float32: what is bf16 already loses nothing
             kept = half is self.timestep_type and name.startswith("t_embedder.")
             return half if kept else DType.F32
@@ -102,4 +102,4 @@ class StoragePolicy:
 
 
 def _is_modulation(name: str) -> bool:
-    return ".adaLN_modulation." in name and not name.startswith(_FLOAT32_LINEARS)
+    return ".adaLN_modulation." in name and not name.startswith(FLOAT32_LINEARS)

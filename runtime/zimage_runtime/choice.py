@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from .bundle import Bundle
 from .errors import ExecutorError, RequestError
 from .executor import Executor
-from .manifest import CPU, CUDA, Precision
+from .manifest import CPU, CUDA, TENSORRT, Precision
 from .nvidia import Gpu, find_gpu
 
 AUTO = "auto"
@@ -67,6 +67,10 @@ def make_executor(bundle: Bundle, choice: Choice, vram: int | None, *, low_memor
         from .ort_cuda import OrtCudaExecutor
 
         return OrtCudaExecutor(bundle, budget=budget(vram), low_memory=low_memory)
+    if choice.executor == TENSORRT:
+        from .tensorrt.executor import open_executor
+
+        return open_executor(bundle, vram)
     if vram is not None:
         because = "" if choice.why == "asked for" else f" ({choice.why})"
         raise RequestError(f"vram is a budget for executors on a GPU; the {choice.executor} executor has none{because}")
@@ -95,6 +99,16 @@ def cuda_obstacle(bundle: Bundle) -> str | None:
     return package_obstacle()
 
 
+def tensorrt_obstacle(bundle: Bundle) -> str | None:
+    """Why the `tensorrt` executor cannot run a bundle here."""
+    gpu = _gpu()
+    if isinstance(gpu, str):
+        return gpu
+    from .tensorrt.executor import tensorrt_obstacle as obstacle
+
+    return obstacle(bundle)
+
+
 def package_obstacle() -> str | None:
     """Why the ONNX Runtime that is installed cannot use CUDA."""
     import onnxruntime
@@ -107,7 +121,7 @@ def package_obstacle() -> str | None:
     return None
 
 
-_OBSTACLES: dict[str, Callable[[Bundle], str | None]] = {CUDA: cuda_obstacle}
+_OBSTACLES: dict[str, Callable[[Bundle], str | None]] = {TENSORRT: tensorrt_obstacle, CUDA: cuda_obstacle}
 """The executors on a GPU, the best one first."""
 
 _MACHINE = "no NVIDIA GPU: "

@@ -21,6 +21,9 @@ MANIFEST_NAME = "manifest.json"
 
 CPU = "cpu"
 CUDA = "cuda"
+TENSORRT = "tensorrt"
+
+ENGINES_FOLDER = "engines/"
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -85,6 +88,7 @@ class Manifest:
     self_check: Mapping[str, Any] = field(default_factory=dict)  # what each program gave on a fixed input
     folds: Mapping[str, Any] = field(default_factory=dict)  # powers of two divided out of weights, by component
     parity: Mapping[str, Any] | None = None  # distances to the checkpoint; None until measured
+    engines: str | None = None  # path of the catalog of block programs and engines for TensorRT
 
     @property
     def name(self) -> str:
@@ -93,9 +97,12 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all files' hashes: two bundles that draw with the same bytes share it."""
+        """A hash of all files' hashes: two bundles that draw with the same bytes share it.
+
+        Engines are left out: they are made from the rest, and renewed without changing what is drawn.
+        """
         digest = hashlib.sha256()
-        for path in sorted(self.files):
+        for path in sorted(path for path in self.files if not path.startswith(ENGINES_FOLDER)):
             digest.update(f"{path} {self.files[path].sha256}\n".encode())
         return digest.hexdigest()
 
@@ -125,6 +132,7 @@ class Manifest:
             "folds": self.folds,
             "self_check": self.self_check,
             "parity": self.parity,
+            "engines": self.engines,
         }
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
@@ -183,6 +191,7 @@ class Manifest:
             folds=_plain_object(fields, "folds") or {},
             self_check=_plain_object(fields, "self_check") or {},
             parity=_plain_object(fields, "parity"),
+            engines=listed(fields.text("engines")) if "engines" in fields else None,
         )
 
 

@@ -300,6 +300,45 @@ def _cuda_fault() -> str | None:
     return None if _is_right(answer, expected) else f"ONNX Runtime computes wrong numbers on it; {remedy}"
 
 
+def check_tensorrt(name: str) -> Finding:
+    """What the tensorrt executor needs, and what of it is here: driver, GPU, packages."""
+    from zimage_runtime.errors import ZImageRuntimeError
+    from zimage_runtime.tensorrt.cuda import CudaDevice
+    from zimage_runtime.tensorrt.library import FULL, RTX
+    from zimage_runtime.tensorrt.targets import OLDEST, gpu_of, variant_of
+
+    library = next((package for package in (RTX, FULL) if find_spec(package)), None)
+    bindings = find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
+    values: dict[str, Any] = {
+        "library": library,
+        "version": _installed(library) if library else None,
+        "bindings": _installed("cuda-bindings"),
+        "gpu": None,
+        "capability": None,
+    }
+    missing = [package for package, here in ((RTX, library), ("cuda-bindings", bindings)) if not here]
+    if missing:
+        text = f"{' and '.join(missing)} not installed; `pip install 'zimage-rt[tensorrt]'` if there is an NVIDIA GPU"
+        return Finding(name, Verdict.NOTE, text, values)
+    installed = f"{library} {values['version']}"
+    try:
+        device = CudaDevice()
+    except ZImageRuntimeError:
+        text = f"{installed}, but no NVIDIA driver with a GPU: engines can be built here, and run where there is one"
+        return Finding(name, Verdict.NOTE, text, values)
+    capability = device.capability
+    values |= {"gpu": device.name, "capability": list(capability)}
+    if capability < OLDEST:
+        text = f"{installed}; {device.name} is older than TensorRT serves (7.5): use --executor cpu"
+        return Finding(name, Verdict.NOTE, text, values)
+    target = gpu_of(capability)
+    text = (
+        f"{installed}; {device.name}, {target} ({target.label}): runs bundles that `zimage-export engines` was run on, "
+        f"their {variant_of(capability)} programs"
+    )
+    return Finding(name, Verdict.OK, text, values)
+
+
 _EXPORT_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "safetensors")
 
 
@@ -330,6 +369,7 @@ CHECKS: dict[str, Callable[[str], Finding]] = {
     "onnxruntime": check_onnxruntime,
     "int8": check_int8,
     "nvidia": check_nvidia,
+    "tensorrt": check_tensorrt,
     "export": check_export,
 }
 """By the name that is printed, in that order."""

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 )
 @click.option("--strength", type=float, help="How far from it, 0 to 1.  [default: 0.6; with --mask 1]")
 @click.option("--mask", type=click.Path(path_type=Path), help="What is white in this picture is painted anew.")
-@click.option("--executor", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
+@click.option("--executor", type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]), default="auto", show_default=True)
 @click.option("--vram", type=MemoryType(), help="GPU memory to use at most, like 8GiB.  [default: what is free]")
 @click.option("--low-memory", is_flag=True, help="Keep weights on disk, mapped: slower, far less memory.")
 @click.option("--no-metadata", is_flag=True, help="Write nothing but pixels.")

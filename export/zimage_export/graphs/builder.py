@@ -20,7 +20,7 @@ OPSET = 23
 _IR_VERSION = 11
 _CONTRIB = "com.microsoft"
 
-_ONNX_TYPES = {
+ONNX_TYPES = {
     DType.F32: TensorProto.FLOAT,
     DType.F16: TensorProto.FLOAT16,
     DType.BF16: TensorProto.BFLOAT16,
@@ -45,6 +45,8 @@ class Graph:
     weights: dict[str, tuple[int, ...]]  # name → shape, outside the file
     dims: Mapping[str, int]  # the config's values for names in the signature's shapes
     settings: tuple[str, ...] = ()  # the constants that the runtime may override
+    types: Mapping[str, DType] = field(default_factory=dict)  # of weights, and of whatever else is not float32
+    scalars: Mapping[str, float] = field(default_factory=dict)  # float32 inputs of one element, and what to feed them
 
     def to_model(self, weights_file: str, entries: Mapping[str, TensorEntry]) -> onnx.ModelProto:
         """The ONNX model, whose initializers point into a safetensors file beside it.
@@ -64,6 +66,27 @@ class Graph:
             [self._value(name, shape) for name, shape in signature.outputs.items()],
             initializer=[*self.constants, *initializers],
         )
+        return self._model(graph)
+
+    def to_model_of_inputs(
+        self, name: str, inputs: Mapping[str, Shape], outputs: Mapping[str, Shape]
+    ) -> onnx.ModelProto:
+        """The ONNX model whose weights are inputs, after `inputs`: one program then serves every layer of its shape."""
+        weights = [
+            helper.make_tensor_value_info(weight, ONNX_TYPES[self.types[weight]], shape)
+            for weight, shape in self.weights.items()
+        ]
+        scalars = [helper.make_tensor_value_info(scalar, TensorProto.FLOAT, [1]) for scalar in self.scalars]
+        graph = helper.make_graph(
+            self.nodes,
+            name,
+            [*(self._value(value, shape) for value, shape in inputs.items()), *weights, *scalars],
+            [self._value(value, shape) for value, shape in outputs.items()],
+            initializer=self.constants,
+        )
+        return self._model(graph)
+
+    def _model(self, graph: onnx.GraphProto) -> onnx.ModelProto:
         opsets = [helper.make_opsetid("", OPSET)]
         if any(node.domain == _CONTRIB for node in self.nodes):
             opsets.append(helper.make_opsetid(_CONTRIB, 1))
@@ -71,10 +94,10 @@ class Graph:
 
     def _value(self, name: str, shape: Shape) -> onnx.ValueInfoProto:
         known = [self.dims.get(d, d) if isinstance(d, str) else d for d in shape]
-        return helper.make_tensor_value_info(name, TensorProto.FLOAT, known)
+        return helper.make_tensor_value_info(name, ONNX_TYPES[self.types.get(name, DType.F32)], known)
 
     def _external(self, name: str, location: str, entry: TensorEntry) -> onnx.TensorProto:
-        tensor = onnx.TensorProto(name=name, data_type=_ONNX_TYPES[DType(entry.dtype)], dims=entry.shape)
+        tensor = onnx.TensorProto(name=name, data_type=ONNX_TYPES[DType(entry.dtype)], dims=entry.shape)
         tensor.data_location = TensorProto.EXTERNAL
         for key, value in (("location", location), ("offset", entry.offset), ("length", entry.nbytes)):
             tensor.external_data.add(key=key, value=str(value))
@@ -92,6 +115,7 @@ class GraphBuilder:
     _nodes: list[onnx.NodeProto] = field(default_factory=list)
     _constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
     _weights: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    _scalars: dict[str, float] = field(default_factory=dict)
     _names: set[str] = field(default_factory=set)
     _types: dict[str, DType] = field(default_factory=dict)
     _casts: dict[str, str] = field(default_factory=dict)
@@ -164,6 +188,19 @@ class GraphBuilder:
         if name not in self._settings:
             self._settings.append(name)
         return name
+    def scalar(self, name: str, value: float) -> str:
+        """A float32 input of one element, by scope and name: what differs between layers that share a program."""
+        full = self._full(name)
+        self._scalars[full] = value
+        return full
+
+    def storage_of(self, name: str, shape: Sequence[int]) -> DType:
+        """The element type that a weight of the scope comes in."""
+        return self.storage(self._full(name), tuple(shape))
+
+    def has(self, value: str) -> bool:
+        """Whether a node of this name is there already."""
+        return value in self._names
 
     def type_of(self, value: str) -> DType:
         """The element type of a floating-point value. Inputs and constants are float32."""
@@ -176,7 +213,7 @@ class GraphBuilder:
         key = f"{value}:{dtype}"
         if key not in self._casts:
             with self.outside():
-                self._casts[key] = self.op("Cast", value, name=f"{value}.{dtype.lower()}", to=_ONNX_TYPES[dtype])
+                self._casts[key] = self.op("Cast", value, name=f"{value}.{dtype.lower()}", to=ONNX_TYPES[dtype])
             self._types[self._casts[key]] = dtype
             if value in self._weights:
                 self._widening.append(self._nodes.pop())
@@ -194,17 +231,29 @@ class GraphBuilder:
         """A constant int64 vector."""
         return self.constant(np.array(values, dtype=np.int64), "int64_" + "_".join(str(v) for v in values))
 
-    def number(self, value: float) -> str:
-        """A constant float32 scalar."""
-        return self.constant(np.array(value, dtype=np.float32), f"float_{value:g}")
+    def number(self, value: float, dtype: DType = DType.F32) -> str:
+        """A constant scalar, float32 unless said otherwise."""
+        name = f"float_{value:g}" if dtype is DType.F32 else f"{dtype.lower()}_{value:g}"
+        tensor = helper.make_tensor(name, ONNX_TYPES[dtype], [], [value])
+        if dtype is DType.F32:
+            tensor = numpy_helper.from_array(np.array(value, dtype=np.float32), name)
+        self._constants[name] = tensor
+        self._types[name] = dtype
+        return name
 
     def dim(self, value: str, axis: int, name: str) -> str:
         """The size of one axis of a value, as an int64 vector of one element."""
         return self.op("Shape", value, name=name, start=axis, end=axis + 1)
 
-    def output(self, value: str, name: str) -> None:
+    def input(self, name: str, dtype: DType) -> str:
+        """An input of the program that is not float32."""
+        self._types[name] = dtype
+        return name
+
+    def output(self, value: str, name: str, dtype: DType = DType.F32) -> None:
         """Makes a value an output of the program."""
-        self._nodes.append(helper.make_node("Identity", [self.cast(value, DType.F32)], [name], name=name))
+        self._nodes.append(helper.make_node("Identity", [self.cast(value, dtype)], [name], name=name))
+        self._types[name] = dtype
 
     def build(self) -> Graph:
         """The finished graph."""
@@ -212,5 +261,14 @@ class GraphBuilder:
         # first. With the casts of weights at the front, each runs just before its layer and is freed after it; left
         # in place, all of them run before the first layer, and a 16-bit model is in memory in float32.
         nodes = [*self._widening, *self._nodes]
-        constants, settings = list(self._constants.values()), tuple(self._settings)
-        return Graph(self.program, self.executor, nodes, constants, self._weights, self.dims, settings)
+        return Graph(
+            self.program,
+            self.executor,
+            nodes,
+            list(self._constants.values()),
+            self._weights,
+            self.dims,
+            tuple(self._settings),
+            self._types,
+            self._scalars,
+        )

@@ -11,6 +11,8 @@ which in float32 is nowhere.
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from zimage_runtime.tensors import DType
 
 from .builder import GraphBuilder
@@ -49,6 +51,10 @@ class Layers:
         x = self.b.cast(x, DType.F32)
         return self.b.op("RMSNormalization", x, scale, name=name, axis=-1, epsilon=epsilon)
 
+    def branch_norm(self, x: str, scale: str, epsilon: float, exponent: int, name: str) -> str:
+        """The norm of a branch's output that comes divided by 2**exponent: it ignores scale, but for its epsilon."""
+        return self.rms_norm(x, scale, epsilon * 2.0 ** (-2 * exponent), name)
+
     def rotary(self, x: str, cos: str, sin: str, heads: int, name: str, *, interleaved: bool) -> str:
         """Rotary embedding of [batch, tokens, heads * head_dim]; tables are [batch, tokens, head_dim / 2].
 
@@ -67,7 +73,28 @@ class Layers:
         scale = self.weight(f"{name}.weight", (head_dim,), self.b.type_of(x))
         return self.b.op("RMSNormalization", heads, scale, name=name, axis=-1, epsilon=epsilon)
 
-    def attention(self, q: str, k: str, v: str, heads: int, name: str = "scores") -> str:
+    def group_norm(self, x: str, name: str, width: int, groups: int, epsilon: float) -> str:
+        """Group norm of a map [batch, width, height, width], in float32."""
+        b = self.b
+        shape = b.op("Shape", x, name=f"{name}.shape")
+        ones = b.constant(np.ones(groups, np.float32), f"ones_{groups}")
+        zeros = b.constant(np.zeros(groups, np.float32), f"zeros_{groups}")
+        h = b.op("Reshape", b.cast(x, DType.F32), b.integers(0, groups, -1), name=f"{name}.groups")
+        h = b.op("InstanceNormalization", h, ones, zeros, name=f"{name}.normalized", epsilon=epsilon)
+        h = b.op("Reshape", h, shape, name=f"{name}.channels")
+        factors = [
+            b.op(
+                "Reshape",
+                b.weight(f"{name}.{kind}", (width,)),
+                b.integers(-1, 1, 1),
+                name=f"{name}.{kind}.column",
+            )
+            for kind in ("weight", "bias")
+        ]
+        h = b.op("Mul", h, factors[0], name=f"{name}.scaled")
+        return b.op("Add", h, factors[1], name=name)
+
+    def attention(self, q: str, k: str, v: str, heads: int, head_dim: int, name: str = "scores") -> str:
         """Full attention of [batch, tokens, heads * head_dim]."""
         # the contrib operator is a little faster than opset 23's and blocks over the keys
         return self.b.op("MultiHeadAttention", q, k, v, name=name, contrib=True, num_heads=heads)
@@ -101,6 +128,6 @@ class Layers:
 class CudaLayers(Layers):
     """Layers for CUDA: operators of opset 23 alone."""
 
-    def attention(self, q: str, k: str, v: str, heads: int, name: str = "scores") -> str:
+    def attention(self, q: str, k: str, v: str, heads: int, head_dim: int, name: str = "scores") -> str:
         """Full attention of [batch, tokens, heads * head_dim]."""
         return self.b.op("Attention", q, k, v, name=name, q_num_heads=heads, kv_num_heads=heads)

@@ -2,9 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from zimage_runtime.contracts import Program
-from zimage_runtime.manifest import CPU, CUDA, Precision
+from zimage_runtime.manifest import CPU, CUDA, TENSORRT, Precision
 from zimage_runtime.tensors import DType
 
 from ..precision import StoragePolicy
@@ -13,9 +14,20 @@ from .folds import NO_FOLD, BlockFold, Folds
 from .int4 import BlockCudaLayers, BlockLayers
 from .int8 import Int8CudaLayers, Int8Layers
 from .layers import CudaLayers, Layers
+from .tensorrt_layers import TensorRtLayers
 
 EXECUTORS = (CPU, CUDA)
-"""The executors whose programs a bundle holds."""
+"""The executors whose whole-component programs a bundle holds."""
+
+
+class TypePolicy(Protocol):
+    """Decides element types."""
+
+    def storage(self, component: str, name: str, shape: tuple[int, ...]) -> DType:
+        """The element type that a program gets a weight in."""
+
+    def cuda_compute(self, component: str) -> DType:
+        """What a GPU's programs of a component multiply in."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +35,7 @@ class Target:
     """Decides operators and element types, so that the graphs need not know of them."""
 
     executor: str = CPU
-    policy: StoragePolicy = field(default_factory=lambda: StoragePolicy(Precision.FP32))
+    policy: TypePolicy = field(default_factory=lambda: StoragePolicy(Precision.FP32))
     folds: Mapping[str, Folds] = field(default_factory=dict)  # by component
 
     def builder(self, program: Program, dims: Mapping[str, int]) -> GraphBuilder:
@@ -42,6 +54,8 @@ class Target:
             return (BlockLayers if on_cpu else BlockCudaLayers)(b, policy=self.policy)
         if on_cpu:
             return Layers(b, DType.F32)
+        if self.executor == TENSORRT:
+            return TensorRtLayers(b, self.policy.cuda_compute(b.program.component))
         return CudaLayers(b, self.policy.cuda_compute(b.program.component))
 
     def fold(self, component: str, block: str) -> BlockFold:

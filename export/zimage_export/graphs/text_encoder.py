@@ -33,11 +33,12 @@ class TextEncoderGraph:
         for index in range(c.used_layers):
             fold = self.target.fold("text_encoder", f"layers.{index}")
             with b.scope(f"layers.{index}"):
-                x = self._layer(layers, x, shape, fold)
+                x = self.layer(layers, x, shape, fold)
         b.output(x, "hidden_states")
         return b.build()
 
-    def _layer(self, layers: Layers, x: str, shape: str, fold: BlockFold) -> str:
+    def layer(self, layers: Layers, x: str, shape: str, fold: BlockFold) -> str:
+        """One layer; its weights are named by the builder's scope."""
         c, b = self.config, layers.b
         scale = b.weight("input_layernorm.weight", (c.hidden_size,))
         h = layers.rms_norm(x, scale, c.rms_norm_eps, "input_layernorm")

@@ -16,6 +16,7 @@ from zimage_runtime.config import PATCH_SIZE, TransformerConfig
 from zimage_runtime.contracts import Program
 
 from .builder import Graph, GraphBuilder
+from .folds import BlockFold
 from .layers import Layers
 from .target import Target
 
@@ -70,19 +71,27 @@ class TransformerGraphs:
         """Hidden states → caption tokens: norm, linear, pads, context refiners."""
         c, b = self.config, self._builder(Program.CAPTION)
         layers = self.target.layers(b)
-        scale = b.weight("cap_embedder.0.weight", (c.cap_feat_dim,))
-        x = layers.rms_norm("hidden_states", scale, c.norm_eps, "cap_embedder.0")
-        x = layers.linear(layers.rows(x, c.cap_feat_dim), "cap_embedder.1", c.dim, c.cap_feat_dim, bias=True)
-        x = layers.reshape(x, b.integers(1, -1, c.dim), "cap_embedder.tokens")
+        x = layers.reshape(self.embed_caption(layers), b.integers(1, -1, c.dim), "cap_embedder.tokens")
         x = self._pad(b, x, b.weight("cap_pad_token", (1, c.dim)), "cos", "cap_pad")
         shape = b.op("Shape", x, name="shape")
         for index in range(c.n_refiner_layers):
             block = f"context_refiner.{index}"
+            fold = self.target.fold("transformer", block)
             with b.scope(block):
-                norms = Norms(*(b.weight(f"{name}.weight", (c.dim,)) for name in _NORMS))
-            x = self._block(layers, x, shape, norms, Tables("cos", "sin"), block)
+                x = self.block(layers, x, shape, self.norms(b), Tables("cos", "sin"), fold)
         b.output(x, "caption")
         return b.build()
+
+    def embed_caption(self, layers: Layers) -> str:
+        """Hidden states → [tokens, dim]."""
+        c, b = self.config, layers.b
+        scale = b.weight("cap_embedder.0.weight", (c.cap_feat_dim,))
+        x = layers.rms_norm("hidden_states", scale, c.norm_eps, "cap_embedder.0")
+        return layers.linear(layers.rows(x, c.cap_feat_dim), "cap_embedder.1", c.dim, c.cap_feat_dim, bias=True)
+
+    def norms(self, b: GraphBuilder) -> Norms:
+        """A block's own norms, which no timestep changes."""
+        return Norms(*(b.weight(f"{name}.weight", (self.config.dim,)) for name in _NORMS))
 
     def modulation(self) -> Graph:
         """Timesteps → what each block's norms multiply by, and the final norm's scale."""
@@ -142,8 +151,10 @@ class TransformerGraphs:
         x = self._pad(b, tokens, b.weight("x_pad_token", (1, c.dim)), "image_cos", "x_pad", batch)
         norms = self._norm_rows(b)
         shape = b.op("Shape", x, name="image_shape")
-        for index in range(c.n_refiner_layers):
-            x = self._block(layers, x, shape, norms[index], image_tables, f"noise_refiner.{index}")
+        blocks = self._modulated()
+        for block, rows in zip(blocks[: c.n_refiner_layers], norms, strict=False):
+            with b.scope(block):
+                x = self.block(layers, x, shape, rows, image_tables, self.target.fold("transformer", block))
         caption = b.op(
             "Expand",
             "caption",
@@ -152,15 +163,21 @@ class TransformerGraphs:
         )
         x = b.op("Concat", x, caption, name="unified", axis=1)
         shape = b.op("Shape", x, name="unified_shape")
-        for index in range(c.n_layers):
-            x = self._block(layers, x, shape, norms[c.n_refiner_layers + index], all_tables, f"layers.{index}")
+        for block, rows in zip(blocks[c.n_refiner_layers :], norms[c.n_refiner_layers :], strict=True):
+            with b.scope(block):
+                x = self.block(layers, x, shape, rows, all_tables, self.target.fold("transformer", block))
         count = b.dim(tokens, 1, "image_count")
         x = b.op("Slice", x, b.integers(0), count, b.integers(1), name="image_only")
-        with b.scope(f"all_final_layer.{_PATCH}"):
-            x = b.op("LayerNormalization", x, "final_scale", name="norm_final", axis=-1, epsilon=_FINAL_NORM_EPS)
-            x = layers.linear(layers.rows(x, c.dim), "linear", c.patch_dim, c.dim, bias=True)
+        x = self.final(layers, x)
         self._unpatchify(b, layers, x, grid)
         return b.build()
+
+    def final(self, layers: Layers, x: str) -> str:
+        """Image tokens → patches [tokens, patch_dim], of what the model predicts."""
+        c, b = self.config, layers.b
+        with b.scope(f"all_final_layer.{_PATCH}"):
+            x = b.op("LayerNormalization", x, "final_scale", name="norm_final", axis=-1, epsilon=_FINAL_NORM_EPS)
+            return layers.linear(layers.rows(x, c.dim), "linear", c.patch_dim, c.dim, bias=True)
 
     def _norm_rows(self, b: GraphBuilder) -> list[Norms]:
         """The table's rows as [dim] vectors: one `Split`, and no copy of more than a few kilobytes."""
@@ -189,10 +206,15 @@ class TransformerGraphs:
         shape = b.op("Concat", batch, channels, rows, two, columns, two, name="patchify.shape", axis=0)
         x = b.op("Reshape", "latents", shape, name="patchify.split")
         x = b.op("Transpose", x, name="patchify", perm=[0, 2, 4, 3, 5, 1])
-        with b.scope("all_x_embedder"):
-            x = layers.linear(layers.rows(x, c.patch_dim), _PATCH, c.dim, c.patch_dim, bias=True)
+        x = self.embed_image(layers, x)
         tokens = b.op("Concat", batch, b.integers(-1, c.dim), name="tokens.shape", axis=0)
         return layers.reshape(x, tokens, "tokens"), [batch, rows, columns]
+
+    def embed_image(self, layers: Layers, patches: str) -> str:
+        """Patches [..., patch_dim] → [tokens, dim]."""
+        c = self.config
+        with layers.b.scope("all_x_embedder"):
+            return layers.linear(layers.rows(patches, c.patch_dim), _PATCH, c.dim, c.patch_dim, bias=True)
 
     def _unpatchify(self, b: GraphBuilder, layers: Layers, x: str, grid: list[str]) -> None:
         c, two = self.config, b.integers(PATCH_SIZE)
@@ -211,20 +233,19 @@ class TransformerGraphs:
             shape = b.op("Concat", batch or b.integers(1), missing, b.integers(self.config.dim), name="shape", axis=0)
             return b.op("Concat", x, b.op("Expand", token, shape, name="tokens"), name="padded_tokens", axis=1)
 
-    def _block(self, layers: Layers, x: str, shape: str, norms: Norms, tables: Tables, block: str) -> str:
-        c, b = self.config, layers.b
-        fold = self.target.fold("transformer", block)
-        with b.scope(block):
-            h = layers.rms_norm(x, norms.attention_in, c.norm_eps, "attention_norm1")
-            with b.scope("attention"):
-                h = self._attention(layers, layers.rows(h, c.dim), shape, tables)
-            h = layers.rms_norm(h, norms.attention_out, _folded(c.norm_eps, fold.attention), "attention_norm2")
-            x = layers.residual(x, layers.reshape(h, shape, "attention_update"), "attention_residual")
-            h = layers.rms_norm(x, norms.ffn_in, c.norm_eps, "ffn_norm1")
-            with b.scope("feed_forward"):
-                h = layers.gated(layers.rows(h, c.dim), "w1", "w3", "w2", c.dim, c.ffn_dim, -fold.product)
-            h = layers.rms_norm(h, norms.ffn_out, _folded(c.norm_eps, fold.ffn + fold.product), "ffn_norm2")
-            return layers.residual(x, layers.reshape(h, shape, "ffn_update"), "ffn_residual")
+    def block(self, layers: Layers, x: str, shape: str, norms: Norms, tables: Tables, fold: BlockFold) -> str:
+        """One block; its weights are named by the builder's scope."""
+        c = self.config
+        h = layers.rms_norm(x, norms.attention_in, c.norm_eps, "attention_norm1")
+        with layers.b.scope("attention"):
+            h = self._attention(layers, layers.rows(h, c.dim), shape, tables)
+        h = layers.branch_norm(h, norms.attention_out, c.norm_eps, fold.attention, "attention_norm2")
+        x = layers.residual(x, layers.reshape(h, shape, "attention_update"), "attention_residual")
+        h = layers.rms_norm(x, norms.ffn_in, c.norm_eps, "ffn_norm1")
+        with layers.b.scope("feed_forward"):
+            h = layers.gated(layers.rows(h, c.dim), "w1", "w3", "w2", c.dim, c.ffn_dim, -fold.product)
+        h = layers.branch_norm(h, norms.ffn_out, c.norm_eps, fold.ffn + fold.product, "ffn_norm2")
+        return layers.residual(x, layers.reshape(h, shape, "ffn_update"), "ffn_residual")
 
     def _attention(self, layers: Layers, x: str, shape: str, tables: Tables) -> str:
         c = self.config
@@ -234,13 +255,8 @@ class TransformerGraphs:
             h = layers.reshape(h, shape, f"{kind}.tokens")
             rotated.append(layers.rotary(h, tables.cos, tables.sin, c.n_heads, f"{kind}.rotary", interleaved=True))
         v = layers.reshape(layers.linear(x, "to_v", c.dim, c.dim), shape, "v.tokens")
-        h = layers.attention(rotated[0], rotated[1], v, c.n_heads)
+        h = layers.attention(rotated[0], rotated[1], v, c.n_heads, c.head_dim)
         return layers.linear(layers.rows(h, c.dim), "to_out.0", c.dim, c.dim)
 
 
 _NORMS = ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")
-
-
-def _folded(epsilon: float, exponent: int) -> float:
-    """A norm's epsilon, for an input that is divided by 2**exponent."""
-    return float(epsilon * 2.0 ** (-2 * exponent))

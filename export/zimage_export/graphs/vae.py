@@ -33,46 +33,69 @@ class VaeGraphs:
 
     def decoder(self) -> Graph:
         """Latents → picture."""
-        c, b = self.config, self.target.builder(Program.DECODER, {"latent_channels": self.config.latent_channels})
-        channels = c.block_out_channels[::-1]
+        b = self.target.builder(Program.DECODER, {"latent_channels": self.config.latent_channels})
         with b.scope("decoder"):
-            x = self._conv(b, "latents", "conv_in", channels[0], c.latent_channels)
-            x = self._middle(b, x, channels[0])
-            width = channels[0]
-            for level, out_width in enumerate(channels):
+            x = self._middle(b, self.decoder_in(b, "latents"))
+            for level in range(len(self.config.block_out_channels)):
                 with b.scope(f"up_blocks.{level}"):
-                    for index in range(c.layers_per_block + 1):
-                        x, width = self._resnet(b, x, f"resnets.{index}", out_width, width), out_width
-                    if level < len(channels) - 1:
-                        x = self._upsample(b, x, width)
-            x = self._norm_silu(b, x, "conv_norm_out", width)
-            x = self._conv(b, x, "conv_out", c.out_channels, width)
+                    x = self.decoder_up(b, x, level)
+            x = self.decoder_out(b, x)
         b.output(x, "image")
         return b.build()
 
+    def decoder_in(self, b: GraphBuilder, x: str) -> str:
+        """Latents → the first map."""
+        return self._conv(b, x, "conv_in", self.config.block_out_channels[-1], self.config.latent_channels)
+
+    def decoder_up(self, b: GraphBuilder, x: str, level: int) -> str:
+        """One up block, the first of which is level 0: a map → one of twice the height and width, the last excepted."""
+        channels = self.config.block_out_channels[::-1]
+        width = channels[max(level - 1, 0)]
+        for index in range(self.config.layers_per_block + 1):
+            x, width = self._resnet(b, x, f"resnets.{index}", channels[level], width), channels[level]
+        return self._upsample(b, x, width) if level < len(channels) - 1 else x
+
+    def decoder_out(self, b: GraphBuilder, x: str) -> str:
+        """The last map → picture."""
+        width = self.config.block_out_channels[0]
+        return self._conv(b, self._norm_silu(b, x, "conv_norm_out", width), "conv_out", self.config.out_channels, width)
+
     def encoder(self) -> Graph:
         """Picture → mean and log-variance of the latents."""
-        c, b = self.config, self.target.builder(Program.ENCODER, {"latent_channels": self.config.latent_channels})
-        channels = c.block_out_channels
+        b = self.target.builder(Program.ENCODER, {"latent_channels": self.config.latent_channels})
         with b.scope("encoder"):
-            x = self._conv(b, "image", "conv_in", channels[0], c.in_channels)
-            width = channels[0]
-            for level, out_width in enumerate(channels):
+            x = self.encoder_in(b, "image")
+            for level in range(len(self.config.block_out_channels)):
                 with b.scope(f"down_blocks.{level}"):
-                    for index in range(c.layers_per_block):
-                        x, width = self._resnet(b, x, f"resnets.{index}", out_width, width), out_width
-                    if level < len(channels) - 1:
-                        # diffusers pads below and on the right only
-                        x = self._conv(b, x, "downsamplers.0.conv", width, width, strides=2, pads=(0, 0, 1, 1))
-            x = self._middle(b, x, width)
-            x = self._norm_silu(b, x, "conv_norm_out", width)
-            moments = b.cast(self._conv(b, x, "conv_out", 2 * c.latent_channels, width), DType.F32)
-            mean, logvar = b.ops("Split", moments, name="moments", outputs=2, axis=1, num_outputs=2)
-            low, high = (b.number(value) for value in _LOGVAR_RANGE)
-            logvar = b.op("Clip", logvar, low, high, name="logvar_clamped")
+                    x = self.encoder_down(b, x, level)
+            mean, logvar = self.encoder_out(b, self._middle(b, x))
         b.output(mean, "mean")
         b.output(logvar, "logvar")
         return b.build()
+
+    def encoder_in(self, b: GraphBuilder, x: str) -> str:
+        """Picture → the first map."""
+        return self._conv(b, x, "conv_in", self.config.block_out_channels[0], self.config.in_channels)
+
+    def encoder_down(self, b: GraphBuilder, x: str, level: int) -> str:
+        """One down block, the first of which is level 0: a map → one of half its sides, the last excepted."""
+        channels = self.config.block_out_channels
+        width = channels[max(level - 1, 0)]
+        for index in range(self.config.layers_per_block):
+            x, width = self._resnet(b, x, f"resnets.{index}", channels[level], width), channels[level]
+        if level == len(channels) - 1:
+            return x
+        # diffusers pads below and on the right only
+        return self._conv(b, x, "downsamplers.0.conv", width, width, strides=2, pads=(0, 0, 1, 1))
+
+    def encoder_out(self, b: GraphBuilder, x: str) -> tuple[str, str]:
+        """The middle block's map → mean and log-variance."""
+        width = self.config.block_out_channels[-1]
+        x = self._norm_silu(b, x, "conv_norm_out", width)
+        moments = b.cast(self._conv(b, x, "conv_out", 2 * self.config.latent_channels, width), DType.F32)
+        mean, logvar = b.ops("Split", moments, name="moments", outputs=2, axis=1, num_outputs=2)
+        low, high = (b.number(value) for value in _LOGVAR_RANGE)
+        return mean, b.op("Clip", logvar, low, high, name="logvar_clamped")
 
     def _conv(
         self,
@@ -93,46 +116,39 @@ class VaeGraphs:
         return b.op("Conv", *inputs, name=name, kernel_shape=shape, strides=steps, pads=pads)
 
     def _group_norm(self, b: GraphBuilder, x: str, name: str, width: int) -> str:
-        groups = self.config.norm_num_groups
-        shape = b.op("Shape", x, name=f"{name}.shape")
-        ones = b.constant(np.ones(groups, np.float32), f"ones_{groups}")
-        zeros = b.constant(np.zeros(groups, np.float32), f"zeros_{groups}")
-        h = b.op("Reshape", b.cast(x, DType.F32), b.integers(0, groups, -1), name=f"{name}.groups")
-        h = b.op("InstanceNormalization", h, ones, zeros, name=f"{name}.normalized", epsilon=_EPS)
-        h = b.op("Reshape", h, shape, name=f"{name}.channels")
-        factors = [
-            b.op(
-                "Reshape",
-                b.weight(f"{name}.{kind}", (width,)),
-                b.integers(-1, 1, 1),
-                name=f"{name}.{kind}.column",
-            )
-            for kind in ("weight", "bias")
-        ]
-        h = b.op("Mul", h, factors[0], name=f"{name}.scaled")
-        return b.op("Add", h, factors[1], name=name)
+        return self.target.layers(b).group_norm(x, name, width, self.config.norm_num_groups, _EPS)
 
     def _norm_silu(self, b: GraphBuilder, x: str, name: str, width: int) -> str:
         return self.target.layers(b).silu(self._group_norm(b, x, name, width), f"{name}.silu")
 
     def _resnet(self, b: GraphBuilder, x: str, name: str, out_width: int, in_width: int) -> str:
         with b.scope(name):
-            h = self._conv(b, self._norm_silu(b, x, "norm1", in_width), "conv1", out_width, in_width)
-            h = self._conv(b, self._norm_silu(b, h, "norm2", out_width), "conv2", out_width, out_width)
-            if in_width != out_width:
-                x = self._conv(b, x, "conv_shortcut", out_width, in_width, kernel=1, pads=(0, 0, 0, 0))
-            return b.op("Add", x, b.cast(h, b.type_of(x)), name="residual")
+            return self._resnet_here(b, x, out_width, in_width)
 
-    def _middle(self, b: GraphBuilder, x: str, width: int) -> str:
+    def _resnet_here(self, b: GraphBuilder, x: str, out_width: int, in_width: int) -> str:
+        h = self._conv(b, self._norm_silu(b, x, "norm1", in_width), "conv1", out_width, in_width)
+        h = self._conv(b, self._norm_silu(b, h, "norm2", out_width), "conv2", out_width, out_width)
+        if in_width != out_width:
+            x = self._conv(b, x, "conv_shortcut", out_width, in_width, kernel=1, pads=(0, 0, 0, 0))
+        return b.op("Add", x, b.cast(h, b.type_of(x)), name="residual")
+
+    def _middle(self, b: GraphBuilder, x: str) -> str:
         with b.scope("mid_block"):
-            x = self._resnet(b, x, "resnets.0", width, width)
+            with b.scope("resnets.0"):
+                x = self.middle_resnet(b, x)
             with b.scope("attentions.0"):
-                x = self._attention(b, x, width)
-            return self._resnet(b, x, "resnets.1", width, width)
+                x = self.middle_attention(b, x)
+            with b.scope("resnets.1"):
+                return self.middle_resnet(b, x)
 
-    def _attention(self, b: GraphBuilder, x: str, width: int) -> str:
-        """One head over all latent positions."""
-        layers = self.target.layers(b)
+    def middle_resnet(self, b: GraphBuilder, x: str) -> str:
+        """A resnet on the middle block's map, as wide as it."""
+        width = self.config.block_out_channels[-1]
+        return self._resnet_here(b, x, width, width)
+
+    def middle_attention(self, b: GraphBuilder, x: str) -> str:
+        """One head over all latent positions, on the middle block's map."""
+        layers, width = self.target.layers(b), self.config.block_out_channels[-1]
         tokens = b.op("Concat", b.dim(x, 0, "batch"), b.integers(-1, width), name="tokens.shape", axis=0)
         h = self._group_norm(b, x, "group_norm", width)
         h = b.op("Reshape", h, b.integers(0, width, -1), name="positions")
@@ -141,7 +157,7 @@ class VaeGraphs:
             layers.reshape(layers.linear(h, f"to_{kind}", width, width, bias=True), tokens, f"{kind}.tokens")
             for kind in ("q", "k", "v")
         )
-        h = layers.rows(layers.attention(q, k, v, heads=1), width, "scores.rows")
+        h = layers.rows(layers.attention(q, k, v, heads=1, head_dim=width), width, "scores.rows")
         h = layers.reshape(layers.linear(h, "to_out.0", width, width, bias=True), tokens, "update.tokens")
         h = b.op("Transpose", h, name="channels_first", perm=[0, 2, 1])
         h = layers.reshape(h, b.op("Shape", x, name="shape"), "update")

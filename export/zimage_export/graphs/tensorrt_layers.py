@@ -1,0 +1,175 @@
+"""Layers in the forms that TensorRT fuses best; for programs whose weights are inputs.
+
+What differs between layers that share a program is an input too: the epsilon of a norm whose branch comes divided by
+a power of two, and the factors that keep fp16 in range.
+
+W8A8: int8 weights are stored [in, out] with a float32 scale an output channel. A token is quantized by its own
+largest magnitude. Both sides are dequantized by the *scalar* 2**-7, which TensorRT folds into one Int8 x Int8
+product; the true scales multiply its result in float32. With them inside the DequantizeLinear, the sum of products
+would leave fp16's range before it is scaled.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from zimage_runtime.tensors import DType
+
+from .layers import Layers
+
+SCALE_SUFFIX = "_scale"
+"""What the name of an int8 weight's scales ends in: `<weight>_scale`, float32 [out]."""
+
+_DEQUANTIZED = -7  # exponent of the scalar scale
+_LEVELS = 127.0
+_TINY = 1e-30  # a token of zeros stays zeros
+
+
+@dataclass(frozen=True)
+class TensorRtLayers(Layers):
+    """Layers for TensorRT: a linear multiplies in the type that its weight comes in; int8 ones as W8A8."""
+
+    def linear(self, x: str, name: str, out_width: int, in_width: int, *, bias: bool = False) -> str:
+        """A linear layer [..., in_width] → [..., out_width]."""
+        dtype = self.b.storage_of(f"{name}.weight", (out_width, in_width))
+        if dtype is DType.I8:
+            y = self._w8a8(x, name, out_width, in_width)
+        else:
+            weight = self.b.weight(f"{name}.weight", (out_width, in_width))
+            weight = self.b.op("Reshape", weight, self.b.integers(1, out_width, in_width), name=f"{name}.batched")
+            weight = self.b.op("Transpose", weight, name=f"{name}.transposed", perm=[0, 2, 1])
+            y = self.b.op("MatMul", self.b.cast(x, dtype), weight, name=name)
+        if bias:
+            y = self.b.op(
+                "Add",
+                y,
+                self.b.cast(self.b.weight(f"{name}.bias", (out_width,)), self.b.type_of(y)),
+                name=f"{name}.biased",
+            )
+        return y
+
+    def _w8a8(self, x: str, name: str, out_width: int, in_width: int) -> str:
+        b = self.b
+        quantized, scale = self._quantized(x)
+        weight = b.weight(f"{name}.weight", (in_width, out_width))
+        weight = b.op("DequantizeLinear", weight, self._constant(2.0**_DEQUANTIZED), name=f"{name}.dequantized")
+        b.typed(weight, self.compute)
+        y = b.cast(b.op("MatMul", quantized, weight, name=name), DType.F32)
+        scales = b.weight(f"{name}.weight{SCALE_SUFFIX}", (out_width,))
+        scales = b.op("Mul", scales, b.number(2.0 ** (-2 * _DEQUANTIZED)), name=f"{name}.scales")
+        y = b.op("Mul", b.op("Mul", y, scales, name=f"{name}.by_channel"), scale, name=f"{name}.by_token")
+        return b.cast(y, self.compute)
+
+    def _quantized(self, x: str) -> tuple[str, str]:
+        """A value as int8 times 2**-7, in the compute type, and what each token of that is to be multiplied by."""
+        b = self.b
+        x = b.cast(x, DType.F32)
+        name = f"{x}.quantization"
+        if b.has(f"{name}.value"):
+            return f"{name}.value", f"{name}.scale"
+        with b.outside():
+            largest = b.op(
+                "ReduceMax", b.op("Abs", x, name=f"{name}.abs"), b.integers(-1), name=f"{name}.max", keepdims=1
+            )
+            largest = b.op("Max", largest, b.number(_TINY), name=f"{name}.nonzero")
+            scale = b.op("Mul", largest, b.number(1 / _LEVELS), name=f"{name}.scale")
+            unit = b.op("Div", x, scale, name=f"{name}.unit")
+            zero = b.constant(np.zeros((), np.int8), "int8_zero")
+            int8 = b.op("QuantizeLinear", unit, b.number(1.0), zero, name=f"{name}.int8")
+            value = b.op("DequantizeLinear", int8, self._constant(2.0**_DEQUANTIZED), name=f"{name}.value")
+        b.typed(value, self.compute)
+        return value, scale
+
+    def _constant(self, value: float) -> str:
+        """A scalar in the compute type."""
+        return self.b.number(value, self.compute)
+
+    def rows(self, x: str, width: int, name: str = "rows") -> str:
+        """Nothing: products take any leading dimensions."""
+        return x
+
+    def branch_norm(self, x: str, scale: str, epsilon: float, exponent: int, name: str) -> str:
+        """With its epsilon as an input, `<name>.epsilon`, as layers differ in it."""
+        b = self.b
+        x = b.cast(x, DType.F32)
+        mean = b.op(
+            "ReduceMean", b.op("Mul", x, x, name=f"{name}.square"), b.integers(-1), name=f"{name}.mean", keepdims=1
+        )
+        mean = b.op("Add", mean, b.scalar(f"{name}.epsilon", epsilon * 2.0 ** (-2 * exponent)), name=f"{name}.safe")
+        x = b.op("Div", x, b.op("Sqrt", mean, name=f"{name}.root"), name=f"{name}.normalized")
+        return b.op("Mul", x, scale, name=name)
+
+    def head_norm(self, x: str, name: str, head_dim: int, epsilon: float) -> str:
+        """Normalizes each head: [..., heads * head_dim] → [..., heads, head_dim]."""
+        dtype = self.b.type_of(x)
+        heads = self.b.op("Reshape", x, self.b.integers(0, 0, -1, head_dim), name=f"{name}.heads")
+        scale = self.weight(f"{name}.weight", (head_dim,))
+        return self.b.cast(self.rms_norm(heads, scale, epsilon, name), dtype)
+
+    def attention(self, q: str, k: str, v: str, heads: int, head_dim: int, name: str = "scores") -> str:
+        """Full attention of [batch, tokens, heads * head_dim], in the three operators that TensorRT fuses to one.
+
+        The `Attention` operator is fused too, but with a copy before and after it.
+        """
+        b = self.b
+        q, k, v = (self._heads(x, heads) for x in (q, k, v))
+        k = b.op("Transpose", k, name=f"{name}.keys", perm=[0, 1, 3, 2])
+        scores = b.op("MatMul", q, k, name=f"{name}.products")
+        scores = b.op("Mul", scores, b.number(head_dim**-0.5, b.type_of(scores)), name=f"{name}.scaled")
+        h = b.op("MatMul", b.op("Softmax", scores, name=f"{name}.softmax", axis=-1), v, name=name)
+        h = b.op("Transpose", h, name=f"{name}.tokens", perm=[0, 2, 1, 3])
+        return b.op("Reshape", h, b.integers(0, 0, -1), name=f"{name}.joined")
+
+    def _heads(self, x: str, heads: int) -> str:
+        """[batch, tokens, heads * head_dim] → [batch, heads, tokens, head_dim]."""
+        x = self.b.op("Reshape", x, self.b.integers(0, 0, heads, -1), name=f"{x}.split")
+        return self.b.op("Transpose", x, name=f"{x}.heads", perm=[0, 2, 1, 3])
+
+    def scaled(self, x: str, exponent: int, name: str) -> str:
+        """x times 2**exponent. Of a float32 value, the factor is an input, `<name>`; a 16-bit one is never worth the
+        kernel that converts it, and a layer that needs another factor gets a program of its own."""
+        if self.b.type_of(x) is not DType.F32:
+            return super().scaled(x, exponent, name)
+        return self.b.op("Mul", x, self.b.scalar(name, 2.0**exponent), name=f"{name}.scaled")
+
+    def rotary(self, x: str, cos: str, sin: str, heads: int, name: str, *, interleaved: bool) -> str:
+        """Rotary embedding; as in `Layers`, but without the empty input that TensorRT's parser refuses."""
+        dtype = self.b.type_of(x)
+        tables = [self.b.cast(table, dtype) for table in (cos, sin)]
+        return self.b.op("RotaryEmbedding", x, *tables, name=name, interleaved=int(interleaved), num_heads=heads)
+
+    def group_norm(self, x: str, name: str, width: int, groups: int, epsilon: float) -> str:
+        """Group norm of a map [batch, width, height, width], in float32, in one pass to measure and one to apply.
+
+        The variance is the mean of squares less the square of the mean: with distances to the mean, TensorRT writes
+        the whole map in float32 twice.
+        """
+        b, dtype = self.b, self.b.type_of(x)
+        given, x = x, b.cast(x, DType.F32)
+        grouped = b.integers(0, groups, width // groups)
+        means = []
+        for kind, values in (("mean", x), ("square", b.op("Mul", x, x, name=f"{name}.squares"))):
+            h = b.op("ReduceMean", values, b.integers(2, 3), name=f"{name}.{kind}.channels", keepdims=0)
+            h = b.op("Reshape", h, grouped, name=f"{name}.{kind}.groups")
+            means.append(b.op("ReduceMean", h, b.integers(2), name=f"{name}.{kind}", keepdims=1))
+        mean, square = means
+        variance = b.op("Sub", square, b.op("Mul", mean, mean, name=f"{name}.mean_square"), name=f"{name}.difference")
+        variance = b.op("Max", variance, b.number(0.0), name=f"{name}.variance")
+        deviation = b.op(
+            "Sqrt", b.op("Add", variance, b.number(epsilon), name=f"{name}.safe"), name=f"{name}.deviation"
+        )
+        weight, bias = (
+            b.op(
+                "Reshape",
+                b.weight(f"{name}.{kind}", (width,)),
+                b.integers(1, groups, width // groups),
+                name=f"{name}.{kind}.grouped",
+            )
+            for kind in ("weight", "bias")
+        )
+        factor = b.op("Div", weight, deviation, name=f"{name}.factor")
+        shift = b.op("Sub", bias, b.op("Mul", mean, factor, name=f"{name}.mean_factor"), name=f"{name}.shift")
+        columns = b.integers(-1, width, 1, 1)
+        factor, shift = (b.op("Reshape", h, columns, name=f"{h}.column") for h in (factor, shift))
+        factor, shift = b.cast(factor, dtype), b.cast(shift, dtype)
+        return b.op("Add", b.op("Mul", given, factor, name=f"{name}.scaled"), shift, name=name)

@@ -1,0 +1,175 @@
+"""What is on the device at each moment, for a VRAM budget and a picture: computed before anything is loaded.
+
+Stages take turns. In each, all blocks are resident where they fit; otherwise as many as fit, and the others are
+streamed through two slots, so that one is copied while the other is computed with. Only where everything fits at
+once do stages stay loaded between pictures. The autoencoder runs on the device if all of it fits, and on the host,
+in tiles, if not.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..config import ModelConfig
+from ..contracts import Program
+from ..errors import MemoryLimitError
+from .catalog import VariantSpec
+from .stages import STAGES, PictureSizes, StageNeeds, stage_needs
+
+CONTEXT_BYTES = 400 << 20
+"""What CUDA, the driver and compiled kernels take before any of ours. An assumption: not yet measured on a GPU."""
+
+SLOTS = 2
+
+_NEEDED = (Program.TEXT_ENCODER, Program.CAPTION, Program.DENOISER)  # what cannot run on the host instead
+_STREAMABLE = _NEEDED
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage on the device."""
+
+    needs: StageNeeds
+    resident: frozenset[int]  # indices of the blocks that stay
+    pictures: int  # of a batch that are computed block by block, so that a streamed block serves all of them
+
+    @property
+    def streamed(self) -> tuple[int, ...]:
+        """Indices of the blocks that are copied in turn."""
+        return tuple(index for index in range(len(self.needs.blocks)) if index not in self.resident)
+
+    @property
+    def slot_bytes(self) -> int:
+        """The size of each of the two slots."""
+        return max((self.needs.block_bytes[index] for index in self.streamed), default=0)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Weights on the device, slots included."""
+        resident = sum(self.needs.block_bytes[index] for index in self.resident)
+        return resident + SLOTS * self.slot_bytes + sum(self.needs.end_bytes)
+
+    @property
+    def nbytes(self) -> int:
+        """All that the stage allocates."""
+        blocks = self.weight_bytes - sum(self.needs.end_bytes)
+        return self.needs.fixed(self.pictures) + blocks
+
+
+@dataclass(frozen=True)
+class ResidencyPlan:
+    """The plan for one picture, or for a batch of them."""
+
+    stages: Mapping[Program, StagePlan]  # those on the device
+    budget: int
+    keep_all: bool  # whether stages stay loaded between pictures
+
+    @property
+    def peak(self) -> int:
+        """The most VRAM that is taken at any moment, CUDA's own included."""
+        sizes = [stage.nbytes for program, stage in self.stages.items() if program is not Program.ENCODER]
+        return CONTEXT_BYTES + (sum(sizes) if self.keep_all else max(sizes))
+
+    @property
+    def captured(self) -> bool:
+        """Whether a step can be one CUDA graph: no block is streamed."""
+        return not self.stages[Program.DENOISER].streamed
+
+
+def plan_residency(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes, budget: int) -> ResidencyPlan:
+    """The plan for a budget in bytes.
+
+    Raises `MemoryLimitError`, with the smallest budget that would do, where there is none.
+    """
+    needs = {program: stage_needs(program, spec, config, sizes) for program in STAGES}
+    room = budget - CONTEXT_BYTES
+    smallest = smallest_budget(needs, sizes)
+    if budget < smallest:
+        raise _refusal(budget, smallest)
+    stages = {}
+    for program, stage in needs.items():
+        planned = _plan_stage(stage, room, sizes.pictures, program in _STREAMABLE)
+        if planned is not None:
+            stages[program] = planned
+    plan = ResidencyPlan(stages, budget, keep_all=False)
+    complete = set(stages) == set(needs) and not any(stage.streamed for stage in stages.values())
+    if complete and sum(stage.nbytes for stage in stages.values()) <= room:
+        return ResidencyPlan(stages, budget, keep_all=True)
+    return plan
+
+
+def smallest_budget(needs: Mapping[Program, StageNeeds], sizes: PictureSizes) -> int:
+    """The least VRAM that every stage which needs the device runs in."""
+    return CONTEXT_BYTES + max(_least(needs[program], sizes.pictures) for program in _NEEDED)
+
+
+def _least(needs: StageNeeds, pictures: int) -> int:
+    everything = StagePlan(needs, frozenset(range(len(needs.blocks))), 1).nbytes
+    return min(everything, StagePlan(needs, frozenset(), pictures).nbytes)
+
+
+def plan_stage(
+    program: Program, spec: VariantSpec, config: ModelConfig, sizes: PictureSizes, budget: int
+) -> StagePlan | None:
+    """One stage's part of the plan, which depends on no other; None where the host must do it.
+
+    Raises `MemoryLimitError` as `plan_residency` does.
+    """
+    needs = stage_needs(program, spec, config, sizes)
+    if program in _NEEDED and budget < CONTEXT_BYTES + _least(needs, sizes.pictures):
+        raise _refusal(budget, CONTEXT_BYTES + _least(needs, sizes.pictures))
+    return _plan_stage(needs, budget - CONTEXT_BYTES, sizes.pictures, program in _STREAMABLE)
+
+
+def _refusal(budget: int, smallest: int) -> MemoryLimitError:
+    return MemoryLimitError(
+        f"this picture does not fit in {gib(budget)} of VRAM: the smallest budget that it would fit in is "
+        f"{gib(smallest, up=True)}; raise --vram, lower --size, or use --executor cpu"
+    )
+
+
+def _plan_stage(needs: StageNeeds, room: int, pictures: int, streamable: bool) -> StagePlan | None:
+    count = len(needs.blocks)
+    everything = StagePlan(needs, frozenset(range(count)), 1)
+    if everything.nbytes <= room:
+        return everything
+    if not streamable:
+        return None
+    low, high = 0, count  # the most that fit: between none, which do, and all, which do not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if StagePlan(needs, spread(count, middle), pictures).nbytes <= room:
+            low = middle
+        else:
+            high = middle
+    plan = StagePlan(needs, spread(count, low), pictures)
+    return plan if plan.nbytes <= room else None
+
+
+def spread(count: int, chosen: int) -> frozenset[int]:
+    """`chosen` of `count` indices, evenly apart: between two streamed blocks, a resident one hides a copy."""
+    return frozenset(index for index in range(count) if (index + 1) * chosen // count > index * chosen // count)
+
+
+def gib(nbytes: int, *, up: bool = False) -> str:
+    """Bytes as people say them; with `up`, never less than they are, so that the number can be asked for."""
+    hundredths = -(-nbytes * 100 // 2**30) if up else round(nbytes * 100 / 2**30)
+    return f"{hundredths / 100:.2f} GiB"
+
+
+def describe(plan: ResidencyPlan) -> Sequence[tuple[Program, str]]:
+    """A line for each stage."""
+    lines = []
+    for program in STAGES:
+        stage = plan.stages.get(program)
+        if stage is None:
+            lines.append((program, "on the CPU, in tiles: it does not fit"))
+            continue
+        count, kept = len(stage.needs.blocks), len(stage.resident)
+        mode = "all resident" if kept == count else f"{kept} of {count} blocks resident, {count - kept} streamed"
+        buffers = stage.nbytes - stage.weight_bytes - stage.needs.scratch
+        text = (
+            f"{gib(stage.nbytes)}: weights {gib(stage.weight_bytes)}, scratch {gib(stage.needs.scratch)}, "
+            f"buffers {gib(buffers)}; {mode}"
+        )
+        lines.append((program, text))
+    return lines

@@ -1,0 +1,60 @@
+"""GPU generations that engines are built for, and the two sets of block programs that serve them."""
+
+from enum import StrEnum
+
+
+class Variant(StrEnum):
+    """What a block program may use: Turing has no bf16 and, in TensorRT for RTX, no float32 matrix products."""
+
+    TURING = "sm75"
+    AMPERE = "sm80"  # and all that came after
+
+
+class Gpu(StrEnum):
+    """What an engine is built for. Names are the compute capabilities, less the dot."""
+
+    SM75 = "sm75"
+    SM80 = "sm80"
+    SM86 = "sm86"
+    SM89 = "sm89"
+    SM120 = "sm120"
+    PORTABLE = "portable"  # every one from 8.0 on
+
+    @property
+    def variant(self) -> Variant:
+        """The block programs that it runs."""
+        return Variant.TURING if self is Gpu.SM75 else Variant.AMPERE
+
+    @property
+    def label(self) -> str:
+        """What people call it."""
+        return _LABELS[self]
+
+    def runs_on(self, capability: tuple[int, int]) -> bool:
+        """Whether an engine for this target runs on a GPU of a compute capability."""
+        if self is Gpu.PORTABLE:
+            return capability >= (8, 0)
+        return self.value == f"sm{capability[0]}{capability[1]}"
+
+
+_LABELS = {
+    Gpu.SM75: "Turing: RTX 20, GTX 16, T4",
+    Gpu.SM80: "Ampere: A100, A30",
+    Gpu.SM86: "Ampere: RTX 30, A10",
+    Gpu.SM89: "Ada: RTX 40, L4",
+    Gpu.SM120: "Blackwell: RTX 50",
+    Gpu.PORTABLE: "any from Ampere on",
+}
+
+OLDEST = (7, 5)
+"""The oldest compute capability that TensorRT for RTX serves."""
+
+
+def variant_of(capability: tuple[int, int]) -> Variant:
+    """The block programs for a GPU."""
+    return Variant.TURING if capability < (8, 0) else Variant.AMPERE
+
+
+def gpu_of(capability: tuple[int, int]) -> Gpu:
+    """The narrowest target that serves a GPU."""
+    return next((gpu for gpu in Gpu if gpu is not Gpu.PORTABLE and gpu.runs_on(capability)), Gpu.PORTABLE)

@@ -1,0 +1,376 @@
+"""The tensorrt executor on a stand-in device that runs the float32 twins of its block programs: no GPU.
+
+What it draws is compared with the `cpu` executor, so this is also the proof that the chain of block programs, fed with
+the weights by name through all layers, is the model: text encoder, caption, denoiser and VAE.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from device_stand_in import MisuseError, StandInDevice
+from onnx_engines import OnnxEngines, twin_spec, twins
+from parity import Case, check_parity, draw, relative_error
+
+from zimage_export.graphs.blocks import BlockProgram
+from zimage_runtime.bundle import Bundle
+from zimage_runtime.contracts import Program
+from zimage_runtime.errors import ExecutorError, MemoryLimitError
+from zimage_runtime.executor import Floats
+from zimage_runtime.geometry import picture_geometry
+from zimage_runtime.pipeline import Pipeline
+from zimage_runtime.tensorrt import stack
+from zimage_runtime.tensorrt.catalog import VariantSpec
+from zimage_runtime.tensorrt.executor import TensorRtExecutor
+from zimage_runtime.tensorrt.residency import CONTEXT_BYTES, plan_residency, smallest_budget
+from zimage_runtime.tensorrt.stages import STAGES, PictureSizes, stage_needs
+
+TOLERANCE = 1e-5  # relative, as of the other stages; the twins' float32 rounding comes to a few 1e-7
+EVERYTHING = 1 << 30
+CASE = Case("a red fox in the snow", (64, 96), steps=3, seed=5)
+
+
+@pytest.fixture(scope="module")
+def opened(bundle: Path) -> Bundle:
+    return Bundle.open(bundle)
+
+
+@pytest.fixture(scope="module")
+def programs(opened: Bundle) -> list[BlockProgram]:
+    return twins(opened)
+
+
+@pytest.fixture(scope="module")
+def spec(opened: Bundle, programs: list[BlockProgram]) -> VariantSpec:
+    return twin_spec(opened, programs)
+
+
+@pytest.fixture(scope="module")
+def cpu(bundle: Path) -> Pipeline:
+    return Pipeline.from_bundle(bundle, "cpu")
+
+
+Make = Callable[..., tuple[StandInDevice, Pipeline]]
+
+
+@pytest.fixture
+def make(opened: Bundle, programs: list[BlockProgram], spec: VariantSpec) -> Iterator[Make]:
+    """Makes a pipeline on a stand-in device whose memory is exactly the budget. Afterwards, nothing may be left."""
+    made: list[tuple[StandInDevice, TensorRtExecutor]] = []
+
+    def make_pipeline(
+        vram: int = EVERYTHING, *, seed: int = 0, pinnable: int = 0, clean: bool = True
+    ) -> tuple[StandInDevice, Pipeline]:
+        device = StandInDevice(limit=vram - CONTEXT_BYTES, seed=seed)
+        executor = TensorRtExecutor(opened, device, OnnxEngines(device, programs, spec), spec, vram, pinnable)
+        if clean:
+            made.append((device, executor))
+        return device, Pipeline(opened, executor)
+
+    yield make_pipeline
+    for device, executor in made:
+        device.fail = lambda call: False
+        executor.close()
+        device.assert_clean()
+
+
+def sizes_of(opened: Bundle, case: Case, tokens: int, pictures: int = 1) -> PictureSizes:
+    return PictureSizes.of(picture_geometry(*case.size, opened.manifest.config), tokens, pictures)
+
+
+def least(opened: Bundle, spec: VariantSpec, sizes: PictureSizes) -> int:
+    config = opened.manifest.config
+    return smallest_budget({program: stage_needs(program, spec, config, sizes) for program in STAGES}, sizes)
+
+
+# The chain of block programs is the model
+
+
+@pytest.mark.parametrize("tokens", [1, 31, 32, 100])
+def test_text_encoder_and_caption(make: Make, cpu: Pipeline, tokens: int) -> None:
+    _, pipeline = make()
+    ids = np.random.default_rng(tokens).integers(0, 320, tokens).tolist()
+    expected, found = cpu.encode_prompt(ids), pipeline.encode_prompt(ids)
+    assert relative_error(found, expected) < TOLERANCE
+    geometry = picture_geometry(64, 64, cpu.bundle.manifest.config)
+    schedule = cpu.request("x", (64, 64), 2).schedule
+    captions = [p.executor.prepare(p.conditioning(geometry, schedule, expected)) for p in (pipeline, cpu)]
+    assert relative_error(captions[0].caption, captions[1].fixed["caption"]) < TOLERANCE  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (80, 112), (16, 16), (256, 48)])
+def test_denoiser(make: Make, cpu: Pipeline, size: tuple[int, int]) -> None:
+    _, pipeline = make()
+    geometry = picture_geometry(*size, cpu.bundle.manifest.config)
+    hidden = np.random.default_rng(1).standard_normal((1, 40, 64), dtype=np.float32)
+    schedule = cpu.request("x", size, 2).schedule
+    latents = cpu.initial_latents(geometry, (1,))
+    conditioning = cpu.conditioning(geometry, schedule, hidden)
+    found, expected = (p.executor.prepare(conditioning)(latents, 1) for p in (pipeline, cpu))
+    assert relative_error(found, expected) < TOLERANCE
+
+
+def test_autoencoder(make: Make, cpu: Pipeline) -> None:
+    _, pipeline = make()
+    latents = np.random.default_rng(2).standard_normal((2, 16, 6, 10), dtype=np.float32)
+    assert relative_error(pipeline.executor.decode(latents), cpu.executor.decode(latents)) < TOLERANCE
+    picture = np.tanh(np.random.default_rng(3).standard_normal((2, 3, 32, 48), dtype=np.float32))
+    for found, expected in zip(pipeline.executor.encode(picture), cpu.executor.encode(picture), strict=True):
+        assert relative_error(found, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("case", [CASE, Case("", (16, 16), 1), Case("一只猫 " * 40, (48, 80), 2)])
+def test_the_picture_is_the_cpus(make: Make, cpu: Pipeline, case: Case) -> None:
+    _, pipeline = make()
+    check_parity(draw(pipeline, case)[0], draw(cpu, case)[0])
+
+
+# Budgets
+
+
+def test_every_budget_from_the_smallest_on_draws_the_same(
+    make: Make, cpu: Pipeline, opened: Bundle, spec: VariantSpec
+) -> None:
+    """The device has not a byte more than the budget, and the order of what is queued is another each time."""
+    expected = draw(cpu, CASE)[0]
+    sizes = sizes_of(opened, CASE, len(cpu.token_ids(CASE.prompt)))
+    smallest = least(opened, spec, sizes)
+    streamed, peaks = set(), []
+    for extra in (0, 450_000, 1_000_000, 6_000_000, 60_000_000):
+        plan = plan_residency(spec, opened.manifest.config, sizes, smallest + extra)
+        streamed.add(len(plan.stages[Program.DENOISER].streamed))
+        device, pipeline = make(smallest + extra, seed=extra)
+        check_parity(draw(pipeline, CASE)[0], expected)
+        assert CONTEXT_BYTES + device.peak == plan.peak, "the plan is what is allocated, to the byte"
+        peaks.append(device.peak)
+    assert min(streamed) == 0
+    assert max(streamed) == 5, "in the smallest budget, all blocks are streamed"
+    assert peaks == sorted(peaks)
+
+
+def test_a_budget_below_the_smallest_is_refused_before_anything_is_loaded(
+    make: Make, opened: Bundle, spec: VariantSpec, cpu: Pipeline
+) -> None:
+    smallest = least(opened, spec, sizes_of(opened, CASE, len(cpu.token_ids(CASE.prompt))))
+    device, pipeline = make(smallest - 1)
+    with pytest.raises(MemoryLimitError) as refusal:
+        pipeline.stream(CASE.prompt, CASE.size, CASE.steps, CASE.seed)
+    assert not device.uploaded
+    asked = re.search(r"would fit in is ([\d.]+) GiB", str(refusal.value))
+    assert asked is not None
+    _, pipeline = make(int(float(asked[1]) * 2**30))
+    draw(pipeline, CASE)
+
+
+def test_what_does_not_fit_of_the_autoencoder_runs_on_the_cpu(
+    make: Make, cpu: Pipeline, opened: Bundle, spec: VariantSpec
+) -> None:
+    smallest = least(opened, spec, sizes_of(opened, CASE, len(cpu.token_ids(CASE.prompt))))
+    _, pipeline = make(smallest)
+    (found,) = draw(pipeline, CASE)
+    assert Program.DECODER not in pipeline.executor.loaded  # type: ignore[attr-defined]
+    check_parity(found, draw(cpu, CASE)[0])
+    picture = np.tanh(np.random.default_rng(3).standard_normal((1, 3, 96, 64), dtype=np.float32))
+    for one, other in zip(pipeline.executor.encode(picture), cpu.executor.encode(picture), strict=True):
+        assert relative_error(one, other) < TOLERANCE
+
+
+def test_with_room_for_all_nothing_is_uploaded_twice(make: Make) -> None:
+    device, pipeline = make()
+    first = draw(pipeline, CASE)
+    weights = device.uploaded
+    assert pipeline.executor.loaded == {  # type: ignore[attr-defined]
+        Program.TEXT_ENCODER,
+        Program.CAPTION,
+        Program.DENOISER,
+        Program.DECODER,
+    }
+    again = draw(pipeline, CASE)
+    assert device.uploaded - weights < weights / 4, "the second picture uploads activations only"
+    np.testing.assert_array_equal(first[0].latents, again[0].latents)
+
+
+def test_another_prompt_and_size_keep_the_weights(make: Make, cpu: Pipeline) -> None:
+    device, pipeline = make()
+    draw(pipeline, CASE)
+    weights = device.uploaded
+    for other in (Case("a considerably longer prompt than the one before " * 2, CASE.size, 2), Case("x", (96, 32), 2)):
+        check_parity(draw(pipeline, other)[0], draw(cpu, other)[0])
+    assert device.uploaded - weights < weights / 2
+
+
+# Streaming and graphs
+
+
+@pytest.mark.parametrize("pinnable", [0, 1 << 30])
+def test_a_batch_is_each_picture_and_streams_each_block_once_a_step(
+    make: Make, cpu: Pipeline, opened: Bundle, spec: VariantSpec, pinnable: int
+) -> None:
+    tokens = len(cpu.token_ids(CASE.prompt))
+    device, pipeline = make(least(opened, spec, sizes_of(opened, CASE, tokens, 2)), pinnable=pinnable)
+    pair = draw(pipeline, CASE, count=2, batch_size=2)
+    for found, expected in zip(pair, draw(cpu, CASE, count=2), strict=True):
+        check_parity(found, expected)
+    for_two = device.uploaded
+    device, pipeline = make(least(opened, spec, sizes_of(opened, CASE, tokens, 2)), pinnable=pinnable)
+    draw(pipeline, CASE)
+    assert for_two < 1.2 * device.uploaded
+
+
+def test_a_step_is_captured_once_and_launched_after(make: Make) -> None:
+    device, pipeline = make()
+    draw(pipeline, Case("x", (32, 32), steps=6))
+    assert device.calls.count("begin_capture") == 1
+    assert device.calls.count("launch") == 5, "the first step runs queued, the others from the graph"
+    draw(pipeline, Case("y", (32, 32), steps=6))
+    assert device.calls.count("begin_capture") == 1, "what is captured serves the next picture"
+
+
+def test_nothing_is_captured_while_blocks_are_streamed(
+    make: Make, opened: Bundle, spec: VariantSpec, cpu: Pipeline
+) -> None:
+    sizes = sizes_of(opened, CASE, len(cpu.token_ids(CASE.prompt)))
+    device, pipeline = make(least(opened, spec, sizes))
+    draw(pipeline, CASE)
+    assert "begin_capture" not in device.calls
+
+
+# The stand-in catches what it is there to catch
+
+
+def broken(monkeypatch: pytest.MonkeyPatch, name: str, replacement: Callable[..., object]) -> None:
+    monkeypatch.setattr(stack.BlockStack, name, replacement)
+
+
+def test_computing_before_a_block_is_there_is_caught(
+    make: Make, opened: Bundle, spec: VariantSpec, cpu: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def acquire(self: stack.BlockStack, index: int) -> int:
+        if index in self._addresses:
+            return self._addresses[index]
+        return self._slots[self._used % 2]  # without waiting for `ready`
+
+    broken(monkeypatch, "acquire", acquire)
+    _, pipeline = make(least(opened, spec, sizes_of(opened, CASE, len(cpu.token_ids(CASE.prompt)))), clean=False)
+    with pytest.raises(MisuseError, match="nothing orders the read"):
+        draw(pipeline, CASE)
+
+
+def test_overwriting_a_block_that_is_computed_with_is_caught(
+    make: Make, opened: Bundle, spec: VariantSpec, cpu: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def queue_next(self: stack.BlockStack) -> None:
+        streamed = self.plan.streamed
+        slot, index = self._queued % 2, streamed[self._queued % len(streamed)]
+        self._upload(slot, index, self._slots[slot])  # without waiting for `done`
+        self._queued += 1
+
+    broken(monkeypatch, "_queue_next", queue_next)
+    _, pipeline = make(least(opened, spec, sizes_of(opened, CASE, len(cpu.token_ids(CASE.prompt)))), clean=False)
+    with pytest.raises(MisuseError, match="nothing orders the write"):
+        draw(pipeline, CASE)
+
+
+def test_refilling_staging_memory_too_early_is_caught(
+    make: Make, opened: Bundle, spec: VariantSpec, cpu: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(StandInDevice, "synchronize_event", lambda self, event: None)
+    _, pipeline = make(least(opened, spec, sizes_of(opened, CASE, len(cpu.token_ids(CASE.prompt)))), clean=False)
+    with pytest.raises(MisuseError, match="overwritten before it ran"):
+        draw(pipeline, CASE)
+
+
+def test_residents_that_computing_does_not_wait_for_are_caught(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken(monkeypatch, "_wait_for_residents", lambda self: None)
+    monkeypatch.setattr(stack.BlockStack, "pin_streamed", True)
+
+    def load(self: stack.BlockStack) -> None:
+        sizes = self.plan.needs.block_bytes
+        self._staging = [self.arena.pinned(max(sizes)) for _ in range(2)]
+        self._ready = [self.arena.event() for _ in range(2)]
+        for turn, index in enumerate(sorted(self.plan.resident)):
+            self._addresses[index] = self.arena.allocate(sizes[index])
+            self._upload(turn % 2, index, self._addresses[index])
+
+    broken(monkeypatch, "load", load)
+    _, pipeline = make(clean=False)
+    with pytest.raises(MisuseError, match="nothing orders the read"):
+        draw(pipeline, CASE)
+
+
+def test_more_scratch_than_planned_is_refused_not_taken(
+    make: Make, opened: Bundle, spec: VariantSpec, cpu: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnx_engines
+
+    smallest = least(opened, spec, sizes_of(opened, CASE, len(cpu.token_ids(CASE.prompt))))
+    monkeypatch.setattr(onnx_engines, "SCRATCH_PER_POSITION", 20_000)  # twenty times what the catalog says
+    _, pipeline = make(smallest)
+    with pytest.raises(ExecutorError, match="was planned; run zimage-export engines again"):
+        draw(pipeline, CASE)
+
+
+# Failures
+
+
+CALLS = ("allocate", "allocate_pinned", "create_event", "upload", "copy", "download", "record", "wait", "synchronize")
+
+
+@pytest.mark.parametrize("call", [*CALLS, "begin_capture", "end_capture", "launch"])
+@pytest.mark.parametrize("streams", [False, True])
+def test_whatever_fails_the_error_is_its_own_and_nothing_is_left(
+    make: Make, cpu: Pipeline, opened: Bundle, spec: VariantSpec, call: str, streams: bool
+) -> None:
+    """Fails the first, the second, … call of a kind, until all succeed; then the executor still draws right."""
+    if streams and call in ("begin_capture", "end_capture", "launch"):
+        pytest.skip("streamed steps are not captured")
+    case = Case("x", (32, 32), 2)
+    vram = least(opened, spec, sizes_of(opened, case, len(cpu.token_ids("x")))) if streams else EVERYTHING
+    device, pipeline = make(vram)
+    failed = 0
+    for turn in (0, 1, 5, 40):
+        left = [turn]
+
+        def fail(name: str, left: list[int] = left) -> bool:
+            left[0] -= name == call
+            return name == call and left[0] == -1
+
+        device.fail = fail
+        try:
+            draw(pipeline, case)
+        except ExecutorError as error:
+            assert str(error) == f"{call} failed, as the test wants it to"
+            failed += 1
+            device.fail = lambda name: False
+            assert device.used == 0, "what failed gave everything back"
+        pipeline.release()
+    assert failed
+    device.fail = lambda name: False
+    check_parity(draw(pipeline, case)[0], draw(cpu, case)[0])
+
+
+def test_cancelling_between_steps_leaves_nothing_under_way(make: Make) -> None:
+    device, pipeline = make()
+    events = pipeline.stream("x", (32, 32), 4, 0)
+    next(events)
+    next(events)
+    events.close()  # type: ignore[attr-defined]
+    pipeline.release()
+    assert device.used == 0
+
+
+def test_latents_are_not_views_of_pinned_memory(make: Make) -> None:
+    """Pinned memory is freed with the stage; what was returned must outlive it."""
+    device, pipeline = make()
+    geometry = picture_geometry(32, 32, pipeline.bundle.manifest.config)
+    hidden: Floats = np.ones((1, 8, 64), np.float32)
+    conditioning = pipeline.conditioning(geometry, pipeline.request("x", (32, 32), 2).schedule, hidden)
+    denoiser = pipeline.executor.prepare(conditioning)
+    velocity = denoiser(pipeline.initial_latents(geometry, (0,)), 0)
+    kept = velocity.copy()
+    denoiser(pipeline.initial_latents(geometry, (1,)), 1)
+    np.testing.assert_array_equal(velocity, kept)
+    assert velocity.base is None or isinstance(velocity.base, np.ndarray)
+    assert device.used

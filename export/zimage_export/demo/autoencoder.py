@@ -48,4 +48,4 @@ class Reconstruction:
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         # absolute error for sharp edges, squared error against the rare large one; the divergence only keeps the
         # latents in a small, smooth range
-        return difference.abs().mean() + 2 * difference.square().mean() + 2e-4 * divergence
+        return torch.as_tensor(difference.abs().mean() + 2 * difference.square().mean() + 2e-4 * divergence)

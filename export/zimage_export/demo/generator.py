@@ -102,6 +102,6 @@ def _attention(attention: Any, x: Tensor, rope: Tensor) -> Tensor:
 
 def _turn(x: Tensor, rope: Tensor) -> Tensor:
     """Rotates neighbouring pairs of [n, tokens, heads, head_dim]."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    even, odd = x[..., 0::2], x[..., 1::2]
     cosine, sine = rope[:, None].unbind(-1)
     return torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1).flatten(-2)

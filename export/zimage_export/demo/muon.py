@@ -23,7 +23,7 @@ def orthogonal(matrices: Tensor) -> Tensor:
     for _ in range(5):
         gram = x @ x.transpose(1, 2)
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.transpose(1, 2) if turned else x
+    return torch.as_tensor(x.transpose(1, 2) if turned else x)
 
 
 class MuonAdamW:

@@ -215,4 +215,4 @@ def _polygon_distance(points: NDArray[np.float64], x: Pixels, y: Pixels) -> Pixe
         if ay != by:
             crosses = (y >= min(ay, by)) & (y < max(ay, by)) & (px < py * (ex / ey))
             inside ^= crosses
-    return np.where(inside, -nearest, nearest)
+    return np.asarray(np.where(inside, -nearest, nearest), np.float32)

@@ -36,7 +36,7 @@ class VelocityTask:
         sigma = self._sigmas(len(clean), rng)
         mixed = torch.lerp(clean, noise, sigma[:, None, None, None])
         out = self.model(mixed, 1 - sigma, tokens, lengths)
-        return (out - (clean - noise)).square().mean()
+        return torch.as_tensor((out - (clean - noise)).square().mean())
 
     def _examples(self, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
         sizes = list(SIZES)

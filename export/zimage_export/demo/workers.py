@@ -33,8 +33,9 @@ class Gradients:
         self.parameters = [p for p in task.model.parameters() if p.requires_grad]
         size = sum(p.numel() for p in self.parameters)
         task.model.share_memory()
-        self.slots = torch.zeros(microbatches, size).share_memory_()
-        self.losses = torch.zeros(microbatches).share_memory_()
+        self.slots, self.losses = torch.zeros(microbatches, size), torch.zeros(microbatches)
+        for shared in (self.slots, self.losses):
+            shared.share_memory_()  # type: ignore[no-untyped-call]
         context = mp.get_context("spawn")
         self.todo: Any = context.Queue()
         self.done: Any = context.Queue()

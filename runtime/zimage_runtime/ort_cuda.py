@@ -22,7 +22,8 @@ from .executor import Conditioning, Floats, Plan
 from .geometry import PictureGeometry, Rotary
 from .manifest import CUDA, Precision
 from .memory import available_memory
-from .ort import OrtCpuExecutor, thread_count
+from .ort import OrtCpuExecutor
+from .threads import thread_count
 from .vram import CONTEXT, plan_vram
 
 PROVIDER = "CUDAExecutionProvider"

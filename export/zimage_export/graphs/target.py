@@ -48,15 +48,16 @@ class Target:
     def layers(self, b: GraphBuilder) -> Layers:
         """The layers of a program. Modulation always runs on the CPU."""
         on_cpu = self.executor == CPU or b.program is Program.MODULATION
-        if self.policy.precision is Precision.INT8:
-            return (Int8Layers if on_cpu else Int8CudaLayers)(b, policy=self.policy)
-        if self.policy.precision is Precision.INT4:
-            return (BlockLayers if on_cpu else BlockCudaLayers)(b, policy=self.policy)
+        policy = self.policy
+        if self.executor == TENSORRT and not on_cpu:
+            return TensorRtLayers(b, policy.cuda_compute(b.program.component))
+        if isinstance(policy, StoragePolicy) and policy.precision is Precision.INT8:
+            return (Int8Layers if on_cpu else Int8CudaLayers)(b, policy=policy)
+        if isinstance(policy, StoragePolicy) and policy.precision is Precision.INT4:
+            return (BlockLayers if on_cpu else BlockCudaLayers)(b, policy=policy)
         if on_cpu:
             return Layers(b, DType.F32)
-        if self.executor == TENSORRT:
-            return TensorRtLayers(b, self.policy.cuda_compute(b.program.component))
-        return CudaLayers(b, self.policy.cuda_compute(b.program.component))
+        return CudaLayers(b, policy.cuda_compute(b.program.component))
 
     def fold(self, component: str, block: str) -> BlockFold:
         """The folds of one block."""

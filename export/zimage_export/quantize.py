@@ -22,6 +22,7 @@ from .stored import NO_FACTORS, Factors, Floats, LazyFactors, StoredTensor, row_
 Integers = NDArray[np.generic]
 
 INT8_MOST = 127
+_PIECE_BYTES = 16 << 20
 _INT8_CUTS = np.array([1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.82, 0.79, 0.76, 0.73, 0.7], np.float32)
 _INT4_CUTS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.74)
 
@@ -41,7 +42,8 @@ def quantized(
     def values() -> Iterator[Integers]:
         integers, kept["scale"] = both()
         both.cache_clear()  # the integers are needed once; what is kept is their scales
-        yield integers
+        flat = integers.reshape(-1)  # in pieces, so that few whole tensors wait to be written
+        yield from (flat[start : start + _PIECE_BYTES] for start in range(0, len(flat), _PIECE_BYTES))
 
     def scales() -> Iterator[Integers]:
         yield kept.pop("scale") if "scale" in kept else both()[1]
@@ -123,19 +125,29 @@ def blocks4(weights: Floats) -> tuple[NDArray[np.uint8], Floats]:
     # -8 can be stored and 8 cannot, so the value of the largest magnitude is the one that becomes -8
     peaks = np.take_along_axis(blocks, np.abs(blocks).argmax(-1)[..., None], -1)[..., 0]
     full = np.where(peaks == 0, np.float32(1), peaks / np.float32(-8))
-    best, scales, values = np.full(full.shape, np.inf, np.float32), full.copy(), np.zeros(blocks.shape, np.float32)
+    best, scales = np.full(full.shape, np.inf, np.float32), full
     for cut in _INT4_CUTS:
         scale = full * np.float32(cut)
-        candidate = np.clip(np.rint(blocks / scale[..., None]), -8, 7)
-        error = np.square(candidate * scale[..., None] - blocks).sum(axis=-1)
-        better = error < best
-        best, scales = np.where(better, error, best), np.where(better, scale, scales)
-        values[better] = candidate[better]
-    square = np.square(values).sum(axis=-1)  # for these integers, the scale of least error
-    scales = np.where(square > 0, (values * blocks).sum(axis=-1) / np.maximum(square, 1), scales)
+        off = _steps(blocks, scale)
+        off *= scale[..., None]
+        off -= blocks
+        error = np.einsum("rbi,rbi->rb", off, off)
+        scales = np.where(error < best, scale, scales)
+        best = np.minimum(best, error)
+    values = _steps(blocks, scales)
+    square = np.einsum("rbi,rbi->rb", values, values)
+    # for these integers, the scale of least error
+    scales = np.where(square > 0, np.einsum("rbi,rbi->rb", values, blocks) / np.maximum(square, 1), scales)
     nibbles = (values + 8).astype(np.uint8)
     packed = np.bitwise_or(nibbles[..., 0::2], np.left_shift(nibbles[..., 1::2], 4), dtype=np.uint8)
     return packed, scales.astype(np.float32)
+
+
+def _steps(blocks: Floats, scales: Floats) -> Floats:
+    values: Floats = blocks * (np.float32(1) / scales)[..., None]
+    np.rint(values, out=values)
+    np.clip(values, -8, 7, out=values)
+    return values
 
 
 def blocks8(weights: Floats) -> tuple[NDArray[np.uint8], Floats]:

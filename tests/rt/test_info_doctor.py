@@ -14,6 +14,7 @@ import pytest
 from zimage_rt.cli import cli
 from zimage_rt.commands import doctor
 from zimage_rt.commands.doctor import Finding, Verdict
+from zimage_runtime import integers
 from zimage_runtime.bundle import Bundle
 from zimage_runtime.choice import SWAP_TO_GPU
 from zimage_runtime.console import run_command
@@ -329,3 +330,24 @@ def test_doctor_lists_what_exporting_lacks(monkeypatch: pytest.MonkeyPatch) -> N
     finding = doctor.check_export("export")
     assert finding.verdict is Verdict.NOTE
     assert finding.text.startswith("torch, onnx not installed; `pip install 'zimage-rt[export]'`")
+
+
+@pytest.mark.parametrize(
+    ("exact", "verdict", "said"),
+    [
+        (True, Verdict.OK, "8-bit activations"),
+        (False, Verdict.NOTE, "saturate here (no VNNI): int8 bundles run with 7-bit"),
+    ],
+)
+def test_doctor_tells_the_bits_of_an_int8_bundles_activations(
+    exact: bool, verdict: Verdict, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(integers, "products_are_exact", lambda: exact)
+    integers.activation_levels.cache_clear()
+    try:
+        finding = doctor.CHECKS["int8"]("int8")
+    finally:
+        integers.activation_levels.cache_clear()
+    assert finding.verdict is verdict
+    assert said in finding.text
+    assert finding.values == {"activation_bits": 8 if exact else 7}

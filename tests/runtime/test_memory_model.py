@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from zimage_runtime.bundle import Bundle
 from zimage_runtime.contracts import Program
 from zimage_runtime.errors import MemoryLimitError
 from zimage_runtime.geometry import picture_geometry
-from zimage_runtime.manifest import Manifest
+from zimage_runtime.manifest import Manifest, Precision
 from zimage_runtime.memory import MemoryPlan, _control_group_left, available_memory, plan_memory
 
 PLENTY = 1 << 50
@@ -101,6 +102,24 @@ def test_low_memory_saves_the_copies_of_the_weights(manifest: Manifest) -> None:
     usual, low = (plan(manifest, 256, 256, low_memory=flag).programs for flag in (False, True))
     for program in (Program.TEXT_ENCODER, Program.CAPTION, Program.MODULATION, Program.DENOISER):
         assert usual[program] - low[program] >= manifest.programs[program]["cpu"].weight_bytes
+
+
+@pytest.mark.parametrize(
+    ("precision", "widened"), [(Precision.BF16, True), (Precision.INT4, True), (Precision.INT8, False)]
+)
+def test_mapped_weights_that_are_widened_a_layer_at_a_time_count(
+    manifest: Manifest, precision: Precision, widened: bool
+) -> None:
+    """int8 products read the mapped weights as they are."""
+    config = manifest.config
+    layers = {
+        Program.DENOISER: 2 * 4 * config.transformer.dim * config.transformer.ffn_dim,
+        Program.TEXT_ENCODER: 2 * 4 * config.text_encoder.hidden_size * config.text_encoder.intermediate_size,
+    }
+    narrow = plan(replace(manifest, precision=precision), 256, 256, low_memory=True).programs
+    plain = plan(manifest, 256, 256, low_memory=True).programs
+    for program, widest in layers.items():
+        assert narrow[program] - plain[program] == (widest if widened else 0)
 
 
 def test_everything_stays_loaded_only_where_all_of_it_fits(manifest: Manifest) -> None:

@@ -233,10 +233,13 @@ def check_int8(name: str) -> Finding:
     bits = activation_bits()
     if bits == 8:
         return Finding(
-            name, Verdict.OK, "integer products are exact: int8 bundles run with 8-bit activations", {"bits": 8}
+            name,
+            Verdict.OK,
+            "integer products are exact: int8 bundles run with 8-bit activations",
+            {"activation_bits": bits},
         )
     text = "integer products saturate here (no VNNI): int8 bundles run with 7-bit activations, a little less faithful"
-    return Finding(name, Verdict.NOTE, text, {"bits": 7})
+    return Finding(name, Verdict.NOTE, text, {"activation_bits": bits})
 
 
 def _known_answer(providers: list[str], **options: Any) -> tuple[Any, Any, Any]:

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow check bench bench-full-size install clean
+.PHONY: demo test test-slow check bench bench-full-size bench-gpu install clean
 
 install: $(STAMP)
 
@@ -40,6 +40,10 @@ bench: $(STAMP)
 
 bench-full-size: $(STAMP)
 	$(BIN)/python benchmarks/full_size.py --work $(WORK)/full-size
+
+# On a machine with an NVIDIA GPU and onnxruntime-gpu (the README says how to put it in the place of onnxruntime).
+bench-gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu_cuda.py --work $(WORK)/gpu
 
 clean:
 	rm -rf $(VENV) out build dist

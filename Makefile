@@ -7,7 +7,7 @@ comma := ,
 # TensorRT for RTX (104 MB to download, 230 MB installed) builds engines without a GPU; its wheels are for these.
 EXTRAS := export,test,dev$(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(comma)tensorrt)
 
-.PHONY: demo demo-model demo-bundle demo-scores test test-slow check bench bench-int8 bench-full-size install clean
+.PHONY: demo demo-model demo-bundle demo-scores test test-slow check bench bench-int8 bench-full-size bench-gpu install clean
 
 install: $(STAMP)
 
@@ -61,6 +61,10 @@ bench-int8: $(STAMP)
 
 bench-full-size: $(STAMP)
 	$(BIN)/python benchmarks/full_size.py --work $(WORK)/full-size
+
+# On a machine with an NVIDIA GPU and onnxruntime-gpu (the README says how to put it in the place of onnxruntime).
+bench-gpu: $(STAMP)
+	$(BIN)/python benchmarks/gpu_cuda.py --work $(WORK)/gpu
 
 clean:
 	rm -rf $(VENV) out build dist

@@ -9,6 +9,7 @@ import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from .published_layout import (
     write_tokenizer_config,
 )
 from .stored import StoredTensor, total_bytes
-from .weights import write_weights
+from .weights import EMBEDDINGS, write_weights
 
 
 @dataclass(frozen=True)
@@ -142,9 +143,13 @@ def write_checkpoint(
     *,
     seed: int = 0,
     tokenizer: Path | None = None,
+    transformer_type: DType = DType.F32,
     progress: Progress | None = None,
 ) -> None:
     """Writes a checkpoint to `out`, which must not exist. `tokenizer` replaces the small byte-level one.
+
+    Without diffusers, names and shapes are those that our programs use, which are the published ones, too, but for
+    the text encoder's last layer, which no program needs.
 
     Raises `ExportError` if `out` exists.
     """
@@ -153,7 +158,7 @@ def write_checkpoint(
     if tokenizer is not None:
         config = _with_vocabulary_of(config, tokenizer)
     parts = {
-        "transformer": (_transformer_shapes(config), DType.F32, scale.shards, "diffusion_pytorch_model"),
+        "transformer": (_transformer_shapes(config), transformer_type, scale.shards, "diffusion_pytorch_model"),
         "text_encoder": (_text_encoder_shapes(config), DType.BF16, scale.shards, "model"),
         "vae": (_vae_shapes(config), DType.BF16, 1, "diffusion_pytorch_model"),
     }
@@ -182,19 +187,37 @@ def _with_vocabulary_of(config: ModelConfig, tokenizer: Path) -> ModelConfig:
     return replace(config, text_encoder=replace(config.text_encoder, vocab_size=rows))
 
 
+def program_shapes(config: ModelConfig, component: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what our programs use of a component, as its file in a checkpoint has them."""
+    from .graphs import Target, build_graphs
+
+    used = (graph.weights for graph in build_graphs(config, Target()) if graph.program.component == component)
+    shapes = {name: shape for weights in used for name, shape in weights.items()}
+    if component != "text_encoder":
+        return shapes
+    encoder = config.text_encoder
+    return {EMBEDDINGS: (encoder.vocab_size, encoder.hidden_size), **shapes}
+
+
 def _transformer_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    if find_spec("diffusers") is None:
+        return program_shapes(config, "transformer")
     from diffusers import ZImageTransformer2DModel
 
     return _meta_shapes(ZImageTransformer2DModel, **transformer_config(config.transformer))
 
 
 def _vae_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    if find_spec("diffusers") is None:
+        return program_shapes(config, "vae")
     from diffusers import AutoencoderKL
 
     return _meta_shapes(AutoencoderKL, **vae_config(config.vae))
 
 
 def _text_encoder_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    if find_spec("transformers") is None:
+        return program_shapes(config, "text_encoder")
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     shapes = _meta_shapes(Qwen3ForCausalLM, Qwen3Config(**text_encoder_config(config.text_encoder)))

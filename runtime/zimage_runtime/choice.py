@@ -113,8 +113,10 @@ def package_obstacle() -> str | None:
     """Why the ONNX Runtime that is installed cannot use CUDA."""
     import onnxruntime
 
-    from .ort_cuda import PROVIDER
+    from .ort_cuda import PROVIDER, preload_libraries
 
+    if PROVIDER not in onnxruntime.get_available_providers():
+        preload_libraries()  # as a plug-in, the provider is there only when CUDA's libraries are
     if PROVIDER not in onnxruntime.get_available_providers():
         first, second = SWAP_TO_GPU
         return f"the ONNX Runtime that is installed is for the CPU alone; run `{first}`, then `{second}`"

@@ -76,6 +76,7 @@ class OrtCudaExecutor:
         self._budget = budget
         self._device = device or Device()
         self._sessions: dict[Program, Any] = {}
+        self._shrinks = self._device.kind == "cuda"  # whether sessions can give back what a run took
         self._host = OrtCpuExecutor(bundle, low_memory=low_memory)
 
     @property
@@ -184,14 +185,20 @@ class OrtCudaExecutor:
     def _run(self, program: Program, binding: Any, shrink: bool) -> None:
         import onnxruntime
 
+        shrink = shrink and self._shrinks
         options = onnxruntime.RunOptions()
-        if shrink and self._device.kind == "cuda":
+        if shrink:
             options.add_run_config_entry("memory.enable_memory_arena_shrinkage", f"gpu:{self._device.index}")
         try:
             binding.synchronize_inputs()
             self._sessions[program].run_with_iobinding(binding, options)
             binding.synchronize_outputs()
         except Exception as error:
+            if shrink and "memory arena shrink list" in str(error):
+                # the CUDA provider as a plug-in has an arena of its own, and this is said before anything is run
+                self._shrinks = False
+                self._run(program, binding, shrink=False)
+                return
             raise explained(f"{program} failed", error) from None
 
     def _session(self, program: Program) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import onnxruntime
 import pytest
 
-from zimage_runtime import nvidia
+from zimage_runtime import nvidia, ort_cuda
 from zimage_runtime.bundle import Bundle
 from zimage_runtime.choice import SWAP_TO_GPU, budget, choose, make_executor
 from zimage_runtime.errors import ExecutorError, RequestError
@@ -169,6 +169,12 @@ def test_a_gpu_without_its_package_is_told_how_to_get_it(monkeypatch: pytest.Mon
         choose(opened, "cuda")
     for command in SWAP_TO_GPU:
         assert f"`{command}`" in str(refusal.value)
+
+
+def test_a_provider_that_appears_with_its_libraries_is_found(monkeypatch: pytest.MonkeyPatch, opened: Bundle) -> None:
+    install(monkeypatch, Driver(), Nvml())
+    monkeypatch.setattr(ort_cuda, "preload_libraries", lambda: with_gpu_package(monkeypatch))
+    assert choose(opened, "auto").executor == "cuda"
 
 
 def test_bf16_needs_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch, opened: Bundle) -> None:

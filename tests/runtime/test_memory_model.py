@@ -98,6 +98,17 @@ def test_every_part_of_a_request_counts(manifest: Manifest) -> None:
     assert plan(manifest, 256, 256, batch=2).programs[Program.DECODER] == base[Program.DECODER]
 
 
+def test_a_picture_to_start_from_counts(manifest: Manifest) -> None:
+    geometry = picture_geometry(512, 512, manifest.config)
+    without = plan_memory(manifest, geometry, 32, available=PLENTY)
+    encodes = plan_memory(manifest, geometry, 32, encodes=True, available=PLENTY)
+    assert Program.ENCODER not in without.programs
+    assert encodes.programs[Program.ENCODER] > 0
+    assert {p: size for p, size in encodes.programs.items() if p is not Program.ENCODER} == without.programs
+    wider = plan_memory(manifest, picture_geometry(1024, 512, manifest.config), 32, encodes=True, available=PLENTY)
+    assert wider.programs[Program.ENCODER] > encodes.programs[Program.ENCODER]
+
+
 def test_low_memory_saves_the_copies_of_the_weights(manifest: Manifest) -> None:
     usual, low = (plan(manifest, 256, 256, low_memory=flag).programs for flag in (False, True))
     for program in (Program.TEXT_ENCODER, Program.CAPTION, Program.MODULATION, Program.DENOISER):

@@ -256,3 +256,13 @@ def test_a_failure_in_mid_picture_is_one_error(bundle: Path, monkeypatch: pytest
     monkeypatch.setattr(session, "run_with_iobinding", broken)
     with pytest.raises(ExecutorError, match="out of memory"):
         next(events)
+
+
+def test_a_provider_without_an_arena_to_shrink_is_asked_once(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime refuses such a run before it starts, with this very text (``inference_session.cc``)."""
+    one = executor(bundle)
+    one._shrinks = True  # as on a GPU; the CPU provider refuses it, for it knows of no gpu:0
+    embeddings, rotary = np.ones((1, 2, 64), np.float32), one_rotary()
+    found = one.encode_text(embeddings, rotary)
+    assert not one._shrinks
+    np.testing.assert_array_equal(found, executor(bundle).encode_text(embeddings, rotary))

@@ -16,7 +16,7 @@ from zimage_runtime.geometry import PictureGeometry, picture_geometry
 from zimage_runtime.memory import MemoryPlan, plan_memory
 from zimage_runtime.pipeline import Pipeline, to_image
 from zimage_runtime.tensors import TensorFile
-from zimage_runtime.tiling import TiledDecoder, tile_rows, tiled_bytes
+from zimage_runtime.tiling import TiledDecoder, TiledEncoder, tile_rows, tiled_bytes, tiled_encoder_bytes
 
 TILE_VALUES = 1 << 13  # 2 rows of the largest map of a 128-pixel picture of the small model: dozens of tiles
 
@@ -84,6 +84,37 @@ def test_any_shape_batch_and_tile_size(
     np.testing.assert_array_equal(latents, kept)
 
 
+@pytest.mark.parametrize(
+    ("batch", "height", "width", "values"),
+    [(1, 16, 176, 1), (2, 48, 32, 1), (2, 48, 32, 5000), (1, 112, 16, 5000), (1, 128, 128, 5000), (1, 64, 64, 1 << 20)],
+)
+def test_the_encoder_in_tiles_is_the_whole_encoder(
+    pipeline: Pipeline, decoder: TiledDecoder, batch: int, height: int, width: int, values: int
+) -> None:
+    image = np.random.default_rng(5).uniform(-1, 1, (batch, 3, height, width)).astype(np.float32)
+    kept = image.copy()
+    found = TiledEncoder(decoder.config, decoder.weights, values)(image)
+    for one, other in zip(found, pipeline.executor.encode(image), strict=True):
+        assert one.shape == other.shape
+        assert one.dtype == np.float32
+        np.testing.assert_allclose(one, other, atol=1e-4)
+    np.testing.assert_array_equal(image, kept)
+
+
+def test_memory_of_the_encoder_is_what_the_plan_says(decoder: TiledDecoder) -> None:
+    encoder = TiledEncoder(decoder.config, decoder.weights, TILE_VALUES)
+    image = np.random.default_rng(3).uniform(-1, 1, (1, 3, 320, 320)).astype(np.float32)
+    tracemalloc.start()
+    try:
+        encoder(image)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    fixed = tiled_encoder_bytes(decoder.config, 0, 0)
+    maps = tiled_encoder_bytes(decoder.config, 320, 320) - fixed
+    assert 0.5 * maps < peak < maps + 40 * TILE_VALUES * 4
+
+
 def test_memory_is_what_the_plan_says(pipeline: Pipeline, decoder: TiledDecoder) -> None:
     latents = np.random.default_rng(3).standard_normal((1, 16, 40, 40), dtype=np.float32)
     tracemalloc.start()
@@ -137,3 +168,38 @@ def test_a_picture_drawn_in_tiles_is_the_same(
     assert used == [True]
     difference = np.abs(np.asarray(image, np.int16) - np.asarray(to_image(expected[0]), np.int16))
     assert difference.max() <= 1
+
+
+def test_a_picture_to_start_from_is_encoded_in_tiles_before_it_is_refused(
+    bundle: Path, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+
+    image = Image.fromarray(np.random.default_rng(6).integers(0, 256, (512, 512, 3)).astype(np.uint8))
+    manifest = pipeline.bundle.manifest
+    geometry = picture_geometry(512, 512, manifest.config)
+    assert Program.ENCODER not in plan_memory(manifest, geometry, 20, available=1 << 50).programs
+    roomy = plan_memory(manifest, geometry, 20, encodes=True, available=1 << 50)
+    assert not roomy.encodes_tiled
+    base = roomy.peak - max(roomy.programs.values())
+    tight = base + roomy.programs[Program.ENCODER] - 1
+    planned = plan_memory(manifest, geometry, 20, encodes=True, available=tight)
+    assert planned.encodes_tiled
+    assert planned.programs[Program.ENCODER] == tiled_encoder_bytes(manifest.config.vae, 512, 512)
+    expected = pipeline.generate("a fox", None, 1, 4, image=image, strength=0.5).images[0]
+    used: list[bool] = []
+    encode = Pipeline.encode
+
+    def watched(self: Pipeline, image: Floats, *, tiled: bool = False) -> object:
+        used.append(tiled)
+        return encode(self, image, tiled=tiled)
+
+    monkeypatch.setattr(Pipeline, "encode", watched)
+    monkeypatch.setattr(memory, "available_memory", lambda: tight)
+    found = Pipeline.from_bundle(bundle).generate("a fox", None, 1, 4, image=image, strength=0.5).images[0]
+    assert used == [True]
+    assert np.abs(np.asarray(found, np.int16) - np.asarray(expected, np.int16)).max() <= 1
+    monkeypatch.setattr(memory, "available_memory", lambda: base)
+    drawn = Pipeline.from_bundle(bundle)
+    with pytest.raises(MemoryLimitError, match="512x512"):
+        drawn.run(drawn.request("a fox", None, 1, 4, image=image))

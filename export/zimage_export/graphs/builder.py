@@ -188,6 +188,7 @@ class GraphBuilder:
         if name not in self._settings:
             self._settings.append(name)
         return name
+
     def scalar(self, name: str, value: float) -> str:
         """A float32 input of one element, by scope and name: what differs between layers that share a program."""
         full = self._full(name)

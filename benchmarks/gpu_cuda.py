@@ -1,0 +1,300 @@
+"""The CUDA executor on a GPU, in one run and one report: steps, stages and VRAM at full size; the floor that the card's
+measured matrix rate sets; diffusers eager and compiled beside it; parity with the CPU; where every node ran.
+
+    python benchmarks/gpu_cuda.py --work DIR                                     # on a machine with an NVIDIA GPU
+    python benchmarks/gpu_cuda.py --work DIR --executor cpu --scale small --out DIR/report      # a trial without one
+
+Weights are random and made here: 20 GB in DIR, and 21 GB for one bundle at a time. Needs torch and onnxruntime-gpu;
+without diffusers its columns are left out, and the report says so. Every measurement runs in a process of its own.
+Steps of ours and of diffusers take turns in one process, which holds both models: 25 GB of VRAM at full size.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from common import RESULTS, interleave, machine, ratio, relative_error, write_results
+from gpu_report import report
+from gpu_tools import VramWatch, best_backend, diffusers_step, matrix_rate, median_seconds, step_flops
+
+from zimage_runtime.contracts import Program
+
+_PROMPT = "a lighthouse on a cliff at dusk, waves breaking below, oil painting with visible brush strokes"
+_SEED = 7
+_PACKAGES = ("onnxruntime-gpu", "onnxruntime", "torch", "diffusers", "numpy")
+_TORCH_TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int8": "bfloat16"}
+_SHAPES_ONLY = {"Concat", "Div", "Gather", "Mul", "Shape", "Slice", "Sub", "Unsqueeze", "Add"}
+
+Child = dict[str, Any]
+
+
+def open_pipeline(bundle: str, executor: str, vram: int | None = None) -> Any:
+    """A pipeline on the CUDA programs: on the GPU, or for a trial on the CPU."""
+    from zimage_runtime.bundle import Bundle
+    from zimage_runtime.choice import budget
+    from zimage_runtime.ort_cuda import Device, OrtCudaExecutor
+    from zimage_runtime.pipeline import Pipeline
+
+    opened = Bundle.open(bundle)
+    room = 1 << 40 if executor == "cpu" else budget(vram)
+    return Pipeline(opened, OrtCudaExecutor(opened, budget=room, device=Device(executor)))
+
+
+def child_pictures(options: Child) -> Child:
+    """Whole pictures of one size: the first loads everything, those that follow find it loaded."""
+    size = tuple(options["size"])
+    with VramWatch() as watch:
+        pipeline = open_pipeline(options["bundle"], options["executor"], options["vram"])
+        first = pipeline.generate(_PROMPT, size, options["steps"], _SEED).timings
+        later = [pipeline.generate(_PROMPT, size, options["steps"], _SEED).timings for _ in range(options["repeat"])]
+    pipeline.release()
+    with VramWatch() as idle:
+        time.sleep(0.1)
+    plan = pipeline.executor.plan(pipeline.request(_PROMPT, size).geometry, len(pipeline.token_ids(_PROMPT)))
+    best = min(later, key=lambda timings: timings.total)
+    return {
+        "first_seconds": first.total,
+        "seconds": best.total,
+        "caption_seconds": best.caption,
+        "step_seconds": float(np.median([step for timings in later for step in timings.steps])),
+        "decode_seconds": float(np.median([second for timings in later for second in timings.decode])),
+        "device_bytes": watch.device,
+        "process_bytes": watch.process,
+        "released_process_bytes": idle.process,
+        "planned_bytes": plan.peak,
+        "keep_all": plan.keep_all,
+        "notices": list(plan.notes),
+    }
+
+
+def our_step(options: Child) -> tuple[Any, int, Any]:
+    """A call that runs one step of ours at a size; the tokens of the prompt; the geometry."""
+    pipeline = open_pipeline(options["bundle"], options["executor"], options["vram"])
+    request = pipeline.request(_PROMPT, tuple(options["size"]), options["steps"], _SEED)
+    ids = pipeline.token_ids(_PROMPT)
+    conditioning = pipeline.conditioning(request.geometry, request.schedule, pipeline.encode_prompt(ids))
+    denoiser = pipeline.executor.prepare(conditioning)
+    pipeline.executor.release(Program.TEXT_ENCODER, Program.CAPTION, Program.MODULATION)
+    latents = pipeline.initial_latents(request.geometry, (_SEED,))
+    return (lambda: denoiser(latents, options["steps"] // 2)), len(ids), request.geometry
+
+
+def child_steps(options: Child) -> Child:
+    """One step of ours and of diffusers', in turn, in one process; and the matrix rate in the same process."""
+    from zimage_runtime.bundle import Bundle
+    from zimage_runtime.geometry import padded
+
+    config = Bundle.open(options["bundle"]).manifest.config
+    dtype, device, repeat = _TORCH_TYPES[options["precision"]], options["executor"], options["repeat"]
+    step, tokens, geometry = our_step(options)
+    step()
+    variants: dict[str, Any] = {"ours": step}
+    result: Child = {}
+    if options["diffusers"]:
+        with diffusers_step(config, geometry, tokens, device, dtype) as (model, run):
+            backend, backends = best_backend(model, run, repeat)
+            result = {"backend": backend, "backends": backends}
+            variants["diffusers eager"] = lambda: run(model)
+            if device == "cuda":
+                import torch
+
+                compiled = torch.compile(model, dynamic=False)
+                variants["diffusers compiled"] = lambda: run(compiled)
+                median_seconds(variants["diffusers compiled"], 3)  # which compiles
+            seconds = interleave(variants, repeat)
+    else:
+        seconds = interleave(variants, repeat)
+    sizes, tokens = config.transformer, padded(tokens)
+    flops = step_flops(config, geometry, tokens)
+    rows = geometry.image_tokens + tokens
+    rate = matrix_rate(device, dtype, sizes.dim, sizes.ffn_dim, rows, options["rate_seconds"])
+    medians = {name: float(np.median(values)) for name, values in seconds.items()}
+    return {
+        **result,
+        "tera_operations": flops / 1e12,
+        "tera_operations_a_second": rate / 1e12,
+        "floor_seconds": flops / rate,
+        "seconds": medians,
+        "over_floor": {name: median * rate / flops for name, median in medians.items()},
+        "ours_faster": {
+            name: asdict(ratio(values, seconds["ours"])) for name, values in seconds.items() if name != "ours"
+        },
+    }
+
+
+def child_parity(options: Child) -> Child:
+    """A reduced model on the CUDA executor against the CPU executor: latents after all steps, and the picture."""
+    from zimage_runtime.pipeline import PictureEvent, Pipeline
+
+    drawn = []
+    for pipeline in (
+        open_pipeline(options["bundle"], options["executor"]),
+        Pipeline.from_bundle(options["bundle"], "cpu"),
+    ):
+        events = pipeline.stream(_PROMPT, (256, 256), options["steps"], _SEED)
+        drawn += [event for event in events if isinstance(event, PictureEvent)]
+    ours, reference = drawn
+    pixels = [np.asarray(event.image, np.float64) for event in drawn]
+    mean_square = float(np.mean((pixels[0] - pixels[1]) ** 2))
+    return {
+        "latents_error": relative_error(ours.latents, reference.latents),
+        "psnr": None if mean_square == 0 else float(10 * np.log10(255**2 / mean_square)),
+    }
+
+
+def child_placement(options: Child) -> Child:
+    """Where each node of a reduced model's programs ran, by ONNX Runtime's profiler, which sees copies too."""
+    import onnxruntime
+
+    from zimage_export.selfcheck import fixed_inputs
+    from zimage_runtime.bundle import Bundle
+    from zimage_runtime.manifest import CUDA
+    from zimage_runtime.ort_cuda import PROVIDER, preload_libraries
+
+    bundle, wanted = Bundle.open(options["bundle"]), "CPUExecutionProvider"
+    if options["executor"] == "cuda":
+        preload_libraries()
+        wanted = PROVIDER
+    result: Child = {}
+    for program, feeds in fixed_inputs(bundle.manifest.config).items():
+        if program is Program.MODULATION:
+            continue
+        settings = onnxruntime.SessionOptions()
+        settings.enable_profiling = True
+        settings.profile_file_prefix = str(Path(options["bundle"]).with_name(f"profile-{program}"))
+        providers = list(dict.fromkeys([wanted, "CPUExecutionProvider"]))
+        path = str(bundle.program(program, CUDA))
+        session = onnxruntime.InferenceSession(path, settings, providers=providers, enable_fallback=0)
+        session.run(None, feeds)
+        profile = Path(session.end_profiling())
+        nodes = [e["args"] for e in json.loads(profile.read_text()) if e.get("cat") == "Node"]
+        profile.unlink()
+        nodes = [node for node in nodes if "provider" in node]
+        elsewhere = sorted({node["op_name"] for node in nodes if node["provider"] != wanted})
+        result[program.value] = {
+            "nodes": len(nodes),
+            "on_device": sum(node["provider"] == wanted for node in nodes),
+            "elsewhere": elsewhere,
+            "copies": sum(node["op_name"].startswith("Memcpy") for node in nodes),
+            "as_it_should_be": set(elsewhere) <= _SHAPES_ONLY
+            and not any(node["op_name"].startswith("Memcpy") for node in nodes),
+        }
+    return result
+
+
+_CHILDREN = {
+    "pictures": child_pictures,
+    "steps": child_steps,
+    "parity": child_parity,
+    "placement": child_placement,
+}
+
+
+def in_child(kind: str, options: Child) -> Child:
+    """Runs a measurement in a process of its own; what it raises is its result, so that the others go on."""
+    print(time.strftime("%H:%M:%S"), kind, options["precision"], options.get("size", ""), file=sys.stderr, flush=True)
+    words = [sys.executable, __file__, "--child", kind, json.dumps(options)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        return {"failed": (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1][:500]}
+    result: Child = json.loads(lines[-1])
+    return result
+
+
+def prepared(work: Path, scale_name: str, precision: str) -> Path:
+    """The bundle of a precision and scale, made where it is not there; at full size, the only one there is."""
+    from zimage_export.build import BuildOptions, build
+    from zimage_export.synthetic import SCALES, write_checkpoint
+    from zimage_runtime.manifest import Precision
+    from zimage_runtime.progress import Progress
+    from zimage_runtime.tensors import DType
+
+    work.mkdir(parents=True, exist_ok=True)
+    checkpoint, bundle = work / f"checkpoint-{scale_name}", work / f"bundle-{scale_name}-{precision}"
+    if not checkpoint.exists():
+        write_checkpoint(checkpoint, SCALES[scale_name], transformer_type=DType.BF16, progress=Progress())
+    if not bundle.exists():
+        if scale_name == "full":
+            for other in work.glob("bundle-full-*"):
+                shutil.rmtree(other)
+        build(checkpoint, bundle, BuildOptions(Precision(precision)), Progress())
+    return bundle
+
+
+def run(options: argparse.Namespace) -> Child:
+    """Every measurement, precision by precision."""
+    from zimage_runtime.nvidia import find_gpu
+
+    cuda = options.executor == "cuda"
+    document: Child = {
+        "machine": machine(*_PACKAGES),
+        "gpu": {**vars(find_gpu()), "free": None} if cuda else None,
+        "scale": options.scale,
+        "steps": options.steps,
+        "diffusers": find_spec("diffusers") is not None and not options.without_diffusers,
+        "parity": {},
+        "placement": {},
+        "pictures": [],
+        "one_step": [],
+    }
+    common = {
+        "executor": options.executor,
+        "vram": options.vram << 20 if options.vram else None,
+        "steps": options.steps,
+        "repeat": options.repeat,
+        "rate_seconds": 3.0 if cuda else 0.1,
+    }
+    for precision in options.precision:
+        reduced = {**common, "precision": precision, "bundle": str(prepared(options.work, "small", precision))}
+        document["parity"][precision] = in_child("parity", reduced)
+        document["placement"][precision] = in_child("placement", reduced)
+    for precision in options.precision:
+        bundle = str(prepared(options.work, options.scale, precision))
+        for size in options.size:
+            one = {**common, "bundle": bundle, "precision": precision, "size": size}
+            document["pictures"].append({**one, **in_child("pictures", one)})
+            # diffusers runs in bf16 alone, as its users run it
+            beside = document["diffusers"] and precision == ("bf16" if cuda else "fp32")
+            document["one_step"].append({**one, **in_child("steps", {**one, "diffusers": beside})})
+            write_results("gpu_cuda", document, report(document), options.out)  # what there is, should it be cut short
+    return document
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    return int(width), int(height)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if words[:1] == ["--child"]:
+        print(json.dumps(_CHILDREN[words[1]](json.loads(words[2]))))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="where checkpoints and bundles are put")
+    parser.add_argument("--executor", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--scale", choices=["full", "small"], default="full")
+    parser.add_argument("--precision", nargs="+", default=["bf16", "fp16"], help="int8 too where bundles have it")
+    parser.add_argument("--size", nargs="+", type=_size, default=[(512, 512), (1024, 1024), (1536, 1536)])
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--vram", type=int, metavar="MIB", help="budget; by default what is free")
+    parser.add_argument("--without-diffusers", action="store_true")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(words)
+    document = run(options)
+    print(report(document))
+
+
+if __name__ == "__main__":
+    main()

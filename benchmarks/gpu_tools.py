@@ -1,0 +1,163 @@
+"""What the GPU benchmark is made of: watching VRAM, the card's measured matrix rate, a step's work, diffusers' step."""
+
+import ctypes
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Self
+
+_INTERVAL = 0.005  # seconds between two looks at the memory
+_MOST_PROCESSES = 256
+
+
+class _Process(ctypes.Structure):  # nvmlProcessInfo_t
+    _fields_ = [
+        ("pid", ctypes.c_uint),
+        ("used", ctypes.c_ulonglong),
+        ("gpu_instance", ctypes.c_uint),
+        ("compute_instance", ctypes.c_uint),
+    ]
+
+
+class _Memory(ctypes.Structure):  # nvmlMemory_t
+    _fields_ = [(name, ctypes.c_ulonglong) for name in ("total", "free", "used")]
+
+
+@dataclass
+class VramWatch:
+    """The most GPU memory in use while it watches, by NVML: what the device gained, and what this process held.
+
+    Zeros where there is no NVML; a process number of None where it does not know us, as in some containers.
+    """
+
+    device: int = 0  # bytes more than when the watch began
+    process: int | None = None
+    _stop: threading.Event = field(default_factory=threading.Event, repr=False)
+    _thread: threading.Thread | None = field(default=None, repr=False)
+
+    def __enter__(self) -> Self:
+        try:
+            library = ctypes.CDLL("nvml.dll" if os.name == "nt" else "libnvidia-ml.so.1")
+        except OSError:
+            return self
+        library.nvmlInit_v2()
+        handle = ctypes.c_void_p()
+        library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(handle))
+        start = self._used(library, handle)
+        self._thread = threading.Thread(target=self._watch, args=(library, handle, start), daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        if self._thread:
+            self._thread.join()
+
+    def _watch(self, library: Any, handle: Any, start: int) -> None:
+        while not self._stop.is_set():
+            self.device = max(self.device, self._used(library, handle) - start)
+            processes, count = (_Process * _MOST_PROCESSES)(), ctypes.c_uint(_MOST_PROCESSES)
+            if not library.nvmlDeviceGetComputeRunningProcesses_v3(handle, ctypes.byref(count), processes):
+                own = [p.used for p in processes[: count.value] if p.pid == os.getpid()]
+                self.process = max([self.process or 0, *own]) if own else self.process
+            time.sleep(_INTERVAL)
+
+    @staticmethod
+    def _used(library: Any, handle: Any) -> int:
+        memory = _Memory()
+        library.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory))
+        return int(memory.used)
+
+
+def step_flops(config: Any, geometry: Any, caption_tokens: int) -> float:
+    """Operations of one step: two for each multiplication and addition of matrix products and attention."""
+    t = config.transformer
+    linear = 4 * t.dim**2 + 3 * t.dim * t.ffn_dim  # parameters of a block
+    image, both = geometry.image_tokens, geometry.image_tokens + caption_tokens
+    return float(
+        t.n_layers * (2 * both * linear + 4 * both**2 * t.dim)
+        + t.n_refiner_layers * (2 * image * linear + 4 * image**2 * t.dim)
+    )
+
+
+def matrix_rate(device: str, dtype_name: str, dim: int, inner: int, rows: int, seconds: float = 3.0) -> float:
+    """Operations a second of matrix products of a block's shapes, after warming up: the median of many."""
+    import torch
+
+    dtype = getattr(torch, dtype_name)
+    a = torch.randn(rows, dim, device=device).to(dtype)
+    weight = torch.randn(dim, inner, device=device).to(dtype)
+    rates: list[float] = []
+    end = time.perf_counter() + seconds
+    while len(rates) < 3 or time.perf_counter() < end:
+        start = time.perf_counter()
+        for _ in range(10):
+            torch.mm(a, weight)
+        if device == "cuda":
+            torch.cuda.synchronize()
+        rates.append(10 * 2.0 * rows * dim * inner / (time.perf_counter() - start))
+    return statistics.median(rates[len(rates) // 3 :])
+
+
+DIFFUSERS_BACKENDS = ("native", "_native_cudnn", "_native_flash", "flash", "_flash_3", "sage")
+"""Attention backends of diffusers that are tried; those that this machine lacks fail at once."""
+
+
+@contextmanager
+def diffusers_step(
+    config: Any, geometry: Any, tokens: int, device: str, dtype_name: str
+) -> Iterator[tuple[Any, Callable[[Any], Any]]]:
+    """diffusers' transformer with random weights on the device; and what runs a step of it, or of its compiled self."""
+    import torch
+    from diffusers import ZImageTransformer2DModel
+
+    dtype, sizes = getattr(torch, dtype_name), config.transformer
+    with torch.device(device):
+        torch.manual_seed(0)
+        model = ZImageTransformer2DModel(**asdict(sizes), n_kv_heads=sizes.n_heads).to(dtype).eval()
+        latents = torch.randn(sizes.in_channels, 1, geometry.latent_height, geometry.latent_width)
+        hidden = torch.randn(tokens, sizes.cap_feat_dim)
+        inputs = ([latents.to(dtype)], torch.full((1,), 0.3), [hidden.to(dtype)])
+
+    def step(run: Any) -> Any:
+        with torch.no_grad():
+            output = run(*inputs)[0]
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return output
+
+    try:
+        yield model, step
+    finally:
+        del model
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def median_seconds(call: Callable[[], object], repeat: int) -> float:
+    """The median of `repeat` calls, after one that does not count."""
+    call()
+    seconds = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def best_backend(model: Any, step: Callable[[Any], Any], repeat: int) -> tuple[str, dict[str, float]]:
+    """Sets the attention backend with which diffusers' step is fastest; and the seconds with each."""
+    seconds: dict[str, float] = {}
+    for name in DIFFUSERS_BACKENDS:
+        try:
+            model.set_attention_backend(name)
+            seconds[name] = median_seconds(lambda: step(model), repeat)
+        except Exception:  # a backend whose package or hardware is not here raises whatever it likes
+            continue
+    best = min(seconds, key=lambda name: seconds[name])
+    model.set_attention_backend(best)
+    return best, seconds

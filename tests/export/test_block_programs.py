@@ -119,7 +119,9 @@ def test_w8a8_is_the_product_of_what_was_quantized() -> None:
     rng = np.random.default_rng(0)
     width, out, rows = 384, 96, 24
     x = rng.standard_normal((1, rows, width)).astype(np.float32)
-    x[0, 3], x[0, 4], x[0, :, 5] = 0, x[0, 4] * 1e4, x[0, :, 5] * 30
+    x[0, :, 5] *= 30
+    x[0, 4] *= 1e4
+    x[0, 3] = 0
     weight, scale = quantized(rng.standard_normal((out, width)) * rng.uniform(0.01, 1, (out, 1)))
     b = Target("tensorrt", types(DType.I8, full=True)).builder(Program.DENOISER, {"dim": width})
     layers = TensorRtLayers(b, DType.F32)
@@ -140,7 +142,7 @@ def test_w8a8_is_the_product_of_what_was_quantized() -> None:
 
 
 def test_a_w8a8_block_is_near_the_float_block(bundle: Path) -> None:
-    """A transformer block's update: FACTS measured 6 % for W8A8 at full width."""
+    """Eight bits cost a block's update about two percent here."""
     opened = Bundle.open(bundle)
     config = opened.manifest.config
     place = next(place for place in main_blocks(config) if place.name == "layers.1")
@@ -166,4 +168,4 @@ def test_a_w8a8_block_is_near_the_float_block(bundle: Path) -> None:
         signature = BLOCK_SIGNATURES[place.kind]
         model = graph.to_model_of_inputs("block", signature.inputs, signature.outputs)
         updates.append(session(model).run(["y"], inputs)[0] - feeds["x"])
-    assert 1e-3 < relative_error(updates[1], updates[0]) < 0.06
+    assert 1e-3 < relative_error(updates[1], updates[0]) < 0.03

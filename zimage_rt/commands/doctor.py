@@ -236,14 +236,14 @@ def check_onnxruntime(name: str) -> Finding:
 
 
 def check_nvidia(name: str) -> Finding:
-    """Whether NVIDIA's driver is there."""
+    """Whether NVIDIA's driver is there. No executor uses it yet."""
     present = shutil.which("nvidia-smi") is not None or _loads("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
     if present:
-        return Finding(name, Verdict.NOTE, "driver present; the tensorrt executor uses it", {"driver": True})
+        return Finding(name, Verdict.NOTE, "driver present; this version draws on the CPU only", {"driver": True})
     return Finding(
         name,
         Verdict.OK,
-        "no driver: pictures are drawn on the CPU; NVIDIA's download page has it if there is a GPU",
+        "no driver; this version draws on the CPU only",
         {"driver": False},
     )
 

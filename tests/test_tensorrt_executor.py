@@ -17,7 +17,7 @@ from parity import Case, check_parity, draw, relative_error
 from zimage_export.graphs.blocks import BlockProgram
 from zimage_runtime.bundle import Bundle
 from zimage_runtime.contracts import Program
-from zimage_runtime.errors import ExecutorError, MemoryLimitError
+from zimage_runtime.errors import ExecutorError, MemoryLimitError, RequestError
 from zimage_runtime.executor import Floats
 from zimage_runtime.geometry import picture_geometry
 from zimage_runtime.pipeline import Pipeline
@@ -175,6 +175,16 @@ def test_what_does_not_fit_of_the_autoencoder_runs_on_the_cpu(
     picture = np.tanh(np.random.default_rng(3).standard_normal((1, 3, 96, 64), dtype=np.float32))
     for one, other in zip(pipeline.executor.encode(picture), cpu.executor.encode(picture), strict=True):
         assert relative_error(one, other) < TOLERANCE
+
+
+def test_sizes_that_the_engines_were_not_built_for(make: Make, spec: VariantSpec, opened: Bundle) -> None:
+    _, pipeline = make()
+    with pytest.raises(RequestError, match=r"at most 16896 tokens, about a 20\d\dx20\d\d picture"):
+        pipeline.stream("x", (4096, 4096), 1, 0)
+    long = PictureSizes.of(picture_geometry(16, 4096, opened.manifest.config), 10)
+    plan = plan_residency(spec, opened.manifest.config, long, EVERYTHING)
+    assert Program.DENOISER in plan.stages
+    assert Program.DECODER not in plan.stages, "maps of more than 256 rows of latents are decoded on the CPU"
 
 
 def test_with_room_for_all_nothing_is_uploaded_twice(make: Make) -> None:
@@ -338,13 +348,16 @@ def test_whatever_fails_the_error_is_its_own_and_nothing_is_left(
             return name == call and left[0] == -1
 
         device.fail = fail
+        error = None
         try:
             draw(pipeline, case)
-        except ExecutorError as error:
+        except ExecutorError as raised:
+            error = raised
+        device.fail = lambda name: False
+        if error is not None:
             assert str(error) == f"{call} failed, as the test wants it to"
-            failed += 1
-            device.fail = lambda name: False
             assert device.used == 0, "what failed gave everything back"
+            failed += 1
         pipeline.release()
     assert failed
     device.fail = lambda name: False

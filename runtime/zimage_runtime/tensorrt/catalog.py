@@ -52,6 +52,19 @@ class ProgramSpec:
     profile: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # least, usual, most
     scratch: tuple[tuple[int, int], ...]  # (positions of the first free input, bytes), ascending
 
+    @property
+    def largest(self) -> int:
+        """The most tokens, or rows or columns, that its profile takes."""
+        return max(
+            (
+                high
+                for least, _, most in self.profile.values()
+                for low, high in zip(least, most, strict=True)
+                if low < high
+            ),
+            default=0,
+        )
+
     def scratch_bytes(self, positions: int) -> int:
         """What the program needs beside its inputs and outputs.
 

@@ -6,12 +6,14 @@ once do stages stay loaded between pictures. The autoencoder runs on the device 
 in tiles, if not.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ..config import ModelConfig
+from ..config import PATCH_SIZE, ModelConfig
 from ..contracts import Program
-from ..errors import MemoryLimitError
+from ..errors import MemoryLimitError, RequestError
+from .blocks import BlockKind, main_blocks
 from .catalog import VariantSpec
 from .stages import STAGES, PictureSizes, StageNeeds, stage_needs
 
@@ -80,6 +82,7 @@ def plan_residency(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes, 
 
     Raises `MemoryLimitError`, with the smallest budget that would do, where there is none.
     """
+    _check_tokens(spec, config, sizes)
     needs = {program: stage_needs(program, spec, config, sizes) for program in STAGES}
     room = budget - CONTEXT_BYTES
     smallest = smallest_budget(needs, sizes)
@@ -88,7 +91,7 @@ def plan_residency(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes, 
     stages = {}
     for program, stage in needs.items():
         planned = _plan_stage(stage, room, sizes.pictures, program in _STREAMABLE)
-        if planned is not None:
+        if planned is not None and not _too_wide(stage, spec, sizes):
             stages[program] = planned
     plan = ResidencyPlan(stages, budget, keep_all=False)
     complete = set(stages) == set(needs) and not any(stage.streamed for stage in stages.values())
@@ -114,10 +117,31 @@ def plan_stage(
 
     Raises `MemoryLimitError` as `plan_residency` does.
     """
+    if program is Program.DENOISER:
+        _check_tokens(spec, config, sizes)
     needs = stage_needs(program, spec, config, sizes)
+    if _too_wide(needs, spec, sizes):
+        return None
     if program in _NEEDED and budget < CONTEXT_BYTES + _least(needs, sizes.pictures):
         raise _refusal(budget, CONTEXT_BYTES + _least(needs, sizes.pictures))
     return _plan_stage(needs, budget - CONTEXT_BYTES, sizes.pictures, program in _STREAMABLE)
+
+
+def _check_tokens(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes) -> None:
+    """Raises `RequestError` for a picture that the engines were not built for."""
+    most = min(spec.program_of(place).largest for place in main_blocks(config))
+    if sizes.tokens > most:
+        side = math.isqrt(most - sizes.caption_tokens) * PATCH_SIZE * config.vae.scale
+        raise RequestError(
+            f"the bundle's engines take at most {most} tokens, about a {side}x{side} picture, and this one has "
+            f"{sizes.tokens}; lower --size, or use --executor cpu"
+        )
+
+
+def _too_wide(needs: StageNeeds, spec: VariantSpec, sizes: PictureSizes) -> bool:
+    """Whether the autoencoder's engines were built for smaller maps only."""
+    place = next((p for p in needs.blocks if p.kind is BlockKind.MIDDLE_ATTENTION), None)
+    return place is not None and max(sizes.latent_height, sizes.latent_width) > spec.program_of(place).largest
 
 
 def _refusal(budget: int, smallest: int) -> MemoryLimitError:

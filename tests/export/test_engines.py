@@ -1,0 +1,245 @@
+"""Engines built by TensorRT for RTX itself, without a GPU, at the published widths: what its build log shows.
+
+The log names every fused kernel with the types and shapes of what it reads and writes. These tests fail when a graph
+degrades: an attention that is no longer fused, a product that is no longer of integers, a copy that only moves data.
+"""
+
+import functools
+import itertools
+import platform
+import re
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from test_graphs_full_size import PUBLISHED
+
+from zimage_export.engine_types import EngineTypes
+from zimage_export.engines import half_type, program_spec
+from zimage_export.graphs.blocks import BlockProgram, build_blocks
+from zimage_export.graphs.tensorrt_layers import TensorRtLayers
+from zimage_runtime.tensorrt.library import Built, Library
+from zimage_runtime.tensorrt.targets import Gpu, Variant
+from zimage_runtime.tensors import DType
+
+pytestmark = pytest.mark.skipif(
+    find_spec("tensorrt_rtx") is None
+    and not (sys.platform == "linux" and platform.machine() == "x86_64")
+    and not (sys.platform == "win32" and platform.machine() == "AMD64"),
+    reason="TensorRT for RTX has no wheel for this platform",
+)
+
+ENDS = ("t_embedder.", "cap_embedder.", "all_x_embedder.", "all_final_layer.")
+TOKENS = 4224  # of a 1024 x 1024 picture and its caption
+MOST_BYTES = 3 << 20  # of an engine
+
+GENERATIONS = [Gpu.SM80, Gpu.SM86, Gpu.SM89, Gpu.SM120, Gpu.PORTABLE]
+COMBINATIONS = [
+    *itertools.product(("bf16", "fp16", "int8"), GENERATIONS),
+    *itertools.product(("fp16", "int8"), [Gpu.SM75]),
+]
+
+
+@functools.cache
+def programs(precision: str, variant: Variant) -> dict[str, BlockProgram]:
+    """Block programs of the published model, stored as a bundle of the precision stores it."""
+    storage = {"bf16": DType.BF16, "fp16": DType.F16, "int8": DType.I8}[precision]
+
+    def stored(component: str, name: str, shape: tuple[int, ...]) -> DType:
+        if len(shape) < 2 or name.startswith(ENDS):
+            return DType.F32
+        return DType.BF16 if component == "vae" else storage
+
+    types = EngineTypes(stored, variant, half_type(precision, variant))
+    return {program.name: program for program in build_blocks(PUBLISHED, types, {})}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A line of the build log."""
+
+    name: str
+    kind: str
+    inputs: list[tuple[list[int], str]]  # dimensions, -1 where free, and type
+    outputs: list[tuple[list[int], str]]
+
+    @property
+    def parts(self) -> list[str]:
+        """What was fused, as TensorRT abbreviates it: CastMulMean → Cast, Mul, Mean."""
+        return re.findall(r"[A-Z][a-z]+", self.name.removeprefix("__myl_").rpartition("_myl0")[0])
+
+
+def kernels(built: Built) -> list[Kernel]:
+    """The kernels in the order that they run."""
+    found = []
+    for name, kind, rest in re.findall(r"^Name: (\S+), LayerType: (\w+), Inputs: (.*)$", built.log, re.MULTILINE):
+        if kind in ("signal", "wait", "shape_call"):
+            continue
+        inputs, _, outputs = rest.partition("Outputs: [")
+        values = [
+            [
+                ([int(size) for size in dims.split(",") if size], dtype)
+                for dims, dtype in re.findall(r"Dimensions: \[([-\d,]*)\].*?Datatype: (\w+)", text)
+            ]
+            for text in (inputs.partition("Constants: [")[0], outputs)
+        ]
+        found.append(Kernel(name, kind, values[0], values[1]))
+    assert found, "the log has no kernels: has its form changed?"
+    return found
+
+
+def build(program: BlockProgram, gpu: Gpu, most: int = TOKENS) -> Built:
+    spec = program_spec(program, PUBLISHED, "", most)
+    return Library().build(program.model.SerializeToString(), spec, [gpu], detailed=True)
+
+
+@functools.cache
+def block(precision: str, gpu: Gpu) -> Built:
+    return build(programs(precision, gpu.variant)["transformer_block"], gpu)
+
+
+def score_buffers(built: Built) -> list[str]:
+    """Kernels that write something of [tokens, tokens]."""
+    return [k.name for k in kernels(built) for dims, _ in k.outputs if dims.count(-1) > 1]
+
+
+def only_moves(built: Built) -> list[str]:
+    """Kernels that compute nothing: transposes and copies of whole activations."""
+    moves = {"Tran", "Move", "Resh", "Repl", "Conc", "Slic"}
+    return [k.name for k in kernels(built) if k.kind == "kgen" and k.parts and set(k.parts) <= moves]
+
+
+@pytest.mark.parametrize(("precision", "gpu"), COMBINATIONS)
+def test_the_transformer_block(precision: str, gpu: Gpu) -> None:
+    built = block(precision, gpu)
+    assert len(built.data) < MOST_BYTES
+    names = [kernel.name for kernel in kernels(built)]
+    assert [name for name in names if "mha" in name], "the attention is one kernel"
+    assert not score_buffers(built)
+    assert not only_moves(built)
+    assert len(names) <= (17 if precision == "int8" else 16)
+    memory = built.activation_bytes
+    assert memory is not None
+    scores = 30 * TOKENS**2 * 2
+    assert memory < 450e6 < scores, "scores of all heads would take more than all that is allowed"
+
+
+@pytest.mark.parametrize("gpu", [*GENERATIONS, Gpu.SM75])
+def test_w8a8_multiplies_integers(gpu: Gpu) -> None:
+    """All seven linears; their weights are read as int8, and so are the activations, quantized in the kernel before."""
+    products = [k for k in kernels(block("int8", gpu)) if k.kind == "gemm"]
+    assert len(products) == 7
+    for product in products:
+        assert [dtype for _, dtype in product.inputs][:2] == ["Int8", "Int8"], product.name
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_16_bit_products_are_of_the_precisions_own_type(precision: str) -> None:
+    dtype = {"bf16": "BFloat16", "fp16": "Half"}[precision]
+    products = [k for k in kernels(block(precision, Gpu.PORTABLE)) if k.kind in ("gemm", "runtime_fusion")]
+    assert len(products) == 7
+    for product in products:
+        weights = [found for dims, found in product.inputs if -1 not in dims and np.prod(dims) > 10**6]
+        assert weights == [dtype]
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "int8"])
+def test_the_text_layer(precision: str) -> None:
+    built = build(programs(precision, Variant.AMPERE)["text_layer"], Gpu.PORTABLE, 512)
+    assert len(built.data) < MOST_BYTES
+    assert any("mha" in kernel.name for kernel in kernels(built))
+    assert not score_buffers(built)
+    assert len(only_moves(built)) <= 3, "the causal operator moves its operands; at 512 tokens, once a prompt"
+    assert (built.activation_bytes or 0) < 60e6
+
+
+@pytest.mark.parametrize(("variant", "gpu"), [(Variant.AMPERE, Gpu.PORTABLE), (Variant.TURING, Gpu.SM75)])
+@pytest.mark.parametrize("name", ["caption_embedder", "image_embedder", "final_layer"])
+def test_the_ends(name: str, variant: Variant, gpu: Gpu) -> None:
+    built = build(programs("fp16", variant)[name], gpu, 512)
+    assert len(built.data) < MOST_BYTES
+    assert len(kernels(built)) <= 4
+
+
+AUTOENCODER = [
+    "decoder_in", "middle_resnet", "middle_attention", "decoder_up", "decoder_up_2", "decoder_up_3", "decoder_out",
+    "encoder_in", "encoder_down", "encoder_down_2", "encoder_down_3", "encoder_down_4", "encoder_out",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["decoder_up_3", pytest.param("all", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("variant", "gpu"), [(Variant.AMPERE, Gpu.PORTABLE), (Variant.TURING, Gpu.SM75)])
+def test_the_autoencoder(name: str, variant: Variant, gpu: Gpu) -> None:
+    """Never fp16 but for the attention's products on Turing; no map is held in float32 where bf16 can be had."""
+    found = programs("fp16", variant)
+    assert [each for each in found if found[each].kind.component == "vae"] == AUTOENCODER
+    for each in AUTOENCODER if name == "all" else [name]:
+        built = build(found[each], gpu, 64 * (8 if each in ("decoder_up_3", "decoder_out", "encoder_in") else 1))
+        assert len(built.data) < MOST_BYTES, each
+        maps = [dtype for k in kernels(built) for dims, dtype in k.outputs if dims.count(-1) > 1 and len(dims) == 4]
+        if each != "middle_attention":
+            assert set(maps) <= ({"Float"} if variant is Variant.TURING else {"BFloat16", "Float"}), each
+        if variant is Variant.AMPERE and each == "decoder_up_3":
+            assert maps.count("BFloat16") > 2 * maps.count("Float")
+
+
+# What the assertions above are for: graphs that are still right, but degraded
+
+
+def test_an_attention_that_is_not_fused_is_noticed() -> None:
+    """The scores go through float32, as a careful hand might write them."""
+    program = programs("bf16", Variant.AMPERE)["transformer_block"]
+    model = onnx.ModelProto()
+    model.CopyFrom(program.model)
+    softmax = next(node for node in model.graph.node if node.op_type == "Softmax")
+    scores, weights = softmax.input[0], softmax.output[0]
+    softmax.input[0], softmax.output[0] = f"{scores}.clipped", f"{weights}.again"
+    limit = numpy_helper.from_array(np.array([0.0], np.float32), "limit")
+    half = onnx.helper.make_node("Cast", ["limit"], ["limit.half"], to=onnx.TensorProto.BFLOAT16)
+    sort = onnx.helper.make_node("CumSum", [scores, "axis"], [f"{scores}.clipped"])
+    again = onnx.helper.make_node("Mul", [f"{weights}.again", "limit.half"], [weights])
+    axis = numpy_helper.from_array(np.array(-1, np.int64), "axis")
+    model.graph.initializer.extend([limit, axis])
+    place = list(model.graph.node).index(softmax)
+    for offset, node in ((0, half), (1, sort), (3, again)):
+        model.graph.node.insert(place + offset, node)
+    broken = BlockProgram(program.name, program.kind, model, program.scalars)
+    built = build(broken, Gpu.PORTABLE, 512)
+    assert score_buffers(built)
+    assert not [k for k in kernels(built) if "mha" in k.name]
+
+
+def test_scales_inside_the_dequantization_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that are dequantized by the channel before the product: weight-only int8, in effect."""
+
+    def w8a16(self: TensorRtLayers, x: str, name: str, out_width: int, in_width: int) -> str:
+        b = self.b
+        weight = b.weight(f"{name}.weight", (in_width, out_width))
+        scale = b.cast(b.weight(f"{name}.weight_scale", (out_width,)), self.compute)
+        weight = b.op(
+            "Mul", b.op("Cast", weight, name=f"{name}.cast", to=onnx.TensorProto.BFLOAT16), scale, name=f"{name}.w"
+        )
+        b.set_type(weight, self.compute)
+        return b.op("MatMul", b.cast(x, self.compute), weight, name=name)
+
+    monkeypatch.setattr(TensorRtLayers, "_w8a8", w8a16)
+    broken = programs.__wrapped__("int8", Variant.AMPERE)["transformer_block"]
+    products = [k for k in kernels(build(broken, Gpu.PORTABLE, 512)) if k.kind in ("gemm", "runtime_fusion")]
+    assert not any([dtype for _, dtype in k.inputs][:2] == ["Int8", "Int8"] for k in products)
+
+
+def test_weights_that_are_transposed_first_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A two-dimensional Transpose of the weight is the natural thing to write, and costs a kernel a linear."""
+
+    def linear(self: TensorRtLayers, x: str, name: str, out_width: int, in_width: int, *, bias: bool = False) -> str:
+        weight = self.b.weight(f"{name}.weight", (out_width, in_width))
+        weight = self.b.op("Transpose", weight, name=f"{name}.transposed", perm=[1, 0])
+        return self.b.op("MatMul", self.b.cast(x, self.b.type_of(weight)), weight, name=name)
+
+    monkeypatch.setattr(TensorRtLayers, "linear", linear)
+    broken = programs.__wrapped__("bf16", Variant.AMPERE)["transformer_block"]
+    assert only_moves(build(broken, Gpu.PORTABLE, 512))

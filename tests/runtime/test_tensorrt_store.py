@@ -1,0 +1,263 @@
+"""Engines are found in the bundle, kept in the user's cache or built, and only ever loaded from where they may be."""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from library_stand_in import LibraryStandIn
+
+from zimage_export import engines as export_engines
+from zimage_export.engines import add_engines
+from zimage_runtime.bundle import Bundle
+from zimage_runtime.errors import BundleError, ExecutorError
+from zimage_runtime.tensorrt.catalog import Catalog
+from zimage_runtime.tensorrt.library import Built
+from zimage_runtime.tensorrt.store import EngineStore, HashedCache, read_catalog, read_hashed, variant_spec
+from zimage_runtime.tensorrt.targets import Gpu, Variant, gpu_of, variant_of
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> LibraryStandIn:
+    stand_in = LibraryStandIn()
+    monkeypatch.setattr(export_engines, "Library", lambda: stand_in)
+    return stand_in
+
+
+@pytest.fixture
+def engined(bundle: Path, tmp_path: Path, library: LibraryStandIn) -> Bundle:
+    """A bundle with engines for SM86 and Turing."""
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy)
+    opened = add_engines(Bundle.open(copy), [Gpu.SM86, Gpu.SM75])
+    library.built.clear()
+    return opened
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> HashedCache:
+    return HashedCache(tmp_path / "cache")
+
+
+def store(
+    bundle: Bundle, library: LibraryStandIn, cache: HashedCache, capability: tuple[int, int] = (8, 6)
+) -> EngineStore:
+    return EngineStore(bundle, read_catalog(bundle), library, capability, cache=cache)  # type: ignore[arg-type]
+
+
+def test_generations() -> None:
+    assert gpu_of((8, 6)) is Gpu.SM86
+    assert gpu_of((12, 0)) is Gpu.SM120
+    assert gpu_of((9, 0)) is Gpu.PORTABLE, "what has no engine of its own runs the portable one"
+    assert [variant_of(c) for c in ((7, 5), (8, 0), (12, 1))] == [Variant.TURING, Variant.AMPERE, Variant.AMPERE]
+    assert not Gpu.PORTABLE.runs_on((7, 5))
+
+
+def test_an_engine_of_the_bundle_is_loaded_as_it_is(
+    engined: Bundle, library: LibraryStandIn, cache: HashedCache
+) -> None:
+    engine = store(engined, library, cache).context("transformer_block")
+    assert library.built == []
+    assert engine in {engined.file(path).read_bytes() for path in engined.manifest.files}
+    assert b"['sm86']" in engine  # type: ignore[operator]
+    assert not cache.folder.exists() or not list(cache.folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "target"),
+    [
+        ("1.8.0", (8, 6), "sm86"),
+        ("1.7.1.116", (8, 9), "sm89"),
+        ("1.8.0", (7, 5), "sm75"),
+        ("1.7.1.116", (9, 0), "portable"),
+    ],
+)
+def test_what_does_not_fit_is_built_once_and_kept(
+    engined: Bundle,
+    library: LibraryStandIn,
+    cache: HashedCache,
+    version: str,
+    capability: tuple[int, int],
+    target: str,
+) -> None:
+    library.version = version
+    notes: list[str] = []
+    first = store(engined, library, cache, capability)
+    first.note = notes.append
+    engine = first.context("text_layer")
+    assert f"['{target}'] by {version}".encode() in engine  # type: ignore[operator]
+    assert notes == [f"building the text_layer engine for this GPU and tensorrt_rtx {version}, once"]
+    first.context("text_layer")
+    again = store(engined, library, cache, capability).context("text_layer")
+    assert again == engine
+    assert library.built == ["text_layer"]
+
+
+def test_an_engine_that_the_library_refuses_is_built_anew(
+    engined: Bundle, library: LibraryStandIn, cache: HashedCache
+) -> None:
+    path = next(e.path for e in read_catalog(engined).engines if e.program == "final_layer" and e.gpu is Gpu.SM86)
+    library.refused.add(engined.file(path).read_bytes())
+    with pytest.raises(ExecutorError, match="cannot load its own engine for final_layer: because"):
+        store(engined, library, cache).context("final_layer")  # what is built is the same text, refused again
+    assert library.built == ["final_layer"]
+
+
+def test_an_altered_engine_is_not_loaded(engined: Bundle, library: LibraryStandIn, cache: HashedCache) -> None:
+    path = next(e.path for e in read_catalog(engined).engines if e.program == "text_layer" and e.gpu is Gpu.SM86)
+    data = bytearray(engined.file(path).read_bytes())
+    data[0] ^= 1
+    engined.file(path).write_bytes(data)
+    with pytest.raises(BundleError, match="altered since it was written"):
+        store(engined, library, cache).context("text_layer")
+    assert bytes(data) not in library.loaded
+
+
+def test_an_altered_program_is_not_built(engined: Bundle, library: LibraryStandIn, cache: HashedCache) -> None:
+    program = variant_spec(read_catalog(engined), (8, 9)).programs["text_layer"]
+    engined.file(program.path).write_bytes(b"\0" * engined.manifest.files[program.path].size)
+    with pytest.raises(BundleError, match="altered since it was written"):
+        store(engined, library, cache, (8, 9)).context("text_layer")
+    assert library.built == []
+
+
+def test_an_altered_catalog_is_not_read(engined: Bundle) -> None:
+    path = engined.file(engined.manifest.engines or "")
+    path.write_text(path.read_text().replace("portable", "Portable").replace("sm86", "sm89"))
+    with pytest.raises(BundleError, match="altered since it was written"):
+        read_catalog(engined)
+
+
+def test_a_file_that_the_manifest_does_not_list_is_not_read(engined: Bundle) -> None:
+    stray = engined.root / "engines" / "stray.engine"
+    stray.write_bytes(b"anything")
+    with pytest.raises(BundleError, match="not listed in the manifest"):
+        read_hashed(engined, "engines/stray.engine")
+
+
+@pytest.mark.parametrize("damage", ["altered", "cut", "empty", "theirs", "open"])
+def test_a_cache_that_cannot_be_trusted_is_not(
+    engined: Bundle, library: LibraryStandIn, cache: HashedCache, damage: str
+) -> None:
+    store(engined, library, cache, (8, 9)).context("text_layer")
+    (kept,) = cache.folder.iterdir()
+    data = kept.read_bytes()
+    if damage == "altered":
+        kept.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    elif damage == "cut":
+        kept.write_bytes(data[:-1])
+    elif damage == "empty":
+        kept.write_bytes(b"")
+    elif damage == "open":
+        cache.folder.chmod(0o777)
+    elif os.geteuid() == 0:
+        os.chown(cache.folder, 12345, 12345)
+    else:
+        pytest.skip("only root can give a folder away")
+    store(engined, library, cache, (8, 9)).context("text_layer")
+    assert library.built == ["text_layer", "text_layer"]
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    engined: Bundle, library: LibraryStandIn, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    blocked = HashedCache(tmp_path / "file" / "cache")
+    assert store(engined, library, blocked, (8, 9)).context("text_layer")
+
+
+def test_compiled_kernels_are_kept_between_runs(engined: Bundle, library: LibraryStandIn, cache: HashedCache) -> None:
+    first = store(engined, library, cache)
+    first.context("text_layer")
+    assert library.kernels is None
+    first.close()
+    second = store(engined, library, cache)
+    second.context("text_layer")
+    assert library.kernels == b"kernels compiled so far"
+
+
+def test_gpus_that_cannot_are_told_so(engined: Bundle) -> None:
+    catalog = read_catalog(engined)
+    with pytest.raises(ExecutorError, match="older than TensorRT for RTX serves"):
+        variant_spec(catalog, (7, 0))
+    alone = Catalog({Variant.AMPERE: catalog.variants[Variant.AMPERE]})
+    with pytest.raises(ExecutorError, match="has no block programs for this GPU"):
+        variant_spec(alone, (7, 5))
+
+
+# The catalog and the manifest
+
+
+def test_the_catalog_comes_back_as_it_was(engined: Bundle) -> None:
+    catalog = read_catalog(engined)
+    assert Catalog.from_json(catalog.to_json(), "here") == catalog
+    assert {engine.gpu for engine in catalog.engines} == {Gpu.SM86, Gpu.SM75}
+    for engine in catalog.engines:
+        for part in (engine.program, "fp32", engine.gpu.value, "max", "tensorrt_rtx1.7.1.116"):
+            assert part in engine.path
+
+
+@pytest.mark.parametrize(
+    ("place", "damage"),
+    [
+        ("variants", None),
+        ("variants", []),
+        ("variants", "x"),
+        ("variants", {"sm80": {}}),
+        ("variants", {"sm80": {"programs": {"x": {}}, "blocks": {}}}),
+        ("variants", {"sm80": {"programs": {}, "blocks": {"x": {"program": "y", "scalars": {}}}}}),
+        ("engines", None),
+        ("engines", {}),
+        ("engines", [1]),
+        ("engines", [{"path": "../x", "program": "x", "variant": "sm80", "gpu": "sm86"}]),
+        ("engines", [{"path": "x", "program": "x", "variant": "sm99", "gpu": "sm86"}]),
+        ("schema_version", 10**9),
+        ("schema_version", "x"),
+    ],
+)
+def test_a_damaged_catalog_is_named(engined: Bundle, place: str, damage: object) -> None:
+    document = json.loads(read_catalog(engined).to_json())
+    with pytest.raises(BundleError, match="here"):
+        Catalog.from_json(json.dumps({**document, place: damage}), "here")
+
+
+def test_scratch_is_interpolated_between_what_was_measured(engined: Bundle) -> None:
+    program = read_catalog(engined).variants[Variant.AMPERE].programs["transformer_block"]
+    program = dataclasses.replace(program, scratch=((100, 1000), (200, 3000), (400, 3000)))
+    assert [program.scratch_bytes(n) for n in (1, 100, 150, 151, 200, 300, 400, 1000)] == [
+        1000, 1000, 2000, 2020, 3000, 3000, 3000, 3000,
+    ]  # fmt: skip
+
+
+def test_engines_are_renewed_without_changing_what_the_bundle_draws(
+    engined: Bundle, bundle: Path, library: LibraryStandIn
+) -> None:
+    before = set(engined.manifest.files)
+    assert engined.manifest.fingerprint == Bundle.open(bundle).manifest.fingerprint
+    (engined.root / "engines" / "left-behind.part").write_bytes(b"of a run that was killed")
+    library.version = "1.8.0"
+    renewed = add_engines(engined, [Gpu.PORTABLE])
+    assert renewed.manifest.fingerprint == engined.manifest.fingerprint
+    on_disk = {f"engines/{path.name}" for path in (renewed.root / "engines").iterdir()}
+    assert on_disk == {path for path in renewed.manifest.files if path.startswith("engines/")}
+    assert not any("sm75" in path for path in on_disk)
+    assert before - set(renewed.manifest.files)
+    renewed.verify()
+
+
+def test_a_run_that_fails_leaves_the_engines_as_they_were(
+    engined: Bundle, library: LibraryStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: Any, **options: Any) -> Built:
+        raise ExecutorError("no")
+
+    monkeypatch.setattr(library, "build", refuse)
+    with pytest.raises(ExecutorError):
+        add_engines(engined, [Gpu.SM89])
+    again = Bundle.open(engined.root)
+    assert again.manifest == engined.manifest
+    again.verify()
+    read_catalog(again)

@@ -1,0 +1,237 @@
+"""What people see of TensorRT where there is no GPU: engines, plan, doctor, refusals, and the benchmark's report."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_tools import Capture, assert_one_line_error, call_export, call_rt
+from device_stand_in import StandInDevice
+from library_stand_in import LibraryStandIn
+from onnx_engines import OnnxEngines, twin_spec, twins
+
+from zimage_export import engines as export_engines
+from zimage_rt.commands import doctor
+from zimage_rt.commands.doctor import Verdict
+from zimage_runtime.bundle import Bundle
+from zimage_runtime.errors import ExecutorError
+from zimage_runtime.tensorrt import cuda, library
+from zimage_runtime.tensorrt.executor import TensorRtExecutor, tensorrt_obstacle
+from zimage_runtime.tensorrt.residency import CONTEXT_BYTES
+from zimage_runtime.tensorrt.store import read_catalog
+from zimage_runtime.tensorrt.targets import Gpu, Variant
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> LibraryStandIn:
+    made = LibraryStandIn()
+    monkeypatch.setattr(export_engines, "Library", lambda: made)
+    return made
+
+
+@pytest.fixture
+def copy(bundle: Path, tmp_path: Path) -> Path:
+    target = tmp_path / "bundle"
+    shutil.copytree(bundle, target)
+    return target
+
+
+@pytest.fixture
+def engined(copy: Path, stand_in: LibraryStandIn) -> Path:
+    export_engines.add_engines(Bundle.open(copy))
+    return copy
+
+
+# zimage-export engines, build --engines
+
+
+def test_engines_of_a_bundle(copy: Path, stand_in: LibraryStandIn, capsys: Capture) -> None:
+    outcome = call_export(capsys, "engines", copy, "--gpu", "sm89", "--gpu", "sm75", "--json", "--quiet")
+    assert outcome.status == 0, outcome.err
+    document = json.loads(outcome.out)
+    catalog = read_catalog(Bundle.open(copy))
+    assert {engine["gpu"] for engine in document["engines"]} == {"sm89", "sm75"}
+    assert len(document["engines"]) == len(catalog.engines) == 34
+    assert set(catalog.variants) == set(Variant)
+    assert call_rt(capsys, "info", copy, "--verify").status == 0
+    plain = call_export(capsys, "engines", copy, "--quiet")
+    assert plain.out == f"{copy}\n"
+    assert {engine.gpu for engine in read_catalog(Bundle.open(copy)).engines} == {Gpu.PORTABLE, Gpu.SM75}
+
+
+def test_build_with_engines(checkpoint: Path, tmp_path: Path, stand_in: LibraryStandIn, capsys: Capture) -> None:
+    out = tmp_path / "out"
+    options = ("--precision", "bf16", "--engines", "--gpu", "sm120", "--quiet")
+    assert call_export(capsys, "build", checkpoint, out, *options).status == 0
+    catalog = read_catalog(Bundle.open(out))
+    assert {engine.gpu for engine in catalog.engines} == {Gpu.SM120}
+    weights = catalog.variants[Variant.AMPERE].programs["transformer_block"].weights
+    assert weights["attention.to_q.weight"].dtype == "BF16"
+    assert weights["attention_norm1.weight"].dtype == "F32"
+    assert not list(tmp_path.glob(".*.part"))
+
+
+def test_gpu_without_engines_is_a_usage_error(checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
+    outcome = call_export(capsys, "build", checkpoint, tmp_path / "out", "--gpu", "sm86")
+    assert_one_line_error(outcome, "--engines", status=2)
+
+
+def test_engines_without_tensorrt_say_how_to_get_it(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def missing(name: str) -> Any:
+        raise ImportError(name)
+
+    monkeypatch.setattr(library, "import_module", missing)
+    outcome = call_export(capsys, "engines", copy, "--quiet")
+    assert_one_line_error(outcome, "pip install 'zimage-rt[tensorrt]'")
+
+
+def test_what_tensorrt_refuses_is_one_line(copy: Path, stand_in: LibraryStandIn, capsys: Capture) -> None:
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        raise ExecutorError("tensorrt_rtx cannot build block program text_layer: why")
+
+    stand_in.build = refuse  # type: ignore[method-assign]
+    outcome = call_export(capsys, "engines", copy, "--quiet")
+    assert_one_line_error(outcome, "cannot build block program text_layer: why")
+    Bundle.open(copy).verify()
+
+
+@pytest.mark.slow
+def test_engines_by_tensorrt_itself(copy: Path, capsys: Capture) -> None:
+    """The whole set for every generation, at the small model's widths."""
+    gpus = [word for gpu in Gpu for word in ("--gpu", gpu.value)]
+    assert call_export(capsys, "engines", copy, *gpus, "--quiet").status == 0
+    opened = Bundle.open(copy)
+    opened.verify()
+    catalog = read_catalog(opened)
+    assert len(catalog.engines) == 17 * len(Gpu)
+    for engine in catalog.engines:
+        assert opened.manifest.files[engine.path].size < 3 << 20, engine.path
+    for spec in catalog.variants.values():
+        for program in spec.programs.values():
+            assert program.scratch[-1][1] > 0
+    assert call_rt(capsys, "plan", copy).status == 0
+
+
+# zimage-rt plan
+
+
+def test_plan_says_what_is_where(engined: Path, capsys: Capture) -> None:
+    outcome = call_rt(capsys, "plan", engined, "--size", "64x96", "--tokens", 40)
+    assert outcome.status == 0, outcome.err
+    labels = [line.split()[0] for line in outcome.lines]
+    stages = ["text_encoder", "caption", "denoiser", "decoder", "encoder"]
+    assert labels == ["picture", "budget", "peak", *stages, "step"]
+    assert "all stages stay loaded" in outcome.lines[2]
+    assert outcome.lines[-1].endswith("one CUDA graph")
+
+
+def test_plan_as_json_in_a_budget(engined: Path, capsys: Capture) -> None:
+    whole = json.loads(call_rt(capsys, "plan", engined, "--size", "64x96", "--json").out)
+    refusal = call_rt(capsys, "plan", engined, "--size", "64x96", "--vram", "0.1GiB")
+    line = assert_one_line_error(refusal, "0.10 GiB", "smallest budget")
+    smallest = re.search(r"would fit in is ([\d.]+) GiB", line)
+    assert smallest is not None
+    tight = call_rt(capsys, "plan", engined, "--size", "64x96", "--vram", f"{smallest[1]}GiB", "--json")
+    found = json.loads(tight.out)
+    assert found["peak"] <= found["budget"]
+    assert found["peak"] < whole["peak"]
+    assert found["context"] == CONTEXT_BYTES
+
+
+def test_plan_grows_with_the_picture_and_the_batch(engined: Path, capsys: Capture) -> None:
+    def peak(*options: object) -> int:
+        return int(json.loads(call_rt(capsys, "plan", engined, "--json", *options).out)["peak"])
+
+    assert peak("--size", "64x64") < peak("--size", "512x512") < peak("--size", "1024x1024")
+    assert peak("--gpu", "sm75") > 0
+
+
+def test_plan_needs_engines(bundle: Path, engined: Path, stand_in: LibraryStandIn, capsys: Capture) -> None:
+    assert_one_line_error(call_rt(capsys, "plan", bundle), "zimage-export engines")
+    export_engines.add_engines(Bundle.open(engined), [Gpu.SM86])
+    assert_one_line_error(call_rt(capsys, "plan", engined, "--gpu", "sm75"), "sm75", "zimage-export engines")
+
+
+# run and doctor
+
+
+def test_run_without_a_gpu_is_one_line(engined: Path, capsys: Capture) -> None:
+    outcome = call_rt(capsys, "run", "x", "-m", engined, "--executor", "tensorrt")
+    assert_one_line_error(outcome, "NVIDIA GPU", "zimage-rt doctor", "--executor cpu")
+
+
+def test_run_without_the_packages_is_one_line(engined: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    outcome = call_rt(capsys, "run", "x", "-m", engined, "--executor", "tensorrt")
+    assert_one_line_error(outcome, "pip install 'zimage-rt[tensorrt]'")
+
+
+def test_vram_is_for_gpus(bundle: Path, capsys: Capture) -> None:
+    assert_one_line_error(call_rt(capsys, "run", "x", "-m", bundle, "--vram", "4GiB"), "vram")
+    assert_one_line_error(call_rt(capsys, "run", "x", "-m", bundle, "--vram", "4"), "8GiB", status=2)
+
+
+class Card:
+    """A GPU as `CudaDevice` tells of it."""
+
+    name, capability = "a card", (8, 9)
+
+
+def test_doctor_tells_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    finding = doctor.check_tensorrt("tensorrt")
+    assert finding.verdict is Verdict.NOTE
+    assert "no NVIDIA driver" in finding.text
+    monkeypatch.setattr(cuda, "CudaDevice", Card)
+    finding = doctor.check_tensorrt("tensorrt")
+    assert finding.verdict is Verdict.OK
+    assert "a card, sm89 (Ada: RTX 40, L4)" in finding.text
+    monkeypatch.setattr(Card, "capability", (6, 1))
+    assert "older than TensorRT serves" in doctor.check_tensorrt("tensorrt").text
+    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
+    finding = doctor.check_tensorrt("tensorrt")
+    assert finding.verdict is Verdict.NOTE
+    assert "tensorrt_rtx and cuda-bindings not installed" in finding.text
+
+
+def test_the_obstacle_is_in_words(engined: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "NVIDIA GPU" in (tensorrt_obstacle(Bundle.open(engined)) or "")
+    monkeypatch.setattr(cuda, "CudaDevice", Card)
+    monkeypatch.setattr(Card, "capability", (8, 6))
+    assert tensorrt_obstacle(Bundle.open(engined)) is None
+    assert "zimage-export engines" in (tensorrt_obstacle(Bundle.open(bundle)) or "")
+    monkeypatch.setattr(Card, "capability", (7, 0))
+    assert "older" in (tensorrt_obstacle(Bundle.open(engined)) or "")
+
+
+# The benchmark for a machine with a GPU
+
+
+def test_the_benchmark_runs_on_the_stand_in(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import gpu_tensorrt
+
+    opened = Bundle.open(bundle)
+    programs = twins(opened)
+    spec = twin_spec(opened, programs)
+
+    def opening(bundle: Bundle, vram: int | None) -> TensorRtExecutor:
+        vram = vram or 1 << 30
+        device = StandInDevice(limit=vram, track=False)
+        return TensorRtExecutor(bundle, device, OnnxEngines(device, programs, spec), spec, vram)
+
+    budgets = (CONTEXT_BYTES + 2_000_000, CONTEXT_BYTES + 1000)
+    settings = gpu_tensorrt.Settings((64, 64), 3, budgets, 1, True)
+    rows, text = gpu_tensorrt.run([bundle], settings, opening)
+    assert [row.get("start") for row in rows] == ["first", "again", "again", None]
+    assert all(row["plan_holds"] and row["repeats_itself"] and row["latents_error"] < 1e-5 for row in rows[:3])
+    assert rows[0]["resident"] == 5 > rows[2]["resident"]
+    assert "smallest budget" in rows[3]["error"]
+    assert "GPU: stand-in" in text
+    assert len([line for line in text.splitlines() if line.startswith("| checkpoint")]) == 4

@@ -14,6 +14,7 @@ from zimage_runtime.manifest import CPU, Manifest
 from zimage_runtime.memory import plan_memory
 
 from .schema import OURS, Row
+from .tables import gibibytes
 
 CARDS_GB = (6, 8, 12, 16, 24)
 """Memory of common cards in GB, as they are sold: 2^30 bytes each."""
@@ -54,7 +55,7 @@ class Answer:
     @property
     def text(self) -> str:
         """A cell of the table."""
-        size = "" if self.peak is None else f", {self.peak / 2**30:.1f} GiB"
+        size = "" if self.peak is None else f", {gibibytes(self.peak)}"
         return f"{'yes' if self.fits else 'no'}{size} ({self.source.value})"
 
 

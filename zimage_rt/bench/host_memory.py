@@ -11,8 +11,8 @@ class HostMemory:
     """Bytes in memory now. What a system does not tell is None."""
 
     resident: int
-    anonymous: int | None  # heap, arenas, packed weights: the process's own
-    mapped: int | None  # pages of files and shared memory
+    anonymous: int | None  # heap, arenas, packed weights, shared memory: what does not yield
+    mapped: int | None  # pages of files, which do
 
 
 _HAS_PROC = Path("/proc/self/status").exists()
@@ -49,8 +49,8 @@ def _from_status(status: Path) -> HostMemory | None:
         return None
     if "RssAnon" not in found:  # a process that has ended, and waits for its parent to notice
         return None
-    mapped = found.get("RssFile", 0) + found.get("RssShmem", 0)
-    return HostMemory(found["RssAnon"] + mapped, found["RssAnon"], mapped)
+    anonymous, mapped = found["RssAnon"] + found.get("RssShmem", 0), found.get("RssFile", 0)
+    return HostMemory(anonymous + mapped, anonymous, mapped)
 
 
 def forget_cached(paths: list[Path]) -> bool:

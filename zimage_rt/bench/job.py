@@ -16,7 +16,6 @@ class Job:
     case: Case
     model: str  # the bundle, or a baseline's checkpoint
     picture: str  # where the picture is written, PNG
-    work: str  # a folder where a system may keep what it converts
 
     def to_json(self) -> str:
         """For the worker's command line."""

@@ -57,7 +57,7 @@ class Planned:
     case: Case
     model: Path
     opened: Opened
-    files: tuple[Path, ...]  # that it will read
+    reference: "Planned | str" = "it is a reference"  # what its picture is held against, or why there is nothing
 
 
 def open_bundles(paths: Iterable[str]) -> list[Opened]:
@@ -98,9 +98,10 @@ def plan_cases(settings: Settings, bundles: Sequence[Opened], threads: int) -> l
                     drop_cache=settings.drop_cache,
                     threads=threads,
                 )
-                planned.append(Planned(case, opened.path, opened, _bundle_files(opened)))
+                planned.append(Planned(case, opened.path, opened))
     each = {one.case: one for one in planned}  # "auto" may be an executor that is asked for, too
-    return list(each.values()) + _baseline_cases(settings, bundles, threads)
+    found = [*each.values(), *_baseline_cases(settings, bundles, threads)]
+    return [replace(one, reference=_reference(settings, bundles, one.case)) for one in found]
 
 
 def _baseline_cases(settings: Settings, bundles: Sequence[Opened], threads: int) -> list[Planned]:
@@ -117,7 +118,7 @@ def _baseline_cases(settings: Settings, bundles: Sequence[Opened], threads: int)
     return planned
 
 
-def reference_case(settings: Settings, bundles: Sequence[Opened], of: Case) -> Planned | str:
+def _reference(settings: Settings, bundles: Sequence[Opened], of: Case) -> Planned | str:
     """What draws the reference of a case: diffusers in float32, or a float32 bundle; or why there is nothing."""
     if settings.checkpoint is not None and find_system(REFERENCE).obstacle() is None:
         planned = _checkpoint_case(
@@ -145,7 +146,7 @@ def reference_case(settings: Settings, bundles: Sequence[Opened], of: Case) -> P
         fingerprint=opened.bundle.manifest.fingerprint,
         executor=CPU,
     )
-    return _once(Planned(case, opened.path, opened, _bundle_files(opened)))
+    return _once(Planned(case, opened.path, opened))
 
 
 def _once(planned: Planned) -> Planned:
@@ -185,7 +186,7 @@ def _checkpoint_case(
         drop_cache=settings.drop_cache,
         threads=threads,
     )
-    return Planned(case, checkpoint, opened, files)
+    return Planned(case, checkpoint, opened)
 
 
 def _fingerprint(root: Path, files: Sequence[Path]) -> str:
@@ -197,7 +198,3 @@ def _fingerprint(root: Path, files: Sequence[Path]) -> str:
 def _own_size(opened: Opened) -> Size:
     defaults = opened.bundle.manifest.defaults
     return defaults.width, defaults.height
-
-
-def _bundle_files(opened: Opened) -> tuple[Path, ...]:
-    return tuple(opened.bundle.file(name) for name in sorted(opened.bundle.manifest.files))

@@ -10,6 +10,7 @@ from .schema import DECODE, FAILED, IMPORT, LOAD, SAVE, STAGES, STEP, TEXT, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart
@@ -81,11 +82,11 @@ def _latency_memory(rows: Sequence[Row], colours: Mapping[str, str]) -> bytes:
     sizes = list(dict.fromkeys(row.case.size for row in rows))
     peaks = []
     for row in rows:
-        peak, assert_times = peak_bytes(row), row.times
-        if peak is None or assert_times is None:
+        peak, times = peak_bytes(row), row.times
+        if peak is None or times is None:
             continue
         peaks.append(peak / _GIB)
-        totals = [draw.total for draw in assert_times.draws]
+        totals = [draw.total for draw in times.draws]
         middle = total_median(row)
         axes.errorbar(
             peak / _GIB,
@@ -98,18 +99,15 @@ def _latency_memory(rows: Sequence[Row], colours: Mapping[str, str]) -> bytes:
             capsize=3,
         )
     axes.set_xscale("log")
-    axes.set_yscale("log")
-    _plain_ticks(axes)
+    _seconds_axis(axes, [total_median(row) for row in rows])
+    _plain_ticks(axes.xaxis)
     left = min([*peaks, CARDS_GB[0]]) / 1.6
     axes.set_xlim(left, max([*peaks, CARDS_GB[-1]]) * 1.25)
     for card in CARDS_GB:
         axes.axvline(card, color="#9aa0a6", linewidth=1, linestyle="--", zorder=0)
-        axes.annotate(
-            f"{card} GB", (card, 1), xycoords=("data", "axes fraction"), xytext=(0, 4), textcoords="offset points",
-            ha="center", fontsize=8, color="#5f6368",
-        )  # fmt: skip
+        name = f"{card} GB" if card == CARDS_GB[-1] else f"{card}"
+        axes.annotate(name, (card, 1), (0, 4), ("data", "axes fraction"), "offset points", ha="center", fontsize=8)
     axes.set_xlabel("peak memory, GiB")
-    axes.set_ylabel("seconds a picture")
     axes.grid(True, which="major", alpha=0.25)
     _legend(axes, colours, sizes)
     return _svg(figure)
@@ -128,13 +126,23 @@ def _legend(axes: "Axes", colours: Mapping[str, str], sizes: Sequence[str]) -> N
     axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8, frameon=False)
 
 
-def _plain_ticks(axes: "Axes") -> None:
+def _seconds_axis(axes: "Axes", values: Sequence[float]) -> None:
+    """From 0, unless the values are so far apart that the small ones would lie on the ground."""
+    if max(values) > 8 * min(values):
+        axes.set_yscale("log")
+        _plain_ticks(axes.yaxis)
+    else:
+        axes.set_ylim(0, max(values) * 1.25)
+    axes.set_ylabel("seconds a picture")
+
+
+def _plain_ticks(axis: "Axis") -> None:
+    """1, 2, 5, 10 … where matplotlib would write powers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(NullFormatter())
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _stages(rows: Sequence[Row]) -> bytes:
@@ -201,6 +209,8 @@ def _memory(rows: Sequence[Row]) -> bytes:
 
 
 def _latency_size(rows: Sequence[Row], colours: Mapping[str, str]) -> bytes:
+    from matplotlib.ticker import NullLocator
+
     figure, (axes,) = _figure(4.2)
     for label, colour in colours.items():
         ordered = sorted(
@@ -209,12 +219,10 @@ def _latency_size(rows: Sequence[Row], colours: Mapping[str, str]) -> bytes:
         axes.plot([x for x, _ in ordered], [y for _, y in ordered], "o-", color=colour, label=label)
     sizes = sorted({(row.case.width * row.case.height / 1e6, row.case.size) for row in rows})
     axes.set_xscale("log")
-    axes.set_yscale("log")
-    _plain_ticks(axes)
+    _seconds_axis(axes, [total_median(row) for row in rows])
     axes.set_xticks([pixels for pixels, _ in sizes], [size for _, size in sizes], fontsize=8)
-    axes.minorticks_off()
-    axes.set_xlabel("size of the picture (by its pixels)")
-    axes.set_ylabel("seconds a picture")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("size of the picture, by its pixels")
     axes.grid(True, alpha=0.25)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8, frameon=False)
     return _svg(figure)

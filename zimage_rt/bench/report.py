@@ -199,8 +199,8 @@ def _cards(rows: Sequence[Row], bundles: Sequence[Opened]) -> tuple[Block, ...]:
     header = ("model and executor", "size", *(f"{card} GB" for card in CARDS_GB))
     lines = tuple((f"{r.model} {r.executor}", r.size, *(answer.text for answer in r.answers)) for r in table)
     explained = (
-        f"Predicted: the memory plan's peak for a prompt of {TOKENS} tokens, one stage loaded at a time where all do not "
-        f"fit, with {RESERVED >> 20} MiB kept for the driver and the desktop. Measured: this run's peak, everything "
+        f"Predicted: the memory plan's peak for a prompt of {TOKENS} tokens, one stage loaded at a time where not "
+        f"all fit, with {RESERVED >> 20} MiB kept for the driver and the desktop. Measured: this run's peak, all "
         "loaded. For the cpu executor a card stands for a machine with that much memory free."
     )
     return (Text(explained), Table(header, lines))
@@ -263,7 +263,7 @@ def _where(rows: Sequence[Row]) -> tuple[Block, ...]:
     devices = "; ".join(f"{name} {value}" for name, value in gpu.items() if value is not None)
     packages: dict[str, str] = {}
     for row in rows:
-        packages |= {k: v for k, v in row.environment["packages"].items() if v and v != "not installed"}
+        packages |= {k: v for k, v in row.environment["packages"].items() if v}
     return (
         Text(f"GPU: {devices or 'unknown'}."),
         Text("Packages: " + ", ".join(f"{name} {version}" for name, version in sorted(packages.items())) + "."),

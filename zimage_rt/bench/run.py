@@ -1,6 +1,7 @@
 """The run: case by case, each in a fresh process, each row on the disk before the next case starts."""
 
 import datetime
+import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -18,12 +19,13 @@ from .environment import conditions, environment, setup
 from .floor import Rates, cpu_rates, floor_of, unknown_rates
 from .host_memory import forget_cached, read_through
 from .job import Job
-from .jobs import Opened, Planned, Settings, reference_case
+from .jobs import Opened, Planned
 from .measure import conditions_of, energy_of, log_tail, median_step, memory_of, planned_memory, times_of
 from .nvidia import Gpu, Untold
 from .results import NAME, append_row, read_rows
 from .sampling import INTERVAL
-from .schema import FAILED, OK, OURS, Row
+from .schema import FAILED, OK, OURS, Case, Row
+from .systems import REFERENCE, find_system
 from .watch import Watched, watch
 
 Note = Callable[[str], object]
@@ -38,12 +40,10 @@ class Runner:
     """A run into one folder. Rows that are there already, for the same case on the same setup, are kept."""
 
     out: Path
-    settings: Settings
     bundles: Sequence[Opened]
     gpu: Gpu | Untold
     command: str
     note: Note = _quiet
-    rates: Callable[[], Rates] = cpu_rates
     interval: float = INTERVAL
     _references: dict[str, Reference] = field(default_factory=dict)
     _rates: Rates | None = None
@@ -73,11 +73,13 @@ class Runner:
 
     def _measure(self, planned: Planned, key: str, around: dict[str, Any]) -> Row:
         case = planned.case
-        reference = self._reference(planned)
+        reference = self._reference(planned, setup(around))
+        picture, log = self._files(case, key)
+        model = self._converted(planned)
         started = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        page_cache = self._prepare_cache(planned)
+        page_cache = _prepare_cache(case, model)
         before = conditions()
-        watched, picture, log = self._watch(planned, key)
+        watched = self._watch(case, model, picture, log)
         times = times_of(watched, case, page_cache)
         failure = watched.failure
         if times is None and failure is None:
@@ -112,24 +114,25 @@ class Runner:
             notes=watched.done.notes if watched.done else (),
         )
 
-    def _watch(self, planned: Planned, name: str) -> tuple[Watched, Path, Path]:
-        picture, log = self.out / "pictures" / f"{name}.png", self.out / "logs" / f"{name}.log"
-        picture.unlink(missing_ok=True)
-        job = Job(planned.case, str(planned.model), str(picture), str(self.out / "work"))
-        return watch(job, self.gpu, log, interval=self.interval), picture, log
+    def _converted(self, planned: Planned) -> Path:
+        """The model as its system wants it."""
+        return find_system(planned.case.system).convert(planned.model, self.out / "work")
 
-    def _prepare_cache(self, planned: Planned) -> str:
-        """Puts the page cache into a known state, and says which."""
-        if planned.case.drop_cache:
-            return "dropped" if forget_cached(list(planned.files)) else "as found"
-        # half of what is free: the rest is for the process that will be measured
-        return "warm" if read_through(list(planned.files), available_memory() // 2) else "as found"
+    def _watch(self, case: Case, model: Path, picture: Path, log: Path) -> Watched:
+        picture.unlink(missing_ok=True)
+        return watch(Job(case, str(model), str(picture)), self.gpu, log, interval=self.interval)
+
+    def _files(self, case: Case, key: str, role: str = "") -> tuple[Path, Path]:
+        """The picture and the log of a case, named so that people find them."""
+        label = re.sub("[^A-Za-z0-9._]+", "-", f"{role}{case.label}-{case.size}")
+        name = f"{label}-{key[:8]}"
+        return self.out / "pictures" / f"{name}.png", self.out / "logs" / f"{name}.log"
 
     def _rates_for(self, executor: str) -> Rates:
         if executor != CPU and self._runs_on_gpu(executor):
             return unknown_rates()
         if self._rates is None:
-            self._rates = self.rates()
+            self._rates = cpu_rates()
         return self._rates
 
     def _runs_on_gpu(self, executor: str) -> bool:
@@ -137,23 +140,35 @@ class Runner:
         ours = any(executor in opened.bundle.manifest.executors for opened in self.bundles)
         return ours or not isinstance(self.gpu, Untold)
 
-    def _reference(self, planned: Planned) -> Reference:
+    def _reference(self, planned: Planned, setup: str) -> Reference:
         """The reference's picture of the same prompt, size, steps and seed; drawn once, and kept in the folder."""
-        found = reference_case(self.settings, self.bundles, planned.case)
+        found = planned.reference
         if isinstance(found, str):
             return Reference(None, None, found)
-        name = f"reference-{found.case.key('')}"
-        if name not in self._references:
-            path = self.out / "pictures" / f"{name}.png"
+        # another system's reference does not change with our commits
+        key = found.case.key(setup if found.case.system == OURS else REFERENCE)
+        if key not in self._references:
+            picture, log = self._files(found.case, key, "reference-")
             title = f"{found.case.label} ({found.case.precision})" if found.case.system == OURS else found.case.label
-            if not path.exists():
+            failure = None
+            if not picture.exists():
                 self.note(f"    reference: {title} {found.case.size}")
-                watched, path, _ = self._watch(found, name)
-                if watched.failure:
-                    self._references[name] = Reference(None, None, f"the reference failed: {watched.failure}")
-            if path.exists():
-                self._references[name] = Reference(title, read_pixels(path))
-        return self._references[name]
+                failure = self._watch(found.case, self._converted(found), picture, log).failure
+            self._references[key] = (
+                Reference(None, None, f"the reference failed: {failure}")
+                if failure
+                else Reference(title, read_pixels(picture))
+            )
+        return self._references[key]
+
+
+def _prepare_cache(case: Case, model: Path) -> str:
+    """Puts the page cache into a known state, and says which."""
+    files = [path for path in model.rglob("*") if path.is_file()]
+    if case.drop_cache:
+        return "dropped" if forget_cached(files) else "as found"
+    # half of what is free: the rest is for the process that will be measured
+    return "warm" if read_through(files, available_memory() // 2) else "as found"
 
 
 def _tokens(planned: Planned) -> int:

@@ -3,6 +3,7 @@
 Nothing else happens here: memory is sampled, pictures are judged and rows are written by the runner.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import os
@@ -58,10 +59,8 @@ def work(job: Job, channel: Channel, system: System) -> None:
 def _versions(packages: tuple[str, ...]) -> dict[str, str]:
     found = {}
     for package in packages:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
     return found
 
 

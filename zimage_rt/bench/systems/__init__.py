@@ -6,6 +6,7 @@ accuracy are measured by others.
 
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from zimage_runtime.errors import RequestError
@@ -46,6 +47,9 @@ class System(Protocol):
     def obstacle(self) -> str | None:
         """Why it cannot run here, with what to do; None where it can. Imports nothing large."""
 
+    def convert(self, model: Path, work: Path) -> Path:
+        """What to load instead of `model`, made in the folder `work` before anything is measured; or `model` itself."""
+
     def prepare(self) -> None:
         """Imports its libraries, in the measured process."""
 
@@ -60,7 +64,6 @@ _HOMES: dict[str, tuple[str, str]] = {
     "diffusers-compiled": ("diffusers_pipeline", "Compiled"),
     "diffusers-offload": ("diffusers_pipeline", "Offloaded"),
     "stable-diffusion.cpp": ("stable_diffusion_cpp", "StableDiffusionCpp"),
-    "stable-diffusion.cpp-q8_0": ("stable_diffusion_cpp", "StableDiffusionCppQ8"),
 }
 
 REFERENCE = "diffusers"

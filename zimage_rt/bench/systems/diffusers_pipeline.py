@@ -6,6 +6,7 @@ calls return before the work is done, every mark waits for the device first.
 
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..job import Job
@@ -36,6 +37,10 @@ class _Diffusers:
             if not torch.cuda.is_available():
                 return "offloading moves weights between the CPU and a GPU, and torch sees no GPU here"
         return None
+
+    def convert(self, model: Path, work: Path) -> Path:
+        """The model as it is."""
+        return model
 
     def prepare(self) -> None:
         """torch and diffusers."""

@@ -1,5 +1,6 @@
 """zimage-rt itself, as its Python API draws."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..job import Job
@@ -21,6 +22,10 @@ class Ours:
     def obstacle(self) -> str | None:
         """None: the runner opens each bundle before it starts."""
         return None
+
+    def convert(self, model: Path, work: Path) -> Path:
+        """The model as it is."""
+        return model
 
     def prepare(self) -> None:
         """What a first picture imports."""

@@ -1,74 +1,41 @@
-"""What the benchmarks share: the machine's description, a child process's memory, interleaved timing, tables."""
+"""What the benchmarks share: a child process's memory, interleaved timing, results on the disk."""
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+
+from zimage_rt.bench.environment import describe, machine
+from zimage_rt.bench.host_memory import read_host_memory
+from zimage_rt.bench.tables import markdown_table
+
+__all__ = [
+    "RESULTS",
+    "Peak",
+    "Ratio",
+    "describe",
+    "interleave",
+    "machine",
+    "markdown_table",
+    "measure_child",
+    "mib",
+    "physical_threads",
+    "prepared_bundle",
+    "python_child",
+    "ratio",
+    "relative_error",
+    "write_results",
+]
 
 RESULTS = Path(__file__).with_name("results")
 
 _INTERVAL = 0.003  # seconds between two looks at a child's memory
-
-
-def machine(*packages: str) -> dict[str, Any]:
-    """Processor, cores, memory and the versions of packages; nothing that names this very machine."""
-    import psutil
-
-    return {
-        "cpu": _cpu_model(),
-        "physical_cores": psutil.cpu_count(logical=False),
-        "vector_instructions": _vector_instructions(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in packages},
-    }
-
-
-def _cpu_fields() -> dict[str, str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in lines if ":" in line)
-    return {name.strip(): value.strip() for name, _, value in pairs}
-
-
-def _cpu_model() -> str:
-    fields = _cpu_fields()
-    if "model name" not in fields:
-        return platform.processor() or platform.machine()
-    return f"{fields['model name']} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"
-
-
-def _vector_instructions() -> list[str]:
-    flags = _cpu_fields().get("flags", "").split()
-    return [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16") if flag in flags]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def describe(description: Mapping[str, Any]) -> str:
-    """The machine in one line of text."""
-    packages = ", ".join(f"{name} {number}" for name, number in description["packages"].items())
-    return (
-        f"{description['cpu']}, {description['physical_cores']} cores "
-        f"({' '.join(description['vector_instructions']) or 'no AVX2'}), {description['memory_gib']} GiB, "
-        f"{description['system']}, Python {description['python']}, {packages}"
-    )
 
 
 @dataclass(frozen=True)
@@ -91,30 +58,19 @@ def measure_child(command: Sequence[str]) -> tuple[Peak, str]:
     """
     start = time.perf_counter()
     child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    status = Path(f"/proc/{child.pid}/status")
+    moving = Path(f"/proc/{child.pid}/io")
     anonymous = file = read = written = resident = 0
     while child.poll() is None:
-        now, moved = _resident(status), _moved(status.with_name("io"))
-        anonymous, file = max(anonymous, now[0]), max(file, now[1])
-        read, written, resident = max(read, moved[0]), max(written, moved[1]), max(resident, sum(now))
+        if (now := read_host_memory(child.pid)) is not None:
+            anonymous, file = max(anonymous, now.anonymous or 0), max(file, now.mapped or 0)
+            resident = max(resident, now.resident)
+        moved = _moved(moving)
+        read, written = max(read, moved[0]), max(written, moved[1])
         time.sleep(_INTERVAL)
     out, err = child.communicate()
     if child.returncode:
         raise RuntimeError(f"{command[-1][:200]} failed: {err.strip()[-500:]}")
     return Peak(anonymous, file, time.perf_counter() - start, read, written, resident), out
-
-
-def _resident(status: Path) -> tuple[int, int]:
-    """Anonymous and file pages of a process, bytes; zeros when it is gone."""
-    found = {}
-    try:
-        for line in status.read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name in ("RssAnon", "RssFile"):
-                found[name] = int(value.split()[0]) << 10
-    except OSError:
-        return 0, 0
-    return found.get("RssAnon", 0), found.get("RssFile", 0)
 
 
 def _moved(io: Path) -> tuple[int, int]:
@@ -167,12 +123,6 @@ def relative_error(values: Any, reference: Any) -> float:
     if not np.isfinite(values).all():
         return float("inf")
     return float(np.linalg.norm(values - reference) / np.linalg.norm(reference))
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table whose first column is text and whose others are numbers, set right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
 def write_results(name: str, document: Mapping[str, Any], markdown: str, folder: Path = RESULTS) -> None:

@@ -231,14 +231,10 @@ def measure(what: str, side: int, calls: dict[str, Callable[[], Floats]], rounds
 
 def step_flops(config: Any, side: int, caption_tokens: int) -> float:
     """Multiplications and additions of one of our steps: matrix products and attention."""
+    from zimage_rt.bench.operations import step_operations
     from zimage_runtime.geometry import picture_geometry
 
-    c = config.transformer
-    image = picture_geometry(side, side, config).image_tokens
-    weights = 4 * c.dim * c.dim + 3 * c.dim * c.ffn_dim
-    parts = ((c.n_refiner_layers, image), (c.n_layers, image + caption_tokens))
-    blocks = sum(count * (2.0 * tokens * weights + 4.0 * tokens * tokens * c.dim) for count, tokens in parts)
-    return float(blocks + 4.0 * image * c.dim * c.patch_dim)
+    return step_operations(config, picture_geometry(side, side, config), caption_tokens).total
 
 
 def matmul_rate(clock: Clock, side: int = 2048, repeats: int = 5) -> float:

@@ -6,6 +6,7 @@ import click
 
 from zimage_runtime.console import run_command
 
+from .commands.bench import bench
 from .commands.doctor import doctor
 from .commands.info import info
 from .commands.plan import plan
@@ -19,6 +20,7 @@ def cli() -> None:
 
 
 cli.add_command(run)
+cli.add_command(bench)
 cli.add_command(info)
 cli.add_command(plan)
 cli.add_command(doctor)

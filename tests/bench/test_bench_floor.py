@@ -1,0 +1,104 @@
+"""Operations against torch's counter on diffusers' modules, and the hand-written models against onnx."""
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from zimage_export.synthetic import SMALL
+from zimage_rt.bench.floor import Rates, floor_of, unknown_rates
+from zimage_rt.bench.matrix_rate import float_rate, integer_rate, product_model
+from zimage_rt.bench.operations import decode_operations, step_operations, text_operations
+from zimage_rt.bench.schema import Case, Reading
+from zimage_runtime.geometry import padded, picture_geometry
+
+CONFIG = SMALL.config
+TOKENS = 20
+
+
+def counted(call: Any) -> float:
+    """Of matrix products, convolutions and attention, by torch, which counts attention where it is decomposed."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        call()
+    return float(counter.get_total_flops())
+
+
+@pytest.mark.parametrize("size", [(64, 64), (80, 112)])
+def test_a_step_takes_what_torch_counts(diffusers_pipeline: Any, size: tuple[int, int]) -> None:
+    geometry = picture_geometry(*size, CONFIG)
+    model = diffusers_pipeline.transformer
+    latents = torch.randn(CONFIG.transformer.in_channels, 1, geometry.latent_height, geometry.latent_width)
+    caption = torch.randn(TOKENS, CONFIG.transformer.cap_feat_dim)
+    found = counted(lambda: model([latents], torch.tensor([0.5]), [caption], return_dict=False))
+    # torch counts the caption and the modulation with every step; we do once what does not depend on it
+    d, m = CONFIG.transformer, padded(TOKENS)
+    block = 2.0 * m * (4 * d.dim**2 + 3 * d.dim * d.ffn_dim) + 4.0 * m * m * d.dim
+    once = 2.0 * m * d.cap_feat_dim * d.dim + d.n_refiner_layers * block
+    timestep = 2.0 * (256 * 1024 + 1024 * d.adaln_dim)
+    modulation = 2.0 * d.adaln_dim * (d.modulated_blocks * 4 * d.dim + d.dim)
+    whole = step_operations(CONFIG, geometry, TOKENS).total + once + timestep + modulation
+    # the last layer runs on caption tokens, too, in diffusers; its result there is thrown away
+    whole += 2.0 * m * d.dim * d.patch_dim
+    assert whole == pytest.approx(found, rel=0.01)
+
+
+def test_the_text_encoder_takes_what_torch_counts(diffusers_pipeline: Any) -> None:
+    text, model = CONFIG.text_encoder, diffusers_pipeline.text_encoder
+    found = counted(lambda: model(input_ids=torch.zeros(1, TOKENS, dtype=torch.int64), use_cache=False))
+    d, m = CONFIG.transformer, padded(TOKENS)
+    block = 2.0 * m * (4 * d.dim**2 + 3 * d.dim * d.ffn_dim) + 4.0 * m * m * d.dim
+    caption = 2.0 * TOKENS * d.cap_feat_dim * d.dim + d.n_refiner_layers * block
+    encoder = text_operations(CONFIG, TOKENS).total - caption
+    head = 2.0 * TOKENS * text.hidden_size * text.vocab_size if hasattr(model, "lm_head") else 0.0
+    expected = encoder * text.num_hidden_layers / text.used_layers + head  # torch ran the layer that we leave out
+    assert found == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (80, 112)])
+def test_decoding_takes_what_torch_counts(diffusers_pipeline: Any, size: tuple[int, int]) -> None:
+    geometry = picture_geometry(*size, CONFIG)
+    shape = (1, CONFIG.vae.latent_channels, geometry.latent_height, geometry.latent_width)
+    found = counted(lambda: diffusers_pipeline.vae.decode(torch.randn(shape)))
+    assert decode_operations(CONFIG, geometry).total == pytest.approx(found, rel=0.001)
+
+
+@pytest.mark.parametrize(
+    ("operator", "left", "right", "result", "dtype"),
+    [("MatMul", 1, 1, 1, np.float32), ("MatMulInteger", 2, 3, 6, np.int8)],
+)
+def test_the_hand_written_models_are_valid(operator: str, left: int, right: int, result: int, dtype: Any) -> None:
+    weights = np.arange(16).reshape(4, 4).astype(dtype)
+    model = onnx.load_from_string(product_model(operator, left, weights, right, result))
+    onnx.checker.check_model(model, full_check=True)
+    assert np.array_equal(onnx.numpy_helper.to_array(model.graph.initializer[0]), weights)
+
+
+def test_rates_are_of_all_operations_in_the_best_time() -> None:
+    ticks = iter([0.0, 9.0, 10.0, 14.0, 20.0, 22.0, 30.0, 35.0, 40.0, 44.0, 50.0, 53.0])
+    assert float_rate(64, 5, lambda: next(ticks)) == pytest.approx(2 * 64**3 / 2.0)
+    assert integer_rate(64, 1) > 0
+
+
+def case(precision: str) -> Case:
+    return Case("zimage-rt", "b", precision, "", "cpu", 64, 64, 8, 1, "", 1, 1)
+
+
+def test_integers_speed_up_linear_layers_alone() -> None:
+    geometry = picture_geometry(64, 64, CONFIG)
+    rates = Rates(Reading(1e9), Reading(4e9))
+    floats, integers = (floor_of(case(p), CONFIG, geometry, TOKENS, rates, 1.0) for p in ("fp32", "int8"))
+    step = step_operations(CONFIG, geometry, TOKENS)
+    assert floats.step.value == pytest.approx(step.total / 1e9)
+    assert integers.step.value == pytest.approx(step.linear / 4e9 + step.other / 1e9)
+    assert integers.decode.value == floats.decode.value
+    assert floats.step_fraction.value == floats.step.value  # of a step of one second
+
+
+def test_without_a_rate_there_is_no_floor() -> None:
+    floor = floor_of(case("fp32"), CONFIG, picture_geometry(64, 64, CONFIG), TOKENS, unknown_rates("no idea"), 1.0)
+    assert floor.step.value is None
+    assert floor.step_fraction.reason == "no idea"

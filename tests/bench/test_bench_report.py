@@ -1,0 +1,185 @@
+"""Reports and comparisons, made from rows alone."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from bench_rows import made_row
+from cli_tools import Capture, assert_one_line_error, call_rt
+from PIL import Image
+
+from zimage_rt.bench.blocks import Section, Table, Text, to_html
+from zimage_rt.bench.cards import RESERVED, Source, answers
+from zimage_rt.bench.compare import compare_rows
+from zimage_rt.bench.jobs import open_bundles
+from zimage_rt.bench.plots import plots
+from zimage_rt.bench.report import write_report
+from zimage_rt.bench.results import append_row
+from zimage_rt.bench.schema import Row, absent
+from zimage_runtime.bundle import Bundle
+from zimage_runtime.errors import RequestError
+
+GIB = 1 << 30
+ROWS = [
+    made_row("a"),
+    made_row("b", size=(128, 64), totals=(3.0, 3.2, 3.1)),
+    made_row("c", "tiny-bf16", failure="20.0 dB from fp32, bf16 must reach 25 dB", precision="bf16", peak=7 << 30),
+    made_row("d", "tiny-int8", totals=()),
+]
+
+
+def unchecked(row: Row) -> Row:
+    assert row.accuracy is not None
+    return replace(row, accuracy=replace(row.accuracy, reference=None, psnr_db=absent("no reference")))
+
+
+@pytest.fixture
+def written(bundle: Path, tmp_path: Path) -> Path:
+    (tmp_path / "pictures").mkdir()
+    Image.effect_noise((64, 64), 80).save(tmp_path / "pictures" / "a.png")
+    rows = [replace(ROWS[0], picture="pictures/a.png"), *ROWS[1:], unchecked(made_row("e", "unchecked"))]
+    write_report(tmp_path, rows, open_bundles([str(bundle)]))
+    return tmp_path
+
+
+def table_rows(markdown: str, heading: str) -> list[list[str]]:
+    part = markdown.split(f"## {heading}\n")[1].split("\n## ")[0]
+    lines = [line for line in part.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_the_summary_says_what_was_measured_and_what_failed(written: Path) -> None:
+    rows = {row[0]: row for row in table_rows((written / "report.md").read_text(), "Summary") if row[1] == "64x64"}
+    fast, wrong, dead = rows["tiny-fp32 cpu"], rows["tiny-bf16 cpu"], rows["tiny-int8 cpu"]
+    assert fast[2] == "1.10 s"
+    assert fast[3] == "1.26 s"  # numpy.quantile([1, 1.1, 1.2, 1.05, 1.3], 0.9)
+    assert fast[4] == "4.55"  # a step is a fifth of a picture
+    assert fast[5] == "54.5"
+    assert fast[6] == "3.10 s (warm)"
+    assert fast[7] == "3.00 GiB"
+    assert fast[8:] == ["50 %", "41.5 dB", "ok"]
+    assert wrong[-1] == "failed"
+    assert dead[2:] == ["–"] * 8 + ["failed"]
+    assert rows["unchecked cpu"][-1] == "not checked"
+    assert "bf16 must reach 25 dB" in (written / "report.md").read_text()
+
+
+def test_the_page_is_whole_html_and_marks_the_failed_rows(written: Path) -> None:
+    page = (written / "report.html").read_text()
+    assert page.count("<tr class=failed>") == 2
+    assert page.count("data:image/svg+xml;base64,") == 4
+    assert page.count("data:image/png;base64,") == 1
+    for tag in ("table", "tr", "td", "figure", "section", "div", "p"):
+        assert len(re.findall(rf"<{tag}[ >]", page)) == page.count(f"</{tag}>"), tag
+    assert not re.search(r'(src|href)="(?!data:)', page)
+
+
+def test_text_from_rows_cannot_break_the_page() -> None:
+    evil = '<script>alert("|")</script>'
+    page = to_html(evil, [Section(evil, (Text(evil), Table((evil,), ((evil,),))))])
+    assert "<script>" not in page
+
+
+def test_a_value_that_is_missing_is_named_with_its_reason_and_never_0(written: Path) -> None:
+    text = (written / "report.md").read_text()
+    assert "Not measured: no NVIDIA GPU." in text
+    assert "| 0 |" not in text
+
+
+def test_plots_are_valid_svg_and_the_same_each_time() -> None:
+    pytest.importorskip("matplotlib")
+    first, second = plots(ROWS), plots(ROWS)
+    assert set(first) == {"latency-memory", "stages", "memory", "size"}
+    assert first == second
+    for _, svg in first.values():
+        assert ElementTree.fromstring(svg).tag.endswith("svg")
+    assert "size" not in plots(ROWS[:1])
+    assert plots([ROWS[3]]) == {}
+
+
+def test_without_matplotlib_the_report_says_what_to_install(bundle: Path, tmp_path: Path) -> None:
+    code = (
+        "import sys; sys.modules['matplotlib'] = None; sys.path.insert(0, sys.argv[3])\n"
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *rest: None if name == 'matplotlib' else find(name, *rest)\n"
+        "from pathlib import Path; from bench_rows import made_row\n"
+        "from zimage_rt.bench.report import write_report; from zimage_rt.bench.jobs import open_bundles\n"
+        "write_report(Path(sys.argv[1]), [made_row('a')], open_bundles([sys.argv[2]]))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path), str(bundle), str(Path(__file__).parent)], check=True)
+    assert "pip install 'zimage-rt[report]'" in (tmp_path / "report.html").read_text()
+
+
+def test_cards_are_answered_from_the_plan_and_then_from_the_measurement(bundle: Path) -> None:
+    manifest = Bundle.open(bundle).manifest
+    for answer in answers(manifest, "cpu", 64, 64, None, cards=(1, 6)):
+        assert (answer.fits, answer.source) == (True, Source.PREDICTED)
+        assert answer.peak is not None
+        assert 100 << 20 < answer.peak < GIB
+    small, large = answers(manifest, "cpu", 64, 64, 2 * GIB, cards=(1, 6))
+    assert small.source is Source.PREDICTED, "what was measured with everything loaded does not fit; a plan does"
+    assert small.fits
+    assert (large.source, large.peak) == (Source.MEASURED, 2 * GIB)
+
+
+def test_a_card_that_is_too_small_cannot(bundle: Path) -> None:
+    manifest = Bundle.open(bundle).manifest
+    (answer,) = answers(manifest, "cpu", 4096, 4096, None, cards=(1,))
+    assert not answer.fits
+    assert answer.peak is None
+    assert answer.text == "no (predicted)"
+    assert RESERVED < GIB
+
+
+# --- comparisons -----------------------------------------------------------------------------------------------------
+
+SLOW = [made_row("a", totals=[2.0, 2.1, 1.9, 2.05, 1.95], fingerprint="1")]
+FAST = [made_row("b", totals=[1.0, 1.02, 0.98, 1.01, 0.99], fingerprint="2")]
+
+
+def test_a_comparison_gives_ratios_with_intervals() -> None:
+    found = compare_rows(SLOW, FAST)
+    picture = next(pair for pair in found.pairs if pair.what == "picture")
+    assert (picture.first, picture.second) == (2.0, 1.0)
+    assert picture.times_faster is not None
+    assert picture.times_faster.low < 2 < picture.times_faster.high
+    assert picture.times_faster.decided
+    assert found.warnings == ()
+
+
+def test_a_comparison_warns_of_other_machines_and_of_load() -> None:
+    other = replace(FAST[0], environment={**FAST[0].environment, "cpu": "another"})
+    busy = made_row("c", load=3.5)
+    assert "different machines" in compare_rows(SLOW, [other]).warnings[0]
+    assert "busy machine" in compare_rows(SLOW, [busy]).warnings[0]
+
+
+def test_cases_without_a_partner_are_named() -> None:
+    found = compare_rows([*SLOW, made_row("x", "only-here")], [*FAST, made_row("y", size=(128, 128))])
+    assert found.only_first == ("only-here cpu 64x64",)
+    assert found.only_second == ("tiny-fp32 cpu 128x128",)
+    with pytest.raises(RequestError, match="share no case"):
+        compare_rows(SLOW, [made_row("y", size=(128, 128))])
+
+
+def test_the_command_compares_two_files(tmp_path: Path, capsys: Capture) -> None:
+    for name, rows in (("a", SLOW), ("b", FAST)):
+        (tmp_path / name).mkdir()
+        append_row(tmp_path / name / "results.jsonl", rows[0])
+    outcome = call_rt(capsys, "bench", "--compare", tmp_path / "a", tmp_path / "b" / "results.jsonl")
+    assert outcome.status == 0
+    assert "| tiny-fp32 cpu | 64x64 | picture | 2.00 s | 1.00 s | 2.00 |" in outcome.out
+    outcome = call_rt(capsys, "bench", "--compare", tmp_path / "a", tmp_path / "b", "--json")
+    assert json.loads(outcome.out)["pairs"][0]["times_faster"]["confidence"] == 0.95
+    (tmp_path / "b" / "results.jsonl").write_text("{}\n")
+    assert_one_line_error(call_rt(capsys, "bench", "--compare", tmp_path / "a", tmp_path / "b"), "line 1", "missing")
+
+
+def test_a_comparison_takes_no_bundles(capsys: Capture, tmp_path: Path) -> None:
+    outcome = call_rt(capsys, "bench", "bundle", "--compare", tmp_path, tmp_path)
+    assert_one_line_error(outcome, "no bundles", status=2)

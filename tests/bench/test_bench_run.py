@@ -1,0 +1,208 @@
+"""`zimage-rt bench` from end to end: what is measured, what is caught, what is done once, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cli_tools import Capture, Outcome, assert_one_line_error, call_redirected, call_rt
+
+from zimage_rt.bench import run as runs
+from zimage_rt.bench.floor import unknown_rates
+from zimage_rt.bench.job import Failed, decode_event, encode_event
+from zimage_rt.bench.results import read_rows
+from zimage_rt.bench.schema import Row
+from zimage_rt.bench.systems import BASELINES, find_system
+from zimage_rt.cli import cli
+from zimage_runtime.bundle import Bundle
+from zimage_runtime.tensors import read_header
+
+QUICK = ("--size", "48x32", "--steps", "2", "--repeat", "2", "--quiet")
+
+
+@pytest.fixture(scope="module")
+def broken(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle with one weight of the transformer times 10: one before SiLU, for a norm would take the factor out."""
+    copy = Path(shutil.copytree(bundle, tmp_path_factory.mktemp("broken") / "scaled-by-10"))
+    weights = copy / Bundle.open(copy).manifest.weights["transformer"]
+    entry = read_header(weights)["layers.1.feed_forward.w1.weight"]
+    with weights.open("r+b") as file:
+        file.seek(entry.offset)
+        values = np.frombuffer(file.read(entry.nbytes), "<f4") * np.float32(10)
+        file.seek(entry.offset)
+        file.write(values.tobytes())
+    return copy
+
+
+@pytest.fixture(scope="module")
+def measured(bundle: Path, broken: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One run of the right bundle and the broken one."""
+    out = tmp_path_factory.mktemp("bench") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "cpu_rates", lambda: unknown_rates("not measured in this test"))
+        outcome = _call("bench", bundle, broken, *QUICK, "--out", out)
+    rows = {row.case.model: row for row in read_rows(out / "results.jsonl")}
+    return {"out": out, "outcome": outcome, "right": rows[bundle.name], "broken": rows["scaled-by-10"]}
+
+
+def _call(*arguments: object) -> Outcome:
+    return call_redirected(cli, *arguments)
+
+
+def test_a_weight_scaled_by_10_is_caught_by_its_picture(measured: dict[str, Any]) -> None:
+    right, broken = measured["right"], measured["broken"]
+    assert right.status == "ok"
+    assert right.accuracy.identical
+    assert broken.status == "failed"
+    assert "fp32 must reach 48 dB" in broken.failure
+    assert broken.accuracy.psnr_db.value < 48
+    assert broken.times is not None, "it is failed for its picture: it was drawn and timed"
+    assert measured["outcome"].status == 1
+    assert "1 of the cases failed" in measured["outcome"].err
+
+
+def test_stages_add_up_to_the_picture(measured: dict[str, Any]) -> None:
+    row: Row = measured["right"]
+    assert row.times is not None
+    assert len(row.times.draws) == row.case.repeat == 2
+    for draw in row.times.draws:
+        assert len(draw.steps) == row.case.steps == 2
+        assert draw.text is not None
+        assert draw.decode is not None
+        assert draw.total == pytest.approx(draw.text + sum(draw.steps) + draw.decode + draw.save)
+        assert min(draw.text, *draw.steps, draw.decode, draw.save) > 0
+    times = row.times
+    assert times.cold_start == pytest.approx(times.importing + times.loading + times.cold_picture)
+    assert times.page_cache == "warm"
+
+
+def test_memory_is_seen_from_outside_and_a_gpu_that_is_not_there_is_null_with_a_reason(
+    measured: dict[str, Any],
+) -> None:
+    memory = measured["right"].memory
+    assert memory.resident.value > 20 << 20
+    assert memory.resident.value <= memory.anonymous.value + memory.mapped.value
+    assert set(memory.stages) == {"import", "load", "text", "step", "decode", "save"}
+    assert memory.planned["denoiser"] > 0
+    if memory.gpu_process.value is None:
+        assert memory.gpu_process.reason
+    ends = [end for _, _, end in memory.bands]
+    assert ends == sorted(ends)
+    assert memory.trace[-1][0] <= ends[-1] + 5
+
+
+def test_rows_name_no_path_of_the_machine(measured: dict[str, Any], bundle: Path) -> None:
+    text = (measured["out"] / "results.jsonl").read_text() + (measured["out"] / "report.md").read_text()
+    for folder in (bundle.parent, measured["out"].parent):
+        assert str(folder) not in text
+    assert measured["right"].command.startswith("zimage-rt ")
+
+
+def test_reports_are_written_and_the_page_needs_nothing_else(measured: dict[str, Any]) -> None:
+    out = measured["out"]
+    page = (out / "report.html").read_text()
+    assert "scaled-by-10 cpu" in page
+    assert 'src="data:image/png;base64,' in page
+    for outside in ("http://", "https://", "<script", "url("):
+        assert outside not in page
+    markdown = (out / "report.md").read_text()
+    assert "| scaled-by-10 cpu | 48x32 |" in markdown
+    for link in markdown.split("](")[1:]:
+        assert (out / link.split(")")[0]).is_file()
+
+
+def test_a_second_run_measures_nothing_again(
+    measured: dict[str, Any], bundle: Path, broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(shutil.copytree(measured["out"], tmp_path / "out"))
+    before = (out / "results.jsonl").read_bytes()
+
+    def refuse(*_: object, **__: object) -> Any:
+        raise AssertionError("a case that is there was measured again")
+
+    monkeypatch.setattr(runs, "watch", refuse)
+    outcome = _call("bench", bundle, broken, *QUICK, "--out", out, "--json")
+    assert [row["status"] for row in json.loads(outcome.out)["rows"]] == ["ok", "failed"]
+    assert (out / "results.jsonl").read_bytes() == before
+
+
+def test_an_interrupted_run_keeps_what_it_has_and_goes_on(
+    measured: dict[str, Any], bundle: Path, broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = Path(shutil.copytree(measured["out"], tmp_path / "out"))
+    results = out / "results.jsonl"
+    results.write_text(results.read_text().splitlines(keepends=True)[0])
+    seen = []
+
+    def interrupt(job: Any, *_: object, **__: object) -> Any:
+        seen.append(job.case.model)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "watch", interrupt)
+    assert _call("bench", bundle, broken, *QUICK, "--out", out).status == 130
+    assert seen == ["scaled-by-10"], "only what was missing is measured"
+    assert [row.case.model for row in read_rows(results)] == [bundle.name]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--size", "50x32"), "multiple of 16"),
+        (("--executor", "abacus"), "abacus"),
+        (("--baseline", "diffusers"), "--checkpoint"),
+        (("--baseline", "magic", "--checkpoint", "CHECKPOINT"), "'magic' is unknown; choose from diffusers"),
+        (("--checkpoint", "BUNDLE", "--baseline", "diffusers"), "folder in diffusers layout"),
+        (("--reference", "missing"), "missing: no such bundle"),
+        (("BUNDLE",), "two bundles are named"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_measured(
+    arguments: tuple[str, ...],
+    named: str,
+    bundle: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(runs, "watch", None)
+    places = {"BUNDLE": str(bundle), "CHECKPOINT": str(checkpoint)}
+    words = [places.get(word, word) for word in arguments]
+    outcome = call_rt(capsys, "bench", bundle, "--out", tmp_path / "out", "--quiet", *words)
+    assert_one_line_error(outcome, named)
+    assert not (tmp_path / "out" / "results.jsonl").exists()
+
+
+def test_a_worker_that_breaks_is_a_failed_row_with_its_reason(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    program = next(copy.glob("transformer/denoiser.cpu.onnx"))
+    program.write_bytes(b"\0" * program.stat().st_size)
+    monkeypatch.setattr(runs, "cpu_rates", lambda: unknown_rates())
+    outcome = _call("bench", copy, *QUICK, "--out", tmp_path / "out", "--reference", bundle)
+    assert outcome.status == 1
+    (row,) = read_rows(tmp_path / "out" / "results.jsonl")
+    assert row.status == "failed"
+    assert "denoiser cannot be loaded" in str(row.failure)
+    assert row.times is None
+    assert not row.finished
+    assert "denoiser cannot be loaded" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_events_cross_the_process_border() -> None:
+    assert decode_event(encode_event(Failed("out of memory"))) == Failed("out of memory")
+    for line in ("[]", "{}", '{"event": "Rumour"}'):
+        with pytest.raises(ValueError, match="no event"):
+            decode_event(line)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_every_baseline_says_what_keeps_it_from_running(name: str) -> None:
+    system = find_system(name)
+    reason = system.obstacle()
+    assert reason is None or len(reason) > 10
+    assert system.precision
+    assert system.packages

@@ -1,0 +1,92 @@
+"""Is it the right picture? A row whose picture is not finite, constant or beyond the gate is failed, not fast."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from .schema import Accuracy, Reading, absent
+
+Pixels = NDArray[np.uint8]
+
+GATES_DB = {"fp32": 48.0, "fp16": 35.0, "bf16": 25.0, "int8": 20.0, "int4": 14.0, "q8_0": 20.0}
+"""The least PSNR to the float32 picture that a precision passes with. Ours are the exporter's (`parity.GATES`): a test
+holds the two together. Another system's precision has the gate of ours that is stored in as many bits."""
+
+LOOSEST_DB = min(GATES_DB.values())
+"""For precisions that are not listed."""
+
+IDENTICAL = "the pictures are identical"
+NO_REFERENCE = "no float32 reference: give --reference or --checkpoint"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The picture that a case's is held against, and what drew it; or why there is none."""
+
+    name: str | None
+    pixels: Pixels | None
+    reason: str = NO_REFERENCE
+
+
+def read_pixels(path: Path) -> Pixels:
+    """[height, width, 3]."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def judge(pixels: Pixels, precision: str, reference: Reference, digests: Sequence[str]) -> tuple[Accuracy, str | None]:
+    """A picture's accuracy, and why its row has failed; None where it has not. `digests` are of every draw's pixels."""
+    gate = GATES_DB.get(precision, LOOSEST_DB)
+    repeatable = len(set(digests)) == 1 if len(digests) > 1 else None
+    if reference.pixels is None:
+        none = absent(reference.reason)
+        accuracy = Accuracy(None, none, False, none, none, gate, repeatable)
+        return accuracy, _constant(pixels)
+    if reference.pixels.shape != pixels.shape:
+        reason = f"the picture is {_size(pixels)}, the reference {_size(reference.pixels)}"
+        none = absent(reason)
+        return Accuracy(reference.name, none, False, none, none, gate, repeatable), reason
+    psnr = psnr_db(pixels, reference.pixels)
+    identical = math.isinf(psnr)
+    accuracy = Accuracy(
+        reference=reference.name,
+        psnr_db=absent(IDENTICAL) if identical else Reading(round(psnr, 2)),
+        identical=identical,
+        max_difference=Reading(int(np.abs(pixels.astype(int) - reference.pixels).max())),
+        perceptual=flip(pixels, reference.pixels),
+        gate_db=gate,
+        repeatable=repeatable,
+    )
+    if psnr < gate:
+        return accuracy, f"{psnr:.1f} dB from {reference.name}, {precision} must reach {gate:g} dB"
+    return accuracy, _constant(pixels)
+
+
+def psnr_db(pixels: Pixels, reference: Pixels) -> float:
+    """Peak signal-to-noise ratio of 8-bit pictures; infinite for identical ones."""
+    mean_square = float(np.mean((pixels.astype(np.float64) - reference) ** 2))
+    return 10 * math.log10(255**2 / mean_square) if mean_square else math.inf
+
+
+def flip(pixels: Pixels, reference: Pixels) -> Reading:
+    """The mean FLIP error, 0 to 1, at 67 pixels a degree. Source: Andersson and others, FLIP, HPG 2020."""
+    try:
+        import flip_evaluator
+    except ImportError:
+        return absent("flip-evaluator is not installed; pip install 'zimage-rt[report]'")
+    unit = [(picture / np.float32(255)).astype(np.float32) for picture in (reference, pixels)]
+    return Reading(round(float(flip_evaluator.evaluate(*unit, "LDR", applyMagma=False)[1]), 5))
+
+
+def _constant(pixels: Pixels) -> str | None:
+    spread = int(np.ptp(pixels.reshape(-1, 3), axis=0).max())
+    return "the picture is constant" if spread <= 1 else None
+
+
+def _size(pixels: Pixels) -> str:
+    return f"{pixels.shape[1]}x{pixels.shape[0]}"

@@ -1,0 +1,118 @@
+"""What a measurement ran on: processor, memory, system, versions, commit, GPU. Nothing that names this very machine."""
+
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from .nvidia import Gpu, Untold
+
+PACKAGES = ("zimage-rt", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "numpy", "pillow", "tokenizers")
+
+
+def environment(gpu: Gpu | Untold, packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
+    """All of it, JSON's own types; None for what is not there."""
+    return {
+        **machine(*packages),
+        "release": platform.release(),
+        "threads": threads(),
+        "git_commit": git_commit(),
+        "gpu": {"none": gpu.reason} if isinstance(gpu, Untold) else gpu.description(),
+    }
+
+
+def machine(*packages: str) -> dict[str, Any]:
+    """Processor, cores, memory and the versions of packages."""
+    import psutil
+
+    return {
+        "cpu": _cpu_model(),
+        "physical_cores": psutil.cpu_count(logical=False),
+        "vector_instructions": _vector_instructions(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in packages},
+    }
+
+
+def describe(description: Mapping[str, Any]) -> str:
+    """The machine in one line of text."""
+    packages = ", ".join(f"{name} {number}" for name, number in description["packages"].items() if number)
+    return (
+        f"{description['cpu']}, {description['physical_cores']} cores "
+        f"({' '.join(description['vector_instructions']) or 'no AVX2'}), {description['memory_gib']} GiB, "
+        f"{description['system']}, Python {description['python']}, {packages}"
+    )
+
+
+def setup(description: Mapping[str, Any]) -> str:
+    """What must be the same for an earlier row to stand for a new measurement."""
+    names = ("cpu", "physical_cores", "memory_gib", "packages", "git_commit", "gpu", "threads")
+    return repr([description.get(name) for name in names])
+
+
+def conditions() -> dict[str, Any]:
+    """What may disturb a measurement, now: the load of the last minute, the clock. None for what is not told."""
+    import psutil
+
+    frequency = psutil.cpu_freq() if hasattr(psutil, "cpu_freq") else None
+    return {
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "cpu_clock_mhz": frequency.current if frequency else None,
+        "memory_available_bytes": int(psutil.virtual_memory().available),
+    }
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that the package is imported from, with "+changes" where files differ from it."""
+    folder = Path(__file__).parent
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return commit + ("+changes" if changed else "")
+
+
+def _git(folder: Path, *words: str) -> str:
+    command = ["git", "-C", str(folder), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+
+def threads() -> int:
+    """Threads that every system gets: what the product uses."""
+    from zimage_runtime.ort import thread_count
+
+    return thread_count()
+
+
+def _cpu_fields() -> dict[str, str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return {}
+    pairs = (line.partition(":") for line in lines if ":" in line)
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _cpu_model() -> str:
+    fields = _cpu_fields()
+    if "model name" not in fields:
+        return platform.processor() or platform.machine()
+    return f"{fields['model name']} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"
+
+
+def _vector_instructions() -> list[str]:
+    flags = _cpu_fields().get("flags", "").split()
+    return [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16") if flag in flags]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,73 @@
+"""``results.jsonl``: a row a line, appended as soon as it is measured, so that an interrupted run goes on."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from .documents import DocumentError, from_document, to_document
+from .schema import SCHEMA, Row
+
+NAME = "results.jsonl"
+
+
+def results_file(path: Path) -> Path:
+    """The file that a path means: itself, or the one in a folder."""
+    return path / NAME if path.is_dir() else path
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a file, the last one of each key, in the order in which keys came first.
+
+    A last line that an interrupt cut short is left out. Raises `DocumentError` for anything else that is amiss.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise DocumentError(f"{path}: no such results file; zimage-rt bench writes one") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DocumentError(f"{path}: cannot be read: {error}") from None
+    rows: dict[str, Row] = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            data = json.loads(line)
+        except (ValueError, RecursionError):
+            if number == len(lines):  # no newline after it: it was being written
+                continue
+            raise DocumentError(
+                f"{path}: line {number} is not JSON; remove it, and the case is measured again"
+            ) from None
+        row = _row(data, f"{path}: line {number}")
+        rows[row.key] = row
+    return list(rows.values())
+
+
+def _row(data: Any, where: str) -> Row:
+    version = data.get("schema") if isinstance(data, dict) else None
+    if type(version) is int and version > SCHEMA:
+        raise DocumentError(
+            f"{where}: written for schema {version}, this version reads up to {SCHEMA}; upgrade zimage-rt"
+        )
+    return from_document(Row, data, where)
+
+
+def append_row(path: Path, row: Row) -> None:
+    """Adds a row; whatever happens then, it is on the disk. A line cut short by an earlier interrupt is ended first."""
+    text = json.dumps(to_document(row), ensure_ascii=False, allow_nan=False) + "\n"
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                _cut_partial_line(file)
+        file.write(text.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _cut_partial_line(file: Any) -> None:
+    file.seek(0)
+    whole = file.read().rfind(b"\n") + 1
+    file.truncate(whole)
+    file.seek(0, os.SEEK_END)

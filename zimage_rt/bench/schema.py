@@ -1,0 +1,180 @@
+"""What a row of ``results.jsonl`` holds. Seconds, bytes, joules and operations a second, unless a name says otherwise.
+
+A value that could not be had is null with the reason, never 0 (`Reading`). Rows name no path of the machine.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from .documents import to_document
+
+SCHEMA = 1
+
+OK, FAILED = "ok", "failed"
+
+OURS = "zimage-rt"
+
+IMPORT, LOAD, TEXT, STEP, DECODE, SAVE = "import", "load", "text", "step", "decode", "save"
+STAGES = (IMPORT, LOAD, TEXT, STEP, DECODE, SAVE)
+"""The stages of a process, in order: the first two once, the others for each picture, `step` as often as asked."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A number, or the reason why there is none."""
+
+    value: float | None
+    reason: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.value is None) == (self.reason is None):
+            raise ValueError("a reading has either a value or a reason")
+
+
+def absent(reason: str) -> Reading:
+    """No value, and why."""
+    return Reading(None, reason)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One combination that is measured: all that decides what is computed, and how often."""
+
+    system: str  # `OURS` or a baseline's name
+    model: str  # the bundle's or checkpoint's folder name
+    precision: str
+    fingerprint: str  # of its files
+    executor: str
+    width: int
+    height: int
+    steps: int
+    seed: int
+    prompt: str
+    repeat: int  # pictures that count
+    warmup: int  # pictures before them; the first is the cold start
+    low_memory: bool = False
+    drop_cache: bool = False
+    threads: int = 1
+
+    @property
+    def size(self) -> str:
+        """WIDTHxHEIGHT."""
+        return f"{self.width}x{self.height}"
+
+    @property
+    def label(self) -> str:
+        """What tells cases of one size apart, for people."""
+        name = f"{self.model} {self.executor}" if self.system == OURS else f"{self.system} {self.precision}"
+        return name + (" low-memory" if self.low_memory else "")
+
+    def key(self, setup: str) -> str:
+        """Names the row: the same case on the same setup (versions, commit, machine) is not measured again."""
+        text = json.dumps([to_document(self), setup], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Seconds of one warm picture. `text`, `decode` are null where a system does not show them apart."""
+
+    total: float  # from the request to the file
+    text: float | None
+    steps: tuple[float, ...]
+    decode: float | None
+    save: float
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of a process."""
+
+    importing: float  # from the process's start until the libraries are imported
+    loading: float  # opening the model; what is loaded lazily counts in the cold picture
+    cold_picture: float  # the first picture
+    cold_start: float  # from the process's start to the first picture's file
+    page_cache: str  # "warm", "dropped" or "as found": what the model's files were when the process started
+    draws: tuple[Draw, ...]  # the warm pictures
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """The most that was held during a stage, all its repetitions together."""
+
+    resident: int | None = None
+    anonymous: int | None = None
+    mapped: int | None = None
+    gpu: int | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peaks of the process. `gpu_device` is what the whole device had more in use than before: a cross-check."""
+
+    interval: float  # between two samples, asked for; every stage's end is sampled, too
+    interval_median: Reading  # that was reached
+    interval_longest: Reading
+    resident: Reading
+    anonymous: Reading  # heap, arenas, packed weights
+    mapped: Reading  # files: the page cache's, which yields under pressure
+    gpu_process: Reading
+    gpu_device: Reading
+    gpu_allocator: Reading
+    planned: dict[str, int]  # by program, of the memory plan
+    planned_peak: Reading
+    stages: dict[str, StageMemory]
+    trace: tuple[tuple[float, int | None, int | None, int | None], ...]  # seconds, anonymous, mapped, GPU
+    bands: tuple[tuple[str, float, float], ...]  # stage, from, to: seconds since the process's start
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What the device's own matrix rate allows. `*_rate` in operations a second, a multiplication and an addition."""
+
+    float_rate: Reading
+    integer_rate: Reading
+    text: Reading  # seconds
+    step: Reading
+    decode: Reading
+    step_fraction: Reading  # floor over the median step: 1 is the floor reached
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How far the picture is from the reference's with the same seed."""
+
+    reference: str | None  # what drew it
+    psnr_db: Reading  # null for identical pictures, too: the reason says which
+    identical: bool
+    max_difference: Reading  # of a channel, in 255ths
+    perceptual: Reading  # mean FLIP error, 0 to 1
+    gate_db: float | None  # the least PSNR that passes
+    repeatable: bool | None  # whether every draw gave the same pixels
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case, measured."""
+
+    key: str
+    case: Case
+    status: str  # `OK` or `FAILED`
+    failure: str | None
+    times: Times | None  # null where no picture came
+    memory: Memory | None
+    floor: Floor | None
+    accuracy: Accuracy | None
+    energy: Reading  # joules a warm picture
+    conditions: dict[str, Any]  # load, clocks, temperatures and power while it ran
+    environment: dict[str, Any]
+    picture: str | None  # path below the results' folder
+    command: str
+    started: str  # UTC, ISO 8601
+    schema: int = SCHEMA
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def finished(self) -> bool:
+        """Whether it need not be measured again: pictures came, right or wrong."""
+        return self.times is not None

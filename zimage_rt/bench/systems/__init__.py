@@ -1,0 +1,81 @@
+"""The systems that take part. A new one is a file here with a class that has `System`'s members, a line in `_HOMES`.
+
+A system draws the case's picture (its prompt, size, steps and seed) and says when each stage ends; time, memory and
+accuracy are measured by others.
+"""
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from zimage_runtime.errors import RequestError
+
+from ..job import Job
+from ..schema import OURS
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Mark(Protocol):
+    """Says that a stage of `schema.STAGES` ended."""
+
+    def __call__(self, stage: str, ended: float | None = None) -> None:
+        """Now, or at `ended` on time.monotonic."""
+
+
+class Model(Protocol):
+    """A loaded model."""
+
+    def draw(self, mark: Mark) -> "Image":
+        """Draws once, marking TEXT, each STEP and DECODE as they end, or those that the system shows."""
+
+    def gpu_allocated(self) -> int | None:
+        """The most bytes that its own GPU allocator held; None without one."""
+
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the numbers should know, a line each."""
+
+
+class System(Protocol):
+    """A way of drawing with Z-Image."""
+
+    packages: tuple[str, ...]  # whose versions belong to a result
+    precision: str  # of a baseline; ours has the bundle's
+
+    def obstacle(self) -> str | None:
+        """Why it cannot run here, with what to do; None where it can. Imports nothing large."""
+
+    def convert(self, model: Path, work: Path) -> Path:
+        """What to load instead of `model`, made in the folder `work` before anything is measured; or `model` itself."""
+
+    def prepare(self) -> None:
+        """Imports its libraries, in the measured process."""
+
+    def load(self, job: Job) -> Model:
+        """Opens `job.model`."""
+
+
+_HOMES: dict[str, tuple[str, str]] = {
+    OURS: ("ours", "Ours"),
+    "diffusers": ("diffusers_pipeline", "Eager"),
+    "diffusers-bf16": ("diffusers_pipeline", "EagerBf16"),
+    "diffusers-compiled": ("diffusers_pipeline", "Compiled"),
+    "diffusers-offload": ("diffusers_pipeline", "Offloaded"),
+    "stable-diffusion.cpp": ("stable_diffusion_cpp", "StableDiffusionCpp"),
+}
+
+REFERENCE = "diffusers"
+"""The baseline whose float32 picture is the reference."""
+
+BASELINES = tuple(name for name in _HOMES if name != OURS)
+
+
+def find_system(name: str) -> System:
+    """The system of a name. Raises `RequestError` for an unknown one."""
+    if name not in _HOMES:
+        raise RequestError(f"baseline {name!r} is unknown; choose from {', '.join(BASELINES)}")
+    module, maker = _HOMES[name]
+    make: Callable[[], System] = getattr(import_module(f"{__name__}.{module}"), maker)
+    return make()

@@ -1,0 +1,150 @@
+"""diffusers' own pipeline on the same checkpoint: eager in float32 (the reference) and bf16, compiled, and offloaded.
+
+Stages are called one by one, so that each can be timed: ``encode_prompt``, the steps, ``vae.decode``. On a GPU, where
+calls return before the work is done, every mark waits for the device first.
+"""
+
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..job import Job
+from ..schema import DECODE, STEP, TEXT
+from . import Mark
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass
+class _Diffusers:
+    packages: tuple[str, ...] = ("diffusers", "torch", "transformers", "numpy")
+    precision: str = "fp32"
+    compiles: bool = False
+    offloads: bool = False
+    prefers_gpu: bool = True
+    _notes: list[str] = field(default_factory=list)
+
+    def obstacle(self) -> str | None:
+        """Packages, and a GPU where it makes no sense without."""
+        missing = [name for name in ("torch", "diffusers", "transformers") if find_spec(name) is None]
+        if missing:
+            return f"{', '.join(missing)} not installed; pip install 'zimage-rt[export]'"
+        if self.offloads:
+            import torch
+
+            if not torch.cuda.is_available():
+                return "offloading moves weights between the CPU and a GPU, and torch sees no GPU here"
+        return None
+
+    def convert(self, model: Path, work: Path) -> Path:
+        """The model as it is."""
+        return model
+
+    def prepare(self) -> None:
+        """torch and diffusers."""
+        import diffusers  # noqa: F401
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+
+    def load(self, job: Job) -> "DiffusersModel":
+        """The whole pipeline, with as many threads as we use."""
+        import torch
+        from diffusers import ZImagePipeline
+
+        torch.set_num_threads(job.case.threads)
+        dtype = torch.float32 if self.precision == "fp32" else torch.bfloat16
+        pipeline = ZImagePipeline.from_pretrained(job.model, dtype=dtype, local_files_only=True)
+        pipeline.set_progress_bar_config(disable=True)
+        device = "cuda" if self.prefers_gpu and torch.cuda.is_available() else "cpu"
+        if self.offloads:
+            pipeline.enable_model_cpu_offload()
+        else:
+            pipeline.to(device)
+        if self.compiles:
+            pipeline.transformer = torch.compile(pipeline.transformer)
+        return DiffusersModel(pipeline, job, device)
+
+
+class Eager(_Diffusers):
+    """In float32 on the CPU: the reference, to which every picture's distance is measured."""
+
+    def __init__(self) -> None:
+        super().__init__(prefers_gpu=False)
+
+
+class EagerBf16(_Diffusers):
+    """As published: bf16, on the GPU where torch sees one."""
+
+    def __init__(self) -> None:
+        super().__init__(precision="bf16")
+
+
+class Compiled(_Diffusers):
+    """With ``torch.compile`` on the transformer. bf16 where there is a GPU; float32 on the CPU."""
+
+    def __init__(self) -> None:
+        import torch
+
+        super().__init__(precision="bf16" if torch.cuda.is_available() else "fp32", compiles=True)
+
+
+class Offloaded(_Diffusers):
+    """``enable_model_cpu_offload``: what diffusers offers for a small GPU."""
+
+    def __init__(self) -> None:
+        super().__init__(precision="bf16", offloads=True)
+
+
+class DiffusersModel:
+    """A pipeline, loaded."""
+
+    def __init__(self, pipeline: Any, job: Job, device: str) -> None:
+        self._pipeline, self._case, self._device = pipeline, job.case, device
+
+    def draw(self, mark: Mark) -> "Image":
+        """See `Model`. The generator is torch's on the CPU, whose noise is ours, too."""
+        import torch
+
+        case, pipeline = self._case, self._pipeline
+
+        def wait_and_mark(stage: str) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            mark(stage)
+
+        def after_step(_pipeline: Any, _step: int, _timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+            wait_and_mark(STEP)
+            return kwargs
+
+        with torch.inference_mode():
+            embeds, _ = pipeline.encode_prompt(prompt=case.prompt, do_classifier_free_guidance=False)
+            wait_and_mark(TEXT)
+            latents = pipeline(
+                prompt_embeds=embeds,
+                width=case.width,
+                height=case.height,
+                num_inference_steps=case.steps,
+                guidance_scale=0.0,
+                generator=torch.Generator("cpu").manual_seed(case.seed),
+                output_type="latent",
+                callback_on_step_end=after_step,
+            ).images
+            vae = pipeline.vae
+            unscaled = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
+            decoded = vae.decode(unscaled, return_dict=False)[0]
+            (image,) = pipeline.image_processor.postprocess(decoded.float(), output_type="pil")
+        wait_and_mark(DECODE)
+        picture: Image = image
+        return picture
+
+    def gpu_allocated(self) -> int | None:
+        """Of torch's caching allocator."""
+        import torch
+
+        return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else None
+
+    def notes(self) -> tuple[str, ...]:
+        """Where it ran."""
+        return (f"on {self._device}",)

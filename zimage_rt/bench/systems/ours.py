@@ -1,0 +1,74 @@
+"""zimage-rt itself, as its Python API draws."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..job import Job
+from ..schema import DECODE, STEP, TEXT
+from . import Mark
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from zimage_runtime.pipeline import Pipeline
+
+
+class Ours:
+    """A bundle and an executor; `job.case.precision` is the bundle's."""
+
+    packages: tuple[str, ...] = ("zimage-rt", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "numpy")
+    precision = "the bundle's"
+
+    def obstacle(self) -> str | None:
+        """None: the runner opens each bundle before it starts."""
+        return None
+
+    def convert(self, model: Path, work: Path) -> Path:
+        """The model as it is."""
+        return model
+
+    def prepare(self) -> None:
+        """What a first picture imports."""
+        import numpy  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import PIL.Image  # noqa: F401
+
+        import zimage_runtime.pipeline  # noqa: F401
+
+    def load(self, job: Job) -> "OurModel":
+        """Opens the bundle. Programs are loaded when they are first used: in the cold picture."""
+        from zimage_runtime.pipeline import Pipeline
+
+        return OurModel(Pipeline.from_bundle(job.model, job.case.executor, low_memory=job.case.low_memory), job)
+
+
+class OurModel:
+    """A pipeline that keeps loaded what fits."""
+
+    def __init__(self, pipeline: "Pipeline", job: Job) -> None:
+        self._pipeline, self._case = pipeline, job.case
+
+    def draw(self, mark: Mark) -> "Image":
+        """See `Model`."""
+        from zimage_runtime.pipeline import CaptionEvent, PictureEvent, StepEvent
+
+        case, image = self._case, None
+        for event in self._pipeline.stream(case.prompt, (case.width, case.height), case.steps, case.seed):
+            match event:
+                case CaptionEvent():
+                    mark(TEXT)
+                case StepEvent():
+                    mark(STEP)
+                case PictureEvent():
+                    mark(DECODE)
+                    image = event.image
+        assert image is not None, "a pipeline ends with a picture or an error"
+        return image
+
+    def gpu_allocated(self) -> int | None:
+        """None: ONNX Runtime's Python API does not tell its arena's peak."""
+        return None
+
+    def notes(self) -> tuple[str, ...]:
+        """Nothing."""
+        return ()

@@ -1,0 +1,143 @@
+"""`zimage-rt bench`: how fast, in how much memory, and how right; and two such results side by side."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from zimage_runtime.console import SizeType
+from zimage_runtime.errors import RequestError
+from zimage_runtime.progress import Progress
+
+if TYPE_CHECKING:
+    from ..bench.jobs import Settings
+
+_PROMPT = "a red fox in the snow, golden hour"
+
+
+@click.command(short_help="Measure speed, memory and accuracy; write a report.")
+@click.argument("bundles", metavar="[BUNDLE]...", nargs=-1, type=click.Path())
+@click.option("--size", "sizes", type=SizeType(), multiple=True, help="May be repeated.  [default: the bundle's own]")
+@click.option("--executor", "executors", multiple=True, help="May be repeated.  [default: auto]")
+@click.option("--steps", type=click.IntRange(1), help="Denoising steps.  [default: the bundle's own]")
+@click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Pictures that count.")
+@click.option(
+    "--warmup", type=click.IntRange(1), default=1, show_default=True, help="Before them; the first is the cold start."
+)
+@click.option("--prompt", default=_PROMPT, show_default=True)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=7, show_default=True)
+@click.option("--out", type=click.Path(path_type=Path), default=Path("bench"), show_default=True, help="The folder.")
+@click.option("--reference", type=click.Path(), help="An fp32 bundle of the same model, to compare pictures with.")
+@click.option(
+    "--checkpoint",
+    type=click.Path(path_type=Path),
+    help="What the bundles were made from: baselines draw from it, and diffusers in float32 is the reference.",
+)
+@click.option("--baseline", "baselines", multiple=True, help="Another system to measure; may be repeated, or 'all'.")
+@click.option("--low-memory", is_flag=True, help="Keep weights on disk, mapped.")
+@click.option("--drop-cache", is_flag=True, help="Start each process with the model's files out of the page cache.")
+@click.option(
+    "--compare",
+    nargs=2,
+    type=click.Path(path_type=Path),
+    metavar="A B",
+    help="Measure nothing; set two result files, or folders, side by side.",
+)
+@click.option("--report-only", is_flag=True, help="Measure nothing; write the report of the results in --out again.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of paths or a table.")
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+def bench(
+    bundles: tuple[str, ...],
+    sizes: tuple[tuple[int, int], ...],
+    executors: tuple[str, ...],
+    steps: int | None,
+    repeat: int,
+    warmup: int,
+    prompt: str,
+    seed: int,
+    out: Path,
+    reference: str | None,
+    checkpoint: Path | None,
+    baselines: tuple[str, ...],
+    low_memory: bool,
+    drop_cache: bool,
+    compare: tuple[Path, Path] | None,
+    report_only: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Measure every BUNDLE at every size on every executor, each combination in a fresh process.
+
+    Without a BUNDLE, the demo bundle that ships. Writes results.jsonl, report.md and report.html into the folder
+    --out; run again after an interrupt, it goes on where it was. Pictures are compared with the float32 reference's:
+    a wrong picture is marked failed, however fast it came. The exit status is 1 if a case failed.
+    """
+    if compare:
+        if bundles or report_only:
+            raise click.UsageError("--compare takes two result files and no bundles")
+        _compare(*compare, as_json)
+        return
+    from ..bench.jobs import Settings
+    from ..demo import demo_bundle
+
+    settings = Settings(
+        bundles=bundles or (str(demo_bundle()),),
+        sizes=tuple(dict.fromkeys(sizes)),
+        executors=executors or ("auto",),
+        steps=steps,
+        prompt=prompt,
+        seed=seed,
+        repeat=repeat,
+        warmup=warmup,
+        low_memory=low_memory,
+        drop_cache=drop_cache,
+        checkpoint=checkpoint,
+        baselines=baselines,
+        reference=reference,
+    )
+    failed = _measure(settings, out, Progress(quiet), as_json, report_only)
+    if failed:
+        raise RequestError(f"{failed} of the cases failed; {out / 'report.md'} says how")
+
+
+def _measure(settings: "Settings", out: Path, progress: Progress, as_json: bool, report_only: bool) -> int:
+    from dataclasses import replace
+
+    from ..bench.documents import to_document
+    from ..bench.environment import threads
+    from ..bench.jobs import open_bundles, plan_cases
+    from ..bench.nvidia import open_gpu
+    from ..bench.report import write_report
+    from ..bench.results import NAME, read_rows
+    from ..bench.run import Runner, command_line
+    from ..bench.systems import BASELINES, find_system
+
+    bundles = open_bundles(settings.bundles)
+    if report_only:
+        rows = read_rows(out / NAME)
+    else:
+        if "all" in settings.baselines:
+            installed = tuple(name for name in BASELINES if find_system(name).obstacle() is None)
+            settings = replace(settings, baselines=installed)
+        cases = plan_cases(settings, bundles, threads())
+        rows = Runner(out, bundles, open_gpu(), command_line(), progress.note).run(cases)
+    written = write_report(out, rows, bundles)
+    if as_json:
+        click.echo(json.dumps({"rows": to_document(rows)}, indent=2))
+    else:
+        for path in (out / NAME, *written):
+            click.echo(str(path))
+    return sum(row.status != "ok" for row in rows)
+
+
+def _compare(first: Path, second: Path, as_json: bool) -> None:
+    from ..bench.compare import compare_rows, comparison_table
+    from ..bench.documents import to_document
+    from ..bench.results import read_rows, results_file
+
+    pairs = compare_rows(read_rows(results_file(first)), read_rows(results_file(second)))
+    if as_json:
+        click.echo(json.dumps(to_document(pairs), indent=2))
+    else:
+        click.echo(comparison_table(pairs, str(first), str(second)))

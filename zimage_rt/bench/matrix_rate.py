@@ -33,7 +33,7 @@ def integer_rate(side: int = _SIDE, repeats: int = _REPEATS, clock: Callable[[],
 def _rate(model: bytes, values: NDArray[Any], repeats: int, clock: Callable[[], float]) -> float:
     import onnxruntime
 
-    from zimage_runtime.ort import thread_count
+    from zimage_runtime.threads import thread_count
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4

@@ -162,7 +162,7 @@ def draw(scene: Scene, width: int, height: int) -> Pixels:
         paint = _colour(RGB[thing.colour])
         paint = np.where(light > 0, paint + (1 - paint) * light, paint * (1 + light))
         picture += inside * (paint - picture)
-    return picture
+    return np.asarray(picture, np.float32)
 
 
 def _colour(rgb: tuple[int, int, int]) -> Pixels:

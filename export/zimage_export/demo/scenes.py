@@ -166,7 +166,7 @@ def draw(scene: Scene, width: int, height: int) -> Pixels:
 
 
 def _colour(rgb: tuple[int, int, int]) -> Pixels:
-    return np.asarray(rgb, np.float32) / 255
+    return np.asarray(rgb, np.float32) / np.float32(255)
 
 
 def _smooth(distance: Pixels, width: float) -> Pixels:

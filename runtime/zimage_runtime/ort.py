@@ -14,6 +14,7 @@ from .executor import Conditioning, Floats, Plan
 from .geometry import PictureGeometry, Rotary
 from .manifest import CPU
 from .memory import plan_memory
+from .tile_kernels import Kernels, NumpyKernels
 
 
 def thread_count() -> int:
@@ -83,6 +84,10 @@ class OrtCpuExecutor:
         """See `Executor`."""
         outputs = self.run(Program.ENCODER, {"image": image})
         return outputs["mean"], outputs["logvar"]
+
+    def tile_kernels(self) -> Kernels:
+        """See `Executor`."""
+        return NumpyKernels()
 
     def release(self, *programs: Program) -> None:
         """See `Executor`."""

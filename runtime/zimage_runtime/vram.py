@@ -128,8 +128,8 @@ def plan_vram(
         batch = f" in batches of {batch_size}" if batch_size > 1 else ""
         needed = _gib(plan.peak)
         raise MemoryLimitError(
-            f"{geometry.width}x{geometry.height}{batch} needs about {needed} of GPU memory and {budget / 2**30:.1f} GiB is "
-            f"available; give --vram {needed.replace(' ', '')} where there is as much, choose a smaller --size, or use "
+            f"{geometry.width}x{geometry.height}{batch} needs about {needed} of GPU memory and {budget / 2**30:.1f} GiB "
+            f"is available; give --vram {needed.replace(' ', '')} where there is as much, choose a smaller --size, or use "
             "--executor cpu"
         )
     return plan

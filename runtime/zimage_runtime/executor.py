@@ -1,13 +1,16 @@
 """What a device must be able to do. numpy arrays cross this border; what is large may stay on the other side."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .contracts import Program
 from .geometry import PictureGeometry, Rotary
+
+if TYPE_CHECKING:
+    from .tile_kernels import Kernels
 
 Floats = NDArray[np.float32]
 
@@ -75,6 +78,9 @@ class Executor(Protocol):
 
     def encode(self, image: Floats) -> tuple[Floats, Floats]:
         """Pictures [batch, 3, height, width] in -1 to 1 → mean and log-variance [batch, channels, h, w]."""
+
+    def tile_kernels(self) -> "Kernels":
+        """What computes the tiles of a picture that is decoded or encoded in tiles."""
 
     def release(self, *programs: Program) -> None:
         """Frees what the programs hold; without arguments, everything."""

@@ -15,6 +15,7 @@ from .integers import ACTIVATION_LEVELS, activation_levels
 from .manifest import CPU
 from .memory import plan_memory
 from .threads import thread_count
+from .tile_kernels import Kernels, NumpyKernels
 
 
 class OrtCpuExecutor:
@@ -72,6 +73,10 @@ class OrtCpuExecutor:
         """See `Executor`."""
         outputs = self.run(Program.ENCODER, {"image": image})
         return outputs["mean"], outputs["logvar"]
+
+    def tile_kernels(self) -> Kernels:
+        """See `Executor`."""
+        return NumpyKernels()
 
     def release(self, *programs: Program) -> None:
         """See `Executor`."""

@@ -23,8 +23,10 @@ from .geometry import PictureGeometry, Rotary
 from .manifest import CUDA, Precision
 from .memory import available_memory
 from .ort import OrtCpuExecutor
+from .ort_tiles import OrtKernels
 from .threads import thread_count
-from .vram import CONTEXT, plan_vram
+from .tile_kernels import Kernels
+from .vram import CONTEXT, plan_vram, tile_values
 
 PROVIDER = "CUDAExecutionProvider"
 
@@ -57,6 +59,17 @@ class Device:
             return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, self.kind, self.index)
         except Exception as error:
             raise explained("allocating on the GPU failed", error) from None
+
+    def run(self, session: Any, binding: Any, output: str) -> Floats:
+        """Runs what is bound, on values of the device, and copies an output from it."""
+        binding.bind_output(output, self.kind, self.index)
+        try:
+            binding.synchronize_inputs()
+            session.run_with_iobinding(binding)
+            binding.synchronize_outputs()
+        except Exception as error:
+            raise explained("a tile failed", error) from None
+        return self.download(binding.get_outputs()[0])
 
     def download(self, value: Any) -> Floats:
         """A copy of a value of the device. (A view of a session's memory would keep all of its arena.)"""
@@ -96,7 +109,7 @@ class OrtCudaExecutor:
         plan = plan_vram(self._bundle.manifest, geometry, prompt_tokens, self._budget, batch_size, encodes=encodes)
         if plan.host > (available := available_memory()):
             raise MemoryLimitError(
-                f"{geometry.width}x{geometry.height} does not fit on the GPU, and in tiles on the CPU it needs "
+                f"{geometry.width}x{geometry.height} does not fit on the GPU, and in tiles it needs "
                 f"{plan.host / 2**30:.1f} GiB of memory, of which {available / 2**30:.1f} is free; choose a smaller "
                 "--size"
             )
@@ -141,6 +154,11 @@ class OrtCudaExecutor:
         """See `Executor`."""
         outputs = self._run_once(Program.ENCODER, {"image": image})
         return outputs["mean"], outputs["logvar"]
+
+    def tile_kernels(self) -> Kernels:
+        """See `Executor`."""
+        values = tile_values(self._budget, self._bundle.manifest.config.vae)
+        return OrtKernels(self._device, lambda model: self._open(model, "a tile's program"), values)
 
     def release(self, *programs: Program) -> None:
         """See `Executor`."""
@@ -202,9 +220,13 @@ class OrtCudaExecutor:
             raise explained(f"{program} failed", error) from None
 
     def _session(self, program: Program) -> Any:
+        path = self._bundle.program(program, CUDA)
+        return self._open(str(path), f"{program} in {path}")
+
+    def _open(self, model: str | bytes, what: str) -> Any:
+        """A session of a model, a file's path or its bytes."""
         import onnxruntime
 
-        path = self._bundle.program(program, CUDA)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4  # errors reach the caller as exceptions; stderr is the command's own
         options.intra_op_num_threads = thread_count()
@@ -212,11 +234,9 @@ class OrtCudaExecutor:
         chatter = io.StringIO()  # the library prints, to stdout too, which is the command's own
         try:
             with contextlib.redirect_stdout(chatter):
-                session = onnxruntime.InferenceSession(
-                    str(path), options, providers=self._providers(), enable_fallback=0
-                )
+                session = onnxruntime.InferenceSession(model, options, providers=self._providers(), enable_fallback=0)
         except Exception as error:
-            raise explained(f"{program} cannot be loaded from {path}", error) from None
+            raise explained(f"{what} cannot be loaded", error) from None
         if self._device.kind == "cuda" and PROVIDER not in session.get_providers():
             # which the library says in its log alone, and then runs everything on the CPU
             raise ExecutorError(

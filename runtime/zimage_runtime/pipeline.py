@@ -316,7 +316,8 @@ class Pipeline:
         """
         if tiled:
             self.executor.release(Program.ENCODER)
-            return Encoded(*TiledEncoder(self.bundle.manifest.config.vae, self._vae_weights())(image))
+            vae, kernels = self.bundle.manifest.config.vae, self.executor.tile_kernels()
+            return Encoded(*TiledEncoder(vae, self._vae_weights(), kernels)(image))
         return Encoded(*self.executor.encode(image))
 
     def _vae_weights(self) -> TensorFile:
@@ -331,7 +332,7 @@ class Pipeline:
         unscaled = latents / np.float32(vae.scaling_factor) + np.float32(vae.shift_factor)
         if tiled:
             self.executor.release(Program.DECODER)
-            return TiledDecoder(vae, self._vae_weights())(unscaled)
+            return TiledDecoder(vae, self._vae_weights(), self.executor.tile_kernels())(unscaled)
         return self.executor.decode(unscaled)
 
     def release(self) -> None:

@@ -21,9 +21,12 @@ import numpy as np
 from .config import VaeConfig
 from .executor import Floats
 from .tensors import TensorFile, to_float32
+from .tile_kernels import Kernels, NumpyKernels
 
-TILE_VALUES = 1 << 20
-"""Values in a tile, all channels together: 4 MB, which processors' caches hold."""
+_ON_CPU = NumpyKernels()
+
+TILE_VALUES = _ON_CPU.tile_values
+"""Values in a tile on the CPU, all channels together."""
 
 _TILE_COPIES = 5  # tiles held at once: rows, their activation, the padded copy, a product and its sum
 _EPS = 1e-6
@@ -69,12 +72,26 @@ def tiled_encoder_bytes(config: VaeConfig, width: int, height: int) -> int:
 
 
 @dataclass(frozen=True)
+class _Normed:
+    """A map to be normed, by a factor and a summand a channel [channels, 1, 1], and put through SiLU."""
+
+    x: Floats
+    scale: Floats
+    shift: Floats
+
+
+@dataclass(frozen=True)
 class _TiledLayers:
     """The layers that decoder and encoder share, on the bundle's own weights."""
 
     config: VaeConfig
     weights: TensorFile
-    tile_values: int = TILE_VALUES
+    kernels: Kernels = _ON_CPU
+
+    @property
+    def tile_values(self) -> int:
+        """Values of a tile."""
+        return self.kernels.tile_values
 
     def _middle(self, name: str, x: Floats) -> Floats:
         x = self._resnet(f"{name}.resnets.0", x)
@@ -118,19 +135,8 @@ class _TiledLayers:
             scores /= scores.sum(axis=1, keepdims=True)
             positions[:, start : start + step] += weight @ (v @ scores.T) + bias
 
-    def _norm_silu(self, name: str, x: Floats) -> Rows:
-        scale, shift = self._norm(name, x)
-
-        def rows(start: int, stop: int) -> Floats:
-            h = x[:, start:stop] * scale
-            h += shift
-            with np.errstate(over="ignore"):  # exp gives infinity below -88, where SiLU is 0 in float32
-                gate = np.exp(-h)
-            gate += 1
-            h /= gate
-            return h
-
-        return rows
+    def _norm_silu(self, name: str, x: Floats) -> _Normed:
+        return _Normed(x, *self._norm(name, x))
 
     def _norm(self, name: str, x: Floats) -> tuple[Floats, Floats]:
         """A group norm as factor and summand of each channel, [channels, 1, 1], from statistics of the whole map."""
@@ -147,37 +153,58 @@ class _TiledLayers:
     def _convolve(
         self,
         name: str,
-        rows: Rows,
+        source: Rows | _Normed,
         shape: tuple[int, ...],
         out: Floats | None = None,
         add: Rows | None = None,
     ) -> Floats:
-        """A 3 x 3 convolution of a map of `shape`, whose `rows` may reach outside the tile but not the map.
+        """A 3 x 3 convolution of a map of `shape`, whose rows may reach outside the tile but not the map.
 
         `add` is asked for the tile's own rows before they are written, so that `out` may be the map it reads.
         """
-        weight, bias = self._weight(f"{name}.weight"), self._weight(f"{name}.bias")[:, None, None]
-        taps = np.ascontiguousarray(weight.transpose(2, 3, 0, 1))  # [3, 3, out, in]
+        weight, bias = self._weight(f"{name}.weight"), self._weight(f"{name}.bias")
         channels, height, width = shape
         if out is None:
             out = np.empty((len(weight), height, width), np.float32)
+        if isinstance(source, _Normed):
+            tile = self._normed_tiles(source, weight, bias)
+        else:
+            tile = self._plain_tiles(source, weight, bias, shape)
         step = tile_rows(max(channels, len(weight)), width, self.tile_values)
         for start in range(0, height, step):
             stop = min(start + step, height)
-            low, high = max(start - 1, 0), min(stop + 1, height)
-            tile = np.zeros((channels, stop - start + 2, width + 2), np.float32)
-            tile[:, low - start + 1 : high - start + 1, 1:-1] = rows(low, high)
-            result = _convolved(tile, taps)
-            result += bias
+            result = tile(start, stop)
             if add is not None:
                 result += add(start, stop)
             out[:, start:stop] = result
         return out
 
+    def _normed_tiles(self, source: _Normed, weight: Floats, bias: Floats) -> Rows:
+        kernel, height = self.kernels.normed(weight, bias), source.x.shape[1]
+
+        def tile(start: int, stop: int) -> Floats:
+            low, high = max(start - 1, 0), min(stop + 1, height)
+            above, below = int(start == 0), int(stop == height)
+            return kernel(source.x[:, low:high], source.scale, source.shift, above, below)
+
+        return tile
+
+    def _plain_tiles(self, rows: Rows, weight: Floats, bias: Floats, shape: tuple[int, ...]) -> Rows:
+        kernel = self.kernels.plain(weight, bias)
+        channels, height, width = shape
+
+        def tile(start: int, stop: int) -> Floats:
+            low, high = max(start - 1, 0), min(stop + 1, height)
+            bordered = np.zeros((channels, stop - start + 2, width + 2), np.float32)
+            bordered[:, low - start + 1 : high - start + 1, 1:-1] = rows(low, high)
+            return kernel(bordered)
+
+        return tile
+
     def _halve(self, name: str, x: Floats) -> Floats:
         """A 3 x 3 convolution at every second row and column, of a map with a border of zeros below and right."""
-        weight, bias = self._weight(f"{name}.weight"), self._weight(f"{name}.bias")[:, None, None]
-        taps = np.ascontiguousarray(weight.transpose(2, 3, 0, 1))
+        weight, bias = self._weight(f"{name}.weight"), self._weight(f"{name}.bias")
+        kernel = self.kernels.plain(weight, bias)
         channels, height, width = x.shape
         out = np.empty((len(weight), height // 2, width // 2), np.float32)
         step = max(tile_rows(max(channels, len(weight)), width, self.tile_values) // 2, 1)
@@ -187,7 +214,7 @@ class _TiledLayers:
             tile = np.zeros((channels, 2 * (stop - start) + 1, width + 1), np.float32)
             tile[:, : high - 2 * start, :-1] = x[:, 2 * start : high]
             # the three results of four that are dropped cost less than what the other layers take
-            out[:, start:stop] = _convolved(tile, taps)[:, ::2, ::2] + bias
+            out[:, start:stop] = kernel(tile)[:, ::2, ::2]
         return out
 
     def _weight(self, name: str) -> Floats:
@@ -259,27 +286,6 @@ def _doubled(x: Floats) -> Rows:
         return tall.repeat(2, axis=2)
 
     return rows
-
-
-def _convolved(tile: Floats, taps: Floats) -> Floats:
-    """A tile with a border of one, [in, rows + 2, width + 2], under taps [3, 3, out, in]: [out, rows, width].
-
-    A tap's view of the flattened tile is one slice, shifted; it runs on into the border, whose columns are dropped.
-    """
-    channels, rows, width = tile.shape[0], tile.shape[1] - 2, tile.shape[2]
-    flat = tile.reshape(channels, -1)
-    length = rows * width - 2
-    total = np.empty((taps.shape[2], rows * width), np.float32)
-    product = np.empty((taps.shape[2], length), np.float32)
-    used = total[:, :length]
-    for row in range(3):
-        for column in range(3):
-            start = row * width + column
-            if start:
-                used += np.matmul(taps[row, column], flat[:, start : start + length], out=product)
-            else:
-                np.matmul(taps[0, 0], flat[:, :length], out=used)
-    return total.reshape(-1, rows, width)[:, :, :-2]
 
 
 def _mean_square(values: Floats, center: float) -> float:

@@ -7,16 +7,21 @@ sizes of the GPU; `benchmarks/gpu_cuda.py` measures them where there is a GPU.
 
 from dataclasses import dataclass
 
+from .config import VaeConfig
 from .contracts import Program
 from .errors import MemoryLimitError
 from .geometry import PictureGeometry, padded
 from .manifest import CUDA, Manifest, Precision
-from .tiling import tiled_bytes, tiled_encoder_bytes
+from .tiling import TILE_VALUES, tiled_bytes, tiled_encoder_bytes
 
 CONTEXT = 700 << 20
 """What CUDA, cuBLAS and cuDNN hold themselves."""
 
 _FLOAT = 4
+
+_TILE_COPIES = 12  # of a tile in VRAM: itself, what is made of it, and the convolution's workspace
+_TILE_COPIES_ON_HOST = 4
+_LARGEST_TILE, _SMALLEST_TILE = 1 << 24, 1 << 16  # values: 64 MB, so that halos and launches do not matter
 
 # Live activations at a program's peak, in units of one token (or pixel) times the width named beside it
 _BLOCK_WIDTHS = 17.0  # x dim, in the type that is multiplied in
@@ -46,10 +51,10 @@ class VramPlan:
 
     executor: str
     budget: int  # bytes
-    stages: dict[Program, StageVram]  # on the GPU; one that is not here runs on the host
+    stages: dict[Program, StageVram]  # modulation runs on the host
     keep_all: bool  # whether all weights stay on the GPU between stages
-    tiled: bool  # whether the picture is decoded on the host, in tiles
-    encodes_tiled: bool  # whether the picture to start from is encoded there
+    tiled: bool  # whether the picture is decoded in tiles, of maps that stay on the host
+    encodes_tiled: bool  # whether the picture to start from is encoded so
     host: int  # bytes of the host's memory for that; 0 where there is nothing
 
     @property
@@ -68,7 +73,19 @@ class VramPlan:
         verbs = [verb for verb, there in (("encoded", self.encodes_tiled), ("decoded", self.tiled)) if there]
         if not verbs:
             return ()
-        return (f"the picture is {' and '.join(verbs)} on the CPU in tiles, which is slow: the GPU has no room for it",)
+        what = " and ".join(verbs)
+        return (f"the picture is {what} in tiles, which is slower: the GPU has no room for it as a whole",)
+
+
+def tile_values(budget: int, config: VaeConfig) -> int:
+    """Values of a tile within a budget in bytes."""
+    room = budget - CONTEXT - _layer_weights(config)
+    return max(min(room // (_FLOAT * _TILE_COPIES), _LARGEST_TILE), _SMALLEST_TILE)
+
+
+def _layer_weights(config: VaeConfig) -> int:
+    """Bytes of the weights of a layer, and of the one before."""
+    return int(2 * 9 * _FLOAT * max(config.block_out_channels) ** 2)
 
 
 def plan_vram(
@@ -93,24 +110,27 @@ def plan_vram(
         # modulation always runs on the host
         if program is not Program.MODULATION and (encodes or program is not Program.ENCODER)
     }
-    on_host = {p for p, stage in stages.items() if p.component == "vae" and CONTEXT + stage.total > budget}
-    vae, size = manifest.config.vae, (geometry.width, geometry.height)
-    host = max(
-        tiled_bytes(vae, *size) if Program.DECODER in on_host else 0,
-        tiled_encoder_bytes(vae, *size) if Program.ENCODER in on_host else 0,
-    )
-    stages = {program: stage for program, stage in stages.items() if program not in on_host}
-    tiled, encodes_tiled = Program.DECODER in on_host, Program.ENCODER in on_host
+    vae, size, host = manifest.config.vae, (geometry.width, geometry.height), 0
+    values = max(
+        tile_values(budget, vae), 3 * max(vae.block_out_channels) * (geometry.width + 2)
+    )  # a row and its halos
+    in_tiles = StageVram(_layer_weights(vae), _FLOAT * _TILE_COPIES * values)
+    for program, on_host in ((Program.DECODER, tiled_bytes), (Program.ENCODER, tiled_encoder_bytes)):
+        if program in stages and CONTEXT + stages[program].total > budget and in_tiles.total < stages[program].total:
+            stages[program] = in_tiles
+            host = max(host, on_host(vae, *size) + _FLOAT * _TILE_COPIES_ON_HOST * max(values - TILE_VALUES, 0))
+    tiled, encodes_tiled = (stages.get(program) is in_tiles for program in (Program.DECODER, Program.ENCODER))
     together = VramPlan(executor, budget, stages, True, tiled, encodes_tiled, host)
     if together.peak <= budget:
         return together
     plan = VramPlan(executor, budget, stages, False, tiled, encodes_tiled, host)
     if plan.peak > budget:
         batch = f" in batches of {batch_size}" if batch_size > 1 else ""
+        needed = _gib(plan.peak)
         raise MemoryLimitError(
-            f"{geometry.width}x{geometry.height}{batch} needs about {_gib(plan.peak)} of GPU memory and {_gib(budget)} "
-            f"is available; give --vram {_gib(plan.peak).replace(' ', '')} where there is as much, choose a smaller "
-            "--size, or use --executor cpu"
+            f"{geometry.width}x{geometry.height}{batch} needs about {needed} of GPU memory and {budget / 2**30:.1f} GiB "
+            f"is available; give --vram {needed.replace(' ', '')} where there is as much, choose a smaller --size, or use "
+            "--executor cpu"
         )
     return plan
 

@@ -1,9 +1,11 @@
 """The CUDA executor with the CPU in the GPU's place: the programs for CUDA, in fp32, through its own bindings."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from parity import Case, check_parity, draw, draw_with_diffusers, relative_error
 
@@ -11,8 +13,11 @@ from zimage_runtime import memory, ort_cuda
 from zimage_runtime.bundle import Bundle
 from zimage_runtime.contracts import Program
 from zimage_runtime.errors import DeviceLostError, ExecutorError, MemoryLimitError
+from zimage_runtime.geometry import PictureGeometry
 from zimage_runtime.ort_cuda import Device, OrtCudaExecutor, explained
+from zimage_runtime.ort_tiles import NORMED_MODEL, PLAIN_MODEL, OrtKernels
 from zimage_runtime.pipeline import NoticeEvent, Pipeline
+from zimage_runtime.tiling import TiledDecoder, TiledEncoder
 from zimage_runtime.vram import plan_vram
 
 PLENTY = 1 << 40
@@ -143,29 +148,73 @@ def test_stages_are_loaded_in_turn_where_they_do_not_fit_together(
         assert not pipeline.executor.loaded  # type: ignore[attr-defined]
 
 
-def test_a_picture_that_the_gpu_has_no_room_for_is_decoded_on_the_host(bundle: Path) -> None:
+def tight_budget(bundle: Bundle, geometry: PictureGeometry, *programs: Program) -> int:
+    """Enough for all stages but the decoder (or those named) as a whole."""
+    stages = plan_vram(bundle.manifest, geometry, 32, PLENTY, encodes=True).stages
+    return ort_cuda.CONTEXT + min(stages[program].total for program in programs or (Program.DECODER,)) - 1
+
+
+def test_a_picture_that_the_gpu_has_no_room_for_is_decoded_in_tiles(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from PIL import Image
+
     opened = Bundle.open(bundle)
     roomy = Pipeline(opened, executor(bundle))
-    geometry = roomy.request("a fox", (256, 256), 1, 0).geometry
-    stages = plan_vram(opened.manifest, geometry, 32, PLENTY).stages
-    tight = Pipeline(opened, executor(bundle, ort_cuda.CONTEXT + stages[Program.DECODER].total - 1))
-    events = list(tight.stream("a fox", (256, 256), 1, 0))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (512, 512, 3)).astype(np.uint8))
+    arguments = ("a fox", None, 2, 0, 1, 1, image, 0.5)
+    geometry = roomy.request(*arguments).geometry
+    tight = Pipeline(opened, executor(bundle, tight_budget(opened, geometry, Program.DECODER, Program.ENCODER)))
+    runs: list[str] = []
+    run = Device.run
+
+    def counted(device: Device, session: Any, binding: Any, output: str) -> Any:
+        runs.append(output)
+        return run(device, session, binding, output)
+
+    monkeypatch.setattr(Device, "run", counted)
+    events = list(tight.stream(*arguments))
     assert isinstance(events[0], NoticeEvent)
-    assert "decoded on the CPU in tiles" in events[0].text
-    expected = np.asarray(roomy.generate("a fox", (256, 256), 1, 0).images[0], np.int16)
+    assert "encoded and decoded in tiles" in events[0].text
+    assert len(runs) > 50  # of tiles
+    assert not tight.executor.loaded & {Program.DECODER, Program.ENCODER}  # type: ignore[attr-defined]
+    expected = np.asarray(roomy.generate(*arguments).images[0], np.int16)
     assert np.abs(np.asarray(events[-1].image, np.int16) - expected).max() <= 1  # type: ignore[union-attr]
 
 
-def test_tiles_on_the_host_need_the_hosts_memory(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("values", [1, 5000, 1 << 20])
+def test_tiles_on_the_device_are_the_whole_picture(pipeline: Pipeline, values: int) -> None:
+    """Against the decoder and encoder programs, with tiles of a row, of several, and of everything."""
+    weights, config = pipeline._vae_weights(), pipeline.bundle.manifest.config.vae
+    made = pipeline.executor.tile_kernels()
+    assert isinstance(made, OrtKernels)
+    kernels = replace(made, tile_values=values)
+    latents = np.random.default_rng(1).standard_normal((2, 16, 6, 10), dtype=np.float32)
+    image = np.random.default_rng(2).uniform(-1, 1, (1, 3, 32, 48)).astype(np.float32)
+    found = TiledDecoder(config, weights, kernels)(latents)
+    np.testing.assert_allclose(found, pipeline.executor.decode(latents), atol=1e-4)
+    for one, other in zip(TiledEncoder(config, weights, kernels)(image), pipeline.executor.encode(image), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_the_tiles_programs_are_onnx() -> None:
+    """Written by hand: `onnx` reads them, checks them, and writes them again as they are."""
+    for data, operators in ((PLAIN_MODEL, "Conv"), (NORMED_MODEL, "Mul Add Sigmoid Mul Pad Conv")):
+        model = onnx.load_from_string(data)
+        onnx.checker.check_model(model, full_check=True)
+        assert [node.op_type for node in model.graph.node] == operators.split()
+        assert model.SerializeToString() == data
+
+
+def test_tiles_need_the_hosts_memory(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ort_cuda, "available_memory", lambda: 1 << 20)
     opened = Bundle.open(bundle)
     pipeline = Pipeline(opened, executor(bundle))
-    pipeline.run(pipeline.request("a fox", (256, 256), 1, 0))
-    geometry = pipeline.request("a fox", (256, 256), 1, 0).geometry
-    decoder = plan_vram(opened.manifest, geometry, 32, PLENTY).stages[Program.DECODER]
-    tight = Pipeline(opened, executor(bundle, ort_cuda.CONTEXT + decoder.total - 1))
-    with pytest.raises(MemoryLimitError, match=r"256x256 .* in tiles on the CPU"):
-        tight.run(tight.request("a fox", (256, 256), 1, 0))
+    pipeline.run(pipeline.request("a fox", (512, 512), 1, 0))
+    geometry = pipeline.request("a fox", (512, 512), 1, 0).geometry
+    tight = Pipeline(opened, executor(bundle, tight_budget(opened, geometry)))
+    with pytest.raises(MemoryLimitError, match=r"512x512 .* in tiles it needs"):
+        tight.run(tight.request("a fox", (512, 512), 1, 0))
 
 
 def test_host_memory_is_looked_at_where_it_is(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:

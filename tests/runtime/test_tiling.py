@@ -16,6 +16,7 @@ from zimage_runtime.geometry import PictureGeometry, picture_geometry
 from zimage_runtime.memory import MemoryPlan, plan_memory
 from zimage_runtime.pipeline import Pipeline, to_image
 from zimage_runtime.tensors import TensorFile
+from zimage_runtime.tile_kernels import NumpyKernels
 from zimage_runtime.tiling import TiledDecoder, TiledEncoder, tile_rows, tiled_bytes, tiled_encoder_bytes
 
 TILE_VALUES = 1 << 13  # 2 rows of the largest map of a 128-pixel picture of the small model: dozens of tiles
@@ -30,7 +31,7 @@ def pipeline(bundle: Path) -> Pipeline:
 def decoder(pipeline: Pipeline) -> TiledDecoder:
     manifest = pipeline.bundle.manifest
     weights = TensorFile(pipeline.bundle.file(manifest.weights["vae"]))
-    return TiledDecoder(manifest.config.vae, weights, TILE_VALUES)
+    return TiledDecoder(manifest.config.vae, weights, NumpyKernels(TILE_VALUES))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_any_shape_batch_and_tile_size(
     channels = pipeline.bundle.manifest.config.vae.latent_channels
     latents = np.random.default_rng(3).standard_normal((batch, channels, height, width), dtype=np.float32)
     kept = latents.copy()
-    found, expected = replace(decoder, tile_values=values)(latents), pipeline.executor.decode(latents)
+    found, expected = replace(decoder, kernels=NumpyKernels(values))(latents), pipeline.executor.decode(latents)
     assert found.shape == expected.shape
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=1e-4)
@@ -93,7 +94,7 @@ def test_the_encoder_in_tiles_is_the_whole_encoder(
 ) -> None:
     image = np.random.default_rng(5).uniform(-1, 1, (batch, 3, height, width)).astype(np.float32)
     kept = image.copy()
-    found = TiledEncoder(decoder.config, decoder.weights, values)(image)
+    found = TiledEncoder(decoder.config, decoder.weights, NumpyKernels(values))(image)
     for one, other in zip(found, pipeline.executor.encode(image), strict=True):
         assert one.shape == other.shape
         assert one.dtype == np.float32
@@ -102,7 +103,7 @@ def test_the_encoder_in_tiles_is_the_whole_encoder(
 
 
 def test_memory_of_the_encoder_is_what_the_plan_says(decoder: TiledDecoder) -> None:
-    encoder = TiledEncoder(decoder.config, decoder.weights, TILE_VALUES)
+    encoder = TiledEncoder(decoder.config, decoder.weights, NumpyKernels(TILE_VALUES))
     image = np.random.default_rng(3).uniform(-1, 1, (1, 3, 320, 320)).astype(np.float32)
     tracemalloc.start()
     try:

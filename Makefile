@@ -4,14 +4,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo demo-model demo-bundle demo-scores test test-slow check bench bench-full-size install clean
+.PHONY: demo demo-model demo-bundle demo-scores test test-slow check bench bench-report bench-full-size install clean
 
 install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; set PYTHON=python3.x" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,test,dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[export,report,test,dev]'
 	touch $@
 
 # The demo model's checkpoint to a bundle, and a picture from it: the whole way, on this machine.
@@ -52,6 +52,10 @@ WORK ?= out/bench
 bench: $(STAMP)
 	$(BIN)/python benchmarks/memory_model.py --work $(WORK)
 	$(BIN)/python benchmarks/cpu_step.py --work $(WORK)
+
+# The committed reports and the README's numbers; an hour of a quiet machine.
+bench-report: $(STAMP)
+	$(BIN)/python benchmarks/bench_report.py --work $(WORK)
 
 bench-full-size: $(STAMP)
 	$(BIN)/python benchmarks/full_size.py --work $(WORK)/full-size

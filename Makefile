@@ -5,9 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 comma := ,
 # TensorRT for RTX (104 MB to download, 230 MB installed) builds engines without a GPU; its wheels are for these.
-EXTRAS := export,test,dev$(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(comma)tensorrt)
+EXTRAS := export,report,test,dev$(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(comma)tensorrt)
 
-.PHONY: demo demo-model demo-bundle demo-scores test test-slow check bench bench-int8 bench-full-size bench-gpu install clean
+.PHONY: demo demo-model demo-bundle demo-scores test test-slow check bench bench-int8 bench-report bench-full-size bench-gpu install clean
 
 install: $(STAMP)
 
@@ -58,6 +58,10 @@ bench: $(STAMP)
 
 bench-int8: $(STAMP)
 	$(BIN)/python benchmarks/int8_step.py --work $(WORK)
+
+# The committed reports and the README's numbers; an hour of a quiet machine.
+bench-report: $(STAMP)
+	$(BIN)/python benchmarks/bench_report.py --work $(WORK)
 
 bench-full-size: $(STAMP)
 	$(BIN)/python benchmarks/full_size.py --work $(WORK)/full-size

@@ -112,7 +112,7 @@ def test_without_matplotlib_the_report_says_what_to_install(bundle: Path, tmp_pa
         "write_report(Path(sys.argv[1]), [made_row('a')], open_bundles([sys.argv[2]]))"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path), str(bundle), str(Path(__file__).parent)], check=True)
-    assert "pip install 'zimage-rt[report]'" in (tmp_path / "report.html").read_text()
+    assert "pip install 'zimage-rt[report]'" in (tmp_path / "report.md").read_text()
 
 
 def test_cards_are_answered_from_the_plan_and_then_from_the_measurement(bundle: Path) -> None:

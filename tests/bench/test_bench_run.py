@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from cli_tools import Capture, Outcome, assert_one_line_error, call_redirected, call_rt
 
+from zimage_export.synthetic import SMALL
 from zimage_rt.bench import run as runs
 from zimage_rt.bench.floor import unknown_rates
 from zimage_rt.bench.job import Failed, decode_event, encode_event
@@ -202,7 +203,9 @@ def test_events_cross_the_process_border() -> None:
 @pytest.mark.parametrize("name", BASELINES)
 def test_every_baseline_says_what_keeps_it_from_running(name: str) -> None:
     system = find_system(name)
-    reason = system.obstacle()
+    reason = system.obstacle(SMALL.config)
     assert reason is None or len(reason) > 10
+    if name == "stable-diffusion.cpp":
+        assert "30 layers of width 3840" in str(reason)
     assert system.precision
     assert system.packages

@@ -68,11 +68,12 @@ def conditions() -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit of the checkout that the package is imported from, with "+changes" where files differ from it."""
+    """The commit of the checkout that the package is imported from, with "+changes" where its code differs from it."""
     folder = Path(__file__).parent
     try:
+        _git(folder, "ls-files", "--error-unmatch", Path(__file__).name)  # or the repository is somebody else's
         commit = _git(folder, "rev-parse", "HEAD")
-        changed = _git(folder, "status", "--porcelain", "--untracked-files=no")
+        changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ":/zimage_rt", ":/runtime")
     except (OSError, subprocess.SubprocessError):
         return None
     return commit + ("+changes" if changed else "")

@@ -111,7 +111,7 @@ def _baseline_cases(settings: Settings, bundles: Sequence[Opened], threads: int)
     planned = []
     for name in settings.baselines:
         system = find_system(name)
-        if reason := system.obstacle():
+        if reason := system.obstacle(bundles[0].bundle.manifest.config):
             raise RequestError(f"baseline {name} cannot run here: {reason}")
         for width, height in settings.sizes or (_own_size(bundles[0]),):
             planned.append(_checkpoint_case(settings, bundles[0], checkpoint, name, (width, height), threads))
@@ -120,7 +120,8 @@ def _baseline_cases(settings: Settings, bundles: Sequence[Opened], threads: int)
 
 def _reference(settings: Settings, bundles: Sequence[Opened], of: Case) -> Planned | str:
     """What draws the reference of a case: diffusers in float32, or a float32 bundle; or why there is nothing."""
-    if settings.checkpoint is not None and find_system(REFERENCE).obstacle() is None:
+    config = bundles[0].bundle.manifest.config
+    if settings.checkpoint is not None and find_system(REFERENCE).obstacle(config) is None:
         planned = _checkpoint_case(
             settings, bundles[0], settings.checkpoint, REFERENCE, (of.width, of.height), of.threads
         )

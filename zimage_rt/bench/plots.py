@@ -5,8 +5,10 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from zimage_runtime.manifest import CPU
+
 from .cards import CARDS_GB
-from .schema import DECODE, FAILED, IMPORT, LOAD, SAVE, STAGES, STEP, TEXT, Row
+from .schema import DECODE, FAILED, IMPORT, LOAD, OURS, SAVE, STAGES, STEP, TEXT, Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +41,8 @@ def plots(rows: Sequence[Row]) -> dict[str, tuple[str, bytes]]:
         return found
     found["latency-memory"] = ("Seconds a picture against peak memory", _latency_memory(drawn, colours))
     found["stages"] = ("Time of each stage of a warm picture", _stages(drawn))
-    found["memory"] = ("Memory over time, with the stages as bands", _memory(drawn[:MOST_TRACES]))
+    left_out = f"; the first {MOST_TRACES} cases" if len(drawn) > MOST_TRACES else ""
+    found["memory"] = (f"Memory over time, with the stages as bands{left_out}", _memory(drawn[:MOST_TRACES]))
     if len({row.case.size for row in drawn}) > 1:
         found["size"] = ("Seconds a picture against its size", _latency_size(drawn, colours))
     return found
@@ -69,12 +72,14 @@ def total_median(row: Row) -> float:
 
 
 def peak_bytes(row: Row) -> float | None:
-    """What the picture needs: a GPU's memory where it was told, else the process's own."""
+    """What the picture needs: a GPU's memory where it was drawn there, else the process's own."""
     memory = row.memory
     if memory is None:
         return None
-    readings = (memory.gpu_process, memory.gpu_device, memory.anonymous, memory.resident)
-    return next((reading.value for reading in readings if reading.value), None)
+    if memory.gpu_process.value or (row.case.system == OURS and row.case.executor != CPU):
+        # where NVML does not tell the process's, the device's growth is the next best
+        return memory.gpu_process.value or memory.gpu_device.value
+    return memory.anonymous.value or memory.resident.value
 
 
 def _latency_memory(rows: Sequence[Row], colours: Mapping[str, str]) -> bytes:

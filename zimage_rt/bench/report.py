@@ -15,7 +15,7 @@ from .environment import describe
 from .jobs import Opened
 from .measure import median_step
 from .plots import peak_bytes, plots, stage_median
-from .schema import DECODE, FAILED, SAVE, TEXT, Reading, Row
+from .schema import DECODE, FAILED, SAVE, STEP, TEXT, Reading, Row
 from .statistics import summarize
 from .tables import digits, gibibytes, seconds, size_of
 
@@ -54,6 +54,7 @@ def make_sections(
         Section("Summary", (Text(_first_lines(rows)), summary_table(rows), *_failures(rows))),
         Section("Stages", (Text("Medians of warm pictures; the floor is below each."), stage_table(rows))),
     ]
+    sections.append(Section("Memory", (Text(_MEMORY), memory_table(rows))))
     if figures:
         sections.append(Section("Plots", tuple(b for f in figures for b in (Text(f"{f.alt}."), f))))
     else:
@@ -152,6 +153,30 @@ def stage_table(rows: Sequence[Row]) -> Table:
     return Table(header, tuple(lines))
 
 
+_MEMORY = (
+    "Peaks. Own memory is anonymous: heap, arenas, packed weights. Mapped files are the page cache's, which yields "
+    "when others need it. The plan is zimage-rt's for the host, one stage loaded at a time; here all stay loaded where "
+    "they fit. The device's growth is everyone's, a cross-check of the process's."
+)
+
+
+def memory_table(rows: Sequence[Row]) -> Table:
+    """Peaks of the process, of its stages, and of the plan."""
+    header = (
+        "case", "size", "own", "mapped", "own: text", "own: steps", "own: decode", "planned", "GPU process",
+        "GPU device, growth", "GPU allocator",
+    )  # fmt: skip
+    lines = []
+    for row in rows:
+        if (memory := row.memory) is None:
+            continue
+        stages = (memory.stages.get(stage) for stage in (TEXT, STEP, DECODE))
+        own = [gibibytes(stage.anonymous) if stage else "–" for stage in stages]
+        gpu = map(size_of, (memory.planned_peak, memory.gpu_process, memory.gpu_device, memory.gpu_allocator))
+        lines.append((row.case.label, row.case.size, size_of(memory.anonymous), size_of(memory.mapped), *own, *gpu))
+    return Table(header, tuple(lines))
+
+
 def _failed(rows: Sequence[Row]) -> frozenset[int]:
     return frozenset(index for index, row in enumerate(rows) if row.status == FAILED)
 
@@ -172,7 +197,9 @@ def _grid(out: Path, rows: Sequence[Row]) -> Grid:
 
 def _tile(out: Path, row: Row) -> Tile:
     failed = row.status == FAILED
-    caption = f"{row.case.label}: {accuracy_text(row)}{', failed' if failed else ''}"
+    flip = row.accuracy.perceptual.value if row.accuracy else None
+    seen = "" if flip is None else f", FLIP {flip:.3f}"
+    caption = f"{row.case.label}: {accuracy_text(row)}{seen}{', failed' if failed else ''}"
     data = None
     if row.picture is not None:
         with contextlib.suppress(OSError):
@@ -223,8 +250,7 @@ def _method(rows: Sequence[Row]) -> list[str]:
         longest = max(m.interval_longest.value for m in reached if m.interval_longest.value is not None)
         lines.append(
             f"Memory was sampled from another process every {1e3 * reached[0].interval:.0f} ms (median reached "
-            f"{1e3 * median:.1f} ms, longest gap {1e3 * longest:.0f} ms) and at the end of every stage. Own memory is "
-            "anonymous; mapped files are the page cache's, which yields when others need it."
+            f"{1e3 * median:.1f} ms, longest gap {1e3 * longest:.0f} ms) and at the end of every stage."
         )
         reasons = dict.fromkeys(
             reason

@@ -118,7 +118,8 @@ def _measure(settings: "Settings", out: Path, progress: Progress, as_json: bool,
         rows = read_rows(out / NAME)
     else:
         if "all" in settings.baselines:
-            installed = tuple(name for name in BASELINES if find_system(name).obstacle() is None)
+            config = bundles[0].bundle.manifest.config
+            installed = tuple(name for name in BASELINES if find_system(name).obstacle(config) is None)
             settings = replace(settings, baselines=installed)
         cases = plan_cases(settings, bundles, threads())
         rows = Runner(out, bundles, open_gpu(), command_line(), progress.note).run(cases)

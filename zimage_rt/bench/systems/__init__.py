@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from zimage_runtime.config import ModelConfig
 from zimage_runtime.errors import RequestError
 
 from ..job import Job
@@ -44,8 +45,8 @@ class System(Protocol):
     packages: tuple[str, ...]  # whose versions belong to a result
     precision: str  # of a baseline; ours has the bundle's
 
-    def obstacle(self) -> str | None:
-        """Why it cannot run here, with what to do; None where it can. Imports nothing large."""
+    def obstacle(self, config: ModelConfig) -> str | None:
+        """Why it cannot draw with a model of these dimensions here, and what to do; None where it can."""
 
     def convert(self, model: Path, work: Path) -> Path:
         """What to load instead of `model`, made in the folder `work` before anything is measured; or `model` itself."""

@@ -9,12 +9,22 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zimage_runtime.config import ModelConfig
+
 from ..job import Job
 from ..schema import DECODE, STEP, TEXT
 from . import Mark
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+def _sees_gpu() -> bool:
+    if find_spec("torch") is None:
+        return False
+    import torch
+
+    return bool(torch.cuda.is_available())
 
 
 @dataclass
@@ -26,16 +36,13 @@ class _Diffusers:
     prefers_gpu: bool = True
     _notes: list[str] = field(default_factory=list)
 
-    def obstacle(self) -> str | None:
+    def obstacle(self, config: ModelConfig) -> str | None:
         """Packages, and a GPU where it makes no sense without."""
         missing = [name for name in ("torch", "diffusers", "transformers") if find_spec(name) is None]
         if missing:
             return f"{', '.join(missing)} not installed; pip install 'zimage-rt[export]'"
-        if self.offloads:
-            import torch
-
-            if not torch.cuda.is_available():
-                return "offloading moves weights between the CPU and a GPU, and torch sees no GPU here"
+        if self.offloads and not _sees_gpu():
+            return "offloading moves weights between the CPU and a GPU, and torch sees no GPU here"
         return None
 
     def convert(self, model: Path, work: Path) -> Path:
@@ -85,9 +92,7 @@ class Compiled(_Diffusers):
     """With ``torch.compile`` on the transformer. bf16 where there is a GPU; float32 on the CPU."""
 
     def __init__(self) -> None:
-        import torch
-
-        super().__init__(precision="bf16" if torch.cuda.is_available() else "fp32", compiles=True)
+        super().__init__(precision="bf16" if _sees_gpu() else "fp32", compiles=True)
 
 
 class Offloaded(_Diffusers):

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from zimage_runtime.config import ModelConfig
+
 from ..job import Job
 from ..schema import DECODE, STEP, TEXT
 from . import Mark
@@ -19,7 +21,7 @@ class Ours:
     packages: tuple[str, ...] = ("zimage-rt", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "numpy")
     precision = "the bundle's"
 
-    def obstacle(self) -> str | None:
+    def obstacle(self, config: ModelConfig) -> str | None:
         """None: the runner opens each bundle before it starts."""
         return None
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zimage_runtime.config import SchedulerConfig
+from zimage_runtime.config import ModelConfig, SchedulerConfig
 from zimage_runtime.schedule import make_schedule
 
 from ..job import Job
@@ -19,6 +19,7 @@ from .comfyui_names import FILES, convert
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+_BUILT_IN = (3840, 30)  # width and layers: z_image.hpp takes no others
 _PUBLISHED = SchedulerConfig(shift=3.0, num_train_timesteps=1000)
 
 
@@ -28,8 +29,12 @@ class StableDiffusionCpp:
     packages: tuple[str, ...] = ("stable-diffusion-cpp-python",)
     precision = "q8_0"
 
-    def obstacle(self) -> str | None:
+    def obstacle(self, config: ModelConfig) -> str | None:
         """The package builds from source, for the CPU unless told otherwise."""
+        found = (config.transformer.dim, config.transformer.n_layers)
+        if found != _BUILT_IN:
+            wanted = "{1} layers of width {0}".format(*_BUILT_IN)
+            return f"it draws only with {wanted}; this model has {found[1]} of width {found[0]}"
         if find_spec("stable_diffusion_cpp") is None:
             return "not installed; CMAKE_ARGS=-DGGML_NATIVE=ON pip install stable-diffusion-cpp-python"
         return None

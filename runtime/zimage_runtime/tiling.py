@@ -1,4 +1,4 @@
-"""Decoding (and encoding) a large picture in tiles, in a third to a half of the program's memory, to the same pixels.
+"""Decoding a large picture in tiles, in a third to a half of the decoder program's memory, and encoding one likewise.
 
 Tiles that are decoded by themselves show: the group norms and the attention look at the whole picture. Measured with
 random weights on 96 x 96 latents, against the whole picture: 20 dB with tiles of 32 latents that overlap by 16, 27 dB

@@ -125,12 +125,11 @@ def plan_vram(
         return together
     plan = VramPlan(executor, budget, stages, False, tiled, encodes_tiled, host)
     if plan.peak > budget:
-        batch = f" in batches of {batch_size}" if batch_size > 1 else ""
+        asked = f"{geometry.width}x{geometry.height}" + (f" in batches of {batch_size}" if batch_size > 1 else "")
         needed = _gib(plan.peak)
         raise MemoryLimitError(
-            f"{geometry.width}x{geometry.height}{batch} needs about {needed} of GPU memory and {budget / 2**30:.1f} GiB "
-            f"is available; give --vram {needed.replace(' ', '')} where there is as much, choose a smaller --size, or use "
-            "--executor cpu"
+            f"{asked} needs about {needed} of GPU memory and {budget / 2**30:.1f} GiB is available; "
+            f"give --vram {needed.replace(' ', '')} where there is as much, a smaller --size, or --executor cpu"
         )
     return plan
 

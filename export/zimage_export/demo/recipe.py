@@ -20,7 +20,7 @@ from .velocity import VelocityTask
 from .vocabulary import write_tokenizer
 
 VAE_COURSE = Course(steps=1400, microbatches=2, matrix_rate=0.01, vector_rate=2e-3, decay=0.6)
-GENERATOR_COURSE = Course(steps=2000, microbatches=8, matrix_rate=0.02, vector_rate=2e-3, decay=0.5)
+GENERATOR_COURSE = Course(steps=2100, microbatches=8, matrix_rate=0.02, vector_rate=2e-3, decay=0.5)
 SCENES = 20000
 SMALL_COURSE = Course(steps=4, microbatches=2, matrix_rate=0.01, vector_rate=1e-3, warmup=2)
 

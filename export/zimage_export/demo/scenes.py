@@ -76,7 +76,7 @@ class Scene:
     things: tuple[Thing, ...]
     background: tuple[str, ...]  # one name, or two for a gradient from top to bottom
     place: str | None = None  # of a single object, when captions tell it
-    relation: Relation | None = None  # of the first object to the second, when captions tell it
+    relation: Relation | None = None  # of the first object to the second, when captions tell it (else it is left)
     tells_background: bool = False
 
 
@@ -91,7 +91,8 @@ def random_scene(rng: np.random.Generator, *, held_out: bool = False) -> Scene:
         second = _pair(rng, False)
     pairs = (first, second) if rng.random() < 0.5 else (second, first)
     relation = RELATIONS[rng.integers(4)]
-    tells = bool(rng.random() < 0.85)
+    # untold means side by side in the order of reading: a choice between arrangements would be left to the noise
+    tells = relation != "left" or bool(rng.random() < 0.6)
     return Scene(_two_things(rng, pairs, relation), background, None, relation if tells else None, tells_background)
 
 

@@ -41,10 +41,21 @@ def copy(bundle: Path, tmp_path: Path) -> Path:
     return target
 
 
+@pytest.fixture(scope="module")
+def engined_once(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("engined") / "bundle"
+    shutil.copytree(bundle, target)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_engines, "Library", LibraryStandIn)
+        export_engines.add_engines(Bundle.open(target))
+    return target
+
+
 @pytest.fixture
-def engined(copy: Path, stand_in: LibraryStandIn) -> Path:
-    export_engines.add_engines(Bundle.open(copy))
-    return copy
+def engined(engined_once: Path, tmp_path: Path) -> Path:
+    target = tmp_path / "engined"
+    shutil.copytree(engined_once, target)
+    return target
 
 
 # zimage-export engines, build --engines
@@ -112,7 +123,7 @@ def test_engines_by_tensorrt_itself(copy: Path, capsys: Capture) -> None:
     catalog = read_catalog(opened)
     assert len(catalog.engines) == 17 * len(Gpu)
     for engine in catalog.engines:
-        assert opened.manifest.files[engine.path].size < 3 << 20, engine.path
+        assert opened.manifest.files[engine.path].size < 3_500_000, engine.path
     for spec in catalog.variants.values():
         for program in spec.programs.values():
             assert program.scratch[-1][1] > 0
@@ -133,7 +144,6 @@ def test_plan_says_what_is_where(engined: Path, capsys: Capture) -> None:
 
 
 def test_plan_as_json_in_a_budget(engined: Path, capsys: Capture) -> None:
-    whole = json.loads(call_rt(capsys, "plan", engined, "--size", "64x96", "--json").out)
     refusal = call_rt(capsys, "plan", engined, "--size", "64x96", "--vram", "0.1GiB")
     line = assert_one_line_error(refusal, "0.10 GiB", "smallest budget")
     smallest = re.search(r"would fit in is ([\d.]+) GiB", line)
@@ -141,7 +151,8 @@ def test_plan_as_json_in_a_budget(engined: Path, capsys: Capture) -> None:
     tight = call_rt(capsys, "plan", engined, "--size", "64x96", "--vram", f"{smallest[1]}GiB", "--json")
     found = json.loads(tight.out)
     assert found["peak"] <= found["budget"]
-    assert found["peak"] < whole["peak"]
+    less = f"{float(smallest[1]) - 0.01:.2f}GiB"
+    assert call_rt(capsys, "plan", engined, "--size", "64x96", "--vram", less).status == 1
     assert found["context"] == CONTEXT_BYTES
 
 

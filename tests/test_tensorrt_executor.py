@@ -138,7 +138,7 @@ def test_every_budget_from_the_smallest_on_draws_the_same(
     sizes = sizes_of(opened, CASE, len(cpu.token_ids(CASE.prompt)))
     smallest = least(opened, spec, sizes)
     streamed, peaks = set(), []
-    for extra in (0, 450_000, 1_000_000, 6_000_000, 60_000_000):
+    for extra in (0, 450_000, 1_000_000, 60_000_000):
         plan = plan_residency(spec, opened.manifest.config, sizes, smallest + extra)
         streamed.add(len(plan.stages[Program.DENOISER].streamed))
         device, pipeline = make(smallest + extra, seed=extra)
@@ -343,7 +343,7 @@ def test_whatever_fails_the_error_is_its_own_and_nothing_is_left(
     vram = least(opened, spec, sizes_of(opened, case, len(cpu.token_ids("x")))) if streams else EVERYTHING
     device, pipeline = make(vram)
     failed = 0
-    for turn in (0, 1, 5, 40):
+    for turn in (0, 7):
         left = [turn]
 
         def fail(name: str, left: list[int] = left) -> bool:

@@ -35,7 +35,8 @@ pytestmark = pytest.mark.skipif(
 
 ENDS = ("t_embedder.", "cap_embedder.", "all_x_embedder.", "all_final_layer.")
 TOKENS = 4224  # of a 1024 x 1024 picture and its caption
-MOST_BYTES = 3 << 20  # of an engine
+MOST_BYTES = 3_000_000  # of an engine
+MOST_BYTES_TURING = 3_500_000  # of one of the autoencoder's, whose convolutions are float32 there
 
 GENERATIONS = [Gpu.SM80, Gpu.SM86, Gpu.SM89, Gpu.SM120, Gpu.PORTABLE]
 COMBINATIONS = [
@@ -179,7 +180,7 @@ def test_the_autoencoder(name: str, variant: Variant, gpu: Gpu) -> None:
     assert [each for each in found if found[each].kind.component == "vae"] == AUTOENCODER
     for each in AUTOENCODER if name == "all" else [name]:
         built = build(found[each], gpu, 64 * (8 if each in ("decoder_up_3", "decoder_out", "encoder_in") else 1))
-        assert len(built.data) < MOST_BYTES, each
+        assert len(built.data) < (MOST_BYTES_TURING if variant is Variant.TURING else MOST_BYTES), each
         maps = [dtype for k in kernels(built) for dims, dtype in k.outputs if dims.count(-1) > 1 and len(dims) == 4]
         if each != "middle_attention":
             assert set(maps) <= ({"Float"} if variant is Variant.TURING else {"BFloat16", "Float"}), each

@@ -27,14 +27,22 @@ def library(monkeypatch: pytest.MonkeyPatch) -> LibraryStandIn:
     return stand_in
 
 
-@pytest.fixture
-def engined(bundle: Path, tmp_path: Path, library: LibraryStandIn) -> Bundle:
-    """A bundle with engines for SM86 and Turing."""
-    copy = tmp_path / "bundle"
+@pytest.fixture(scope="module")
+def engined_once(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    copy = tmp_path_factory.mktemp("engined") / "bundle"
     shutil.copytree(bundle, copy)
-    opened = add_engines(Bundle.open(copy), [Gpu.SM86, Gpu.SM75])
-    library.built.clear()
-    return opened
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_engines, "Library", LibraryStandIn)
+        add_engines(Bundle.open(copy), [Gpu.SM86, Gpu.SM75])
+    return copy
+
+
+@pytest.fixture
+def engined(engined_once: Path, tmp_path: Path, library: LibraryStandIn) -> Bundle:
+    """A bundle with engines for SM86 and Turing; `library` is asked for others."""
+    copy = tmp_path / "bundle"
+    shutil.copytree(engined_once, copy)
+    return Bundle.open(copy)
 
 
 @pytest.fixture

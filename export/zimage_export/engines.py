@@ -14,7 +14,7 @@ from pathlib import Path
 from zimage_runtime.bundle import Bundle
 from zimage_runtime.config import ModelConfig
 from zimage_runtime.files import atomic_write
-from zimage_runtime.manifest import ENGINES_FOLDER, FileRecord, write_manifest
+from zimage_runtime.manifest import ENGINES_FOLDER, FileRecord, Precision, write_manifest
 from zimage_runtime.progress import Progress
 from zimage_runtime.tensorrt.blocks import BLOCK_SIGNATURES, MAP, MAP_OUT, BlockKind, BlockPlace, all_blocks
 from zimage_runtime.tensorrt.catalog import (
@@ -99,6 +99,10 @@ def half_type(precision: str, variant: Variant) -> DType:
 def bundle_blocks(bundle: Bundle, variant: Variant) -> list[BlockProgram]:
     """A bundle's block programs, which depend on how its weights are stored and folded."""
     headers = {component: read_header(bundle.file(path)) for component, path in bundle.manifest.weights.items()}
+    if bundle.manifest.precision is Precision.INT4:
+        raise ExportError(
+            f"{bundle.root}: TensorRT's blocks multiply no int4 weights; use an int8, bf16 or fp16 bundle"
+        )
     precision = bundle.manifest.precision.value
 
     def stored(component: str, name: str, shape: tuple[int, ...]) -> DType:

@@ -58,8 +58,16 @@ def choose(bundle: Bundle, asked: str) -> Choice:
     return Choice(CPU, "; ".join(reasons))
 
 
-def make_executor(bundle: Bundle, choice: Choice, vram: int | None, *, low_memory: bool = False) -> Executor:
+def make_executor(
+    bundle: Bundle,
+    choice: Choice,
+    vram: int | None,
+    *,
+    low_memory: bool = False,
+    note: Callable[[str], object] = lambda text: None,
+) -> Executor:
     """The executor that was chosen. `vram` is its budget in bytes; without one, what is free on the GPU.
+    `note` is told of what takes a while, once.
 
     Raises `RequestError` where a budget is given to the CPU.
     """
@@ -70,7 +78,7 @@ def make_executor(bundle: Bundle, choice: Choice, vram: int | None, *, low_memor
     if choice.executor == TENSORRT:
         from .tensorrt.executor import open_executor
 
-        return open_executor(bundle, vram)
+        return open_executor(bundle, vram, note)
     if vram is not None:
         because = "" if choice.why == "asked for" else f" ({choice.why})"
         raise RequestError(f"vram is a budget for executors on a GPU; the {choice.executor} executor has none{because}")

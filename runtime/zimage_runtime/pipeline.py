@@ -6,7 +6,7 @@ timing and cancelling. The latents live here, in float32 numpy, where the Euler 
 
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
@@ -97,20 +97,22 @@ class Pipeline:
         *,
         low_memory: bool = False,
         keep_loaded: bool = True,
+        note: Callable[[str], object] = lambda text: None,
     ) -> Self:
         """Opens a bundle: a directory, or a name on the Hub, ``ORG/NAME``, whose files are fetched into the cache
         of huggingface_hub. Nothing large is read yet.
 
-        `executor` is "cuda", "cpu", or "auto": the best that can run here, and `why` says why it is that one. `vram`
+        `executor` is "tensorrt", "cuda", "cpu", or "auto": the best that can run here, and `why` says why it is that one. `vram`
         is a budget in bytes for executors on a GPU; by default it is what is free there now. With `low_memory`,
         weights on the CPU stay mapped from the file. With `keep_loaded`, what fits in memory stays loaded between
-        pictures; without it, each stage is freed when its last use is over.
+        pictures; without it, each stage is freed when its last use is over. `note` is told, a line each, of what is
+        done once and takes a while.
 
         Raises `BundleError`, `HubError`, or `RequestError` for an executor that cannot run here.
         """
         bundle = Bundle.open(bundle_directory(path))
         choice = choose(bundle, executor)
-        made = make_executor(bundle, choice, vram, low_memory=low_memory)
+        made = make_executor(bundle, choice, vram, low_memory=low_memory, note=note)
         return cls(bundle, made, keep_loaded, low_memory, choice.why)
 
     def request(

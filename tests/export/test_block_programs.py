@@ -13,7 +13,8 @@ from zimage_export.engine_types import EngineTypes
 from zimage_export.graphs import Target
 from zimage_export.graphs.blocks import build_block, build_blocks
 from zimage_export.graphs.folds import BlockFold
-from zimage_export.graphs.tensorrt_layers import SCALE_SUFFIX, TensorRtLayers
+from zimage_export.graphs.tensorrt_layers import TensorRtLayers
+from zimage_export.precision import SCALE_SUFFIX
 from zimage_runtime.bundle import Bundle
 from zimage_runtime.contracts import Program
 from zimage_runtime.tensorrt.blocks import BLOCK_SIGNATURES, all_blocks, block_dims, main_blocks

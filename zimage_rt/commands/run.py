@@ -96,7 +96,9 @@ def run(
     recorded = _recorded(replay) if replay else None
     progress = Progress(quiet)
     bundle = bundle_directory(model, progress) if model is not None else demo_bundle()
-    pipeline = Pipeline.from_bundle(bundle, executor, vram, low_memory=low_memory, keep_loaded=False)
+    pipeline = Pipeline.from_bundle(
+        bundle, executor, vram, low_memory=low_memory, keep_loaded=False, note=progress.note
+    )
     if executor == "auto":
         progress.note(f"drawing on {pipeline.executor.name}: {pipeline.why}")
     if recorded:

@@ -15,10 +15,8 @@ import numpy as np
 
 from zimage_runtime.tensors import DType
 
+from ..precision import scale_of
 from .layers import Layers
-
-SCALE_SUFFIX = "_scale"
-"""What the name of an int8 weight's scales ends in: `<weight>_scale`, float32 [out]."""
 
 _DEQUANTIZED = -7  # exponent of the scalar scale
 _LEVELS = 127.0
@@ -55,7 +53,7 @@ class TensorRtLayers(Layers):
         weight = b.op("DequantizeLinear", weight, self._constant(2.0**_DEQUANTIZED), name=f"{name}.dequantized")
         b.typed(weight, self.compute)
         y = b.cast(b.op("MatMul", quantized, weight, name=name), DType.F32)
-        scales = b.weight(f"{name}.weight{SCALE_SUFFIX}", (out_width,))
+        scales = b.weight(scale_of(f"{name}.weight"), (out_width,))
         scales = b.op("Mul", scales, b.number(2.0 ** (-2 * _DEQUANTIZED)), name=f"{name}.scales")
         y = b.op("Mul", b.op("Mul", y, scales, name=f"{name}.by_channel"), scale, name=f"{name}.by_token")
         return b.cast(y, self.compute)

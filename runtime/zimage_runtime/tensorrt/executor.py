@@ -20,6 +20,7 @@ from ..manifest import TENSORRT
 from ..memory import available_memory
 from ..ort import OrtCpuExecutor
 from ..tensors import TensorFile
+from ..tile_kernels import Kernels, NumpyKernels
 from ..tiling import TiledDecoder
 from .arena import Budget
 from .blocks import CAPTION_EMBEDDER, MAP, MAP_OUT
@@ -199,7 +200,8 @@ class TensorRtExecutor:
             return image()
 
         if plan_stage(Program.DECODER, self.spec, self.bundle.manifest.config, sizes, self.vram) is None:
-            return TiledDecoder(vae, TensorFile(self.bundle.file(self.bundle.manifest.weights["vae"])))(latents)
+            weights = TensorFile(self.bundle.file(self.bundle.manifest.weights["vae"]))
+            return TiledDecoder(vae, weights, self.tile_kernels())(latents)
         return self._stage(Program.DECODER, sizes, lambda places: list(zip(places, shapes, strict=True)), run)
 
     def encode(self, image: Floats) -> tuple[Floats, Floats]:
@@ -266,6 +268,10 @@ class TensorRtExecutor:
         except BaseException:
             self._abandon()
             raise
+
+    def tile_kernels(self) -> Kernels:
+        """See `Executor`. What does not fit the budget is decoded on the host."""
+        return NumpyKernels()
 
     def release(self, *programs: Program) -> None:
         """See `Executor`."""

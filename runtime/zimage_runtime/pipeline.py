@@ -102,10 +102,11 @@ class Pipeline:
         """Opens a bundle: a directory, or a name on the Hub, ``ORG/NAME``, whose files are fetched into the cache
         of huggingface_hub. Nothing large is read yet.
 
-        `executor` is "tensorrt", "cuda", "cpu", or "auto": the best that can run here; `why` says why. `vram` is a budget in bytes for executors on a GPU; by default it is what is free there now. With `low_memory`,
-        weights on the CPU stay mapped from the file. With `keep_loaded`, what fits in memory stays loaded between
-        pictures; without it, each stage is freed when its last use is over. `note` is told, a line each, of what is
-        done once and takes a while.
+        `executor` is "tensorrt", "cuda", "cpu", or "auto": the best that can run here, and `why` says why. `vram` is a
+        budget in bytes for executors on a GPU; by default it is what is free there now. With `low_memory`, weights on
+        the CPU stay mapped from the file. With `keep_loaded`, what fits in memory stays loaded between pictures;
+        without it, each stage is freed when its last use is over. `note` is told, a line each, of what is done once
+        and takes a while.
 
         Raises `BundleError`, `HubError`, or `RequestError` for an executor that cannot run here.
         """

@@ -37,7 +37,8 @@ def main(out: Path) -> None:
 
 
 def _drawn(prompt: str, path: Path) -> Image.Image:
-    command = [sys.executable, "-m", "zimage_rt.cli", "run", prompt, "--seed", "1", "-o", str(path), "--quiet"]
+    program = [sys.executable, "-c", "from zimage_rt.cli import main; main()"]
+    command = [*program, "run", prompt, "--seed", "1", "-o", str(path), "--quiet"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     with Image.open(path) as picture:
         return picture.convert("RGB")

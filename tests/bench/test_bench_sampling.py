@@ -135,6 +135,14 @@ def test_a_process_that_allocates_a_known_amount_is_measured(anonymous: int, map
     assert files - before.mapped == pytest.approx(mapped, rel=0.05)
 
 
+def test_a_peak_that_is_given_back_still_counts_wherever_it_was_seen() -> None:
+    samples = [sample(0, 10, 90), sample(1, 200, 5), sample(2, 5, 5)]
+    borders = [Border("load", 1.5, HostMemory(310, 110, 200)), Border("save", 3, HostMemory(5, 5, 0)), Border("x", 4)]
+    peaks = {kind: host_peak(samples, borders, kind).value for kind in ("anonymous", "mapped", "resident")}
+    assert peaks == {"anonymous": 200, "mapped": 200, "resident": 310}
+    assert host_peak([], [], "resident").value is None
+
+
 def test_a_process_that_is_gone_has_no_memory() -> None:
     with subprocess.Popen([sys.executable, "-c", "pass"]) as child:
         child.wait()

@@ -142,7 +142,8 @@ h1 { font-size: 1.7rem; } h2 { font-size: 1.25rem; margin-top: 2.2rem; } h3 { fo
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .87rem; }
 th, td { padding: .3rem .65rem; border-bottom: 1px solid #d8dee4; text-align: right; vertical-align: top; }
-th { background: #f3f5f7; font-weight: 600; } th:first-child, td:first-child { text-align: left; }
+th { background: #f3f5f7; font-weight: 600; } td { white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; white-space: normal; }
 tr.failed td { background: #fdecea; }
 figure { margin: 1rem 0; } figure img { max-width: 100%; height: auto; }
 .grid { display: flex; flex-wrap: wrap; gap: 1rem; } .grid figure { margin: 0; width: 240px; }

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .environment import threads
+
 _SIDE = 2048  # rows, columns and depth: as large as a step's products, and quick
 _REPEATS = 5
 
@@ -33,11 +35,9 @@ def integer_rate(side: int = _SIDE, repeats: int = _REPEATS, clock: Callable[[],
 def _rate(model: bytes, values: NDArray[Any], repeats: int, clock: Callable[[], float]) -> float:
     import onnxruntime
 
-    from zimage_runtime.threads import thread_count
-
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    options.intra_op_num_threads = thread_count()
+    options.intra_op_num_threads = threads()
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     side = values.shape[0]
     best = float("inf")

@@ -8,7 +8,7 @@ from typing import Any
 
 from zimage_runtime.errors import RequestError
 from zimage_runtime.geometry import PictureGeometry
-from zimage_runtime.manifest import Manifest
+from zimage_runtime.manifest import CPU, Manifest
 from zimage_runtime.memory import plan_memory
 
 from .nvidia import Untold
@@ -97,6 +97,8 @@ def planned_memory(
     """What the memory plan says of the host, by program and at its peak, stage after stage."""
     if case.system != OURS:
         return {}, absent("the plan is for zimage-rt")
+    if case.executor != CPU:
+        return {}, absent("the plan that is compared is that of the cpu executor")
     try:
         plan = plan_memory(manifest, geometry, tokens, low_memory=case.low_memory, available=_PLENTY)
     except RequestError as error:

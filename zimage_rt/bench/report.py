@@ -99,7 +99,7 @@ def _summary(row: Row) -> tuple[str, ...]:
         digits(60 / total.median),
         f"{seconds(row.times.cold_start)} ({row.times.page_cache})",
         gibibytes(peak_bytes(row)),
-        "–" if reached is None else f"{100 * reached:.0f} %",
+        "–" if reached is None else f"{100 * reached:.0f} %" if reached >= 0.01 else "<1 %",
         accuracy_text(row),
         verdict(row),
     )

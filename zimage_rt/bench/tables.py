@@ -26,7 +26,7 @@ def seconds(value: float | None) -> str:
 
 def digits(value: float) -> str:
     """At least three digits that count, without an exponent."""
-    for limit, places in ((9.995, 2), (99.95, 1)):
+    for limit, places in ((0.0995, 4), (0.9995, 3), (9.995, 2), (99.95, 1)):
         if abs(value) < limit:
             return f"{value:.{places}f}"
     return f"{value:.0f}"

@@ -16,13 +16,16 @@ from onnx_engines import OnnxEngines, twin_spec, twins
 from zimage_export import engines as export_engines
 from zimage_rt.commands import doctor
 from zimage_rt.commands.doctor import Verdict
+from zimage_runtime import choice, nvidia
 from zimage_runtime.bundle import Bundle
 from zimage_runtime.errors import ExecutorError
+from zimage_runtime.geometry import picture_geometry
 from zimage_runtime.tensorrt import cuda, library
 from zimage_runtime.tensorrt.executor import TensorRtExecutor, tensorrt_obstacle
 from zimage_runtime.tensorrt.residency import CONTEXT_BYTES
 from zimage_runtime.tensorrt.store import read_catalog
 from zimage_runtime.tensorrt.targets import Gpu, Variant
+from zimage_runtime.vram import plan_vram
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -138,8 +141,8 @@ def test_plan_says_what_is_where(engined: Path, capsys: Capture) -> None:
     assert outcome.status == 0, outcome.err
     labels = [line.split()[0] for line in outcome.lines]
     stages = ["text_encoder", "caption", "denoiser", "decoder", "encoder"]
-    assert labels == ["picture", "budget", "peak", *stages, "step"]
-    assert "all stages stay loaded" in outcome.lines[2]
+    assert labels == ["picture", "executor", "budget", "peak", *stages, "step"]
+    assert "all stages stay loaded" in outcome.lines[3]
     assert outcome.lines[-1].endswith("one CUDA graph")
 
 
@@ -165,9 +168,20 @@ def test_plan_grows_with_the_picture_and_the_batch(engined: Path, capsys: Captur
 
 
 def test_plan_needs_engines(bundle: Path, engined: Path, stand_in: LibraryStandIn, capsys: Capture) -> None:
-    assert_one_line_error(call_rt(capsys, "plan", bundle), "zimage-export engines")
+    assert_one_line_error(call_rt(capsys, "plan", bundle, "--executor", "tensorrt"), "zimage-export engines")
     export_engines.add_engines(Bundle.open(engined), [Gpu.SM86])
     assert_one_line_error(call_rt(capsys, "plan", engined, "--gpu", "sm75"), "sm75", "zimage-export engines")
+
+
+def test_plan_for_cuda_is_the_executors_own(bundle: Path, capsys: Capture) -> None:
+    options = ("--size", "512x512", "--tokens", 40, "--json")
+    found = json.loads(call_rt(capsys, "plan", bundle, *options).out)
+    manifest = Bundle.open(bundle).manifest
+    expected = plan_vram(manifest, picture_geometry(512, 512, manifest.config), 40, 1 << 60)
+    assert (found["executor"], found["peak"]) == ("cuda", expected.peak)
+    lines = call_rt(capsys, "plan", bundle, "--size", "512x512").lines
+    assert [line.split()[0] for line in lines][:4] == ["picture", "executor", "budget", "peak"]
+    assert_one_line_error(call_rt(capsys, "plan", bundle, "--vram", "0.1GiB"), "0.1 GiB", "--vram")
 
 
 # run and doctor
@@ -175,10 +189,11 @@ def test_plan_needs_engines(bundle: Path, engined: Path, stand_in: LibraryStandI
 
 def test_run_without_a_gpu_is_one_line(engined: Path, capsys: Capture) -> None:
     outcome = call_rt(capsys, "run", "x", "-m", engined, "--executor", "tensorrt")
-    assert_one_line_error(outcome, "NVIDIA GPU", "zimage-rt doctor", "--executor cpu")
+    assert_one_line_error(outcome, "'tensorrt' cannot run here", "no NVIDIA GPU")
 
 
 def test_run_without_the_packages_is_one_line(engined: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr(choice, "_gpu", lambda: nvidia.Gpu("a GPU", (8, 9), 8 << 30, 8 << 30, "13.0"))
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     outcome = call_rt(capsys, "run", "x", "-m", engined, "--executor", "tensorrt")
     assert_one_line_error(outcome, "pip install 'zimage-rt[tensorrt]'")

@@ -10,8 +10,9 @@ from enum import StrEnum
 from zimage_runtime.bundle import Bundle
 from zimage_runtime.errors import MemoryLimitError, RequestError
 from zimage_runtime.geometry import PictureGeometry, picture_geometry
-from zimage_runtime.manifest import CPU, Manifest
+from zimage_runtime.manifest import CPU, CUDA, Manifest
 from zimage_runtime.memory import plan_memory
+from zimage_runtime.vram import plan_vram
 
 from .schema import OURS, Row
 from .tables import gibibytes
@@ -32,7 +33,11 @@ def _cpu(manifest: Manifest, geometry: PictureGeometry, budget: int) -> int:
     return plan_memory(manifest, geometry, TOKENS, available=budget).peak
 
 
-PLANNERS: Mapping[str, Planner] = {CPU: _cpu}
+def _cuda(manifest: Manifest, geometry: PictureGeometry, budget: int) -> int:
+    return plan_vram(manifest, geometry, TOKENS, budget).peak
+
+
+PLANNERS: Mapping[str, Planner] = {CPU: _cpu, CUDA: _cuda}
 """By executor. For `cpu` a card is a machine with so much memory free."""
 
 

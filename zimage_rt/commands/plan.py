@@ -9,60 +9,127 @@ from zimage_runtime.console import MemoryType, SizeType
 from zimage_runtime.errors import BundleError
 
 if TYPE_CHECKING:
+    from zimage_runtime.bundle import Bundle
+    from zimage_runtime.geometry import PictureGeometry
     from zimage_runtime.tensorrt.residency import ResidencyPlan
+    from zimage_runtime.vram import VramPlan
+
+_UNLIMITED = 1 << 60
 
 _LABEL_WIDTH = 16
 _GPUS = ("sm75", "sm80", "sm86", "sm89", "sm120", "portable")
 
 
-@click.command(short_help="Predict the VRAM that a picture takes with TensorRT.")
+@click.command(short_help="Predict the VRAM that a picture takes.")
 @click.argument("bundle", type=click.Path())
 @click.option("--size", type=SizeType(), help="Of the picture.  [default: the bundle's own]")
 @click.option("--vram", type=MemoryType(), help="The budget, like 4GiB.  [default: enough for everything]")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Pictures in one step.")
 @click.option("--tokens", type=click.IntRange(1, 512), default=128, show_default=True, help="Of the prompt.")
-@click.option("--gpu", type=click.Choice(_GPUS), default="portable", show_default=True, help="The GPU's generation.")
+@click.option(
+    "--executor",
+    type=click.Choice(["tensorrt", "cuda"]),
+    help="What is to draw.  [default: tensorrt where BUNDLE has its block programs, otherwise cuda]",
+)
+@click.option("--gpu", type=click.Choice(_GPUS), default="portable", show_default=True, help="For tensorrt.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of lines.")
 def plan(
-    bundle: str, size: tuple[int, int] | None, vram: int | None, batch: int, tokens: int, gpu: str, as_json: bool
+    bundle: str,
+    size: tuple[int, int] | None,
+    vram: int | None,
+    batch: int,
+    tokens: int,
+    executor: str | None,
+    gpu: str,
+    as_json: bool,
 ) -> None:
-    """Predict what a picture drawn from BUNDLE with the tensorrt executor takes of a GPU's memory.
+    """Predict what a picture drawn from BUNDLE takes of a GPU's memory.
 
-    BUNDLE is a directory, or the name of a bundle on the Hub, ORG/NAME. No GPU is needed: what engines take beside
-    weights was measured when they were built. A budget that is too small is refused with the smallest that would do.
+    BUNDLE is a directory, or the name of a bundle on the Hub, ORG/NAME. No GPU is needed: what TensorRT's engines take
+    beside weights was measured when they were built, and what ONNX Runtime takes follows from the programs. A budget
+    that is too small is refused with the smallest that would do.
     """
     from zimage_runtime.bundle import Bundle
     from zimage_runtime.geometry import picture_geometry
     from zimage_runtime.hub import bundle_directory
+    from zimage_runtime.tensorrt.residency import gib
+
+    opened = Bundle.open(bundle_directory(bundle))
+    manifest = opened.manifest
+    width, height = size or (manifest.defaults.width, manifest.defaults.height)
+    geometry = picture_geometry(width, height, manifest.config)
+    budget = vram if vram is not None else _UNLIMITED
+    chosen = executor or ("cuda" if manifest.engines is None else "tensorrt")
+    if chosen == "tensorrt":
+        made = _plan_tensorrt(opened, geometry, tokens, budget, batch, gpu)
+        lines, document = _lines(made), _document(made, vram)
+    else:
+        from zimage_runtime.vram import plan_vram
+
+        planned = plan_vram(manifest, geometry, tokens, budget, batch)
+        lines, document = _lines_of_cuda(planned), _document_of_cuda(planned, vram)
+    if as_json:
+        click.echo(json.dumps({"executor": chosen, **document}, indent=2))
+        return
+    said = [
+        ("picture", f"{width}x{height}, {batch} at once, a prompt of {tokens} tokens"),
+        ("executor", chosen),
+        ("budget", "as much as it takes" if vram is None else gib(vram)),
+    ]
+    for label, text in said + lines:
+        click.echo(f"{label:<{_LABEL_WIDTH}} {text}")
+
+
+def _plan_tensorrt(
+    bundle: "Bundle", geometry: "PictureGeometry", tokens: int, budget: int, batch: int, gpu: str
+) -> "ResidencyPlan":
     from zimage_runtime.tensorrt.residency import plan_residency
     from zimage_runtime.tensorrt.stages import PictureSizes
     from zimage_runtime.tensorrt.store import read_catalog
     from zimage_runtime.tensorrt.targets import Gpu
 
-    opened = Bundle.open(bundle_directory(bundle))
-    manifest = opened.manifest
-    spec = read_catalog(opened).variants.get(Gpu(gpu).variant)
+    spec = read_catalog(bundle).variants.get(Gpu(gpu).variant)
     if spec is None:
-        raise BundleError(f"{opened.root}: has no block programs for {gpu}; add them with zimage-export engines")
-    width, height = size or (manifest.defaults.width, manifest.defaults.height)
-    sizes = PictureSizes.of(picture_geometry(width, height, manifest.config), tokens, batch)
-    made = plan_residency(spec, manifest.config, sizes, vram if vram is not None else 1 << 60)
-    if as_json:
-        click.echo(json.dumps(_document(made, vram), indent=2))
-    else:
-        for label, text in _lines(made, (width, height), tokens, batch, vram):
-            click.echo(f"{label:<{_LABEL_WIDTH}} {text}")
+        raise BundleError(f"{bundle.root}: has no block programs for {gpu}; add them with zimage-export engines")
+    return plan_residency(spec, bundle.manifest.config, PictureSizes.of(geometry, tokens, batch), budget)
 
 
-def _lines(
-    plan: "ResidencyPlan", size: tuple[int, int], tokens: int, batch: int, vram: int | None
-) -> list[tuple[str, str]]:
+def _lines_of_cuda(plan: "VramPlan") -> list[tuple[str, str]]:
+    from zimage_runtime.tensorrt.residency import gib
+    from zimage_runtime.vram import CONTEXT
+
+    together = "all weights stay loaded" if plan.keep_all else "stages take turns"
+    return [
+        ("peak", f"{gib(plan.peak, up=True)}, {gib(CONTEXT)} of it assumed for CUDA itself; {together}"),
+        *(
+            (program.value, f"{gib(s.total)}: weights {gib(s.weights)}, activations {gib(s.activations)}")
+            for program, s in plan.stages.items()
+        ),
+        *(("note", note) for note in plan.notes),
+    ]
+
+
+def _document_of_cuda(plan: "VramPlan", vram: int | None) -> dict[str, Any]:
+    from zimage_runtime.vram import CONTEXT
+
+    return {
+        "budget": vram,
+        "peak": plan.peak,
+        "context": CONTEXT,
+        "keep_all": plan.keep_all,
+        "tiled": plan.tiled,
+        "stages": {
+            program.value: {"bytes": stage.total, "weights": stage.weights, "activations": stage.activations}
+            for program, stage in plan.stages.items()
+        },
+    }
+
+
+def _lines(plan: "ResidencyPlan") -> list[tuple[str, str]]:
     from zimage_runtime.tensorrt.residency import CONTEXT_BYTES, describe, gib
 
     together = "all stages stay loaded" if plan.keep_all else "stages take turns"
     return [
-        ("picture", f"{size[0]}x{size[1]}, {batch} at once, a prompt of {tokens} tokens"),
-        ("budget", "as much as it takes" if vram is None else gib(vram)),
         ("peak", f"{gib(plan.peak, up=True)}, {gib(CONTEXT_BYTES)} of it assumed for CUDA itself; {together}"),
         *((program.value, text) for program, text in describe(plan)),
         ("step", "one CUDA graph" if plan.captured else "block by block, copies beside computing"),

@@ -277,11 +277,15 @@ class TensorRtExecutor:
         """See `Executor`."""
         if not self._stages or (programs and not set(programs) & set(self._stages)):
             return
-        self._settle()
-        for program in programs or tuple(self._stages):
-            stage = self._stages.pop(program, None)
-            if stage is not None:
-                stage.release()
+        try:
+            self._settle()
+            for program in programs or tuple(self._stages):
+                stage = self._stages.pop(program, None)
+                if stage is not None:
+                    stage.release()
+        except BaseException:
+            self._abandon()
+            raise
 
     def close(self) -> None:
         """Frees everything, the engines too."""

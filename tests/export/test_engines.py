@@ -224,7 +224,7 @@ def test_scales_inside_the_dequantization_are_noticed(monkeypatch: pytest.Monkey
         weight = b.op(
             "Mul", b.op("Cast", weight, name=f"{name}.cast", to=onnx.TensorProto.BFLOAT16), scale, name=f"{name}.w"
         )
-        b.set_type(weight, self.compute)
+        b.typed(weight, self.compute)
         return b.op("MatMul", b.cast(x, self.compute), weight, name=name)
 
     monkeypatch.setattr(TensorRtLayers, "_w8a8", w8a16)

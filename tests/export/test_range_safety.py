@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from parity import relative_error
 
 import zimage_export.build
-import zimage_export.graphs.transformer
 from zimage_export.build import BuildOptions, build
 from zimage_export.calibrate import measure_peaks
 from zimage_export.checkpoint import Checkpoint
 from zimage_export.folding import FP16_MAX, BlockPeak, choose_folds
+from zimage_export.graphs.layers import Layers
 from zimage_export.selfcheck import fixed_inputs
 from zimage_runtime.bundle import Bundle
 from zimage_runtime.contracts import Program
@@ -100,7 +100,10 @@ def test_folds_change_nothing_in_float32(
 def test_a_fold_without_its_epsilon_is_caught(
     checkpoint: Path, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(zimage_export.graphs.transformer, "_folded", lambda epsilon, exponent: epsilon)
+    def forgetful(self: Layers, x: str, scale: str, epsilon: float, exponent: int, name: str) -> str:
+        return self.rms_norm(x, scale, epsilon, name)
+
+    monkeypatch.setattr(Layers, "branch_norm", forgetful)
     wrong = build(checkpoint, tmp_path / "wrong", BuildOptions(), QUIET)
     right = Bundle.open(bundle)
     feeds = fixed_inputs(right.manifest.config)[Program.DENOISER]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_tools import Capture, assert_one_line_error, call_export, call_rt
+from cli_tools import Capture, assert_one_line_error, call_export, call_rt, unchanged
 from device_stand_in import StandInDevice
 from library_stand_in import LibraryStandIn
 from onnx_engines import OnnxEngines, twin_spec, twins
@@ -131,6 +131,12 @@ def test_engines_by_tensorrt_itself(copy: Path, capsys: Capture) -> None:
         for program in spec.programs.values():
             assert program.scratch[-1][1] > 0
     assert call_rt(capsys, "plan", copy).status == 0
+
+
+def test_int4_has_no_engines(checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
+    with unchanged(tmp_path):
+        outcome = call_export(capsys, "build", checkpoint, tmp_path / "b", "--precision", "int4", "--engines")
+    assert_one_line_error(outcome, "no int4 weights", "int8")
 
 
 # zimage-rt plan

@@ -31,7 +31,7 @@ from zimage_runtime.tensors import DType, read_header
 from zimage_runtime.tokenizer import PromptTokenizer
 
 from .checkpoint import Checkpoint
-from .engines import add_engines
+from .engines import add_engines, check_engine_precision
 from .errors import CheckpointError, ExportError
 from .folding import Peaks, choose_folds
 from .graphs import EXECUTORS, Graph, Target, build_graphs
@@ -95,6 +95,8 @@ def build_reported(model: str | Path, out: str | Path, options: BuildOptions, pr
     """
     target, phases = Path(out), Phases()
     check_target(target, options.force)
+    if options.engines:
+        check_engine_precision(options.precision)
     checkpoint, options = _open(model, options, progress)
     _check_tokenizer(checkpoint)
     peaks = _measured(checkpoint, options, progress)

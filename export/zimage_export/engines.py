@@ -96,13 +96,16 @@ def half_type(precision: str, variant: Variant) -> DType:
     return DType.BF16
 
 
+def check_engine_precision(precision: Precision) -> None:
+    """Raises `ExportError` for a precision that block programs do not multiply in."""
+    if precision is Precision.INT4:
+        raise ExportError("TensorRT's block programs multiply no int4 weights; use an int8, bf16 or fp16 bundle")
+
+
 def bundle_blocks(bundle: Bundle, variant: Variant) -> list[BlockProgram]:
     """A bundle's block programs, which depend on how its weights are stored and folded."""
     headers = {component: read_header(bundle.file(path)) for component, path in bundle.manifest.weights.items()}
-    if bundle.manifest.precision is Precision.INT4:
-        raise ExportError(
-            f"{bundle.root}: TensorRT's blocks multiply no int4 weights; use an int8, bf16 or fp16 bundle"
-        )
+    check_engine_precision(bundle.manifest.precision)
     precision = bundle.manifest.precision.value
 
     def stored(component: str, name: str, shape: tuple[int, ...]) -> DType:

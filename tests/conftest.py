@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from parity import open_with_diffusers
 
 from zimage_export.build import BuildOptions, build
 from zimage_export.synthetic import SMALL, write_checkpoint
@@ -67,14 +68,3 @@ def _build(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("models") / f"{checkpoint.name}-fp32"
     build(str(checkpoint), out, BuildOptions(), Progress(quiet=True))
     return out
-
-
-def open_with_diffusers(checkpoint: Path) -> Any:
-    """diffusers' pipeline in float32, on one thread."""
-    import torch
-    from diffusers import ZImagePipeline
-
-    torch.set_num_threads(1)  # ten times faster at these sizes, where threads mostly wait for one another
-    pipeline = ZImagePipeline.from_pretrained(checkpoint, dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline

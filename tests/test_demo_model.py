@@ -8,8 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 from cli_tools import Capture, call_export, call_rt
-from conftest import open_with_diffusers
-from parity import LATENTS_TOLERANCE, PIXEL_TOLERANCE, Case, draw, draw_with_diffusers, relative_error
+from parity import (
+    LATENTS_TOLERANCE,
+    PIXEL_TOLERANCE,
+    Case,
+    draw,
+    draw_with_diffusers,
+    open_with_diffusers,
+    relative_error,
+)
 from PIL import Image
 
 from zimage_export.build import BuildOptions, build

@@ -5,16 +5,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from zimage_runtime.schedule import DEFAULT_STEPS
+from zimage_runtime.tokenizer import PromptTokenizer
 
+from .architecture import TINY
 from .captions import caption
 from .dataset import SIZES, latents_of, scene_of
 
-TEMPLATE = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-SHIFT = 3.0
+_SHIFT = TINY.scheduler.shift
 
 
 class VelocityTask:
@@ -50,8 +50,8 @@ class VelocityTask:
             text = caption(scene_of(size, int(row)), "en" if rng.random() < 0.5 else "zh", rng)
             texts.append("" if rng.random() < 0.03 else text)
         if self._words is None:
-            self._words = Tokenizer.from_file(str(self.tokenizer))
-        encoded = [item.ids for item in self._words.encode_batch([TEMPLATE.format(text) for text in texts])]
+            self._words = PromptTokenizer(self.tokenizer)
+        encoded = [self._words.encode(text) for text in texts]
         most = 32 * (-(-max(map(len, encoded)) // 32) + (rng.random() < 0.03))  # rarely, as long as 64
         tokens = torch.zeros(self.batch, most, dtype=torch.long)
         for row, ids in zip(tokens, encoded, strict=True):
@@ -63,4 +63,4 @@ class VelocityTask:
         """Half from the schedule that a picture takes, half from all of (0, 1]; both shifted as it is."""
         place = 1 - rng.random(count)
         place = np.where(rng.random(count) < 0.5, np.ceil(place * DEFAULT_STEPS) / DEFAULT_STEPS, place)
-        return torch.from_numpy(SHIFT * place / (1 + (SHIFT - 1) * place)).float()
+        return torch.from_numpy(_SHIFT * place / (1 + (_SHIFT - 1) * place)).float()

@@ -4,7 +4,6 @@
 there. Reads are converted to the type that the program takes.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -87,6 +86,3 @@ def _bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     odd = (bits >> 16) & 1
     rounded: NDArray[np.uint16] = ((bits + 0x7FFF + odd) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
-
-
-Scalars = Mapping[str, float]

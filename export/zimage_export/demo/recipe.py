@@ -21,6 +21,7 @@ from .vocabulary import write_tokenizer
 
 VAE_COURSE = Course(steps=1400, microbatches=2, matrix_rate=0.01, vector_rate=2e-3, decay=0.6)
 GENERATOR_COURSE = Course(steps=2100, microbatches=8, matrix_rate=0.02, vector_rate=2e-3, decay=0.5)
+REFINING_COURSE = Course(steps=2200, microbatches=8, matrix_rate=0.014, vector_rate=1.4e-3, decay=1.0)
 SCENES = 20000
 SMALL_COURSE = Course(steps=4, microbatches=2, matrix_rate=0.01, vector_rate=1e-3, warmup=2)
 
@@ -32,7 +33,9 @@ def train_demo(work: Path, *, quick: bool = False) -> None:
     tokenizer = work / "tokenizer.json"
     if not tokenizer.exists():
         write_tokenizer(tokenizer)
-    vae_course, course = (SMALL_COURSE, SMALL_COURSE) if quick else (VAE_COURSE, GENERATOR_COURSE)
+    vae_course, course, refining = (
+        (SMALL_COURSE, SMALL_COURSE, SMALL_COURSE) if quick else (VAE_COURSE, GENERATOR_COURSE, REFINING_COURSE)
+    )
 
     vae = new_autoencoder()
     ends = ("encoder.conv_in.weight", "decoder.conv_out.weight")
@@ -48,6 +51,8 @@ def train_demo(work: Path, *, quick: bool = False) -> None:
     generator.transformer.all_final_layer["2-1"].linear.weight.data.zero_()
     task = VelocityTask(generator, latents, tokenizer, mean, deviation, batch=8)
     train(task, course, _plain(generator), work / "generator.pt")
+    task.first = course.steps  # other scenes, captions and noise than the first time
+    train(task, refining, _plain(generator), work / "refined.pt")
     write_demo_checkpoint(generator, vae, tokenizer, mean, deviation, work / "checkpoint")
 
 

@@ -24,11 +24,13 @@ class VelocityTask:
         self.model: Any = model
         self.latents, self.tokenizer, self.batch = latents, tokenizer, batch
         self.mean, self.deviation = mean, deviation
+        self.first = 0  # added to a step's number: a second course over the same steps draws other examples
         self._rows: dict[tuple[int, int], Any] = {}
         self._words: Any = None
 
     def loss(self, step: int, index: int) -> Tensor:
         """As `workers.Task` has it."""
+        step += self.first
         rng = np.random.default_rng([11, step, index])
         clean, tokens, lengths = self._examples(rng)
         generator = torch.Generator().manual_seed(step * 4096 + index)

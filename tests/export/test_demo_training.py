@@ -3,15 +3,19 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fitting import Failing, Fitting
 from torch import Tensor
 
+from zimage_export.checkpoint import DEMO
 from zimage_export.demo.architecture import new_text_encoder, new_transformer
+from zimage_export.demo.dataset import SIZES, scene_of
 from zimage_export.demo.generator import Generator, encode_text
 from zimage_export.demo.muon import MuonAdamW, orthogonal
 from zimage_export.demo.training import Course, train
+from zimage_export.demo.velocity import VelocityTask, shares
 from zimage_export.demo.workers import gradient_workers
 
 COURSE = Course(steps=6, microbatches=4, matrix_rate=0.02, vector_rate=1e-2, warmup=2)
@@ -107,3 +111,29 @@ def test_gradients_are_those_of_the_whole_batch() -> None:
     assert loss == pytest.approx(float(whole.detach()), rel=1e-5)
     for mine, right in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-6)
+
+
+def test_a_shape_that_is_emphasized_is_drawn_more_often() -> None:
+    scenes = [scene_of((128, 128), row) for row in range(40)]
+    starry = np.array([any(thing.shape == "star" for thing in scene.things) for scene in scenes])
+    found = shares(scenes, {"star": 3.0})
+    assert found.sum() == pytest.approx(1)
+    assert found[starry].min() == pytest.approx(3 * found[~starry].max())
+    assert np.ptp(found[~starry]) == 0
+
+
+def test_a_second_course_goes_on_where_the_examples_of_the_first_ended(tmp_path: Path) -> None:
+    for width, height in SIZES:
+        np.save(tmp_path / f"latents-{width}x{height}.npy", np.ones((9, 16, height // 8, width // 8), np.float16))
+    task = VelocityTask(torch.nn.Identity(), tmp_path, DEMO / "tokenizer" / "tokenizer.json", 0.0, 1.0, batch=4)
+    seen: list[Tensor] = []
+
+    def model(mixed: Tensor, times: Tensor, tokens: Tensor, lengths: Tensor) -> Tensor:
+        seen.extend((mixed, tokens))
+        return mixed
+
+    task.model = model
+    task.loss(7, 1)
+    task.first = 5
+    task.loss(2, 1)
+    assert all(torch.equal(one, other) for one, other in zip(seen[:2], seen[2:], strict=True))

@@ -1,10 +1,12 @@
 """Flow matching: between noise and latents, learn the straight way (https://arxiv.org/abs/2210.02747)."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from zimage_runtime.schedule import DEFAULT_STEPS
@@ -13,8 +15,15 @@ from zimage_runtime.tokenizer import PromptTokenizer
 from .architecture import TINY
 from .captions import caption
 from .dataset import SIZES, latents_of, scene_of
+from .scenes import Scene, Shape
 
 _SHIFT = TINY.scheduler.shift
+
+
+def shares(scenes: Sequence[Scene], emphasis: Mapping[Shape, float]) -> NDArray[np.float64]:
+    """How likely each scene is drawn; they add up to 1. A scene weighs as much as the weightiest of its shapes."""
+    weights = np.array([max(emphasis.get(thing.shape, 1.0) for thing in scene.things) for scene in scenes])
+    return np.asarray(weights / weights.sum())
 
 
 class VelocityTask:
@@ -25,6 +34,8 @@ class VelocityTask:
         self.latents, self.tokenizer, self.batch = latents, tokenizer, batch
         self.mean, self.deviation = mean, deviation
         self.first = 0  # added to a step's number: a second course over the same steps draws other examples
+        self.emphasis: dict[Shape, float] = {}  # how much more often scenes with a shape are drawn
+        self._shares: dict[tuple[int, int], NDArray[np.float64]] = {}
         self._rows: dict[tuple[int, int], Any] = {}
         self._words: Any = None
 
@@ -45,7 +56,7 @@ class VelocityTask:
         size = sizes[rng.choice(len(sizes), p=list(SIZES.values()))]
         if size not in self._rows:
             self._rows[size] = latents_of(self.latents, size)
-        rows = rng.integers(len(self._rows[size]), size=self.batch)
+        rows = self._chosen(size, rng)
         clean = torch.from_numpy(self._rows[size][rows].astype(np.float32))
         texts = []
         for row in rows:
@@ -59,6 +70,15 @@ class VelocityTask:
         for row, ids in zip(tokens, encoded, strict=True):
             row[: len(ids)] = torch.tensor(ids)
         return (clean - self.mean) / self.deviation, tokens, torch.tensor([len(ids) for ids in encoded])
+
+    def _chosen(self, size: tuple[int, int], rng: np.random.Generator) -> NDArray[np.int64]:
+        """The rows of a batch."""
+        count = len(self._rows[size])
+        if not self.emphasis:
+            return rng.integers(count, size=self.batch)
+        if size not in self._shares:
+            self._shares[size] = shares([scene_of(size, row) for row in range(count)], self.emphasis)
+        return rng.choice(count, size=self.batch, p=self._shares[size])
 
     @staticmethod
     def _sigmas(count: int, rng: np.random.Generator) -> Tensor:

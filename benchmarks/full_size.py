@@ -1,10 +1,11 @@
 """The full-size model on an ordinary machine: made, exported, checked, and one picture drawn, with each one's memory.
 
-    python benchmarks/full_size.py --work DIR [--precision bf16] [--scale full] [--size 256x256]
+    python benchmarks/full_size.py --work DIR [--precision bf16] [--scale full] [--size 256x256] [--limit 8]
 
 Each phase is a process of its own, watched from outside. The checkpoint is made of random weights in the published
 shapes and types (33 GB; the bf16 bundle takes 21 GB more) and is kept in DIR for the next run. The time that
 streaming takes is held against a plain read of the same shards and a plain write of as many bytes as the bundle has.
+With `--limit`, the picture is drawn in a control group that has no more memory than that, page cache included.
 """
 
 import argparse
@@ -12,10 +13,12 @@ import json
 import shutil
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common import RESULTS, Peak, describe, machine, markdown_table, measure_child, write_results
+from memory_limit import Limit, memory_limit
 
 _PIECE = 16 << 20
 _PACKAGES = ("onnxruntime", "onnx", "numpy")
@@ -29,6 +32,7 @@ def main() -> None:
     parser.add_argument("--scale", default="full", choices=["full", "small"])
     parser.add_argument("--size", default="256x256")
     parser.add_argument("--steps", default="8")
+    parser.add_argument("--limit", type=float, help="GB of memory that drawing may use")
     parser.add_argument("--export-only", action="store_true", help="neither check hashes nor draw a picture")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--copy", type=Path, nargs=2, metavar=("CHECKPOINT", "BUNDLE"), help=argparse.SUPPRESS)
@@ -36,14 +40,23 @@ def main() -> None:
     if options.copy:
         plain_copy(*options.copy)
         return
-    picture = None if options.export_only else (options.size, options.steps)
+    picture = None if options.export_only else Picture(options.size, options.steps, options.limit)
     report = measure(options.work, options.precision, options.scale, picture)
     write_results(f"full_size_{options.precision}", report, to_markdown(report), options.out)
     print(to_markdown(report))
 
 
-def measure(work: Path, precision: str, scale: str, picture: tuple[str, str] | None) -> dict[str, Any]:
-    """Every phase's seconds, memory and bytes. `picture` is its size and steps."""
+@dataclass(frozen=True)
+class Picture:
+    """What is drawn, and the GB that it may take."""
+
+    size: str
+    steps: str
+    limit: float | None = None
+
+
+def measure(work: Path, precision: str, scale: str, picture: Picture | None) -> dict[str, Any]:
+    """Every phase's seconds, memory and bytes."""
     checkpoint, bundle = work / "checkpoint", work / f"bundle-{precision}"
     work.mkdir(parents=True, exist_ok=True)
     phases: dict[str, dict[str, Any]] = {}
@@ -58,23 +71,30 @@ def measure(work: Path, precision: str, scale: str, picture: tuple[str, str] | N
     phases["plain read and write"] = _plain_copy_phase(work, checkpoint, bundle)
     if picture:
         phases["verify hashes"] = _phase("zimage_rt.cli", "info", str(bundle), "--verify")[0]
-        phases["picture"] = _picture_phase(bundle, work / "picture.png", *picture)
+        _forget_cached_files()
+        phases["picture"] = _picture_phase(bundle, work / "picture.png", picture)
     return {
         "machine": machine(*_PACKAGES),
         "scale": scale,
         "precision": precision,
-        "picture": {"size": picture[0], "steps": int(picture[1]), "low_memory": True} if picture else None,
+        "picture": {"size": picture.size, "steps": int(picture.steps), "limit_gb": picture.limit} if picture else None,
         "checkpoint_bytes": _folder_bytes(checkpoint),
         "bundle_bytes": export["bytes"],
+        "weights_bytes": {str(f.relative_to(bundle)): f.stat().st_size for f in sorted(bundle.rglob("*.safetensors"))},
         "export_seconds": export["seconds"],
         "streaming_over_plain_copy": round(export["seconds"]["weights"] / phases["plain read and write"]["seconds"], 2),
         "phases": phases,
     }
 
 
-def _picture_phase(bundle: Path, out: Path, size: str, steps: str) -> dict[str, Any]:
-    words = ["run", "a red fox in the snow", "-m", str(bundle), "--size", size, "--steps", steps, "--seed", "7"]
-    return _phase("zimage_rt.cli", *words, "--low-memory", "-o", str(out), "--json")[0]
+def _picture_phase(bundle: Path, out: Path, picture: Picture) -> dict[str, Any]:
+    words = ["run", "a red fox in the snow", "-m", str(bundle), "--size", picture.size, "--steps", picture.steps]
+    words += ["--seed", "7", "--low-memory", "-o", str(out), "--json"]
+    if picture.limit is None:
+        return _phase("zimage_rt.cli", *words)[0]
+    with memory_limit(round(picture.limit * 1e9)) as limit:
+        row = _phase("zimage_rt.cli", *words, limit=limit)[0]
+    return row | {"group": limit.usage}
 
 
 def _plain_copy_phase(work: Path, checkpoint: Path, bundle: Path) -> dict[str, Any]:
@@ -83,10 +103,11 @@ def _plain_copy_phase(work: Path, checkpoint: Path, bundle: Path) -> dict[str, A
     return _row(measure_child(copy)[0])
 
 
-def _phase(module: str, *arguments: str) -> tuple[dict[str, Any], str]:
+def _phase(module: str, *arguments: str, limit: Limit | None = None) -> tuple[dict[str, Any], str]:
     run = f"import sys; from {module} import main; sys.argv = ['zimage', *sys.argv[1:]]; main()"
     print(f"{time.strftime('%H:%M:%S')} {' '.join(arguments[:2])}", file=sys.stderr, flush=True)
-    peak, text = measure_child([sys.executable, "-c", run, *arguments, *([] if "info" in arguments else ["--quiet"])])
+    command = [sys.executable, "-c", run, *arguments, *([] if "info" in arguments else ["--quiet"])]
+    peak, text = measure_child(limit.command(command) if limit else command)
     return _row(peak), text
 
 
@@ -144,6 +165,12 @@ def to_markdown(report: dict[str, Any]) -> str:
             f"; one picture of {picture['size']}, {picture['steps']} steps, `--low-memory`, on the CPU "
             "(seconds are of a shared machine)"
         )
+        if (limit := picture.get("limit_gb")) is not None:
+            most = report["phases"]["picture"]["group"].get("peak_bytes", 0) / 1e9
+            drawn += (
+                f", drawn in a control group of {limit:g} GB that counts heap, mapped files and page cache alike "
+                f"(its peak: {most:.2f} GB)"
+            )
     return "\n".join(
         [
             f"# Full size: {report['precision']}",
@@ -152,6 +179,10 @@ def to_markdown(report: dict[str, Any]) -> str:
             "(transformer float32, the rest bf16) → "
             f"a bundle of {report['bundle_bytes'] / 1e9:.1f} GB{drawn}. Sizes in GB (10⁹).",
             "",
+            "Weights: "
+            + ", ".join(f"{name} {size / 1e9:.3f}" for name, size in report.get("weights_bytes", {}).items())
+            + ".",
+            "",
             markdown_table(["phase", "seconds", *_COLUMNS.values()], rows),
             "",
             f"The export spent {export['graphs']} s on graphs and {export['weights']} s on streaming and hashing, "
@@ -159,10 +190,17 @@ def to_markdown(report: dict[str, Any]) -> str:
             "",
             f"Machine: {describe(report['machine'])}.",
             "",
-            f"Made by `python benchmarks/full_size.py --work DIR --precision {report['precision']}"
-            f"{'' if picture else ' --export-only'}`.",
+            f"Made by `{_command(report)}`.",
         ]
     )
+
+
+def _command(report: dict[str, Any]) -> str:
+    words = f"python benchmarks/full_size.py --work DIR --precision {report['precision']}"
+    if (picture := report["picture"]) is None:
+        return f"{words} --export-only"
+    words += f" --size {picture['size']} --steps {picture['steps']}"
+    return words if picture.get("limit_gb") is None else f"{words} --limit {picture['limit_gb']:g}"
 
 
 _COLUMNS = {

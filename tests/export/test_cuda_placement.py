@@ -12,31 +12,38 @@ from typing import Any
 
 import onnx
 import pytest
-from cuda_kernels import KERNELS, SHAPE_ARITHMETIC, SHAPE_INPUTS
-from onnx import TensorProto
+from cuda_kernels import CONTRIB, KERNELS, OTHER_TYPES, SHAPE_ARITHMETIC, SHAPE_INPUTS
+from onnx import TensorProto, helper
 
-from zimage_export.graphs import Target, build_graphs
+from zimage_export.graphs import Graph, Target, build_graphs
+from zimage_export.graphs.builder import ONNX_TYPES
 from zimage_export.precision import StoragePolicy
 from zimage_export.synthetic import SMALL
 from zimage_runtime.contracts import Program
-from zimage_runtime.manifest import CUDA, Precision
+from zimage_runtime.manifest import CPU, CUDA, Precision
 from zimage_runtime.tensors import DType, TensorEntry
+
+EIGHT_BITS = "layers.0.attention.to_q.weight"
 
 
 def programs(precision: Precision) -> dict[Program, onnx.ModelProto]:
     """The programs for CUDA of a precision, without weights, with the type of every value."""
-    policy = StoragePolicy(precision, DType.BF16)
-    models = {}
-    for graph in build_graphs(SMALL.config, Target(CUDA, policy)):
-        if graph.program is Program.MODULATION:
-            continue
-        entries = {
-            name: TensorEntry(policy.storage(graph.program.component, name, shape).value, shape, 0, 0)
-            for name, shape in graph.weights.items()
-        }
-        model = graph.to_model("weights.safetensors", entries)
-        models[graph.program] = onnx.shape_inference.infer_shapes(model, strict_mode=True)
-    return models
+    # of int4's layers, one keeps 8 bits: the operator is the same
+    policy = StoragePolicy(precision, DType.BF16, eight_bits=frozenset({f"transformer/{EIGHT_BITS}"}))
+    graphs = build_graphs(SMALL.config, Target(CUDA, policy))
+    return {graph.program: typed_model(graph) for graph in graphs if graph.program is not Program.MODULATION}
+
+
+def typed_model(graph: Graph) -> onnx.ModelProto:
+    entries = {
+        name: TensorEntry(graph.types.get(name, DType.F32).value, shape, 0, 0) for name, shape in graph.weights.items()
+    }
+    model = graph.to_model("weights.safetensors", entries)
+    for node in model.graph.node:
+        if node.domain:  # ONNX does not know what it gives: by its definition, the type of its first input
+            dtype = ONNX_TYPES[graph.types.get(node.input[0], DType.F32)]
+            model.graph.value_info.append(helper.make_tensor_value_info(node.output[0], dtype, None))
+    return onnx.shape_inference.infer_shapes(model, strict_mode=True)
 
 
 def types_of(model: onnx.ModelProto) -> dict[str, int]:
@@ -52,8 +59,8 @@ def misplaced(model: onnx.ModelProto) -> list[str]:
     on_host: set[str] = set()  # shapes, and what is computed of them
     for node in model.graph.node:
         where = f"{node.name} ({node.op_type})"
-        if node.domain:
-            faults.append(f"{where} is no standard operator")
+        if node.domain and node.op_type not in CONTRIB:
+            faults.append(f"{where} is no operator that CUDA has")
             continue
         data = [name for i, name in enumerate(node.input) if name and i not in SHAPE_INPUTS.get(node.op_type, set())]
         shapes = [name for i, name in enumerate(node.input) if name and i in SHAPE_INPUTS.get(node.op_type, set())]
@@ -66,14 +73,14 @@ def misplaced(model: onnx.ModelProto) -> list[str]:
             on_host.update(node.output)
             continue
         faults += [f"{where} reads {name} on the host" for name in shapes if name not in on_host | constants]
-        allowed = KERNELS.get(node.op_type, set())
-        first = types[data[0]]
-        if first not in allowed:
-            faults.append(f"{where} has no kernel for {TensorProto.DataType.Name(first)}")
+        for name in data:
+            allowed = OTHER_TYPES.get((node.op_type, list(node.input).index(name)), KERNELS.get(node.op_type, set()))
+            if types[name] not in allowed:
+                faults.append(f"{where} has no kernel for {TensorProto.DataType.Name(types[name])}")
     return faults
 
 
-@pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16, Precision.FP16])
+@pytest.mark.parametrize("precision", list(Precision))
 def test_every_node_has_a_kernel_on_cuda(precision: Precision) -> None:
     for program, model in programs(precision).items():
         assert misplaced(model) == [], program
@@ -95,14 +102,43 @@ def test_the_check_finds_what_does_not_run() -> None:
     assert misplaced(denoiser)
 
 
+def test_products_of_other_integers_are_found() -> None:
+    """CUDA multiplies int8 with int8 alone, where the CPU wants uint8 with int8."""
+    denoiser = programs(Precision.INT8)[Program.DENOISER]
+    (zero,) = [tensor for tensor in denoiser.graph.initializer if tensor.name == "int8_zero"]
+    zero.data_type = TensorProto.UINT8
+    del denoiser.graph.value_info[:]
+    faults = misplaced(onnx.shape_inference.infer_shapes(denoiser, strict_mode=True))
+    assert any("MatMulInteger) has no kernel for UINT8" in fault for fault in faults)
+    graphs = build_graphs(SMALL.config, Target(CPU, StoragePolicy(Precision.INT8)))
+    (graph,) = [graph for graph in graphs if graph.program is Program.DENOISER]
+    assert any("MatMulIntegerToFloat) is no operator" in fault for fault in misplaced(typed_model(graph)))
+
+
+def test_blocks_of_4_bits_are_multiplied_in_fp16() -> None:
+    """In float32 they would have a kernel, too, and lose what makes them worth having: half the activations."""
+    for program in (Program.TEXT_ENCODER, Program.CAPTION, Program.DENOISER):
+        model = programs(Precision.INT4)[program]
+        types = types_of(model)
+        products = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+        found = {tuple(types[name] for name in (*node.input, *node.output)) for node in products}
+        assert found == {(TensorProto.FLOAT16, TensorProto.UINT8, TensorProto.FLOAT16, TensorProto.FLOAT16)}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", [precision.value for precision in Precision])
 def test_every_node_runs_on_cuda(checkpoint: Path, tmp_path: Path, precision: str) -> None:
     from zimage_export.build import BuildOptions, build
     from zimage_export.selfcheck import fixed_inputs
     from zimage_runtime.choice import cuda_obstacle
+    from zimage_runtime.errors import ExecutorError
+    from zimage_runtime.nvidia import find_gpu
     from zimage_runtime.progress import Progress
 
+    try:
+        find_gpu()
+    except ExecutorError as error:  # said before anything is built
+        pytest.skip(str(error))
     bundle = build(checkpoint, tmp_path / "bundle", BuildOptions(Precision(precision)), Progress(quiet=True))
     if reason := cuda_obstacle(bundle):
         pytest.skip(reason)

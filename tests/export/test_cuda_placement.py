@@ -15,7 +15,7 @@ import pytest
 from cuda_kernels import CONTRIB, KERNELS, OTHER_TYPES, SHAPE_ARITHMETIC, SHAPE_INPUTS
 from onnx import TensorProto, helper
 
-from zimage_export.graphs import Graph, Target, build_graphs
+from zimage_export.graphs import Graph, Target, build_graphs, build_weight_only
 from zimage_export.graphs.builder import ONNX_TYPES
 from zimage_export.precision import StoragePolicy
 from zimage_export.synthetic import SMALL
@@ -26,12 +26,17 @@ from zimage_runtime.tensors import DType, TensorEntry
 EIGHT_BITS = "layers.0.attention.to_q.weight"
 
 
-def programs(precision: Precision) -> dict[Program, onnx.ModelProto]:
-    """The programs for CUDA of a precision, without weights, with the type of every value."""
+def programs(precision: Precision) -> dict[str, onnx.ModelProto]:
+    """The programs for CUDA of a precision by file name, without weights, with the type of every value."""
     # of int4's layers, one keeps 8 bits: the operator is the same
     policy = StoragePolicy(precision, DType.BF16, eight_bits=frozenset({f"transformer/{EIGHT_BITS}"}))
     graphs = build_graphs(SMALL.config, Target(CUDA, policy))
-    return {graph.program: typed_model(graph) for graph in graphs if graph.program is not Program.MODULATION}
+    graphs += build_weight_only(SMALL.config, policy, {})
+    return {
+        f"{graph.program}.{graph.executor}": typed_model(graph)
+        for graph in graphs
+        if graph.program is not Program.MODULATION
+    }
 
 
 def typed_model(graph: Graph) -> onnx.ModelProto:
@@ -88,12 +93,12 @@ def test_every_node_has_a_kernel_on_cuda(precision: Precision) -> None:
 
 def test_the_check_finds_what_does_not_run() -> None:
     models = programs(Precision.BF16)
-    decoder = models[Program.DECODER]
+    decoder = models["decoder.cuda"]
     for node in decoder.graph.node:
         if node.op_type == "Expand":  # as it was before: there is no Resize in bfloat16
             node.op_type = "Resize"
     assert any("Resize) has no kernel for BFLOAT16" in fault for fault in misplaced(decoder))
-    denoiser = models[Program.DENOISER]
+    denoiser = models["denoiser.cuda"]
     (slice_node,) = [node for node in denoiser.graph.node if node.op_type == "Slice"]
     slice_node.input[2] = next(node.output[0] for node in denoiser.graph.node if node.op_type == "Cast")
     assert any("Slice) reads" in fault for fault in misplaced(denoiser))
@@ -104,7 +109,7 @@ def test_the_check_finds_what_does_not_run() -> None:
 
 def test_products_of_other_integers_are_found() -> None:
     """CUDA multiplies int8 with int8 alone, where the CPU wants uint8 with int8."""
-    denoiser = programs(Precision.INT8)[Program.DENOISER]
+    denoiser = programs(Precision.INT8)["denoiser.cuda"]
     (zero,) = [tensor for tensor in denoiser.graph.initializer if tensor.name == "int8_zero"]
     zero.data_type = TensorProto.UINT8
     del denoiser.graph.value_info[:]
@@ -117,8 +122,9 @@ def test_products_of_other_integers_are_found() -> None:
 
 def test_blocks_of_4_bits_are_multiplied_in_fp16() -> None:
     """In float32 they would have a kernel, too, and lose what makes them worth having: half the activations."""
-    for program in (Program.TEXT_ENCODER, Program.CAPTION, Program.DENOISER):
-        model = programs(Precision.INT4)[program]
+    for name, model in programs(Precision.INT4).items():
+        if name in ("decoder.cuda", "encoder.cuda"):
+            continue
         types = types_of(model)
         products = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
         found = {tuple(types[name] for name in (*node.input, *node.output)) for node in products}
@@ -143,8 +149,8 @@ def test_every_node_runs_on_cuda(checkpoint: Path, tmp_path: Path, precision: st
     if reason := cuda_obstacle(bundle):
         pytest.skip(reason)
     for program, feeds in fixed_inputs(bundle.manifest.config).items():
-        if program is not Program.MODULATION:
-            ran = where_nodes_ran(bundle.program(program, CUDA), feeds, tmp_path)
+        for executor in bundle.manifest.programs[program].keys() - {CPU}:
+            ran = where_nodes_ran(bundle.program(program, executor), feeds, tmp_path)
             assert not [node for node in ran if node["op_name"].startswith("Memcpy")], program
             elsewhere = {n["op_name"] for n in ran if n["provider"] != "CUDAExecutionProvider"}
             assert elsewhere <= SHAPE_ARITHMETIC, program
@@ -155,13 +161,17 @@ def where_nodes_ran(path: Path, feeds: Any, folder: Path) -> list[dict[str, Any]
     """The nodes of one run, by ONNX Runtime's profiler."""
     import onnxruntime
 
-    from zimage_runtime.ort_cuda import PROVIDER, preload_libraries
+    from zimage_runtime.ort_cuda import DISABLED_OPTIMIZERS, PROVIDER, preload_libraries
 
     preload_libraries()
     options = onnxruntime.SessionOptions()
     options.enable_profiling, options.profile_file_prefix = True, str(folder / "profile")
     session = onnxruntime.InferenceSession(
-        str(path), options, providers=[PROVIDER, "CPUExecutionProvider"], enable_fallback=0
+        str(path),
+        options,
+        providers=[PROVIDER, "CPUExecutionProvider"],
+        enable_fallback=0,
+        disabled_optimizers=DISABLED_OPTIMIZERS,
     )
     session.run(None, feeds)
     events = json.loads(Path(session.end_profiling()).read_text())

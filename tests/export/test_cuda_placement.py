@@ -131,6 +131,16 @@ def test_blocks_of_4_bits_are_multiplied_in_fp16() -> None:
         assert found == {(TensorProto.FLOAT16, TensorProto.UINT8, TensorProto.FLOAT16, TensorProto.FLOAT16)}
 
 
+@pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP16, Precision.INT8, Precision.INT4])
+def test_long_attention_is_in_16_bits(precision: Precision) -> None:
+    """Flash attention has no kernel for float32."""
+    for name, model in programs(precision).items():
+        if name.startswith(("denoiser", "caption")):
+            types = types_of(model)
+            found = {types[value] for node in model.graph.node if node.op_type == "Attention" for value in node.input}
+            assert found == {TensorProto.BFLOAT16 if precision is Precision.BF16 else TensorProto.FLOAT16}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", [precision.value for precision in Precision])
 def test_every_node_runs_on_cuda(checkpoint: Path, tmp_path: Path, precision: str) -> None:

@@ -111,6 +111,11 @@ class Int8Layers(Layers):
 class Int8CudaLayers(Int8Layers, CudaLayers):
     """The same for CUDA: int8 activations, and standard operators alone."""
 
+    def attention(self, q: str, k: str, v: str, heads: int, head_dim: int, name: str = "scores") -> str:
+        """Full attention in fp16, which keeps more than the bytes around it do; flash attention knows no float32."""
+        q, k, v = (self.b.cast(value, DType.F16) for value in (q, k, v))
+        return super().attention(q, k, v, heads, head_dim, name)
+
     def _quantize(self, x: str) -> Quantized:
         zero = self.b.constant(np.array(0, np.int8), "int8_zero")
         rows = self._rows(x, self.b.number(EXACT_LEVELS), zero)

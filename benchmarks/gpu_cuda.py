@@ -10,6 +10,7 @@ Steps of ours and of diffusers take turns in one process, which holds both model
 """
 
 import argparse
+import itertools
 import json
 import shutil
 import subprocess
@@ -30,13 +31,14 @@ from zimage_runtime.contracts import Program
 _PROMPT = "a lighthouse on a cliff at dusk, waves breaking below, oil painting with visible brush strokes"
 _SEED = 7
 _PACKAGES = ("onnxruntime-gpu", "onnxruntime", "torch", "diffusers", "numpy")
-_TORCH_TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "int8": "bfloat16"}
+_TORCH_TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
 _SHAPES_ONLY = {"Concat", "Div", "Gather", "Mul", "Shape", "Slice", "Sub", "Unsqueeze", "Add"}
 
 Child = dict[str, Any]
 
 
-def open_pipeline(bundle: str, executor: str, vram: int | None = None) -> Any:
+def open_pipeline(bundle: str, executor: str, vram: int | None = None, denoiser: str | None = None) -> Any:
     """A pipeline on the CUDA programs: on the GPU, or for a trial on the CPU."""
     from zimage_runtime.bundle import Bundle
     from zimage_runtime.choice import budget
@@ -45,14 +47,14 @@ def open_pipeline(bundle: str, executor: str, vram: int | None = None) -> Any:
 
     opened = Bundle.open(bundle)
     room = 1 << 40 if executor == "cpu" else budget(vram)
-    return Pipeline(opened, OrtCudaExecutor(opened, budget=room, device=Device(executor)))
+    return Pipeline(opened, OrtCudaExecutor(opened, budget=room, device=Device(executor), denoiser=denoiser))
 
 
 def child_pictures(options: Child) -> Child:
     """Whole pictures of one size: the first loads everything, those that follow find it loaded."""
     size = tuple(options["size"])
     with VramWatch() as watch:
-        pipeline = open_pipeline(options["bundle"], options["executor"], options["vram"])
+        pipeline = open_pipeline(options["bundle"], options["executor"], options["vram"], options["denoiser"])
         first = pipeline.generate(_PROMPT, size, options["steps"], _SEED).timings
         later = [pipeline.generate(_PROMPT, size, options["steps"], _SEED).timings for _ in range(options["repeat"])]
     pipeline.release()
@@ -77,7 +79,7 @@ def child_pictures(options: Child) -> Child:
 
 def our_step(options: Child) -> tuple[Any, int, Any]:
     """A call that runs one step of ours at a size; the tokens of the prompt; the geometry."""
-    pipeline = open_pipeline(options["bundle"], options["executor"], options["vram"])
+    pipeline = open_pipeline(options["bundle"], options["executor"], options["vram"], options["denoiser"])
     request = pipeline.request(_PROMPT, tuple(options["size"]), options["steps"], _SEED)
     ids = pipeline.token_ids(_PROMPT)
     conditioning = pipeline.conditioning(request.geometry, request.schedule, pipeline.encode_prompt(ids))
@@ -88,30 +90,31 @@ def our_step(options: Child) -> tuple[Any, int, Any]:
 
 
 def child_steps(options: Child) -> Child:
-    """One step of ours and of diffusers', in turn, in one process; and the matrix rate in the same process."""
+    """One step of ours and of diffusers', in turn, in one process; and the matrix rate in the same process.
+
+    What diffusers lacks here costs its columns and no others: the result says why.
+    """
     from zimage_runtime.bundle import Bundle
     from zimage_runtime.geometry import padded
 
     config = Bundle.open(options["bundle"]).manifest.config
-    dtype, device, repeat = _TORCH_TYPES[options["precision"]], options["executor"], options["repeat"]
+    dtype, device, repeat = options["dtype"], options["executor"], options["repeat"]
     step, tokens, geometry = our_step(options)
     step()
-    variants: dict[str, Any] = {"ours": step}
-    result: Child = {}
+    result, seconds = {}, {}
     if options["diffusers"]:
-        with diffusers_step(config, geometry, tokens, device, dtype) as (model, run):
-            backend, backends = best_backend(model, run, repeat)
-            result = {"backend": backend, "backends": backends}
-            variants["diffusers eager"] = lambda: run(model)
-            if device == "cuda":
-                import torch
-
-                compiled = torch.compile(model, dynamic=False)
-                variants["diffusers compiled"] = lambda: run(compiled)
-                median_seconds(variants["diffusers compiled"], 3)  # which compiles
-            seconds = interleave(variants, repeat)
-    else:
-        seconds = interleave(variants, repeat)
+        try:
+            with diffusers_step(config, geometry, tokens, device, dtype) as (model, run):
+                backend, backends = best_backend(model, run, repeat)
+                result = {"backend": backend, "backends": backends}
+                variants = {"ours": step, "diffusers eager": lambda: run(model)}
+                if device == "cuda":
+                    result |= add_compiled(variants, model, run)
+                seconds = interleave(variants, repeat)
+        except Exception as error:  # of torch, diffusers or the driver
+            result, seconds = {"without": f"no diffusers: {one_line(error)}"}, {}
+    if not seconds:
+        seconds = interleave({"ours": step}, repeat)
     sizes, tokens = config.transformer, padded(tokens)
     flops = step_flops(config, geometry, tokens)
     rows = geometry.image_tokens + tokens
@@ -130,13 +133,31 @@ def child_steps(options: Child) -> Child:
     }
 
 
+def add_compiled(variants: dict[str, Any], model: Any, run: Any) -> Child:
+    """diffusers' compiled step as one of the variants; or why there is none."""
+    import torch
+
+    try:
+        compiled = torch.compile(model, dynamic=False)
+        median_seconds(lambda: run(compiled), 3)  # which compiles
+    except Exception as error:  # no compiler for the host's code, a GPU too old for Triton
+        return {"without": f"diffusers is not compiled: {one_line(error)}"}
+    variants["diffusers compiled"] = lambda: run(compiled)
+    return {}
+
+
+def one_line(error: Exception) -> str:
+    """An error's class and the start of its text."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
 def child_parity(options: Child) -> Child:
     """A reduced model on the CUDA executor against the CPU executor: latents after all steps, and the picture."""
     from zimage_runtime.pipeline import PictureEvent, Pipeline
 
     drawn = []
     for pipeline in (
-        open_pipeline(options["bundle"], options["executor"]),
+        open_pipeline(options["bundle"], options["executor"], denoiser=options["denoiser"]),
         Pipeline.from_bundle(options["bundle"], "cpu"),
     ):
         events = pipeline.stream(_PROMPT, (256, 256), options["steps"], _SEED)
@@ -157,7 +178,7 @@ def child_placement(options: Child) -> Child:
     from zimage_export.selfcheck import fixed_inputs
     from zimage_runtime.bundle import Bundle
     from zimage_runtime.manifest import CUDA
-    from zimage_runtime.ort_cuda import PROVIDER, preload_libraries
+    from zimage_runtime.ort_cuda import DISABLED_OPTIMIZERS, PROVIDER, preload_libraries
 
     bundle, wanted = Bundle.open(options["bundle"]), "CPUExecutionProvider"
     if options["executor"] == "cuda":
@@ -171,8 +192,10 @@ def child_placement(options: Child) -> Child:
         settings.enable_profiling = True
         settings.profile_file_prefix = str(Path(options["bundle"]).with_name(f"profile-{program}"))
         providers = list(dict.fromkeys([wanted, "CPUExecutionProvider"]))
-        path = str(bundle.program(program, CUDA))
-        session = onnxruntime.InferenceSession(path, settings, providers=providers, enable_fallback=0)
+        path = str(bundle.program(program, (options["denoiser"] if program is Program.DENOISER else None) or CUDA))
+        session = onnxruntime.InferenceSession(
+            path, settings, providers=providers, enable_fallback=0, disabled_optimizers=DISABLED_OPTIMIZERS
+        )
         session.run(None, feeds)
         profile = Path(session.end_profiling())
         nodes = [e["args"] for e in json.loads(profile.read_text()) if e.get("cat") == "Node"]
@@ -230,14 +253,23 @@ def prepared(work: Path, scale_name: str, precision: str) -> Path:
     return bundle
 
 
+def ways(precision: str) -> list[tuple[str, str | None]]:
+    """What to call a precision and which denoiser to run: int8 has two."""
+    from zimage_runtime.manifest import CUDA, CUDA_WEIGHT_ONLY
+
+    return [("int8", CUDA), ("int8 weight-only", CUDA_WEIGHT_ONLY)] if precision == "int8" else [(precision, None)]
+
+
 def run(options: argparse.Namespace) -> Child:
     """Every measurement, precision by precision."""
     from zimage_runtime.nvidia import find_gpu
 
     cuda = options.executor == "cuda"
+    gpu = find_gpu() if cuda else None
+    half = "bf16" if gpu is None or gpu.has_bf16 else "fp16"
     document: Child = {
         "machine": machine(*_PACKAGES),
-        "gpu": {**vars(find_gpu()), "free": None} if cuda else None,
+        "gpu": {**vars(gpu), "free": None} if gpu else None,
         "scale": options.scale,
         "steps": options.steps,
         "diffusers": find_spec("diffusers") is not None and not options.without_diffusers,
@@ -254,16 +286,19 @@ def run(options: argparse.Namespace) -> Child:
         "rate_seconds": 3.0 if cuda else 0.1,
     }
     for precision in options.precision:
-        reduced = {**common, "precision": precision, "bundle": str(prepared(options.work, "small", precision))}
-        document["parity"][precision] = in_child("parity", reduced)
-        document["placement"][precision] = in_child("placement", reduced)
+        reduced = {**common, "bundle": str(prepared(options.work, "small", precision))}
+        for name, denoiser in ways(precision):
+            one = {**reduced, "precision": name, "denoiser": denoiser}
+            document["parity"][name] = in_child("parity", one)
+            document["placement"][name] = in_child("placement", one)
     for precision in options.precision:
         bundle = str(prepared(options.work, options.scale, precision))
-        for size in options.size:
-            one = {**common, "bundle": bundle, "precision": precision, "size": size}
+        dtype = _TORCH_TYPES.get(precision, _TORCH_TYPES[half])  # the floor of integers is 16 bits' own
+        for size, (name, denoiser) in itertools.product(options.size, ways(precision)):
+            one = {**common, "bundle": bundle, "precision": name, "denoiser": denoiser, "size": size, "dtype": dtype}
             document["pictures"].append({**one, **in_child("pictures", one)})
-            # diffusers runs in bf16 alone, as its users run it
-            beside = document["diffusers"] and precision == ("bf16" if cuda else "fp32")
+            # diffusers runs in 16 bits alone, as its users run it
+            beside = document["diffusers"] and precision == (half if cuda else "fp32")
             document["one_step"].append({**one, **in_child("steps", {**one, "diffusers": beside})})
             write_results("gpu_cuda", document, report(document), options.out)  # what there is, should it be cut short
     return document
@@ -284,7 +319,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, required=True, help="where checkpoints and bundles are put")
     parser.add_argument("--executor", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--scale", choices=["full", "small"], default="full")
-    parser.add_argument("--precision", nargs="+", default=["bf16", "fp16"], help="int8 too where bundles have it")
+    parser.add_argument("--precision", nargs="+", default=["bf16", "fp16", "int8"], choices=_PRECISIONS)
     parser.add_argument("--size", nargs="+", type=_size, default=[(512, 512), (1024, 1024), (1536, 1536)])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--repeat", type=int, default=5)

@@ -31,6 +31,9 @@ def _lines(document: dict[str, Any]) -> Iterator[str]:
     yield from _section("Pictures", _pictures(document))
     yield from _section("The CUDA executor against the CPU executor, reduced model", _parity(document))
     yield from _section("Where the nodes ran, reduced model", _placement(document))
+    missing = [(_name(row), row["without"].replace("|", "/")) for row in document["one_step"] if row.get("without")]
+    if missing:
+        yield from _section("Left out", markdown_table(["beside", "reason"], missing))
     failed = [row for row in [*document["pictures"], *document["one_step"]] if "failed" in row]
     if failed:
         rows = [(_name(row), row["failed"].replace("|", "/")) for row in failed]

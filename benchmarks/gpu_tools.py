@@ -61,7 +61,8 @@ class VramWatch:
         while not self._stop.is_set():
             self.device = max(self.device, self._used(library, handle) - start)
             processes, count = (_Process * _MOST_PROCESSES)(), ctypes.c_uint(_MOST_PROCESSES)
-            if not library.nvmlDeviceGetComputeRunningProcesses_v3(handle, ctypes.byref(count), processes):
+            listing = getattr(library, "nvmlDeviceGetComputeRunningProcesses_v3", None)  # older drivers lack it
+            if listing is not None and not listing(handle, ctypes.byref(count), processes):
                 own = [p.used for p in processes[: count.value] if p.pid == os.getpid()]
                 self.process = max([self.process or 0, *own]) if own else self.process
             time.sleep(_INTERVAL)
@@ -158,6 +159,8 @@ def best_backend(model: Any, step: Callable[[Any], Any], repeat: int) -> tuple[s
             seconds[name] = median_seconds(lambda: step(model), repeat)
         except Exception:  # a backend whose package or hardware is not here raises whatever it likes
             continue
+    if not seconds:
+        raise RuntimeError("none of diffusers' attention backends runs here")
     best = min(seconds, key=lambda name: seconds[name])
     model.set_attention_backend(best)
     return best, seconds

@@ -13,11 +13,13 @@ from zimage_runtime.executor import Floats
 from zimage_runtime.manifest import CUDA
 
 
-def run_cuda_program_on_cpu(bundle: Bundle, program: Program, feeds: dict[str, Floats]) -> dict[str, Floats]:
+def run_cuda_program_on_cpu(
+    bundle: Bundle, program: Program, feeds: dict[str, Floats], executor: str = CUDA
+) -> dict[str, Floats]:
     """The outputs of a program that was made for CUDA in fp32 or fp16."""
     import onnxruntime
 
-    path = bundle.program(program, CUDA)
+    path = bundle.program(program, executor)
     model = _with_values_kept_apart(onnx.load(path, load_external_data=False))
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4

@@ -55,6 +55,68 @@ def test_without_diffusers_it_says_so(
     assert set(document["one_step"][0]["seconds"]) == {"ours"}
 
 
+def test_int8_is_measured_with_both_of_its_denoisers(benchmark: ModuleType, tmp_path: Path) -> None:
+    benchmark.main(arguments(tmp_path, "--precision", "int8", "--without-diffusers"))
+    document = json.loads((tmp_path / "report" / "gpu_cuda.json").read_text())
+    rows = [*document["pictures"], *document["one_step"]]
+    assert [row["precision"] for row in rows] == ["int8", "int8 weight-only"] * 2
+    assert not [row for row in rows if "failed" in row]
+    planned = [row["planned_bytes"] for row in document["pictures"]]
+    assert planned[1] < planned[0]
+    errors = {name: found["latents_error"] for name, found in document["parity"].items()}
+    assert 1e-4 < errors["int8 weight-only"] < 0.1
+    assert 1e-4 < errors["int8"] < 0.1
+    assert errors["int8"] != errors["int8 weight-only"]
+    assert set(document["placement"]) == set(errors)
+    page = (tmp_path / "report" / "gpu_cuda.md").read_text()
+    assert "int8 weight-only denoiser" in page
+
+
+def test_what_is_measured_by_default(
+    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[argparse.Namespace] = []
+    monkeypatch.setattr(benchmark, "run", lambda options: asked.append(options))
+    monkeypatch.setattr(benchmark, "report", lambda document: "page")
+    benchmark.main(["--work", str(tmp_path)])
+    assert asked[0].precision == ["bf16", "fp16", "int8"]
+    assert asked[0].size == [(512, 512), (1024, 1024), (1536, 1536)]
+    assert (asked[0].executor, asked[0].scale) == ("cuda", "full")
+    assert capsys.readouterr().out == "page\n"
+
+
+def test_what_diffusers_lacks_costs_its_columns_alone(
+    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise RuntimeError("CUDA error: no kernel image | is available")
+
+    monkeypatch.setattr(benchmark, "diffusers_step", fail)
+    benchmark.main(arguments(tmp_path))
+    document = json.loads((tmp_path / "report" / "gpu_cuda.json").read_text())
+    (step,) = document["one_step"]
+    assert "failed" not in step
+    assert set(step["seconds"]) == {"ours"}
+    page = (tmp_path / "report" / "gpu_cuda.md").read_text()
+    assert "| fp32 64x64 | no diffusers: RuntimeError: CUDA error: no kernel image / is available |" in page
+
+
+def test_a_compiler_that_is_missing_leaves_the_other_variants(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    def fail(*arguments: object, **options: object) -> None:
+        raise RuntimeError("Triton needs compute capability 7.0")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    variants = {"ours": None}
+    assert benchmark.add_compiled(variants, None, None) == {
+        "without": "diffusers is not compiled: RuntimeError: Triton needs compute capability 7.0"
+    }
+    assert set(variants) == {"ours"}
+
+
 def test_names_and_shapes_without_diffusers_are_diffusers_own() -> None:
     from zimage_export import synthetic
 

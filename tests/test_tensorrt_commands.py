@@ -14,6 +14,7 @@ from library_stand_in import LibraryStandIn
 from onnx_engines import OnnxEngines, twin_spec, twins
 
 from zimage_export import engines as export_engines
+from zimage_rt.bench.cards import CARDS_GB, PLANNERS, RESERVED, TOKENS, answers, card_table
 from zimage_rt.commands import doctor
 from zimage_rt.commands.doctor import Verdict
 from zimage_runtime import choice, nvidia
@@ -22,7 +23,8 @@ from zimage_runtime.errors import ExecutorError
 from zimage_runtime.geometry import picture_geometry
 from zimage_runtime.tensorrt import cuda, library
 from zimage_runtime.tensorrt.executor import TensorRtExecutor, tensorrt_obstacle
-from zimage_runtime.tensorrt.residency import CONTEXT_BYTES
+from zimage_runtime.tensorrt.residency import CONTEXT_BYTES, plan_residency
+from zimage_runtime.tensorrt.stages import PictureSizes
 from zimage_runtime.tensorrt.store import read_catalog
 from zimage_runtime.tensorrt.targets import Gpu, Variant
 from zimage_runtime.vram import plan_vram
@@ -188,6 +190,22 @@ def test_plan_for_cuda_is_the_executors_own(bundle: Path, capsys: Capture) -> No
     lines = call_rt(capsys, "plan", bundle, "--size", "512x512").lines
     assert [line.split()[0] for line in lines][:4] == ["picture", "executor", "budget", "peak"]
     assert_one_line_error(call_rt(capsys, "plan", bundle, "--vram", "0.1GiB"), "0.1 GiB", "--vram")
+
+
+def test_which_card_can_run_it_is_told_for_tensorrt_too(engined: Path, bundle: Path) -> None:
+    opened = Bundle.open(engined)
+    table = {row.executor: row for row in card_table([("m", opened)], [(512, 512)], [])}
+    assert set(table) == {"tensorrt", "cuda", "cpu"}
+    spec, geometry = read_catalog(opened).variants[Variant.AMPERE], picture_geometry(512, 512, opened.manifest.config)
+    sizes = PictureSizes.of(geometry, TOKENS, 1)
+    for card, answer in zip(CARDS_GB, table["tensorrt"].answers, strict=True):
+        budget = (card << 30) - RESERVED
+        assert answer.peak == plan_residency(spec, opened.manifest.config, sizes, budget).peak
+    planner = PLANNERS["tensorrt"](opened)
+    assert planner is not None
+    (none,) = answers(planner, geometry, None, cards=(0,))
+    assert not none.fits
+    assert "tensorrt" not in {row.executor for row in card_table([("m", Bundle.open(bundle))], [(512, 512)], [])}
 
 
 # run and doctor

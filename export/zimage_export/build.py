@@ -34,7 +34,7 @@ from .checkpoint import Checkpoint
 from .engines import add_engines, check_engine_precision
 from .errors import CheckpointError, ExportError
 from .folding import Peaks, choose_folds
-from .graphs import EXECUTORS, Graph, Target, build_graphs
+from .graphs import EXECUTORS, Graph, Target, build_graphs, build_weight_only
 from .graphs.folds import Folds
 from .mixed import eight_bit_layers
 from .output import check_disk, check_target, replaced_directory
@@ -113,6 +113,7 @@ def build_reported(model: str | Path, out: str | Path, options: BuildOptions, pr
         for graph in build_graphs(checkpoint.config, Target(executor, policy, folds))
         if executor == CPU or graph.program is not Program.MODULATION
     ]
+    graphs += build_weight_only(checkpoint.config, policy, folds)
     phases.end("graphs")
     weights = plan_weights(checkpoint, graphs, policy, folds, balance if policy.rebalanced else None)
     embeddings = plan_embeddings(checkpoint)

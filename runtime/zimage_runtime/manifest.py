@@ -23,6 +23,9 @@ CPU = "cpu"
 CUDA = "cuda"
 TENSORRT = "tensorrt"
 
+CUDA_WEIGHT_ONLY = "cuda-weight-only"
+"""Not an executor: the `cuda` executor's other program for an int8 bundle's denoiser, on the same bytes."""
+
 ENGINES_FOLDER = "engines/"
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -22,13 +22,18 @@ from .executor import Conditioning, Floats, Plan
 from .geometry import PictureGeometry, Rotary
 from .manifest import CUDA, Precision
 from .memory import available_memory
+from .nvidia import find_gpu
 from .ort import OrtCpuExecutor
 from .ort_tiles import OrtKernels
 from .threads import thread_count
 from .tile_kernels import Kernels
 from .vram import CONTEXT, plan_vram, tile_values
+from .weight_only import Capability, denoiser_programs, int8_obstacle
 
 PROVIDER = "CUDAExecutionProvider"
+
+DISABLED_OPTIMIZERS = ["QDQSelectorActionTransformer"]
+"""It turns a widened weight and its product into `MatMulNBits`: all weights would be repacked, on the host, at load."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +88,32 @@ class Device:
 class OrtCudaExecutor:
     """Sessions are made when first used and live until released."""
 
-    def __init__(self, bundle: Bundle, *, budget: int, low_memory: bool = False, device: Device | None = None) -> None:
-        """`budget` is what may be held on the GPU, in bytes; `low_memory` is for what runs on the host."""
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        budget: int,
+        low_memory: bool = False,
+        device: Device | None = None,
+        capability: Capability | None = None,
+        denoiser: str | None = None,
+    ) -> None:
+        """`budget` is what may be held on the GPU, in bytes; `low_memory` is for what runs on the host; `capability`
+        is the GPU's, which is asked where it is not given. `denoiser` names one of an int8 bundle's two programs,
+        which is otherwise chosen (`weight_only`).
+
+        Raises `ExecutorError` for a GPU that is not there or cannot run the bundle.
+        """
         self._bundle = bundle
         self._budget = budget
         self._device = device or Device()
+        if capability is None and self._device.kind == "cuda" and bundle.manifest.precision is Precision.INT8:
+            capability = find_gpu().capability
+        if capability and (reason := int8_obstacle(bundle.manifest.precision, capability)):
+            raise ExecutorError(f"the GPU cannot run this bundle: {reason}")
+        self._capability = capability
+        self._fixed_denoiser = denoiser
+        self._denoiser = denoiser or denoiser_programs(bundle.manifest, capability)[0]
         self._sessions: dict[Program, Any] = {}
         self._shrinks = self._device.kind == "cuda"  # whether sessions can give back what a run took
         self._host = OrtCpuExecutor(bundle, low_memory=low_memory)
@@ -106,13 +132,25 @@ class OrtCudaExecutor:
         self, geometry: PictureGeometry, prompt_tokens: int, batch_size: int = 1, *, encodes: bool = False
     ) -> Plan:
         """See `Executor`."""
-        plan = plan_vram(self._bundle.manifest, geometry, prompt_tokens, self._budget, batch_size, encodes=encodes)
+        plan = plan_vram(
+            self._bundle.manifest,
+            geometry,
+            prompt_tokens,
+            self._budget,
+            batch_size,
+            encodes=encodes,
+            capability=self._capability,
+            denoiser=self._fixed_denoiser,
+        )
         if plan.host > (available := available_memory()):
             raise MemoryLimitError(
                 f"{geometry.width}x{geometry.height} does not fit on the GPU, and in tiles it needs "
                 f"{plan.host / 2**30:.1f} GiB of memory, of which {available / 2**30:.1f} is free; choose a smaller "
                 "--size"
             )
+        if plan.denoiser != self._denoiser:
+            self._sessions.pop(Program.DENOISER, None)
+            self._denoiser = plan.denoiser
         return plan
 
     def encode_text(self, embeddings: Floats, rotary: Rotary) -> Floats:
@@ -220,7 +258,7 @@ class OrtCudaExecutor:
             raise explained(f"{program} failed", error) from None
 
     def _session(self, program: Program) -> Any:
-        path = self._bundle.program(program, CUDA)
+        path = self._bundle.program(program, self._denoiser if program is Program.DENOISER else CUDA)
         return self._open(str(path), f"{program} in {path}")
 
     def _open(self, model: str | bytes, what: str) -> Any:
@@ -234,7 +272,13 @@ class OrtCudaExecutor:
         chatter = io.StringIO()  # the library prints, to stdout too, which is the command's own
         try:
             with contextlib.redirect_stdout(chatter):
-                session = onnxruntime.InferenceSession(model, options, providers=self._providers(), enable_fallback=0)
+                session = onnxruntime.InferenceSession(
+                    model,
+                    options,
+                    providers=self._providers(),
+                    enable_fallback=0,
+                    disabled_optimizers=DISABLED_OPTIMIZERS,
+                )
         except Exception as error:
             raise explained(f"{what} cannot be loaded", error) from None
         if self._device.kind == "cuda" and PROVIDER not in session.get_providers():

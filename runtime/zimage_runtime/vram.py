@@ -5,6 +5,7 @@ activations. The factors are counted from the programs' operators and from the C
 sizes of the GPU; `benchmarks/gpu_cuda.py` measures them where there is a GPU.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 from .config import VaeConfig
@@ -12,7 +13,9 @@ from .contracts import Program
 from .errors import MemoryLimitError
 from .geometry import PictureGeometry, padded
 from .manifest import CUDA, Manifest, Precision
+from .other_bundles import advised, as_precision, candidates
 from .tiling import TILE_VALUES, tiled_bytes, tiled_encoder_bytes
+from .weight_only import Capability, denoiser_programs, why_weight_only
 
 CONTEXT = 700 << 20
 """What CUDA, cuBLAS and cuDNN hold themselves."""
@@ -26,6 +29,7 @@ _LARGEST_TILE, _SMALLEST_TILE = 1 << 24, 1 << 16  # values: 64 MB, so that halos
 # Live activations at a program's peak, in units of one token (or pixel) times the width named beside it
 _BLOCK_WIDTHS = 17.0  # x dim, in the type that is multiplied in
 _FLOAT32_WIDTHS = 3.0  # x dim: the residual stream, a norm's input and its output
+_WIDENED_WEIGHTS = 2  # of the largest linear, in fp16: the one that is used, and one that is just freed
 _TEXT_WIDTHS = 15.0  # x intermediate_size / 3
 _TEXT_SCORES = 3.0  # x heads x tokens
 _DECODER_MAPS = 5.0  # x the widest feature map at full resolution, in float32: group norms are computed in it
@@ -56,6 +60,8 @@ class VramPlan:
     tiled: bool  # whether the picture is decoded in tiles, of maps that stay on the host
     encodes_tiled: bool  # whether the picture to start from is encoded so
     host: int  # bytes of the host's memory for that; 0 where there is nothing
+    denoiser: str = CUDA  # which of an int8 bundle's two programs the denoiser is: `weight_only`
+    why: str = ""  # it is another than `cuda`
 
     @property
     def peak(self) -> int:
@@ -70,11 +76,12 @@ class VramPlan:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know of it, a line each."""
+        notes = [f"weights are widened to fp16 for each product, {self.why}"] if self.denoiser != CUDA else []
         verbs = [verb for verb, there in (("encoded", self.encodes_tiled), ("decoded", self.tiled)) if there]
-        if not verbs:
-            return ()
-        what = " and ".join(verbs)
-        return (f"the picture is {what} in tiles, which is slower: the GPU has no room for it as a whole",)
+        if verbs:
+            what = " and ".join(verbs)
+            notes.append(f"the picture is {what} in tiles, which is slower: the GPU has no room for it as a whole")
+        return tuple(notes)
 
 
 def tile_values(budget: int, config: VaeConfig) -> int:
@@ -96,15 +103,81 @@ def plan_vram(
     batch_size: int = 1,
     *,
     encodes: bool = False,
-    executor: str = CUDA,
+    capability: Capability | None = None,
+    denoiser: str | None = None,
 ) -> VramPlan:
-    """The plan for a request within `budget` bytes. Nothing is loaded or looked up.
+    """The plan for a request within `budget` bytes, on a GPU of a compute capability. Nothing is loaded or looked up.
 
-    Raises `MemoryLimitError` where even one stage at a time does not fit, naming the smallest budget that would.
+    `denoiser` fixes which of an int8 bundle's two programs that is; without it, the better one that fits.
+
+    Raises `MemoryLimitError` where even one stage at a time does not fit, naming the smallest budget that would, and
+    a bundle of the same model that fits, if there can be one.
     """
+    plan = best_plan(manifest, geometry, prompt_tokens, budget, batch_size, encodes, capability, denoiser)
+    if plan.peak <= budget:
+        return plan
+    asked = f"{geometry.width}x{geometry.height}" + (f" in batches of {batch_size}" if batch_size > 1 else "")
+    needed, other = _gib(plan.peak), ""
+    others = other_peaks(manifest, geometry, prompt_tokens, budget, batch_size, encodes=encodes, capability=capability)
+    if precision := advised(others, budget, capability):
+        other = f"a bundle in {precision} of the same model needs about {_gib(others[precision])}; "
+    raise MemoryLimitError(
+        f"{asked} needs about {needed} of GPU memory and {budget / 2**30:.1f} GiB is available; {other}"
+        f"give --vram {needed.replace(' ', '')} where there is as much, a smaller --size, or --executor cpu"
+    )
+
+
+def other_peaks(
+    manifest: Manifest,
+    geometry: PictureGeometry,
+    prompt_tokens: int,
+    budget: int,
+    batch_size: int = 1,
+    *,
+    encodes: bool = False,
+    capability: Capability | None = None,
+) -> dict[Precision, int]:
+    """What bundles of the same model in other precisions would take of the budget, or go over it, in bytes."""
+    request = (geometry, prompt_tokens, budget, batch_size, encodes, capability)
+    others = (precision for precision in candidates(capability) if precision is not manifest.precision)
+    return {precision: best_plan(as_precision(manifest, precision), *request).peak for precision in others}
+
+
+def best_plan(
+    manifest: Manifest,
+    geometry: PictureGeometry,
+    prompt_tokens: int,
+    budget: int,
+    batch_size: int = 1,
+    encodes: bool = False,
+    capability: Capability | None = None,
+    denoiser: str | None = None,
+) -> VramPlan:
+    """The plan for a request; one that goes over the budget, and as little as can be, where nothing fits."""
+    denoisers = (denoiser,) if denoiser else denoiser_programs(manifest, capability)
+    plans = [
+        _plan(manifest, geometry, prompt_tokens, budget, batch_size, encodes, one, why_weight_only(capability))
+        for one in denoisers
+    ]
+    fitting = (plan for plan in plans if plan.peak <= budget)
+    return next(fitting, min(plans, key=lambda plan: plan.peak))
+
+
+def _plan(
+    manifest: Manifest,
+    geometry: PictureGeometry,
+    prompt_tokens: int,
+    budget: int,
+    batch_size: int,
+    encodes: bool,
+    denoiser: str,
+    why: str,
+) -> VramPlan:
+    weight_only = Program.DENOISER if denoiser != CUDA else None
     stages: dict[Program, StageVram] = {
         program: StageVram(
-            _weights(program, manifest, executor), _activations(program, manifest, geometry, prompt_tokens, batch_size)
+            _weights(program, manifest),
+            _activations(program, manifest, geometry, prompt_tokens, batch_size, program is weight_only),
         )
         for program in Program
         # modulation always runs on the host
@@ -120,29 +193,22 @@ def plan_vram(
             stages[program] = in_tiles
             host = max(host, on_host(vae, *size) + _FLOAT * _TILE_COPIES_ON_HOST * max(values - TILE_VALUES, 0))
     tiled, encodes_tiled = (stages.get(program) is in_tiles for program in (Program.DECODER, Program.ENCODER))
-    together = VramPlan(executor, budget, stages, True, tiled, encodes_tiled, host)
-    if together.peak <= budget:
-        return together
-    plan = VramPlan(executor, budget, stages, False, tiled, encodes_tiled, host)
-    if plan.peak > budget:
-        asked = f"{geometry.width}x{geometry.height}" + (f" in batches of {batch_size}" if batch_size > 1 else "")
-        needed = _gib(plan.peak)
-        raise MemoryLimitError(
-            f"{asked} needs about {needed} of GPU memory and {budget / 2**30:.1f} GiB is available; "
-            f"give --vram {needed.replace(' ', '')} where there is as much, a smaller --size, or --executor cpu"
-        )
-    return plan
+    why = why if denoiser != CUDA else ""
+    together = VramPlan(CUDA, budget, stages, True, tiled, encodes_tiled, host, denoiser, why)
+    return together if together.peak <= budget else dataclasses.replace(together, keep_all=False)
 
 
-def _weights(program: Program, manifest: Manifest, executor: str) -> int:
-    record = manifest.programs[program].get(executor)
+def _weights(program: Program, manifest: Manifest) -> int:
+    record = manifest.programs[program].get(CUDA)
     return record.weight_bytes if record else 0
 
 
-def _activations(program: Program, manifest: Manifest, geometry: PictureGeometry, tokens: int, batch: int) -> int:
+def _activations(
+    program: Program, manifest: Manifest, geometry: PictureGeometry, tokens: int, batch: int, weight_only: bool
+) -> int:
     config = manifest.config
     # what else than 16 bits there may be is at most float32
-    half = 2 if manifest.precision in (Precision.BF16, Precision.FP16) else _FLOAT
+    half = 2 if weight_only or manifest.precision in (Precision.BF16, Precision.FP16) else _FLOAT
     pixels = geometry.width * geometry.height
     if program is Program.TEXT_ENCODER:
         text = config.text_encoder
@@ -154,9 +220,11 @@ def _activations(program: Program, manifest: Manifest, geometry: PictureGeometry
         widest = max(config.vae.block_out_channels[:2])  # the last upsampled map keeps the level's width
         return int(_FLOAT * pixels * widest * _DECODER_MAPS)
     sequence = padded(tokens) + (batch * geometry.image_tokens if program is Program.DENOISER else 0)
+    widened = 0
     if program is Program.DENOISER:
         sequence += (batch - 1) * padded(tokens)
-    return int(sequence * config.transformer.dim * (half * _BLOCK_WIDTHS + _FLOAT * _FLOAT32_WIDTHS))
+        widened = weight_only * _WIDENED_WEIGHTS * 2 * config.transformer.dim * config.transformer.ffn_dim
+    return widened + int(sequence * config.transformer.dim * (half * _BLOCK_WIDTHS + _FLOAT * _FLOAT32_WIDTHS))
 
 
 def _gib(size: int) -> str:

@@ -14,7 +14,7 @@ from cli_tools import Capture, assert_one_line_error, call_rt
 from PIL import Image
 
 from zimage_rt.bench.blocks import Section, Table, Text, to_html
-from zimage_rt.bench.cards import RESERVED, Source, answers
+from zimage_rt.bench.cards import PLANNERS, RESERVED, Source, answers, card_table
 from zimage_rt.bench.compare import compare_rows
 from zimage_rt.bench.jobs import open_bundles
 from zimage_rt.bench.plots import plots
@@ -23,6 +23,7 @@ from zimage_rt.bench.results import append_row
 from zimage_rt.bench.schema import Row, absent
 from zimage_runtime.bundle import Bundle
 from zimage_runtime.errors import RequestError
+from zimage_runtime.geometry import picture_geometry
 
 GIB = 1 << 30
 ROWS = [
@@ -116,24 +117,38 @@ def test_without_matplotlib_the_report_says_what_to_install(bundle: Path, tmp_pa
 
 
 def test_cards_are_answered_from_the_plan_and_then_from_the_measurement(bundle: Path) -> None:
-    manifest = Bundle.open(bundle).manifest
-    for answer in answers(manifest, "cpu", 64, 64, None, cards=(1, 6)):
+    opened = Bundle.open(bundle)
+    planner, geometry = PLANNERS["cpu"](opened), picture_geometry(64, 64, opened.manifest.config)
+    assert planner is not None
+    for answer in answers(planner, geometry, None, cards=(1, 6)):
         assert (answer.fits, answer.source) == (True, Source.PREDICTED)
         assert answer.peak is not None
         assert 100 << 20 < answer.peak < GIB
-    small, large = answers(manifest, "cpu", 64, 64, 2 * GIB, cards=(1, 6))
+    small, large = answers(planner, geometry, 2 * GIB, cards=(1, 6))
     assert small.source is Source.PREDICTED, "what was measured with everything loaded does not fit; a plan does"
     assert small.fits
     assert (large.source, large.peak) == (Source.MEASURED, 2 * GIB)
 
 
 def test_a_card_that_is_too_small_cannot(bundle: Path) -> None:
-    manifest = Bundle.open(bundle).manifest
-    (answer,) = answers(manifest, "cpu", 4096, 4096, None, cards=(1,))
+    opened = Bundle.open(bundle)
+    planner = PLANNERS["cpu"](opened)
+    assert planner is not None
+    (answer,) = answers(planner, picture_geometry(4096, 4096, opened.manifest.config), None, cards=(1,))
     assert not answer.fits
     assert answer.peak is None
     assert answer.text == "no (predicted)"
     assert RESERVED < GIB
+
+
+def test_a_peak_within_a_budget_is_no_answer_for_the_card(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    row = made_row("a", fingerprint=opened.manifest.fingerprint)
+    (free,) = (r for r in card_table([("m", opened)], [(64, 64)], [row]) if r.executor == "cpu")
+    assert {answer.source for answer in free.answers} == {Source.MEASURED}
+    held = replace(row, case=replace(row.case, vram=4 * GIB))
+    (free,) = (r for r in card_table([("m", opened)], [(64, 64)], [held]) if r.executor == "cpu")
+    assert {answer.source for answer in free.answers} == {Source.PREDICTED}
 
 
 # --- comparisons -----------------------------------------------------------------------------------------------------

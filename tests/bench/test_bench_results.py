@@ -1,5 +1,6 @@
 """Rows on the disk: written whole, read back, refused with one clear line, and never measured twice."""
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -105,7 +106,18 @@ def test_every_part_of_a_case_and_the_setup_make_the_key() -> None:
         replace(case, low_memory=True),
         replace(case, drop_cache=True),
         replace(case, threads=3),
+        replace(case, vram=8 << 30),
+        replace(case, vram=4 << 30),
     ]
     keys = {one.key("setup") for one in (case, *others)} | {case.key("another setup")}
     assert len(keys) == len(others) + 2
     assert replace(case).key("setup") == case.key("setup")
+
+
+def test_a_case_without_a_budget_keeps_the_key_that_it_had_before_there_were_budgets() -> None:
+    """What was measured then is not measured again."""
+    case = made_row("a").case
+    document = {name: value for name, value in vars(case).items() if name != "vram"}
+    text = json.dumps([document, "setup"], sort_keys=True)
+    assert case.key("setup") == hashlib.sha256(text.encode()).hexdigest()[:16]
+    assert replace(case, vram=8 << 30).label == f"{case.label} in 8 GiB"

@@ -12,12 +12,14 @@ from cli_tools import Capture, Outcome, assert_one_line_error, call_redirected, 
 from zimage_export.synthetic import SMALL
 from zimage_rt.bench import run as runs
 from zimage_rt.bench.floor import unknown_rates
-from zimage_rt.bench.job import Failed, decode_event, encode_event
+from zimage_rt.bench.job import Failed, Job, decode_event, encode_event
+from zimage_rt.bench.jobs import Planned, Settings, open_bundles, plan_cases
 from zimage_rt.bench.results import read_rows
 from zimage_rt.bench.schema import Row
 from zimage_rt.bench.systems import BASELINES, find_system
 from zimage_rt.cli import cli
 from zimage_runtime.bundle import Bundle
+from zimage_runtime.pipeline import Pipeline
 from zimage_runtime.tensors import read_header
 
 QUICK = ("--size", "48x32", "--steps", "2", "--repeat", "2", "--quiet")
@@ -157,6 +159,7 @@ def test_an_interrupted_run_keeps_what_it_has_and_goes_on(
         (("--checkpoint", "BUNDLE", "--baseline", "diffusers"), "folder in diffusers layout"),
         (("--reference", "missing"), "missing: no such bundle"),
         (("BUNDLE",), "two bundles are named"),
+        (("--executor", "cpu", "--vram", "8GiB"), "the cpu executor has none"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_measured(
@@ -174,6 +177,26 @@ def test_what_cannot_work_is_refused_before_anything_is_measured(
     outcome = call_rt(capsys, "bench", bundle, "--out", tmp_path / "out", "--quiet", *words)
     assert_one_line_error(outcome, named)
     assert not (tmp_path / "out" / "results.jsonl").exists()
+
+
+def test_a_budget_reaches_the_jobs(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the CPU in the GPU's place, which takes no budget."""
+    given: list[int | None] = []
+    open_pipeline = Pipeline.from_bundle
+
+    def opened(path: Any, executor: str, vram: int | None = None, **options: Any) -> Pipeline:
+        given.append(vram)
+        return open_pipeline(path, "cpu", **options)
+
+    monkeypatch.setattr(Pipeline, "from_bundle", opened)
+    settings = Settings((str(bundle),), ((64, 64),), ("cuda",), 1, "a", 7, 1, 1, vram=8 << 30)
+    (planned,) = plan_cases(settings, open_bundles(settings.bundles), 1)
+    assert planned.case.vram == 8 << 30
+    assert isinstance(planned.reference, Planned)
+    assert planned.reference.case.vram is None, "it is drawn on the CPU"
+    job = Job.from_json(Job(planned.case, str(bundle), "x.png").to_json())
+    find_system(job.case.system).load(job)
+    assert given == [8 << 30, 8 << 30]
 
 
 def test_a_worker_that_breaks_is_a_failed_row_with_its_reason(

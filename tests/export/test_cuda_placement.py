@@ -12,31 +12,43 @@ from typing import Any
 
 import onnx
 import pytest
-from cuda_kernels import KERNELS, SHAPE_ARITHMETIC, SHAPE_INPUTS
-from onnx import TensorProto
+from cuda_kernels import CONTRIB, KERNELS, OTHER_TYPES, SHAPE_ARITHMETIC, SHAPE_INPUTS
+from onnx import TensorProto, helper
 
-from zimage_export.graphs import Target, build_graphs
+from zimage_export.graphs import Graph, Target, build_graphs, build_weight_only
+from zimage_export.graphs.builder import ONNX_TYPES
 from zimage_export.precision import StoragePolicy
 from zimage_export.synthetic import SMALL
 from zimage_runtime.contracts import Program
-from zimage_runtime.manifest import CUDA, Precision
+from zimage_runtime.manifest import CPU, CUDA, Precision
 from zimage_runtime.tensors import DType, TensorEntry
 
+EIGHT_BITS = "layers.0.attention.to_q.weight"
 
-def programs(precision: Precision) -> dict[Program, onnx.ModelProto]:
-    """The programs for CUDA of a precision, without weights, with the type of every value."""
-    policy = StoragePolicy(precision, DType.BF16)
-    models = {}
-    for graph in build_graphs(SMALL.config, Target(CUDA, policy)):
-        if graph.program is Program.MODULATION:
-            continue
-        entries = {
-            name: TensorEntry(policy.storage(graph.program.component, name, shape).value, shape, 0, 0)
-            for name, shape in graph.weights.items()
-        }
-        model = graph.to_model("weights.safetensors", entries)
-        models[graph.program] = onnx.shape_inference.infer_shapes(model, strict_mode=True)
-    return models
+
+def programs(precision: Precision) -> dict[str, onnx.ModelProto]:
+    """The programs for CUDA of a precision by file name, without weights, with the type of every value."""
+    # of int4's layers, one keeps 8 bits: the operator is the same
+    policy = StoragePolicy(precision, DType.BF16, eight_bits=frozenset({f"transformer/{EIGHT_BITS}"}))
+    graphs = build_graphs(SMALL.config, Target(CUDA, policy))
+    graphs += build_weight_only(SMALL.config, policy, {})
+    return {
+        f"{graph.program}.{graph.executor}": typed_model(graph)
+        for graph in graphs
+        if graph.program is not Program.MODULATION
+    }
+
+
+def typed_model(graph: Graph) -> onnx.ModelProto:
+    entries = {
+        name: TensorEntry(graph.types.get(name, DType.F32).value, shape, 0, 0) for name, shape in graph.weights.items()
+    }
+    model = graph.to_model("weights.safetensors", entries)
+    for node in model.graph.node:
+        if node.domain:  # ONNX does not know what it gives: by its definition, the type of its first input
+            dtype = ONNX_TYPES[graph.types.get(node.input[0], DType.F32)]
+            model.graph.value_info.append(helper.make_tensor_value_info(node.output[0], dtype, None))
+    return onnx.shape_inference.infer_shapes(model, strict_mode=True)
 
 
 def types_of(model: onnx.ModelProto) -> dict[str, int]:
@@ -52,8 +64,8 @@ def misplaced(model: onnx.ModelProto) -> list[str]:
     on_host: set[str] = set()  # shapes, and what is computed of them
     for node in model.graph.node:
         where = f"{node.name} ({node.op_type})"
-        if node.domain:
-            faults.append(f"{where} is no standard operator")
+        if node.domain and node.op_type not in CONTRIB:
+            faults.append(f"{where} is no operator that CUDA has")
             continue
         data = [name for i, name in enumerate(node.input) if name and i not in SHAPE_INPUTS.get(node.op_type, set())]
         shapes = [name for i, name in enumerate(node.input) if name and i in SHAPE_INPUTS.get(node.op_type, set())]
@@ -66,14 +78,14 @@ def misplaced(model: onnx.ModelProto) -> list[str]:
             on_host.update(node.output)
             continue
         faults += [f"{where} reads {name} on the host" for name in shapes if name not in on_host | constants]
-        allowed = KERNELS.get(node.op_type, set())
-        first = types[data[0]]
-        if first not in allowed:
-            faults.append(f"{where} has no kernel for {TensorProto.DataType.Name(first)}")
+        for name in data:
+            allowed = OTHER_TYPES.get((node.op_type, list(node.input).index(name)), KERNELS.get(node.op_type, set()))
+            if types[name] not in allowed:
+                faults.append(f"{where} has no kernel for {TensorProto.DataType.Name(types[name])}")
     return faults
 
 
-@pytest.mark.parametrize("precision", [Precision.FP32, Precision.BF16, Precision.FP16])
+@pytest.mark.parametrize("precision", list(Precision))
 def test_every_node_has_a_kernel_on_cuda(precision: Precision) -> None:
     for program, model in programs(precision).items():
         assert misplaced(model) == [], program
@@ -81,12 +93,12 @@ def test_every_node_has_a_kernel_on_cuda(precision: Precision) -> None:
 
 def test_the_check_finds_what_does_not_run() -> None:
     models = programs(Precision.BF16)
-    decoder = models[Program.DECODER]
+    decoder = models["decoder.cuda"]
     for node in decoder.graph.node:
         if node.op_type == "Expand":  # as it was before: there is no Resize in bfloat16
             node.op_type = "Resize"
     assert any("Resize) has no kernel for BFLOAT16" in fault for fault in misplaced(decoder))
-    denoiser = models[Program.DENOISER]
+    denoiser = models["denoiser.cuda"]
     (slice_node,) = [node for node in denoiser.graph.node if node.op_type == "Slice"]
     slice_node.input[2] = next(node.output[0] for node in denoiser.graph.node if node.op_type == "Cast")
     assert any("Slice) reads" in fault for fault in misplaced(denoiser))
@@ -95,20 +107,60 @@ def test_the_check_finds_what_does_not_run() -> None:
     assert misplaced(denoiser)
 
 
+def test_products_of_other_integers_are_found() -> None:
+    """CUDA multiplies int8 with int8 alone, where the CPU wants uint8 with int8."""
+    denoiser = programs(Precision.INT8)["denoiser.cuda"]
+    (zero,) = [tensor for tensor in denoiser.graph.initializer if tensor.name == "int8_zero"]
+    zero.data_type = TensorProto.UINT8
+    del denoiser.graph.value_info[:]
+    faults = misplaced(onnx.shape_inference.infer_shapes(denoiser, strict_mode=True))
+    assert any("MatMulInteger) has no kernel for UINT8" in fault for fault in faults)
+    graphs = build_graphs(SMALL.config, Target(CPU, StoragePolicy(Precision.INT8)))
+    (graph,) = [graph for graph in graphs if graph.program is Program.DENOISER]
+    assert any("MatMulIntegerToFloat) is no operator" in fault for fault in misplaced(typed_model(graph)))
+
+
+def test_blocks_of_4_bits_are_multiplied_in_fp16() -> None:
+    """In float32 they would have a kernel, too, and lose what makes them worth having: half the activations."""
+    for name, model in programs(Precision.INT4).items():
+        if name in ("decoder.cuda", "encoder.cuda"):
+            continue
+        types = types_of(model)
+        products = [node for node in model.graph.node if node.op_type == "MatMulNBits"]
+        found = {tuple(types[name] for name in (*node.input, *node.output)) for node in products}
+        assert found == {(TensorProto.FLOAT16, TensorProto.UINT8, TensorProto.FLOAT16, TensorProto.FLOAT16)}
+
+
+@pytest.mark.parametrize("precision", [Precision.BF16, Precision.FP16, Precision.INT8, Precision.INT4])
+def test_long_attention_is_in_16_bits(precision: Precision) -> None:
+    """Flash attention has no kernel for float32."""
+    for name, model in programs(precision).items():
+        if name.startswith(("denoiser", "caption")):
+            types = types_of(model)
+            found = {types[value] for node in model.graph.node if node.op_type == "Attention" for value in node.input}
+            assert found == {TensorProto.BFLOAT16 if precision is Precision.BF16 else TensorProto.FLOAT16}
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", [precision.value for precision in Precision])
 def test_every_node_runs_on_cuda(checkpoint: Path, tmp_path: Path, precision: str) -> None:
     from zimage_export.build import BuildOptions, build
     from zimage_export.selfcheck import fixed_inputs
     from zimage_runtime.choice import cuda_obstacle
+    from zimage_runtime.errors import ExecutorError
+    from zimage_runtime.nvidia import find_gpu
     from zimage_runtime.progress import Progress
 
+    try:
+        find_gpu()
+    except ExecutorError as error:  # said before anything is built
+        pytest.skip(str(error))
     bundle = build(checkpoint, tmp_path / "bundle", BuildOptions(Precision(precision)), Progress(quiet=True))
     if reason := cuda_obstacle(bundle):
         pytest.skip(reason)
     for program, feeds in fixed_inputs(bundle.manifest.config).items():
-        if program is not Program.MODULATION:
-            ran = where_nodes_ran(bundle.program(program, CUDA), feeds, tmp_path)
+        for executor in bundle.manifest.programs[program].keys() - {CPU}:
+            ran = where_nodes_ran(bundle.program(program, executor), feeds, tmp_path)
             assert not [node for node in ran if node["op_name"].startswith("Memcpy")], program
             elsewhere = {n["op_name"] for n in ran if n["provider"] != "CUDAExecutionProvider"}
             assert elsewhere <= SHAPE_ARITHMETIC, program
@@ -119,13 +171,17 @@ def where_nodes_ran(path: Path, feeds: Any, folder: Path) -> list[dict[str, Any]
     """The nodes of one run, by ONNX Runtime's profiler."""
     import onnxruntime
 
-    from zimage_runtime.ort_cuda import PROVIDER, preload_libraries
+    from zimage_runtime.ort_cuda import DISABLED_OPTIMIZERS, PROVIDER, preload_libraries
 
     preload_libraries()
     options = onnxruntime.SessionOptions()
     options.enable_profiling, options.profile_file_prefix = True, str(folder / "profile")
     session = onnxruntime.InferenceSession(
-        str(path), options, providers=[PROVIDER, "CPUExecutionProvider"], enable_fallback=0
+        str(path),
+        options,
+        providers=[PROVIDER, "CPUExecutionProvider"],
+        enable_fallback=0,
+        disabled_optimizers=DISABLED_OPTIMIZERS,
     )
     session.run(None, feeds)
     events = json.loads(Path(session.end_profiling()).read_text())

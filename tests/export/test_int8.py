@@ -1,5 +1,6 @@
 """int8 bundles: what is stored, how far pictures are from diffusers', and which activations a processor gets."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from zimage_runtime import integers
 from zimage_runtime.bundle import Bundle
 from zimage_runtime.contracts import Program
 from zimage_runtime.integers import ACTIVATION_LEVELS, EXACT_LEVELS, SAFE_LEVELS
-from zimage_runtime.manifest import CPU, CUDA, Precision
+from zimage_runtime.manifest import CPU, CUDA, CUDA_WEIGHT_ONLY, Precision
 from zimage_runtime.ort import OrtCpuExecutor
+from zimage_runtime.ort_cuda import DISABLED_OPTIMIZERS
 from zimage_runtime.pipeline import Pipeline
 from zimage_runtime.progress import Progress
 from zimage_runtime.tensors import TensorFile, read_header
@@ -30,6 +32,7 @@ from zimage_runtime.tensors import TensorFile, read_header
 # measured on the small model with 7 bits, and a half more; a wrong graph is off by tenths
 LATENTS_GATE = 0.026
 PSNR_GATE = 47.0
+WEIGHTS_GATE = 0.015  # measured: 0.0101
 CASES = (Case("a red circle", (80, 64), steps=8, seed=3), Case("白色背景", (64, 96), steps=8, seed=4))
 LINEAR = "layers.0.feed_forward.w2.weight"
 
@@ -238,6 +241,63 @@ def test_cuda_programs_give_what_is_expected(bundle: Path, int8: Path) -> None:
         expected = OrtCpuExecutor(exact).run(program, exact_feeds)
         for name, value in run_cuda_program_on_cpu(quantized, program, feeds).items():
             assert relative_error(value, expected[name]) < 0.03, (program, name)
+
+
+def test_the_weight_only_denoiser_loses_what_the_weights_do_and_no_more(bundle: Path, int8: Path) -> None:
+    exact, quantized = Bundle.open(bundle), Bundle.open(int8)
+    expected = OrtCpuExecutor(exact).run(Program.DENOISER, denoiser_feeds(exact))["velocity"]
+    feeds = denoiser_feeds(quantized)
+    weight_only, products = (
+        relative_error(run_cuda_program_on_cpu(quantized, Program.DENOISER, feeds, name)["velocity"], expected)
+        for name in (CUDA_WEIGHT_ONLY, CUDA)
+    )
+    assert weight_only < WEIGHTS_GATE
+    assert weight_only < 0.9 * products, "activations are rounded to fp16 instead of to bytes"
+
+
+def test_both_denoisers_for_cuda_read_the_same_bytes(int8: Path) -> None:
+    bundle = Bundle.open(int8)
+    graphs = [
+        onnx.load(bundle.program(Program.DENOISER, name), load_external_data=False).graph
+        for name in (CUDA, CUDA_WEIGHT_ONLY)
+    ]
+    stored = [
+        {t.name: [(e.key, e.value) for e in t.external_data] for t in graph.initializer if t.external_data}
+        for graph in graphs
+    ]
+    assert stored[0] == stored[1]
+    records = bundle.manifest.programs[Program.DENOISER]
+    assert records[CUDA].weight_bytes == records[CUDA_WEIGHT_ONLY].weight_bytes
+    assert bundle.manifest.executors == {CPU, CUDA}, "it is no executor"
+    products = [node for node in graphs[1].node if node.op_type == "MatMul"]
+    assert len(products) == 7 * bundle.manifest.config.transformer.modulated_blocks
+
+
+def test_a_weight_is_widened_just_before_its_product_and_never_at_load(int8: Path, tmp_path: Path) -> None:
+    """In float32, for the CPU provider casts fp16 as it likes; on CUDA nothing stands between the two, either."""
+    bundle = Bundle.open(int8)
+    path = int8 / "transformer" / "weight_only_float32.onnx"
+    model = onnx.load(bundle.program(Program.DENOISER, CUDA_WEIGHT_ONLY), load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.i == TensorProto.FLOAT16:
+                attribute.i = TensorProto.FLOAT
+    path.write_bytes(model.SerializeToString())
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 4, 1
+    options.enable_profiling, options.profile_file_prefix = True, str(tmp_path / "order")
+    try:
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=DISABLED_OPTIMIZERS
+        )
+        session.run(None, denoiser_feeds(bundle))
+    finally:
+        path.unlink()
+    events = [event["args"] for event in json.loads(Path(session.end_profiling()).read_text()) if "args" in event]
+    order = [event["op_name"] for event in events if "op_name" in event]
+    widened = [index for index, kind in enumerate(order) if kind == "DequantizeLinear"]
+    assert len(widened) == 7 * bundle.manifest.config.transformer.modulated_blocks
+    assert {order[index + 1] for index in widened} == {"MatMul"}
 
 
 def test_low_memory_draws_the_same(int8: Path) -> None:

@@ -229,7 +229,9 @@ def test_the_gpu_provider_is_told_the_budget(bundle: Path, monkeypatch: pytest.M
     given: list[Any] = []
 
     class Session:
-        def __init__(self, path: str, options: Any, providers: Any, enable_fallback: int) -> None:
+        def __init__(
+            self, path: str, options: Any, providers: Any, enable_fallback: int, disabled_optimizers: list[str]
+        ) -> None:
             given.append((path, providers, enable_fallback))
 
         def get_providers(self) -> list[str]:

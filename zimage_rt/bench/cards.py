@@ -1,6 +1,7 @@
 """Which card can run this? Predicted from the memory plan; a measured peak takes a prediction's place.
 
-A planner gives the peak of a request in bytes for an executor and a budget, or raises `MemoryLimitError`.
+A planner gives the peak of a request in bytes for a budget, or raises `MemoryLimitError`. TensorRT's has what engines
+take beside weights from the bundle's catalog, where it was written when they were built.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -10,7 +11,7 @@ from enum import StrEnum
 from zimage_runtime.bundle import Bundle
 from zimage_runtime.errors import MemoryLimitError, RequestError
 from zimage_runtime.geometry import PictureGeometry, picture_geometry
-from zimage_runtime.manifest import CPU, CUDA, Manifest
+from zimage_runtime.manifest import CPU, CUDA, TENSORRT
 from zimage_runtime.memory import plan_memory
 from zimage_runtime.vram import plan_vram
 
@@ -26,19 +27,39 @@ RESERVED = 512 << 20
 TOKENS = 64
 """Of a prompt of a few sentences."""
 
-Planner = Callable[[Manifest, PictureGeometry, int], int]
+Planner = Callable[[PictureGeometry, int], int]
 
 
-def _cpu(manifest: Manifest, geometry: PictureGeometry, budget: int) -> int:
-    return plan_memory(manifest, geometry, TOKENS, available=budget).peak
+def _cpu(bundle: Bundle) -> Planner | None:
+    if CPU not in bundle.manifest.executors:
+        return None
+    return lambda geometry, budget: plan_memory(bundle.manifest, geometry, TOKENS, available=budget).peak
 
 
-def _cuda(manifest: Manifest, geometry: PictureGeometry, budget: int) -> int:
-    return plan_vram(manifest, geometry, TOKENS, budget).peak
+def _cuda(bundle: Bundle) -> Planner | None:
+    if CUDA not in bundle.manifest.executors:
+        return None
+    return lambda geometry, budget: plan_vram(bundle.manifest, geometry, TOKENS, budget).peak
 
 
-PLANNERS: Mapping[str, Planner] = {CPU: _cpu, CUDA: _cuda}
-"""By executor. For `cpu` a card is a machine with so much memory free."""
+def _tensorrt(bundle: Bundle) -> Planner | None:
+    if bundle.manifest.engines is None:
+        return None
+    from zimage_runtime.tensorrt.residency import plan_residency
+    from zimage_runtime.tensorrt.stages import PictureSizes
+    from zimage_runtime.tensorrt.store import read_catalog
+    from zimage_runtime.tensorrt.targets import Variant
+
+    variants, config = read_catalog(bundle).variants, bundle.manifest.config
+    spec = variants.get(Variant.AMPERE) or variants.get(Variant.TURING)
+    if spec is None:
+        return None
+    return lambda geometry, budget: plan_residency(spec, config, PictureSizes.of(geometry, TOKENS, 1), budget).peak
+
+
+PLANNERS: Mapping[str, Callable[[Bundle], Planner | None]] = {TENSORRT: _tensorrt, CUDA: _cuda, CPU: _cpu}
+"""By executor, the planner of a bundle; None where it has nothing that the executor runs. For `cpu` a card is a machine
+with so much memory free."""
 
 
 class Source(StrEnum):
@@ -75,10 +96,9 @@ class CardRow:
 
 
 def answers(
-    manifest: Manifest, executor: str, width: int, height: int, measured: int | None, cards: Iterable[int] = CARDS_GB
+    planner: Planner, geometry: PictureGeometry, measured: int | None, cards: Iterable[int] = CARDS_GB
 ) -> tuple[Answer, ...]:
     """One answer a card. `measured` is the peak of a run with memory to spare: where it fits, that is known."""
-    planner, geometry = PLANNERS[executor], picture_geometry(width, height, manifest.config)
     found = []
     for card in cards:
         room = (card << 30) - RESERVED
@@ -86,7 +106,7 @@ def answers(
             found.append(Answer(card, True, measured, Source.MEASURED))
             continue
         try:
-            found.append(Answer(card, True, planner(manifest, geometry, room), Source.PREDICTED))
+            found.append(Answer(card, True, planner(geometry, room), Source.PREDICTED))
         except MemoryLimitError:
             found.append(Answer(card, False, None, Source.PREDICTED))
     return tuple(found)
@@ -100,21 +120,24 @@ def card_table(
     sizes, found = sorted(set(sizes), key=lambda size: size[0] * size[1]), []
     for name, bundle in bundles:
         manifest = bundle.manifest
-        for executor in PLANNERS:
-            if executor not in manifest.executors:
+        for executor, planner_of in PLANNERS.items():
+            planner = planner_of(bundle)
+            if planner is None:
                 continue
             for width, height in sizes:
                 size = f"{width}x{height}"
                 peak = peaks.get((manifest.fingerprint, executor, size))
                 try:
-                    found.append(CardRow(name, executor, size, answers(manifest, executor, width, height, peak)))
+                    geometry = picture_geometry(width, height, manifest.config)
+                    found.append(CardRow(name, executor, size, answers(planner, geometry, peak)))
                 except RequestError:  # a size that this model has no positions for
                     continue
     return found
 
 
 def _counts(row: Row) -> bool:
-    return row.case.system == OURS and not row.case.low_memory and row.memory is not None
+    case = row.case
+    return case.system == OURS and not case.low_memory and case.vram is None and row.memory is not None
 
 
 def _peak(row: Row) -> int | None:

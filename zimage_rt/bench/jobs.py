@@ -35,6 +35,7 @@ class Settings:
     checkpoint: Path | None = None
     baselines: tuple[str, ...] = ()
     reference: str | None = None
+    vram: int | None = None  # bytes
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def plan_cases(settings: Settings, bundles: Sequence[Opened], threads: int) -> l
     planned = []
     for opened in bundles:
         for executor in settings.executors:
-            pipeline = Pipeline.from_bundle(opened.path, executor, low_memory=settings.low_memory)
+            pipeline = Pipeline.from_bundle(opened.path, executor, settings.vram, low_memory=settings.low_memory)
             for width, height in settings.sizes or (_own_size(opened),):
                 request = pipeline.request(settings.prompt, (width, height), settings.steps, settings.seed)
                 case = Case(
@@ -97,6 +98,7 @@ def plan_cases(settings: Settings, bundles: Sequence[Opened], threads: int) -> l
                     low_memory=settings.low_memory,
                     drop_cache=settings.drop_cache,
                     threads=threads,
+                    vram=settings.vram,
                 )
                 planned.append(Planned(case, opened.path, opened))
     each = {one.case: one for one in planned}  # "auto" may be an executor that is asked for, too
@@ -146,6 +148,7 @@ def _reference(settings: Settings, bundles: Sequence[Opened], of: Case) -> Plann
         precision=Precision.FP32.value,
         fingerprint=opened.bundle.manifest.fingerprint,
         executor=CPU,
+        vram=None,
     )
     return _once(Planned(case, opened.path, opened))
 

@@ -57,6 +57,7 @@ class Case:
     low_memory: bool = False
     drop_cache: bool = False
     threads: int = 1
+    vram: int | None = None  # the budget in bytes of an executor on a GPU; without one, what is free there
 
     @property
     def size(self) -> str:
@@ -67,11 +68,15 @@ class Case:
     def label(self) -> str:
         """What tells cases of one size apart, for people."""
         name = f"{self.model} {self.executor}" if self.system == OURS else f"{self.system} {self.precision}"
-        return name + (" low-memory" if self.low_memory else "")
+        budget = "" if self.vram is None else f" in {self.vram / 2**30:.4g} GiB"
+        return name + (" low-memory" if self.low_memory else "") + budget
 
     def key(self, setup: str) -> str:
         """Names the row: the same case on the same setup (versions, commit, machine) is not measured again."""
-        text = json.dumps([to_document(self), setup], sort_keys=True)
+        document = to_document(self)
+        if self.vram is None:
+            del document["vram"]  # rows that were measured before there were budgets keep their keys
+        text = json.dumps([document, setup], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

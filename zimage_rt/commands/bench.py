@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from zimage_runtime.console import SizeType
+from zimage_runtime.console import MemoryType, SizeType
 from zimage_runtime.errors import RequestError
 from zimage_runtime.progress import Progress
 
@@ -35,6 +35,7 @@ _PROMPT = "a red fox in the snow, golden hour"
     help="What the bundles were made from: baselines draw from it, and diffusers in float32 is the reference.",
 )
 @click.option("--baseline", "baselines", multiple=True, help="Another system to measure; may be repeated, or 'all'.")
+@click.option("--vram", type=MemoryType(), help="Budget of GPU memory, like 8GiB.  [default: what is free]")
 @click.option("--low-memory", is_flag=True, help="Keep weights on disk, mapped.")
 @click.option("--drop-cache", is_flag=True, help="Start each process with the model's files out of the page cache.")
 @click.option(
@@ -60,6 +61,7 @@ def bench(
     reference: str | None,
     checkpoint: Path | None,
     baselines: tuple[str, ...],
+    vram: int | None,
     low_memory: bool,
     drop_cache: bool,
     compare: tuple[Path, Path] | None,
@@ -95,6 +97,7 @@ def bench(
         checkpoint=checkpoint,
         baselines=baselines,
         reference=reference,
+        vram=vram,
     )
     failed = _measure(settings, out, Progress(quiet), as_json, report_only)
     if failed:

@@ -11,6 +11,7 @@ from zimage_runtime.errors import BundleError
 if TYPE_CHECKING:
     from zimage_runtime.bundle import Bundle
     from zimage_runtime.geometry import PictureGeometry
+    from zimage_runtime.manifest import Precision
     from zimage_runtime.tensorrt.residency import ResidencyPlan
     from zimage_runtime.vram import VramPlan
 
@@ -31,7 +32,7 @@ _GPUS = ("sm75", "sm80", "sm86", "sm89", "sm120", "portable")
     type=click.Choice(["tensorrt", "cuda"]),
     help="What is to draw.  [default: tensorrt where BUNDLE has its block programs, otherwise cuda]",
 )
-@click.option("--gpu", type=click.Choice(_GPUS), default="portable", show_default=True, help="For tensorrt.")
+@click.option("--gpu", type=click.Choice(_GPUS), default="portable", show_default=True, help="What is to draw on.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of lines.")
 def plan(
     bundle: str,
@@ -47,7 +48,8 @@ def plan(
 
     BUNDLE is a directory, or the name of a bundle on the Hub, ORG/NAME. No GPU is needed: what TensorRT's engines take
     beside weights was measured when they were built, and what ONNX Runtime takes follows from the programs. A budget
-    that is too small is refused with the smallest that would do.
+    that is too small is refused with the smallest that would do. For cuda, it also tells what bundles of the same
+    model in other precisions would take.
     """
     from zimage_runtime.bundle import Bundle
     from zimage_runtime.geometry import picture_geometry
@@ -64,10 +66,15 @@ def plan(
         made = _plan_tensorrt(opened, geometry, tokens, budget, batch, gpu)
         lines, document = _lines(made), _document(made, vram)
     else:
-        from zimage_runtime.vram import plan_vram
+        from zimage_runtime.tensorrt.targets import Gpu
+        from zimage_runtime.vram import other_peaks, plan_vram
 
-        planned = plan_vram(manifest, geometry, tokens, budget, batch)
+        capability = Gpu(gpu).capability
+        planned = plan_vram(manifest, geometry, tokens, budget, batch, capability=capability)
+        others = other_peaks(manifest, geometry, tokens, budget, batch, capability=capability)
         lines, document = _lines_of_cuda(planned), _document_of_cuda(planned, vram)
+        lines += _lines_of_others(others, manifest.precision, planned, vram, capability)
+        document["other_bundles"] = {precision.value: peak for precision, peak in others.items()}
     if as_json:
         click.echo(json.dumps({"executor": chosen, **document}, indent=2))
         return
@@ -94,6 +101,27 @@ def _plan_tensorrt(
     return plan_residency(spec, bundle.manifest.config, PictureSizes.of(geometry, tokens, batch), budget)
 
 
+def _lines_of_others(
+    peaks: "dict[Precision, int]",
+    precision: "Precision",
+    plan: "VramPlan",
+    vram: int | None,
+    capability: tuple[int, int] | None,
+) -> list[tuple[str, str]]:
+    from zimage_runtime.other_bundles import advised
+    from zimage_runtime.tensorrt.residency import gib
+
+    def told(peak: int) -> str:
+        fits = "" if vram is None else ", fits" if peak <= vram else ", does not fit"
+        return f"{gib(peak, up=True)}{fits}"
+
+    lines = [("other bundles", "; ".join(f"{other} {told(peak)}" for other, peak in peaks.items()))]
+    best = advised({**peaks, precision: plan.peak}, plan.budget, capability)
+    if vram is not None and best not in (None, precision):
+        lines.append(("advice", f"a bundle in {best} fits, too, and is nearer to the original model"))
+    return lines
+
+
 def _lines_of_cuda(plan: "VramPlan") -> list[tuple[str, str]]:
     from zimage_runtime.tensorrt.residency import gib
     from zimage_runtime.vram import CONTEXT
@@ -118,6 +146,7 @@ def _document_of_cuda(plan: "VramPlan", vram: int | None) -> dict[str, Any]:
         "context": CONTEXT,
         "keep_all": plan.keep_all,
         "tiled": plan.tiled,
+        "denoiser": plan.denoiser,
         "stages": {
             program.value: {"bytes": stage.total, "weights": stage.weights, "activations": stage.activations}
             for program, stage in plan.stages.items()

@@ -1,8 +1,13 @@
 """The model stated as ONNX graphs without weights. One file a component; `layers` holds what they share."""
 
-from zimage_runtime.config import ModelConfig
+from collections.abc import Mapping
 
+from zimage_runtime.config import ModelConfig
+from zimage_runtime.manifest import CUDA_WEIGHT_ONLY, Precision
+
+from ..precision import StoragePolicy
 from .builder import Graph, GraphBuilder
+from .folds import Folds
 from .target import EXECUTORS, Target
 from .text_encoder import TextEncoderGraph
 from .transformer import TransformerGraphs
@@ -17,7 +22,18 @@ __all__ = [
     "TransformerGraphs",
     "VaeGraphs",
     "build_graphs",
+    "build_weight_only",
 ]
+
+
+def build_weight_only(config: ModelConfig, policy: StoragePolicy, folds: Mapping[str, Folds]) -> list[Graph]:
+    """What a bundle holds beside the executors' programs: for int8, the denoiser that multiplies in fp16.
+
+    The text encoder and the caption have few tokens, for which widening all weights would take longer than using them.
+    """
+    if policy.precision is not Precision.INT8:
+        return []
+    return [TransformerGraphs(config.transformer, Target(CUDA_WEIGHT_ONLY, policy, folds)).denoiser()]
 
 
 def build_graphs(config: ModelConfig, target: Target | None = None) -> list[Graph]:

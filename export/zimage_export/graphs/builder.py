@@ -141,6 +141,14 @@ class GraphBuilder:
         finally:
             self._scope = scope
 
+    @contextlib.contextmanager
+    def widening(self) -> Iterator[None]:
+        """Nodes of the block widen a weight, as casts of weights do: each runs just before what reads it."""
+        start = len(self._nodes)
+        yield
+        self._widening.extend(self._nodes[start:])
+        del self._nodes[start:]
+
     def _full(self, name: str) -> str:
         return ".".join([*self._scope, name])
 

@@ -1,4 +1,4 @@
-"""Linear layers of int8 weights and 8-bit activations (W8A8).
+"""Linear layers of int8 weights and 8-bit activations (W8A8); and, on the same weights, of fp16 activations.
 
 Weights have a scale an output channel, activations a scale a token, so that neither a loud channel nor a loud token
 (pads, in this model) costs the others their resolution. Activations are quantized once for all layers that read them.
@@ -20,6 +20,7 @@ from zimage_runtime.manifest import Precision
 from zimage_runtime.tensors import DType
 
 from ..precision import Encoding, StoragePolicy, scale_of
+from .builder import GraphBuilder
 from .layers import CudaLayers, Layers
 
 _TINY = 1e-30  # a token of zeros has a scale, too
@@ -34,6 +35,17 @@ class Quantized:
     zero: str  # a uint8 scalar; empty for int8
 
 
+def is_int8(b: GraphBuilder, policy: StoragePolicy, name: str) -> bool:
+    """Whether a linear layer of the builder's scope is stored as integers."""
+    return policy.encoding(b.program.component, b.full_name(f"{name}.weight")) is Encoding.INT8
+
+
+def int8_weight(b: GraphBuilder, name: str, out_width: int, in_width: int) -> tuple[str, str]:
+    """A linear layer's weight [in_width, out_width] int8, and its scales [out_width] float32."""
+    weight = b.weight(f"{name}.weight", (in_width, out_width), DType.I8)
+    return weight, b.weight(scale_of(f"{name}.weight"), (out_width,), DType.F32)
+
+
 @dataclass(frozen=True)
 class Int8Layers(Layers):
     """Layers for the CPU whose quantized linears multiply integers."""
@@ -43,7 +55,7 @@ class Int8Layers(Layers):
 
     def linear(self, x: str, name: str, out_width: int, in_width: int, *, bias: bool = False) -> str:
         """A linear layer on rows [rows, in_width] → [rows, out_width] float32."""
-        if not self._is_quantized(name):
+        if not is_int8(self.b, self.policy, name):
             return super().linear(x, name, out_width, in_width, bias=bias)
         quantized = self._quantized(x)
         product = self._product(quantized, name, out_width, in_width)
@@ -51,7 +63,7 @@ class Int8Layers(Layers):
 
     def gated(self, x: str, gate: str, up: str, down: str, width: int, inner: int, exponent: int = 0) -> str:
         """SwiGLU on rows. The scale that `up` owes its rows joins the scale that the product is quantized with."""
-        if not all(map(self._is_quantized, (gate, up, down))):
+        if not all(is_int8(self.b, self.policy, name) for name in (gate, up, down)):
             return super().gated(x, gate, up, down, width, inner, exponent)
         gate_out = self.scaled(self.silu(self.linear(x, gate, inner, width), f"{gate}.silu"), exponent, "range")
         source = self._quantized(x)
@@ -59,10 +71,6 @@ class Int8Layers(Layers):
         product = self._quantized(self.b.op("Mul", gate_out, unscaled, name="product"))
         scale = self.b.op("Mul", product.scale, source.scale, name="product.row_scale")
         return self.b.op("Mul", self._product(product, down, width, inner), scale, name=down)
-
-    def _is_quantized(self, name: str) -> bool:
-        component = self.b.program.component
-        return self.policy.encoding(component, self.b.full_name(f"{name}.weight")) is Encoding.INT8
 
     def _quantized(self, x: str) -> Quantized:
         if x not in self._known:
@@ -91,14 +99,10 @@ class Int8Layers(Layers):
         zeros = b.op("Expand", zero, b.op("Shape", flat, name="quantized.rows"), name="quantized.zeros")
         return Quantized(b.op("QuantizeLinear", x, flat, zeros, name="quantized", axis=0), scale, zero)
 
-    def _weights(self, name: str, out_width: int, in_width: int) -> tuple[str, str]:
-        weight = self.b.weight(f"{name}.weight", (in_width, out_width), DType.I8)
-        return weight, self.b.weight(scale_of(f"{name}.weight"), (out_width,), DType.F32)
-
     def _product(self, x: Quantized, name: str, out_width: int, in_width: int) -> str:
         """The product in float32, without the rows' scale."""
         b = self.b
-        weight, scale = self._weights(name, out_width, in_width)
+        weight, scale = int8_weight(b, name, out_width, in_width)
         inputs = [x.values, weight, b.number(1.0), scale, x.zero]
         return b.typed(b.op("MatMulIntegerToFloat", *inputs, name=f"{name}.product", contrib=True), DType.F32)
 
@@ -107,6 +111,11 @@ class Int8Layers(Layers):
 class Int8CudaLayers(Int8Layers, CudaLayers):
     """The same for CUDA: int8 activations, and standard operators alone."""
 
+    def attention(self, q: str, k: str, v: str, heads: int, head_dim: int, name: str = "scores") -> str:
+        """Full attention in fp16, which keeps more than the bytes around it do; flash attention knows no float32."""
+        q, k, v = (self.b.cast(value, DType.F16) for value in (q, k, v))
+        return super().attention(q, k, v, heads, head_dim, name)
+
     def _quantize(self, x: str) -> Quantized:
         zero = self.b.constant(np.array(0, np.int8), "int8_zero")
         rows = self._rows(x, self.b.number(EXACT_LEVELS), zero)
@@ -114,7 +123,31 @@ class Int8CudaLayers(Int8Layers, CudaLayers):
 
     def _product(self, x: Quantized, name: str, out_width: int, in_width: int) -> str:
         b = self.b
-        weight, scale = self._weights(name, out_width, in_width)
+        weight, scale = int8_weight(b, name, out_width, in_width)
         product = b.op("MatMulInteger", x.values, weight, name=f"{name}.integers")
         product = b.op("Cast", product, name=f"{name}.float", to=TensorProto.FLOAT)
         return b.op("Mul", b.typed(product, DType.F32), scale, name=f"{name}.product")
+
+
+@dataclass(frozen=True)
+class Int8WeightOnlyLayers(CudaLayers):
+    """Layers for CUDA on the same bytes that multiply in fp16, each weight widened just before its product.
+
+    The folds keep fp16's range. `DequantizeLinear` gives no bfloat16 on CUDA, and ONNX Runtime folds no constants
+    through it, as it would through a `Cast`: the weights stay int8 in memory.
+    """
+
+    compute: DType = DType.F16
+    policy: StoragePolicy = field(default_factory=lambda: StoragePolicy(Precision.INT8))
+
+    def linear(self, x: str, name: str, out_width: int, in_width: int, *, bias: bool = False) -> str:
+        """A linear layer on rows [rows, in_width] → [rows, out_width] fp16."""
+        if not is_int8(self.b, self.policy, name):
+            return super().linear(x, name, out_width, in_width, bias=bias)
+        b = self.b
+        weight, scale = int8_weight(b, name, out_width, in_width)
+        scale = b.cast(scale, self.compute)
+        with b.widening():
+            widened = b.op("DequantizeLinear", weight, scale, name=f"{name}.widened", axis=1)
+        widened = b.typed(widened, self.compute)
+        return b.typed(b.op("MatMul", b.cast(x, self.compute), widened, name=name), self.compute)

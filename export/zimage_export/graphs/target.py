@@ -5,14 +5,14 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from zimage_runtime.contracts import Program
-from zimage_runtime.manifest import CPU, CUDA, TENSORRT, Precision
+from zimage_runtime.manifest import CPU, CUDA, CUDA_WEIGHT_ONLY, TENSORRT, Precision
 from zimage_runtime.tensors import DType
 
 from ..precision import StoragePolicy
 from .builder import GraphBuilder
 from .folds import NO_FOLD, BlockFold, Folds
 from .int4 import BlockCudaLayers, BlockLayers
-from .int8 import Int8CudaLayers, Int8Layers
+from .int8 import Int8CudaLayers, Int8Layers, Int8WeightOnlyLayers
 from .layers import CudaLayers, Layers
 from .tensorrt_layers import TensorRtLayers
 
@@ -52,6 +52,8 @@ class Target:
         if self.executor == TENSORRT and not on_cpu:
             return TensorRtLayers(b, policy.cuda_compute(b.program.component))
         if isinstance(policy, StoragePolicy) and policy.precision is Precision.INT8:
+            if self.executor == CUDA_WEIGHT_ONLY and not on_cpu:
+                return Int8WeightOnlyLayers(b, policy=policy)
             return (Int8Layers if on_cpu else Int8CudaLayers)(b, policy=policy)
         if isinstance(policy, StoragePolicy) and policy.precision is Precision.INT4:
             return (BlockLayers if on_cpu else BlockCudaLayers)(b, policy=policy)

@@ -26,6 +26,12 @@ class Gpu(StrEnum):
         return Variant.TURING if self is Gpu.SM75 else Variant.AMPERE
 
     @property
+    def capability(self) -> tuple[int, int] | None:
+        """Its compute capability; None where it is for many."""
+        digits = self.value.removeprefix("sm")
+        return (int(digits[:-1]), int(digits[-1])) if digits.isdigit() else None
+
+    @property
     def label(self) -> str:
         """What people call it."""
         return _LABELS[self]

@@ -41,7 +41,8 @@ class Ours:
         """Opens the bundle. Programs are loaded when they are first used: in the cold picture."""
         from zimage_runtime.pipeline import Pipeline
 
-        return OurModel(Pipeline.from_bundle(job.model, job.case.executor, low_memory=job.case.low_memory), job)
+        case = job.case
+        return OurModel(Pipeline.from_bundle(job.model, case.executor, case.vram, low_memory=case.low_memory), job)
 
 
 class OurModel:

@@ -1,0 +1,201 @@
+"""Which program an int8 bundle's denoiser runs on a GPU, and which bundle of a model is for which GPU and budget."""
+
+import functools
+import json
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cli_tools import Capture, assert_one_line_error, call_rt
+from parity import relative_error
+
+from zimage_export.graphs import Target, build_graphs, build_weight_only
+from zimage_export.precision import StoragePolicy
+from zimage_export.synthetic import FULL
+from zimage_runtime import ort_cuda
+from zimage_runtime.bundle import Bundle
+from zimage_runtime.contracts import Program
+from zimage_runtime.errors import ExecutorError, MemoryLimitError
+from zimage_runtime.geometry import picture_geometry
+from zimage_runtime.manifest import (
+    CPU,
+    CUDA,
+    CUDA_WEIGHT_ONLY,
+    Defaults,
+    Manifest,
+    Precision,
+    ProgramRecord,
+    Source,
+)
+from zimage_runtime.nvidia import Gpu
+from zimage_runtime.ort_cuda import Device, OrtCudaExecutor
+from zimage_runtime.other_bundles import advised, as_precision, candidates
+from zimage_runtime.pipeline import NoticeEvent, PictureEvent, Pipeline
+from zimage_runtime.tensors import DType
+from zimage_runtime.vram import VramPlan, other_peaks, plan_vram
+from zimage_runtime.weight_only import int8_obstacle
+
+GIB = 1 << 30
+ADA, HOPPER, TURING, PASCAL = (8, 9), (9, 0), (7, 5), (6, 1)
+
+
+@functools.cache
+def published(precision: Precision) -> Manifest:
+    """A manifest of the published model, sized by the graphs themselves."""
+    policy = StoragePolicy(precision, DType.BF16)
+    programs: dict[Program, dict[str, ProgramRecord]] = {program: {} for program in Program}
+    graphs = [*build_graphs(FULL.config, Target(CUDA, policy)), *build_weight_only(FULL.config, policy, {})]
+    for graph in graphs:
+        size = sum(graph.types[name].size * math.prod(shape) for name, shape in graph.weights.items())
+        programs[graph.program][graph.executor] = ProgramRecord("x", size)
+    return Manifest(
+        precision=precision,
+        source=Source("full"),
+        exporter="test",
+        config=FULL.config,
+        defaults=Defaults(1024, 1024, 8),
+        programs=programs,
+        weights={},
+        embeddings="",
+        tokenizer="",
+        files={},
+    )
+
+
+def plan(precision: Precision, budget: float, capability: tuple[int, int] | None = None, side: int = 1024) -> VramPlan:
+    geometry = picture_geometry(side, side, FULL.config)
+    return plan_vram(published(precision), geometry, 128, int(budget * GIB), capability=capability)
+
+
+@pytest.mark.parametrize("source", [Precision.FP32, Precision.BF16, Precision.INT8, Precision.INT4])
+@pytest.mark.parametrize("target", [Precision.FP32, Precision.BF16, Precision.INT8, Precision.INT4])
+def test_what_another_bundle_would_hold_is_what_it_does_hold(source: Precision, target: Precision) -> None:
+    found = as_precision(published(source), target).programs
+    for program, records in published(target).programs.items():
+        if program is Program.MODULATION:
+            continue
+        assert records.keys() == found[program].keys()
+        held, told = records[CUDA].weight_bytes, found[program][CUDA].weight_bytes
+        if Precision.INT4 in (source, target):  # of which a tenth keeps 8 bits, and here nothing does
+            assert told == pytest.approx(held, rel=0.09)
+        elif program.component == "vae":  # norms are float32 in all
+            assert told == pytest.approx(held, rel=0.01)
+        else:
+            assert told == held
+
+
+def test_products_of_bytes_are_for_gpus_that_are_fast_at_them() -> None:
+    for capability in (None, ADA, PASCAL, (8, 6), (12, 0)):
+        roomy = plan(Precision.INT8, 24, capability)
+        assert (roomy.denoiser, roomy.notes) == (CUDA, ())
+    for capability in (HOPPER, TURING, (10, 3)):
+        roomy = plan(Precision.INT8, 24, capability)
+        assert roomy.denoiser == CUDA_WEIGHT_ONLY
+        (note,) = roomy.notes
+        assert "{}.{}".format(*capability) in note
+    assert plan(Precision.BF16, 24, HOPPER).denoiser == CUDA
+
+
+def test_a_budget_that_products_of_bytes_do_not_fit_in_is_for_the_other_program() -> None:
+    """8 GiB are enough for 1536x1536 with fp16 activations alone."""
+    tight = plan(Precision.INT8, 8, ADA, side=1536)
+    assert tight.denoiser == CUDA_WEIGHT_ONLY
+    assert tight.peak <= 8 * GIB
+    assert tight.notes[0] == "weights are widened to fp16 for each product, for int8 products do not fit"
+    assert plan(Precision.INT8, 8, ADA).denoiser == CUDA
+    geometry = picture_geometry(1536, 1536, FULL.config)
+    with pytest.raises(MemoryLimitError):
+        plan_vram(published(Precision.INT8), geometry, 128, 8 * GIB, capability=ADA, denoiser=CUDA)
+
+
+def test_a_refusal_names_the_bundle_that_would_fit() -> None:
+    with pytest.raises(MemoryLimitError, match=r"a bundle in int8 of the same model needs about \d") as refusal:
+        plan(Precision.BF16, 9)
+    named = re.search(r"needs about ([\d.]+) GiB; give --vram", str(refusal.value))
+    assert named
+    assert plan(Precision.INT8, float(named[1])).peak <= 9 * GIB
+    with pytest.raises(MemoryLimitError, match="a bundle in int4 of the same model"):
+        plan(Precision.INT8, 6)
+    with pytest.raises(MemoryLimitError) as refusal:
+        plan(Precision.INT8, 2)
+    assert "same model" not in str(refusal.value), "none fits"
+
+
+def test_the_nearest_to_the_original_that_fits_is_advised() -> None:
+    geometry = picture_geometry(1024, 1024, FULL.config)
+
+    def best(budget: float, capability: tuple[int, int] | None) -> Precision | None:
+        manifest, size = published(Precision.INT4), int(budget * GIB)
+        peaks = other_peaks(manifest, geometry, 128, size, capability=capability)
+        own = plan_vram(manifest, geometry, 128, 1 << 60, capability=capability).peak
+        return advised({**peaks, Precision.INT4: own}, size, capability)
+
+    assert [best(size, ADA) for size in (24, 16, 9)] == [Precision.BF16, Precision.BF16, Precision.INT8]
+    assert best(16, TURING) is Precision.FP16
+    assert best(1, ADA) is None
+    assert candidates((6, 0)) == (Precision.FP16, Precision.INT4)
+    assert [int8_obstacle(Precision.INT8, c) is None for c in (PASCAL, (6, 0), (5, 2))] == [True, False, False]
+    assert int8_obstacle(Precision.FP16, (5, 2)) is None
+
+
+@pytest.fixture(scope="module")
+def int8(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    from zimage_export.build import BuildOptions, build
+    from zimage_runtime.progress import Progress
+
+    out = tmp_path_factory.mktemp("int8") / "bundle"
+    return build(checkpoint, out, BuildOptions(Precision.INT8), Progress(quiet=True))
+
+
+def test_the_executor_runs_the_program_of_the_plan(int8: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU provider: a picture with each program, the same picture but for how activations are rounded."""
+    opened: list[str] = []
+    find = Bundle.program
+
+    def noted(bundle: Bundle, program: Program, executor: str) -> Path:
+        opened.append(f"{program}.{executor}")
+        return find(bundle, program, executor)
+
+    monkeypatch.setattr(Bundle, "program", noted)
+    latents = []
+    for capability, wanted in ((ADA, CUDA), (HOPPER, CUDA_WEIGHT_ONLY)):
+        opened.clear()
+        executor = OrtCudaExecutor(int8, budget=1 << 40, device=Device("cpu"), capability=capability)
+        events = list(Pipeline(int8, executor).stream("a red fox", (64, 64), 2, 7))
+        assert [name for name in opened if name.startswith("denoiser")] == [f"denoiser.{wanted}"]
+        assert any(isinstance(event, NoticeEvent) for event in events) == (capability is HOPPER)
+        latents += [event.latents for event in events if isinstance(event, PictureEvent)]
+    assert 0 < relative_error(latents[0], latents[1]) < 0.05
+
+
+def test_a_plan_that_changes_the_program_lets_go_of_the_other(int8: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = OrtCudaExecutor(int8, budget=1 << 40, device=Device("cpu"))
+    geometry = picture_geometry(64, 64, int8.manifest.config)
+    executor._load(Program.DENOISER)
+    executor.plan(geometry, 32)
+    assert executor.loaded == {Program.DENOISER}
+    monkeypatch.setattr(ort_cuda, "plan_vram", lambda *a, **k: replace(plan_vram(*a, **k), denoiser=CUDA_WEIGHT_ONLY))
+    executor.plan(geometry, 32)
+    assert executor.loaded == set()
+
+
+def test_a_gpu_that_does_not_multiply_bytes_is_one_line(int8: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = Gpu("Tesla P100", (6, 0), 16 * GIB, None, "12.4")
+    monkeypatch.setattr(ort_cuda, "find_gpu", lambda: old)
+    with pytest.raises(ExecutorError, match=r"does not multiply int8.*use a bundle in fp16"):
+        OrtCudaExecutor(int8, budget=8 * GIB)
+
+
+def test_plan_tells_of_other_bundles(int8: Bundle, capsys: Capture) -> None:
+    lines = call_rt(capsys, "plan", int8.root, "--size", "512x512", "--vram", "8GiB").lines
+    (others,) = [line for line in lines if line.startswith("other bundles")]
+    assert re.search(r"bf16 [\d.]+ GiB, fits; int4 [\d.]+ GiB, fits$", others)
+    (advice,) = [line for line in lines if line.startswith("advice")]
+    assert "bf16" in advice
+    found = json.loads(call_rt(capsys, "plan", int8.root, "--size", "512x512", "--gpu", "sm75", "--json").out)
+    assert set(found["other_bundles"]) == {"fp16", "int4"}
+    assert found["denoiser"] == CUDA_WEIGHT_ONLY
+    assert_one_line_error(call_rt(capsys, "plan", int8.root, "--vram", "0.1GiB"), "--vram")
+    assert int8.manifest.executors == {CPU, CUDA}

@@ -167,7 +167,7 @@ def test_a_w8a8_block_is_near_the_float_block(bundle: Path) -> None:
             else:
                 inputs[name] = values
             assert inputs[name].shape == shape
-        inputs |= {name: np.array([value], np.float32) for name, value in graph.scalars.items()}
+        inputs |= {name: np.full((1, 1, 1), value, np.float32) for name, value in graph.scalars.items()}
         signature = BLOCK_SIGNATURES[place.kind]
         model = graph.to_model_of_inputs("block", signature.inputs, signature.outputs)
         updates.append(session(model).run(["y"], inputs)[0] - feeds["x"])

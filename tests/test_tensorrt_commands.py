@@ -193,9 +193,13 @@ def test_plan_for_cuda_is_the_executors_own(bundle: Path, capsys: Capture) -> No
 # run and doctor
 
 
-def test_run_without_a_gpu_is_one_line(engined: Path, capsys: Capture) -> None:
-    outcome = call_rt(capsys, "run", "x", "-m", engined, "--executor", "tensorrt")
-    assert_one_line_error(outcome, "'tensorrt' cannot run here", "no NVIDIA GPU")
+@pytest.mark.parametrize("executor", ["tensorrt", "cuda"])
+def test_run_without_a_gpu_is_one_line(engined: Path, executor: str, capsys: Capture) -> None:
+    """It says what is missing, and what to do."""
+    outcome = call_rt(capsys, "run", "x", "-m", engined, "--executor", executor)
+    assert_one_line_error(
+        outcome, f"'{executor}' cannot run here", "no NVIDIA GPU", "`zimage-rt doctor`", "--executor cpu"
+    )
 
 
 def test_run_without_the_packages_is_one_line(engined: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

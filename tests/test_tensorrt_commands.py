@@ -165,6 +165,28 @@ def test_plan_as_json_in_a_budget(engined: Path, capsys: Capture) -> None:
     assert found["context"] == CONTEXT_BYTES
 
 
+def test_plan_says_what_the_cpu_does_and_from_which_budget_the_gpu_would(engined: Path, capsys: Capture) -> None:
+    def line(stage: str, *options: object) -> str:
+        outcome = call_rt(capsys, "plan", engined, *options)
+        assert outcome.status == 0, outcome.err
+        return next(line.split(maxsplit=1)[1] for line in outcome.lines if line.startswith(f"{stage} "))
+
+    large = ("--size", "1024x1024", "--vram")
+    said = line("decoder", *large, "0.45GiB")
+    budget = re.fullmatch(r"on the CPU, in tiles; on the GPU from a budget of ([\d.]+) GiB", said)
+    assert budget is not None, said
+    assert "all resident" in line("decoder", *large, f"{budget[1]}GiB")
+    assert line("decoder", *large, f"{float(budget[1]) - 0.01:.2f}GiB") == said
+    assert line("encoder", *large, "0.45GiB").startswith("on the CPU; on the GPU from a budget of ")
+    found = json.loads(call_rt(capsys, "plan", engined, *large, "0.45GiB", "--json").out)
+    assert set(found["on_cpu"]) == {"decoder", "encoder"}
+    smallest = found["on_cpu"]["decoder"]["smallest_budget"]
+    assert float(budget[1]) - 0.01 < smallest / 2**30 <= float(budget[1])
+    assert not set(found["on_cpu"]) & set(found["stages"])
+    wide = line("decoder", "--size", "16x4096")
+    assert wide == "on the CPU, in tiles; no engine of the bundle takes a picture of this size"
+
+
 def test_plan_grows_with_the_picture_and_the_batch(engined: Path, capsys: Capture) -> None:
     def peak(*options: object) -> int:
         return int(json.loads(call_rt(capsys, "plan", engined, "--json", *options).out)["peak"])

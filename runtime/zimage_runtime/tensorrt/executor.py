@@ -58,7 +58,8 @@ class RequestPlan:
         streamed = len(self.residency.stages[Program.DENOISER].streamed)
         notes = [f"{streamed} of the transformer's blocks are streamed each step"] if streamed else []
         if Program.DECODER not in self.residency.stages:
-            notes.append("the picture is decoded on the CPU, in tiles: the decoder does not fit in the VRAM budget")
+            why = self.residency.why_on_host(Program.DECODER)
+            notes.append(f"the picture is decoded on the CPU, in tiles; {why}")
         return tuple(notes)
 
 

@@ -13,7 +13,6 @@ import bisect
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -390,69 +389,3 @@ class StandInDevice:
 def _join(clock: Clock, other: Mapping[int, int]) -> None:
     for stream, number in other.items():
         clock[stream] = max(clock.get(stream, 0), number)
-
-
-@dataclass
-class StandInContext:
-    """Implements `Context` with a function over numpy arrays: name → array, in and out."""
-
-    device: StandInDevice
-    program: str
-    inputs: Mapping[str, tuple[np.dtype[Any], tuple[int | str, ...]]]  # type and shape, free dimensions by name
-    outputs: Mapping[str, np.dtype[Any]]
-    compute: Callable[[dict[str, NDArray[Any]]], dict[str, NDArray[Any]]]
-    output_shapes: Callable[[Mapping[str, tuple[int, ...]]], Mapping[str, tuple[int, ...]]]
-    scratch: Callable[[Mapping[str, tuple[int, ...]]], int]
-    limits: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
-    _shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
-
-    def set_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        free = {n for n, (_, shape) in self.inputs.items() if any(isinstance(d, str) for d in shape)}
-        if set(shapes) != free:
-            raise MisuseError(f"{self.program} wants shapes of {sorted(free)}, not of {sorted(shapes)}")
-        for name, shape in shapes.items():
-            least, _, most = self.limits.get(name, (shape, shape, shape))
-            if not all(low <= size <= high for low, size, high in zip(least, shape, most, strict=True)):
-                raise ExecutorError(f"{self.program} does not take {name} of shape {shape}")
-        self._shapes = {
-            name: shapes[name] if name in shapes else tuple(int(d) for d in shape)
-            for name, (_, shape) in self.inputs.items()
-        }
-        return self.scratch(self._shapes)
-
-    def enqueue(self, addresses: Mapping[str, int], scratch: int, scratch_bytes: int, stream: int) -> None:
-        if set(addresses) != set(self.inputs) | set(self.outputs):
-            odd = set(addresses) ^ (set(self.inputs) | set(self.outputs))
-            raise MisuseError(f"{self.program}: addresses missing or too many: {sorted(odd)}")
-        if scratch_bytes < self.scratch(self._shapes):
-            raise MisuseError(f"{self.program} has {scratch_bytes} bytes of scratch memory")
-        out_shapes = self.output_shapes(self._shapes)
-        reads, writes = {}, {}
-        for name, address in addresses.items():
-            if address % ALIGNMENT:
-                raise MisuseError(f"{self.program}: {name} is not aligned")
-            if name in self.inputs:
-                size = int(np.prod(self._shapes[name])) * self.inputs[name][0].itemsize
-                reads[name] = (address, size)
-            else:
-                writes[name] = (address, int(np.prod(out_shapes[name])) * self.outputs[name].itemsize)
-        for read in reads.values():
-            for start, nbytes in writes.values():
-                if read[0] < start + nbytes and start < read[0] + read[1]:
-                    raise MisuseError(f"{self.program} would overwrite its own input")
-
-        shapes = dict(self._shapes)
-
-        def run() -> None:
-            arrays = {
-                name: self.device.view(*read).view(self.inputs[name][0]).reshape(shapes[name]).copy()
-                for name, read in reads.items()
-            }
-            for name, values in self.compute(arrays).items():
-                start, nbytes = writes[name]
-                if values.shape != tuple(out_shapes[name]):
-                    raise MisuseError(f"{self.program}: {name} is {values.shape}, expected {out_shapes[name]}")
-                self.device.view(start, nbytes)[:] = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
-
-        work = [*writes.values()] + ([(scratch, scratch_bytes)] if scratch_bytes else [])
-        self.device.enqueue(Operation(self.program, list(reads.values()), work, run), stream)

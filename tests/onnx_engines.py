@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-from device_stand_in import StandInContext, StandInDevice
+from device_stand_in import StandInDevice
+from engine_stand_in import StandInContext
 from numpy.typing import NDArray
 
 from zimage_export.engine_types import EngineTypes

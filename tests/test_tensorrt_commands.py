@@ -72,7 +72,7 @@ def test_engines_of_a_bundle(copy: Path, stand_in: LibraryStandIn, capsys: Captu
     document = json.loads(outcome.out)
     catalog = read_catalog(Bundle.open(copy))
     assert {engine["gpu"] for engine in document["engines"]} == {"sm89", "sm75"}
-    assert len(document["engines"]) == len(catalog.engines) == 34
+    assert len(document["engines"]) == len(catalog.engines) == 36
     assert set(catalog.variants) == set(Variant)
     assert call_rt(capsys, "info", copy, "--verify").status == 0
     plain = call_export(capsys, "engines", copy, "--quiet")
@@ -126,9 +126,9 @@ def test_engines_by_tensorrt_itself(copy: Path, capsys: Capture) -> None:
     opened = Bundle.open(copy)
     opened.verify()
     catalog = read_catalog(opened)
-    assert len(catalog.engines) == 17 * len(Gpu)
+    assert len(catalog.engines) == 18 * len(Gpu)
     for engine in catalog.engines:
-        assert opened.manifest.files[engine.path].size < 3_500_000, engine.path
+        assert opened.manifest.files[engine.path].size < 3_000_000, engine.path
     for spec in catalog.variants.values():
         for program in spec.programs.values():
             assert program.scratch[-1][1] > 0
@@ -165,6 +165,28 @@ def test_plan_as_json_in_a_budget(engined: Path, capsys: Capture) -> None:
     less = f"{float(smallest[1]) - 0.01:.2f}GiB"
     assert call_rt(capsys, "plan", engined, "--size", "64x96", "--vram", less).status == 1
     assert found["context"] == CONTEXT_BYTES
+
+
+def test_plan_says_what_the_cpu_does_and_from_which_budget_the_gpu_would(engined: Path, capsys: Capture) -> None:
+    def line(stage: str, *options: object) -> str:
+        outcome = call_rt(capsys, "plan", engined, *options)
+        assert outcome.status == 0, outcome.err
+        return next(line.split(maxsplit=1)[1] for line in outcome.lines if line.startswith(f"{stage} "))
+
+    large = ("--size", "1024x1024", "--vram")
+    said = line("decoder", *large, "0.45GiB")
+    budget = re.fullmatch(r"on the CPU, in tiles; on the GPU from a budget of ([\d.]+) GiB", said)
+    assert budget is not None, said
+    assert "all resident" in line("decoder", *large, f"{budget[1]}GiB")
+    assert line("decoder", *large, f"{float(budget[1]) - 0.01:.2f}GiB") == said
+    assert line("encoder", *large, "0.45GiB").startswith("on the CPU; on the GPU from a budget of ")
+    found = json.loads(call_rt(capsys, "plan", engined, *large, "0.45GiB", "--json").out)
+    assert set(found["on_cpu"]) == {"decoder", "encoder"}
+    smallest = found["on_cpu"]["decoder"]["smallest_budget"]
+    assert float(budget[1]) - 0.01 < smallest / 2**30 <= float(budget[1])
+    assert not set(found["on_cpu"]) & set(found["stages"])
+    wide = line("decoder", "--size", "16x4096")
+    assert wide == "on the CPU, in tiles; no engine of the bundle takes a picture of this size"
 
 
 def test_plan_grows_with_the_picture_and_the_batch(engined: Path, capsys: Capture) -> None:
@@ -211,9 +233,13 @@ def test_which_card_can_run_it_is_told_for_tensorrt_too(engined: Path, bundle: P
 # run and doctor
 
 
-def test_run_without_a_gpu_is_one_line(engined: Path, capsys: Capture) -> None:
-    outcome = call_rt(capsys, "run", "x", "-m", engined, "--executor", "tensorrt")
-    assert_one_line_error(outcome, "'tensorrt' cannot run here", "no NVIDIA GPU")
+@pytest.mark.parametrize("executor", ["tensorrt", "cuda"])
+def test_run_without_a_gpu_is_one_line(engined: Path, executor: str, capsys: Capture) -> None:
+    """It says what is missing, and what to do."""
+    outcome = call_rt(capsys, "run", "x", "-m", engined, "--executor", executor)
+    assert_one_line_error(
+        outcome, f"'{executor}' cannot run here", "no NVIDIA GPU", "`zimage-rt doctor`", "--executor cpu"
+    )
 
 
 def test_run_without_the_packages_is_one_line(engined: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

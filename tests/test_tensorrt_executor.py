@@ -18,6 +18,7 @@ from zimage_export.graphs.blocks import BlockProgram
 from zimage_runtime.bundle import Bundle
 from zimage_runtime.contracts import Program
 from zimage_runtime.errors import ExecutorError, MemoryLimitError, RequestError
+from zimage_runtime.events import NoticeEvent
 from zimage_runtime.executor import Floats
 from zimage_runtime.geometry import picture_geometry
 from zimage_runtime.pipeline import Pipeline
@@ -169,6 +170,9 @@ def test_what_does_not_fit_of_the_autoencoder_runs_on_the_cpu(
 ) -> None:
     smallest = least(opened, spec, sizes_of(opened, CASE, len(cpu.token_ids(CASE.prompt))))
     _, pipeline = make(smallest)
+    events = list(pipeline.stream(CASE.prompt, CASE.size, 1, CASE.seed))
+    (said,) = [event.text for event in events if isinstance(event, NoticeEvent) and "decoded" in event.text]
+    assert re.search(r"decoded on the CPU, in tiles; on the GPU from a budget of [\d.]+ GiB", said)
     (found,) = draw(pipeline, CASE)
     assert Program.DECODER not in pipeline.executor.loaded  # type: ignore[attr-defined]
     check_parity(found, draw(cpu, CASE)[0])

@@ -16,7 +16,7 @@ from zimage_runtime.config import ModelConfig
 from zimage_runtime.files import atomic_write
 from zimage_runtime.manifest import ENGINES_FOLDER, FileRecord, Precision, write_manifest
 from zimage_runtime.progress import Progress
-from zimage_runtime.tensorrt.blocks import BLOCK_SIGNATURES, MAP, MAP_OUT, BlockKind, BlockPlace, all_blocks
+from zimage_runtime.tensorrt.blocks import BLOCK_SIGNATURES, MAP, MAP_OUT, BlockKind, all_blocks
 from zimage_runtime.tensorrt.catalog import (
     BlockSpec,
     Catalog,
@@ -164,7 +164,7 @@ def program_spec(program: BlockProgram, config: ModelConfig, path: str, most: in
 def program_sizes(program: BlockProgram, config: ModelConfig) -> Sizes:
     """How large a program's free inputs may be: tokens, or rows and columns of its map."""
     if program.kind.component == "vae":
-        scales = [_scale(place, config) for place in all_blocks(config) if place.key in program.scalars]
+        scales = [place.scale for place in all_blocks(config) if place.key in program.scalars]
         measured = _SIDES_MEASURED[program.kind in _QUADRATIC]
         # of a program that serves several levels, the largest
         return Sizes(
@@ -179,19 +179,6 @@ def program_sizes(program: BlockProgram, config: ModelConfig) -> Sizes:
         usual = _USUAL_IMAGE_TOKENS + _USUAL_CAPTION_TOKENS
         return Sizes(1, usual, IMAGE_TOKENS + MAX_PROMPT_TOKENS, (_USUAL_CAPTION_TOKENS, usual))
     return Sizes(1, _USUAL_IMAGE_TOKENS, IMAGE_TOKENS, (_USUAL_CAPTION_TOKENS, _USUAL_IMAGE_TOKENS))
-
-
-def _scale(place: BlockPlace, config: ModelConfig) -> int:
-    """Rows of a block's input for one row of latents."""
-    levels = len(config.vae.block_out_channels)
-    match place.kind:
-        case BlockKind.DECODER_UP:
-            return int(2 ** max(place.level, 0))
-        case BlockKind.DECODER_OUT | BlockKind.ENCODER_IN:
-            return config.vae.scale
-        case BlockKind.ENCODER_DOWN:
-            return int(2 ** (levels - 1 - place.level))
-    return 1
 
 
 def _dtype(element: int) -> DType:

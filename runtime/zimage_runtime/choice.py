@@ -42,7 +42,8 @@ def choose(bundle: Bundle, asked: str) -> Choice:
         return Choice(CPU, "asked for")
     if asked in _OBSTACLES:
         if reason := _OBSTACLES[asked](bundle):
-            raise RequestError(f"executor {asked!r} cannot run here: {reason}")
+            hint = _WITHOUT_GPU if _is_of_the_machine(reason) else ""
+            raise RequestError(f"executor {asked!r} cannot run here: {reason}{hint}")
         return Choice(asked, "asked for")
     if asked != AUTO:
         raise RequestError(f"executor {asked!r} is unknown; choose one of {', '.join((AUTO, CPU, *_OBSTACLES))}")
@@ -135,6 +136,7 @@ _OBSTACLES: dict[str, Callable[[Bundle], str | None]] = {TENSORRT: tensorrt_obst
 """The executors on a GPU, the best one first."""
 
 _MACHINE = "no NVIDIA GPU: "
+_WITHOUT_GPU = "; `zimage-rt doctor` tells how to get what is missing, and --executor cpu works everywhere"
 
 
 def _gpu() -> Gpu | str:

@@ -40,11 +40,13 @@ BLOCKS = ("layers", "noise_refiner", "context_refiner")
 def test_programs_of_the_published_model_are_valid_and_few(storage: DType, variant: Variant) -> None:
     half = DType.F16 if variant is Variant.TURING else DType.BF16
     programs = build_blocks(PUBLISHED, types(storage, variant, half), {})
-    assert len(programs) == 18
+    assert len(programs) == 22
     assert {p.name: len(p.scalars) for p in programs if len(p.scalars) > 2} == {
         "text_layer": 35,
         "transformer_block": 34,
-        "middle_resnet": 4,
+        "resnet": 13,
+        "resnet_3": 3,
+        "resnet_5": 4,
     }
     assert {key for p in programs for key in p.scalars} == {place.key for place in all_blocks(PUBLISHED)}
     for program in programs:
@@ -165,7 +167,7 @@ def test_a_w8a8_block_is_near_the_float_block(bundle: Path) -> None:
             else:
                 inputs[name] = values
             assert inputs[name].shape == shape
-        inputs |= {name: np.array([value], np.float32) for name, value in graph.scalars.items()}
+        inputs |= {name: np.full((1, 1, 1), value, np.float32) for name, value in graph.scalars.items()}
         signature = BLOCK_SIGNATURES[place.kind]
         model = graph.to_model_of_inputs("block", signature.inputs, signature.outputs)
         updates.append(session(model).run(["y"], inputs)[0] - feeds["x"])

@@ -232,6 +232,13 @@ def test_a_damaged_catalog_is_named(engined: Bundle, place: str, damage: object)
         Catalog.from_json(json.dumps({**document, place: damage}), "here")
 
 
+def test_programs_of_another_version_are_to_be_made_again(engined: Bundle) -> None:
+    document = json.loads(read_catalog(engined).to_json())
+    document["variants"]["sm80"]["programs"]["upsample"]["kind"] = "decoder_up"
+    with pytest.raises(BundleError, match="'decoder_up' is unknown; run zimage-export engines again"):
+        Catalog.from_json(json.dumps(document), "here")
+
+
 def test_scratch_is_interpolated_between_what_was_measured(engined: Bundle) -> None:
     program = read_catalog(engined).variants[Variant.AMPERE].programs["transformer_block"]
     program = dataclasses.replace(program, scratch=((100, 1000), (200, 3000), (400, 3000)))

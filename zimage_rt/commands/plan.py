@@ -184,4 +184,5 @@ def _document(plan: "ResidencyPlan", vram: int | None) -> dict[str, Any]:
             }
             for program, stage in plan.stages.items()
         },
+        "on_cpu": {program.value: {"smallest_budget": nbytes} for program, nbytes in plan.on_host.items()},
     }

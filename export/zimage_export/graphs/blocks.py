@@ -79,18 +79,18 @@ def _autoencoder_block(place: BlockPlace, graphs: VaeGraphs, b: GraphBuilder, dt
     match place.kind:
         case BlockKind.DECODER_IN:
             values = [graphs.decoder_in(b, x)]
-        case BlockKind.MIDDLE_RESNET:
-            values = [graphs.middle_resnet(b, x)]
+        case BlockKind.RESNET:
+            values = [graphs.resnet(b, x, place.out_channels, place.channels)]
         case BlockKind.MIDDLE_ATTENTION:
             values = [graphs.middle_attention(b, x)]
-        case BlockKind.DECODER_UP:
-            values = [graphs.decoder_up(b, x, place.level)]
+        case BlockKind.UPSAMPLE:
+            values = [graphs.upsample(b, x, place.channels)]
+        case BlockKind.DOWNSAMPLE:
+            values = [graphs.downsample(b, x, place.channels)]
         case BlockKind.DECODER_OUT:
             values = [graphs.decoder_out(b, x)]
         case BlockKind.ENCODER_IN:
             values = [graphs.encoder_in(b, x)]
-        case BlockKind.ENCODER_DOWN:
-            values = [graphs.encoder_down(b, x, place.level)]
         case _:
             values = list(graphs.encoder_out(b, x))
     for name, value in zip(signature.outputs, values, strict=True):

@@ -76,7 +76,8 @@ class Graph:
             helper.make_tensor_value_info(weight, ONNX_TYPES[self.types[weight]], shape)
             for weight, shape in self.weights.items()
         ]
-        scalars = [helper.make_tensor_value_info(scalar, TensorProto.FLOAT, [1]) for scalar in self.scalars]
+        # with the rank of what they multiply: TensorRT would reshape them in a kernel
+        scalars = [helper.make_tensor_value_info(scalar, TensorProto.FLOAT, [1, 1, 1]) for scalar in self.scalars]
         graph = helper.make_graph(
             self.nodes,
             name,

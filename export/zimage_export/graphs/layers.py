@@ -99,7 +99,9 @@ class Layers:
         # the contrib operator is a little faster than opset 23's and blocks over the keys
         return self.b.op("MultiHeadAttention", q, k, v, name=name, contrib=True, num_heads=heads)
 
-    def causal_attention(self, q: str, k: str, v: str, heads: int, kv_heads: int, name: str = "scores") -> str:
+    def causal_attention(
+        self, q: str, k: str, v: str, heads: int, kv_heads: int, head_dim: int, name: str = "scores"
+    ) -> str:
         """Causal attention in which `heads` queries share `kv_heads` keys and values. For short sequences."""
         return self.b.op("Attention", q, k, v, name=name, q_num_heads=heads, kv_num_heads=kv_heads, is_causal=1)
 

@@ -67,5 +67,5 @@ class TextEncoderGraph:
         v = layers.reshape(
             layers.linear(x, "v_proj", widths["k"], c.hidden_size), b.integers(1, -1, widths["k"]), "v.tokens"
         )
-        h = layers.causal_attention(rotated[0], rotated[1], v, heads["q"], heads["k"])
+        h = layers.causal_attention(rotated[0], rotated[1], v, heads["q"], heads["k"], c.head_dim)
         return layers.linear(layers.rows(h, widths["q"]), "o_proj", c.hidden_size, widths["q"])

@@ -38,7 +38,7 @@ class VaeGraphs:
             x = self._middle(b, self.decoder_in(b, "latents"))
             for level in range(len(self.config.block_out_channels)):
                 with b.scope(f"up_blocks.{level}"):
-                    x = self.decoder_up(b, x, level)
+                    x = self._up(b, x, level)
             x = self.decoder_out(b, x)
         b.output(x, "image")
         return b.build()
@@ -47,13 +47,17 @@ class VaeGraphs:
         """Latents → the first map."""
         return self._conv(b, x, "conv_in", self.config.block_out_channels[-1], self.config.latent_channels)
 
-    def decoder_up(self, b: GraphBuilder, x: str, level: int) -> str:
+    def _up(self, b: GraphBuilder, x: str, level: int) -> str:
         """One up block, the first of which is level 0: a map → one of twice the height and width, the last excepted."""
         channels = self.config.block_out_channels[::-1]
         width = channels[max(level - 1, 0)]
         for index in range(self.config.layers_per_block + 1):
-            x, width = self._resnet(b, x, f"resnets.{index}", channels[level], width), channels[level]
-        return self._upsample(b, x, width) if level < len(channels) - 1 else x
+            with b.scope(f"resnets.{index}"):
+                x, width = self.resnet(b, x, channels[level], width), channels[level]
+        if level == len(channels) - 1:
+            return x
+        with b.scope("upsamplers.0"):
+            return self.upsample(b, x, width)
 
     def decoder_out(self, b: GraphBuilder, x: str) -> str:
         """The last map → picture."""
@@ -67,7 +71,7 @@ class VaeGraphs:
             x = self.encoder_in(b, "image")
             for level in range(len(self.config.block_out_channels)):
                 with b.scope(f"down_blocks.{level}"):
-                    x = self.encoder_down(b, x, level)
+                    x = self._down(b, x, level)
             mean, logvar = self.encoder_out(b, self._middle(b, x))
         b.output(mean, "mean")
         b.output(logvar, "logvar")
@@ -77,16 +81,17 @@ class VaeGraphs:
         """Picture → the first map."""
         return self._conv(b, x, "conv_in", self.config.block_out_channels[0], self.config.in_channels)
 
-    def encoder_down(self, b: GraphBuilder, x: str, level: int) -> str:
+    def _down(self, b: GraphBuilder, x: str, level: int) -> str:
         """One down block, the first of which is level 0: a map → one of half its sides, the last excepted."""
         channels = self.config.block_out_channels
         width = channels[max(level - 1, 0)]
         for index in range(self.config.layers_per_block):
-            x, width = self._resnet(b, x, f"resnets.{index}", channels[level], width), channels[level]
+            with b.scope(f"resnets.{index}"):
+                x, width = self.resnet(b, x, channels[level], width), channels[level]
         if level == len(channels) - 1:
             return x
-        # diffusers pads below and on the right only
-        return self._conv(b, x, "downsamplers.0.conv", width, width, strides=2, pads=(0, 0, 1, 1))
+        with b.scope("downsamplers.0"):
+            return self.downsample(b, x, width)
 
     def encoder_out(self, b: GraphBuilder, x: str) -> tuple[str, str]:
         """The middle block's map → mean and log-variance."""
@@ -121,11 +126,8 @@ class VaeGraphs:
     def _norm_silu(self, b: GraphBuilder, x: str, name: str, width: int) -> str:
         return self.target.layers(b).silu(self._group_norm(b, x, name, width), f"{name}.silu")
 
-    def _resnet(self, b: GraphBuilder, x: str, name: str, out_width: int, in_width: int) -> str:
-        with b.scope(name):
-            return self._resnet_here(b, x, out_width, in_width)
-
-    def _resnet_here(self, b: GraphBuilder, x: str, out_width: int, in_width: int) -> str:
+    def resnet(self, b: GraphBuilder, x: str, out_width: int, in_width: int) -> str:
+        """A map [batch, in_width, height, width] → [batch, out_width, height, width]."""
         h = self._conv(b, self._norm_silu(b, x, "norm1", in_width), "conv1", out_width, in_width)
         h = self._conv(b, self._norm_silu(b, h, "norm2", out_width), "conv2", out_width, out_width)
         if in_width != out_width:
@@ -133,18 +135,14 @@ class VaeGraphs:
         return b.op("Add", x, b.cast(h, b.type_of(x)), name="residual")
 
     def _middle(self, b: GraphBuilder, x: str) -> str:
+        width = self.config.block_out_channels[-1]
         with b.scope("mid_block"):
             with b.scope("resnets.0"):
-                x = self.middle_resnet(b, x)
+                x = self.resnet(b, x, width, width)
             with b.scope("attentions.0"):
                 x = self.middle_attention(b, x)
             with b.scope("resnets.1"):
-                return self.middle_resnet(b, x)
-
-    def middle_resnet(self, b: GraphBuilder, x: str) -> str:
-        """A resnet on the middle block's map, as wide as it."""
-        width = self.config.block_out_channels[-1]
-        return self._resnet_here(b, x, width, width)
+                return self.resnet(b, x, width, width)
 
     def middle_attention(self, b: GraphBuilder, x: str) -> str:
         """One head over all latent positions, on the middle block's map."""
@@ -163,27 +161,32 @@ class VaeGraphs:
         h = layers.reshape(h, b.op("Shape", x, name="shape"), "update")
         return b.op("Add", x, b.cast(h, b.type_of(x)), name="residual")
 
-    def _upsample(self, b: GraphBuilder, x: str, width: int) -> str:
+    def upsample(self, b: GraphBuilder, x: str, width: int) -> str:
+        """A map → one of twice its sides."""
         if self.target.executor == CUDA:
-            return self._conv(b, self._repeated(b, x, width), "upsamplers.0.conv", width, width)
+            return self._conv(b, self._repeated(b, x, width), "conv", width, width)
         scales = b.constant(np.array([1, 1, 2, 2], dtype=np.float32), "scales_1_1_2_2")
         x = b.op(
             "Resize",
             x,
             "",
             scales,
-            name="upsamplers.0.nearest",
+            name="nearest",
             mode="nearest",
             nearest_mode="floor",
             coordinate_transformation_mode="asymmetric",
         )
-        return self._conv(b, x, "upsamplers.0.conv", width, width)
+        return self._conv(b, x, "conv", width, width)
 
     def _repeated(self, b: GraphBuilder, x: str, width: int) -> str:
         """Each pixel as two by two. CUDA has no `Resize` in bfloat16, and nothing else would run it."""
-        with b.scope("upsamplers.0"):
-            rows = b.op("Mul", b.dim(x, 2, "rows"), b.integers(2), name="rows.doubled")
-            shape = b.op("Concat", b.integers(0, width), rows, b.integers(-1), name="nearest.shape", axis=0)
-            x = b.op("Unsqueeze", x, b.integers(3, 5), name="pixels")
-            x = b.op("Expand", x, b.integers(1, 1, 1, 2, 1, 2), name="repeated")
-            return b.op("Reshape", x, shape, name="nearest")
+        rows = b.op("Mul", b.dim(x, 2, "rows"), b.integers(2), name="rows.doubled")
+        shape = b.op("Concat", b.integers(0, width), rows, b.integers(-1), name="nearest.shape", axis=0)
+        x = b.op("Unsqueeze", x, b.integers(3, 5), name="pixels")
+        x = b.op("Expand", x, b.integers(1, 1, 1, 2, 1, 2), name="repeated")
+        return b.op("Reshape", x, shape, name="nearest")
+
+    def downsample(self, b: GraphBuilder, x: str, width: int) -> str:
+        """A map → one of half its sides."""
+        # diffusers pads below and on the right only
+        return self._conv(b, x, "conv", width, width, strides=2, pads=(0, 0, 1, 1))

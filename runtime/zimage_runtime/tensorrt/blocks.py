@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from ..config import ModelConfig
+from ..config import ModelConfig, VaeConfig
 from ..contracts import Program, Signature
 
 
@@ -24,12 +24,12 @@ class BlockKind(StrEnum):
     IMAGE_EMBEDDER = "image_embedder"
     FINAL_LAYER = "final_layer"
     DECODER_IN = "decoder_in"  # the autoencoder is a chain of blocks too, whose engines are small
-    MIDDLE_RESNET = "middle_resnet"  # of decoder and encoder alike
+    RESNET = "resnet"  # of decoder and encoder alike; those of the same widths are one program
     MIDDLE_ATTENTION = "middle_attention"
-    DECODER_UP = "decoder_up"
+    UPSAMPLE = "upsample"
     DECODER_OUT = "decoder_out"
     ENCODER_IN = "encoder_in"
-    ENCODER_DOWN = "encoder_down"
+    DOWNSAMPLE = "downsample"
     ENCODER_OUT = "encoder_out"
 
     @property
@@ -50,12 +50,12 @@ _PROGRAMS = {
     BlockKind.IMAGE_EMBEDDER: Program.DENOISER,
     BlockKind.FINAL_LAYER: Program.DENOISER,
     BlockKind.DECODER_IN: Program.DECODER,
-    BlockKind.MIDDLE_RESNET: Program.DECODER,
+    BlockKind.RESNET: Program.DECODER,
     BlockKind.MIDDLE_ATTENTION: Program.DECODER,
-    BlockKind.DECODER_UP: Program.DECODER,
+    BlockKind.UPSAMPLE: Program.DECODER,
     BlockKind.DECODER_OUT: Program.DECODER,
     BlockKind.ENCODER_IN: Program.ENCODER,
-    BlockKind.ENCODER_DOWN: Program.ENCODER,
+    BlockKind.DOWNSAMPLE: Program.ENCODER,
     BlockKind.ENCODER_OUT: Program.ENCODER,
 }
 
@@ -84,20 +84,16 @@ BLOCK_SIGNATURES: dict[BlockKind, Signature] = {
     BlockKind.FINAL_LAYER: Signature(
         {"x": (1, "tokens", "dim"), "final_scale": ("dim",)}, {"patches": (1, "tokens", "patch_dim")}
     ),
-    BlockKind.DECODER_IN: Signature(
-        {"latents": (1, "latent_channels", "h", "w")}, {MAP_OUT: (1, "h", "w", "channels")}
-    ),
-    BlockKind.MIDDLE_RESNET: Signature({MAP: (1, "h", "w", "channels")}, {MAP_OUT: (1, "h", "w", "channels")}),
+    BlockKind.DECODER_IN: Signature({"latents": (1, "channels", "h", "w")}, {MAP_OUT: (1, "h", "w", "out_channels")}),
+    BlockKind.RESNET: Signature({MAP: (1, "h", "w", "channels")}, {MAP_OUT: (1, "h", "w", "out_channels")}),
     BlockKind.MIDDLE_ATTENTION: Signature({MAP: (1, "h", "w", "channels")}, {MAP_OUT: (1, "h", "w", "channels")}),
-    BlockKind.DECODER_UP: Signature({MAP: (1, "h", "w", "channels")}, {MAP_OUT: (1, "out_h", "out_w", "out_channels")}),
-    BlockKind.DECODER_OUT: Signature({MAP: (1, "h", "w", "channels")}, {"image": (1, 3, "h", "w")}),
-    BlockKind.ENCODER_IN: Signature({"image": (1, 3, "h", "w")}, {MAP_OUT: (1, "h", "w", "channels")}),
-    BlockKind.ENCODER_DOWN: Signature(
-        {MAP: (1, "h", "w", "channels")}, {MAP_OUT: (1, "out_h", "out_w", "out_channels")}
-    ),
+    BlockKind.UPSAMPLE: Signature({MAP: (1, "h", "w", "channels")}, {MAP_OUT: (1, "out_h", "out_w", "channels")}),
+    BlockKind.DECODER_OUT: Signature({MAP: (1, "h", "w", "channels")}, {"image": (1, "out_channels", "h", "w")}),
+    BlockKind.ENCODER_IN: Signature({"image": (1, "channels", "h", "w")}, {MAP_OUT: (1, "h", "w", "out_channels")}),
+    BlockKind.DOWNSAMPLE: Signature({MAP: (1, "h", "w", "channels")}, {MAP_OUT: (1, "out_h", "out_w", "channels")}),
     BlockKind.ENCODER_OUT: Signature(
         {MAP: (1, "h", "w", "channels")},
-        {"mean": (1, "latent_channels", "h", "w"), "logvar": (1, "latent_channels", "h", "w")},
+        {"mean": (1, "out_channels", "h", "w"), "logvar": (1, "out_channels", "h", "w")},
     ),
 }
 
@@ -108,7 +104,9 @@ class BlockPlace:
 
     kind: BlockKind
     name: str = ""  # `layers.7`; empty where the weights' names have no prefix
-    level: int = 0  # of an up or down block of the autoencoder
+    channels: int = 0  # of a block of the autoencoder: of what it takes, ...
+    out_channels: int = 0  # ... and of what it gives
+    scale: int = 1  # rows of what it takes, for each row of latents
 
     @property
     def key(self) -> str:
@@ -122,18 +120,11 @@ class BlockPlace:
 
 def block_dims(place: BlockPlace, config: ModelConfig) -> dict[str, int]:
     """What the names of widths in its signature's shapes come to; all others are free."""
-    text, transformer, vae = config.text_encoder, config.transformer, config.vae
+    text, transformer = config.text_encoder, config.transformer
     if place.kind is BlockKind.TEXT_LAYER:
         return {"hidden_size": text.hidden_size, "half_head": text.head_dim // 2}
     if place.kind.component == "vae":
-        widths = vae.block_out_channels
-        if place.kind not in (BlockKind.ENCODER_IN, BlockKind.ENCODER_DOWN, BlockKind.DECODER_OUT):
-            widths = widths[::-1]
-        return {
-            "latent_channels": vae.latent_channels,
-            "channels": widths[max(place.level - 1, 0)],
-            "out_channels": widths[place.level],
-        }
+        return {"channels": place.channels, "out_channels": place.out_channels}
     return {
         "hidden_size": transformer.cap_feat_dim,
         "half_head": transformer.head_dim // 2,
@@ -168,36 +159,45 @@ def _block(name: str) -> BlockPlace:
 
 def decoder_blocks(config: ModelConfig) -> list[BlockPlace]:
     """The decoder, in order."""
-    return [
-        BlockPlace(BlockKind.DECODER_IN, "decoder"),
-        *_middle("decoder"),
-        *(
-            BlockPlace(BlockKind.DECODER_UP, f"decoder.up_blocks.{level}", level)
-            for level in range(len(config.vae.block_out_channels))
-        ),
-        BlockPlace(BlockKind.DECODER_OUT, "decoder"),
-    ]
+    vae, channels = config.vae, config.vae.block_out_channels[::-1]
+    places = [BlockPlace(BlockKind.DECODER_IN, "decoder", vae.latent_channels, channels[0]), *_middle("decoder", vae)]
+    before, scale = channels[0], 1
+    for level, width in enumerate(channels):
+        name = f"decoder.up_blocks.{level}"
+        for index in range(vae.layers_per_block + 1):
+            places.append(BlockPlace(BlockKind.RESNET, f"{name}.resnets.{index}", before, width, scale))
+            before = width
+        if level < len(channels) - 1:
+            places.append(BlockPlace(BlockKind.UPSAMPLE, f"{name}.upsamplers.0", width, width, scale))
+            scale *= 2
+    out = BlockPlace(BlockKind.DECODER_OUT, "decoder", before, vae.out_channels, scale)
+    return [*places, out]
 
 
-def _middle(part: str) -> list[BlockPlace]:
+def _middle(part: str, vae: VaeConfig) -> list[BlockPlace]:
+    width = vae.block_out_channels[-1]
     return [
-        BlockPlace(BlockKind.MIDDLE_RESNET, f"{part}.mid_block.resnets.0"),
-        BlockPlace(BlockKind.MIDDLE_ATTENTION, f"{part}.mid_block.attentions.0"),
-        BlockPlace(BlockKind.MIDDLE_RESNET, f"{part}.mid_block.resnets.1"),
+        BlockPlace(BlockKind.RESNET, f"{part}.mid_block.resnets.0", width, width),
+        BlockPlace(BlockKind.MIDDLE_ATTENTION, f"{part}.mid_block.attentions.0", width, width),
+        BlockPlace(BlockKind.RESNET, f"{part}.mid_block.resnets.1", width, width),
     ]
 
 
 def encoder_blocks(config: ModelConfig) -> list[BlockPlace]:
     """The encoder, in order."""
-    return [
-        BlockPlace(BlockKind.ENCODER_IN, "encoder"),
-        *(
-            BlockPlace(BlockKind.ENCODER_DOWN, f"encoder.down_blocks.{level}", level)
-            for level in range(len(config.vae.block_out_channels))
-        ),
-        *_middle("encoder"),
-        BlockPlace(BlockKind.ENCODER_OUT, "encoder"),
-    ]
+    vae, channels = config.vae, config.vae.block_out_channels
+    before, scale = channels[0], vae.scale
+    places = [BlockPlace(BlockKind.ENCODER_IN, "encoder", vae.in_channels, before, scale)]
+    for level, width in enumerate(channels):
+        name = f"encoder.down_blocks.{level}"
+        for index in range(vae.layers_per_block):
+            places.append(BlockPlace(BlockKind.RESNET, f"{name}.resnets.{index}", before, width, scale))
+            before = width
+        if level < len(channels) - 1:
+            places.append(BlockPlace(BlockKind.DOWNSAMPLE, f"{name}.downsamplers.0", width, width, scale))
+            scale //= 2
+    out = BlockPlace(BlockKind.ENCODER_OUT, "encoder", before, vae.latent_channels)
+    return [*places, *_middle("encoder", vae), out]
 
 
 CAPTION_EMBEDDER = BlockPlace(BlockKind.CAPTION_EMBEDDER)

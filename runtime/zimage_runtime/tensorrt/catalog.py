@@ -200,7 +200,7 @@ def _variant(fields: Fields, where: str) -> VariantSpec:
 def _program(name: str, fields: Fields, where: str) -> ProgramSpec:
     kind = fields.text("kind")
     if kind not in list(BlockKind):
-        raise BundleError(f"{where}: kind {kind!r} is unknown to this version; upgrade zimage-rt")
+        raise BundleError(f"{where}: kind {kind!r} is unknown; run zimage-export engines again or upgrade zimage-rt")
     weights = {}
     inputs = fields.object("weights")
     for key in inputs.names():

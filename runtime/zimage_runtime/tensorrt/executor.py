@@ -23,13 +23,13 @@ from ..tensors import TensorFile
 from ..tile_kernels import Kernels, NumpyKernels
 from ..tiling import TiledDecoder
 from .arena import Budget
-from .blocks import CAPTION_EMBEDDER, MAP, MAP_OUT
+from .blocks import CAPTION_EMBEDDER, MAP, MAP_OUT, decoder_blocks, encoder_blocks
 from .catalog import VariantSpec
 from .denoiser import Runs, StageDenoiser
 from .device import Device, Engines
 from .residency import CONTEXT_BYTES, ResidencyPlan, plan_residency, plan_stage
 from .stage import LoadedStage, Machine, Shapes
-from .stages import PictureSizes, decoder_maps, encoder_maps
+from .stages import PictureSizes, maps_between
 from .store import EngineStore, Note, read_catalog, variant_spec
 from .weights import WeightSource
 
@@ -58,7 +58,8 @@ class RequestPlan:
         streamed = len(self.residency.stages[Program.DENOISER].streamed)
         notes = [f"{streamed} of the transformer's blocks are streamed each step"] if streamed else []
         if Program.DECODER not in self.residency.stages:
-            notes.append("the picture is decoded on the CPU, in tiles: the decoder does not fit in the VRAM budget")
+            why = self.residency.why_on_host(Program.DECODER)
+            notes.append(f"the picture is decoded on the CPU, in tiles; {why}")
         return tuple(notes)
 
 
@@ -188,7 +189,7 @@ class TensorRtExecutor:
         vae = self.bundle.manifest.config.vae
         height, width = latents.shape[2:]
         sizes = _sizes(latent_height=height, latent_width=width)
-        maps = decoder_maps(self.bundle.manifest.config, height, width)
+        maps = maps_between(decoder_blocks(self.bundle.manifest.config), height, width)
         shapes: list[Shapes] = [{"latents": latents.shape}, *({MAP: (1, *one)} for one in maps)]
         picture = (1, vae.out_channels, height * vae.scale, width * vae.scale)
 
@@ -213,7 +214,7 @@ class TensorRtExecutor:
         config = self.bundle.manifest.config
         height, width = image.shape[2] // config.vae.scale, image.shape[3] // config.vae.scale
         sizes = _sizes(latent_height=height, latent_width=width)
-        maps = encoder_maps(config, image.shape[2], image.shape[3])
+        maps = maps_between(encoder_blocks(config), height, width)
         shapes: list[Shapes] = [{"image": image.shape}, *({MAP: (1, *one)} for one in maps)]
         moments = (1, config.vae.latent_channels, height, width)
 

@@ -8,7 +8,7 @@ in tiles, if not.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..config import PATCH_SIZE, ModelConfig
 from ..contracts import Program
@@ -64,6 +64,8 @@ class ResidencyPlan:
     stages: Mapping[Program, StagePlan]  # those on the device
     budget: int
     keep_all: bool  # whether stages stay loaded between pictures
+    on_host: Mapping[Program, int | None] = field(default_factory=dict)
+    """The stages that the CPU does, and the smallest budget at which the device would; None where none is enough."""
 
     @property
     def peak(self) -> int:
@@ -75,6 +77,13 @@ class ResidencyPlan:
     def captured(self) -> bool:
         """Whether a step can be one CUDA graph: no block is streamed."""
         return not self.stages[Program.DENOISER].streamed
+
+    def why_on_host(self, program: Program) -> str:
+        """Why a stage runs on the CPU, and what would change that."""
+        budget = self.on_host[program]
+        if budget is None:
+            return "no engine of the bundle takes a picture of this size"
+        return f"on the GPU from a budget of {gib(budget, up=True)}"
 
 
 def plan_residency(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes, budget: int) -> ResidencyPlan:
@@ -88,12 +97,17 @@ def plan_residency(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes, 
     smallest = smallest_budget(needs, sizes)
     if budget < smallest:
         raise _refusal(budget, smallest)
-    stages = {}
+    stages: dict[Program, StagePlan] = {}
+    on_host: dict[Program, int | None] = {}
     for program, stage in needs.items():
         planned = _plan_stage(stage, room, sizes.pictures, program in _STREAMABLE)
-        if planned is not None and not _too_wide(stage, spec, sizes):
+        if _too_wide(stage, spec, sizes):
+            on_host[program] = None
+        elif planned is None:
+            on_host[program] = CONTEXT_BYTES + _everything(stage).nbytes
+        else:
             stages[program] = planned
-    plan = ResidencyPlan(stages, budget, keep_all=False)
+    plan = ResidencyPlan(stages, budget, keep_all=False, on_host=on_host)
     complete = set(stages) == set(needs) and not any(stage.streamed for stage in stages.values())
     if complete and sum(stage.nbytes for stage in stages.values()) <= room:
         return ResidencyPlan(stages, budget, keep_all=True)
@@ -106,8 +120,12 @@ def smallest_budget(needs: Mapping[Program, StageNeeds], sizes: PictureSizes) ->
 
 
 def _least(needs: StageNeeds, pictures: int) -> int:
-    everything = StagePlan(needs, frozenset(range(len(needs.blocks))), 1).nbytes
-    return min(everything, StagePlan(needs, frozenset(), pictures).nbytes)
+    return min(_everything(needs).nbytes, StagePlan(needs, frozenset(), pictures).nbytes)
+
+
+def _everything(needs: StageNeeds) -> StagePlan:
+    """All blocks resident."""
+    return StagePlan(needs, frozenset(range(len(needs.blocks))), 1)
 
 
 def plan_stage(
@@ -153,7 +171,7 @@ def _refusal(budget: int, smallest: int) -> MemoryLimitError:
 
 def _plan_stage(needs: StageNeeds, room: int, pictures: int, streamable: bool) -> StagePlan | None:
     count = len(needs.blocks)
-    everything = StagePlan(needs, frozenset(range(count)), 1)
+    everything = _everything(needs)
     if everything.nbytes <= room:
         return everything
     if not streamable:
@@ -186,7 +204,8 @@ def describe(plan: ResidencyPlan) -> Sequence[tuple[Program, str]]:
     for program in STAGES:
         stage = plan.stages.get(program)
         if stage is None:
-            lines.append((program, "on the CPU, in tiles: it does not fit"))
+            tiles = ", in tiles" if program is Program.DECODER else ""
+            lines.append((program, f"on the CPU{tiles}; {plan.why_on_host(program)}"))
             continue
         count, kept = len(stage.needs.blocks), len(stage.resident)
         mode = "all resident" if kept == count else f"{kept} of {count} blocks resident, {count - kept} streamed"

@@ -3,7 +3,7 @@
 The one place where sizes are computed: the plan adds them up, and the executor allocates just these.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..config import ModelConfig
@@ -181,24 +181,9 @@ Map = tuple[int, int, int]
 """Rows, columns and channels of a feature map."""
 
 
-def decoder_maps(config: ModelConfig, latent_height: int, latent_width: int) -> list[Map]:
-    """What leaves each block of the decoder but the last."""
-    channels = config.vae.block_out_channels[::-1]
-    maps = [(latent_height, latent_width, channels[0])] * 4  # the middle block's three among them
-    for level, width in enumerate(channels):
-        scale = 2 if level < len(channels) - 1 else 1
-        maps.append((maps[-1][0] * scale, maps[-1][1] * scale, width))
-    return maps
-
-
-def encoder_maps(config: ModelConfig, height: int, width: int) -> list[Map]:
-    """What leaves each block of the encoder but the last, for a picture of `width` x `height` pixels."""
-    channels = config.vae.block_out_channels
-    maps = [(height, width, channels[0])]
-    for level, out in enumerate(channels):
-        scale = 2 if level < len(channels) - 1 else 1
-        maps.append((maps[-1][0] // scale, maps[-1][1] // scale, out))
-    return maps + maps[-1:] * 3  # the middle block's
+def maps_between(blocks: Sequence[BlockPlace], latent_height: int, latent_width: int) -> list[Map]:
+    """What leaves each block of the autoencoder but the last."""
+    return [(latent_height * b.scale, latent_width * b.scale, b.channels) for b in blocks[1:]]
 
 
 def _map_buffers(spec: VariantSpec, blocks: list[BlockPlace], maps: list[Map]) -> dict[str, int]:
@@ -210,7 +195,7 @@ def _map_buffers(spec: VariantSpec, blocks: list[BlockPlace], maps: list[Map]) -
 
 def _decoder(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes) -> StageNeeds:
     blocks, positions = decoder_blocks(config), sizes.latent_height * sizes.latent_width
-    maps = decoder_maps(config, sizes.latent_height, sizes.latent_width)
+    maps = maps_between(blocks, sizes.latent_height, sizes.latent_width)
     inputs = [positions, *(rows * columns for rows, columns, _ in maps)]
     buffers = {
         "latents": positions * config.vae.latent_channels * _FLOAT,
@@ -224,7 +209,7 @@ def _decoder(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes) -> Sta
 def _encoder(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes) -> StageNeeds:
     blocks, positions = encoder_blocks(config), sizes.latent_height * sizes.latent_width
     scale = config.vae.scale
-    maps = encoder_maps(config, sizes.latent_height * scale, sizes.latent_width * scale)
+    maps = maps_between(blocks, sizes.latent_height, sizes.latent_width)
     inputs = [positions * scale**2, *(rows * columns for rows, columns, _ in maps)]
     moments = positions * config.vae.latent_channels * _FLOAT
     buffers = {

@@ -1,0 +1,91 @@
+"""`run --executor tensorrt` from the command line, on the stand-in device: what is said, and what is drawn."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cli_tools import Capture, call_rt
+from device_stand_in import StandInDevice
+from library_stand_in import LibraryStandIn
+from onnx_engines import OnnxEngines, twins
+from PIL import Image
+
+from zimage_export import engines as export_engines
+from zimage_runtime import choice, nvidia
+from zimage_runtime.bundle import Bundle
+from zimage_runtime.tensorrt import cuda, library, store
+from zimage_runtime.tensorrt.blocks import all_blocks, encoder_blocks
+from zimage_runtime.tensorrt.store import read_catalog
+from zimage_runtime.tensorrt.targets import Variant
+
+DRAW = ("--size", "32x32", "--steps", 1, "--seed", 1)
+
+
+@pytest.fixture
+def engined(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A bundle with engines of an earlier TensorRT; its block programs are the float32 twins."""
+    target = tmp_path / "bundle"
+    shutil.copytree(bundle, target)
+    monkeypatch.setattr(export_engines, "Library", LibraryStandIn)
+    monkeypatch.setattr(export_engines, "bundle_blocks", lambda opened, variant: twins(opened))
+    export_engines.add_engines(Bundle.open(target))
+    return target
+
+
+class RunningLibrary(LibraryStandIn):
+    """A later TensorRT, whose engines run their programs on the stand-in device."""
+
+    version = "1.8.0"
+
+    def __init__(self, engines: OnnxEngines) -> None:
+        super().__init__()
+        self.engines = engines
+
+    def context(self, engine: bytes) -> Any:
+        return self.engines.context(engine.decode().split()[0])
+
+
+@pytest.fixture
+def later(engined: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunningLibrary:
+    """A machine with a GPU and that library."""
+    opened = Bundle.open(engined)
+    device = StandInDevice(limit=1 << 30, capability=(8, 9))
+    made = RunningLibrary(OnnxEngines(device, twins(opened), read_catalog(opened).variants[Variant.AMPERE]))
+    monkeypatch.setattr(choice, "find_gpu", lambda: nvidia.Gpu("a GPU", (8, 9), 1 << 30, 1 << 30, "13.0"))
+    monkeypatch.setattr(cuda, "CudaDevice", lambda: device)
+    monkeypatch.setattr(library, "Library", lambda: made)
+    monkeypatch.setattr(store, "cache_folder", lambda: tmp_path / "cache")
+    return made
+
+
+def test_engines_that_are_built_anew_are_told_once(
+    engined: Path, later: RunningLibrary, tmp_path: Path, capsys: Capture
+) -> None:
+    picture, again, expected = (tmp_path / f"{name}.png" for name in ("first", "second", "cpu"))
+    first = call_rt(capsys, "run", "a fox", "-m", engined, *DRAW, "--executor", "tensorrt", "-o", picture)
+    assert first.status == 0, first.err
+    assert first.lines == [str(picture)], "what is told goes to stderr"
+    told = [line for line in first.err.splitlines() if "building the" in line]
+    assert told == [f"building the {name} engine for this GPU and tensorrt_rtx 1.8.0, once" for name in later.built]
+    blocks = read_catalog(Bundle.open(engined)).variants[Variant.AMPERE].blocks
+    config = Bundle.open(engined).manifest.config
+    encoding = {blocks[place.key].program for place in encoder_blocks(config)}
+    drawing = {blocks[place.key].program for place in all_blocks(config) if place not in encoder_blocks(config)}
+    assert drawing <= set(later.built) <= drawing | encoding, "each that a picture takes, and no other"
+    assert len(later.built) == len(set(later.built))
+
+    second = call_rt(capsys, "run", "a fox", "-m", engined, *DRAW, "--executor", "tensorrt", "-o", again)
+    assert "building" not in second.err, "the user's cache has them"
+    assert call_rt(capsys, "run", "a fox", "-m", engined, *DRAW, "--executor", "cpu", "-o", expected).status == 0
+    for drawn in (picture, again):
+        difference = np.asarray(Image.open(drawn), np.int16) - np.asarray(Image.open(expected), np.int16)
+        assert np.abs(difference).max() <= 1
+
+
+def test_a_quiet_run_tells_nothing(engined: Path, later: RunningLibrary, tmp_path: Path, capsys: Capture) -> None:
+    options = ("-m", engined, *DRAW, "--executor", "tensorrt", "--quiet", "-o", tmp_path / "picture.png")
+    outcome = call_rt(capsys, "run", "a fox", *options)
+    assert (outcome.status, outcome.err) == (0, "")
+    assert later.built

@@ -11,6 +11,7 @@ from .errors import ExecutorError, RequestError
 from .executor import Executor
 from .manifest import CPU, CUDA, TENSORRT, Precision
 from .nvidia import Gpu, find_gpu
+from .weight_only import int8_obstacle
 
 AUTO = "auto"
 
@@ -105,6 +106,8 @@ def cuda_obstacle(bundle: Bundle) -> str | None:
         return "the bundle holds no programs for it; export it again"
     if bundle.manifest.precision is Precision.BF16 and not gpu.has_bf16:
         return f"{gpu} does not compute in bf16; use a bundle in fp16"
+    if reason := int8_obstacle(bundle.manifest.precision, gpu.capability):
+        return f"{gpu}: {reason}"
     return package_obstacle()
 
 

@@ -188,6 +188,14 @@ def test_bf16_needs_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch, opened: B
     assert choose(in_precision(opened, "bf16"), "auto").executor == "cuda"
 
 
+def test_int8_needs_a_gpu_that_multiplies_it(monkeypatch: pytest.MonkeyPatch, opened: Bundle) -> None:
+    install(monkeypatch, Driver(capability=(6, 0)), Nvml())
+    with_gpu_package(monkeypatch)
+    with pytest.raises(RequestError, match=r"does not multiply int8.* use a bundle in fp16"):
+        choose(in_precision(opened, "int8"), "cuda")
+    assert choose(in_precision(opened, "int8"), "auto").executor == "cpu"
+
+
 def test_the_budget_is_what_is_free_or_what_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, Driver(), Nvml())
     assert budget(None) == 20 * GIB - (256 << 20)

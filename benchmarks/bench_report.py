@@ -40,12 +40,13 @@ class Subject:
     prompt: str
     sizes: tuple[str, ...]  # empty: the bundle's own
     repeat: int
+    steps: int = 8
     baselines: tuple[str, ...] = ("diffusers", "diffusers-bf16", "diffusers-compiled")
 
 
 SUBJECTS = (
     Subject("demo", "the demo model", "a red circle left of a blue square", (), 10),
-    Subject("blocks", "3 blocks of the published width", "a lighthouse on a cliff", ("256x256", "512x512"), 5),
+    Subject("blocks", "3 blocks of the published width", "a lighthouse on a cliff", ("256x256", "512x512"), 3, 4),
 )
 
 
@@ -82,7 +83,7 @@ def bench(subject: Subject, work: Path, out: Path, quick: bool) -> None:
     words += [word for size in sizes for word in ("--size", size)]
     words += [word for name in subject.baselines[: 1 if quick else None] for word in ("--baseline", name)]
     words += ["--repeat", "2" if quick else str(subject.repeat), "--out", str(out)]
-    words += ["--steps", "1"] if quick else []
+    words += ["--steps", "1" if quick else str(subject.steps)]
     _run("zimage_rt.cli", *words, failure_allowed=True)  # a failed case is a finding, and the report says it
     shutil.rmtree(out / "logs", ignore_errors=True)
 

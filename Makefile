@@ -23,7 +23,7 @@ demo: $(STAMP)
 	$(BIN)/zimage-export build tiny out/demo/bundle --precision bf16
 	$(BIN)/zimage-rt run "a red circle left of a blue square" -m out/demo/bundle --seed 1 -o out/demo/picture.png
 
-# Trains the demo model from nothing, about two hours on two cores; interrupted, it goes on where it was. The C library
+# Trains the demo model from nothing, about four hours on two cores; interrupted, it goes on where it was. The C library
 # is told to keep freed memory, and idle threads to sleep: both cost a third of the time otherwise.
 DEMO_WORK ?= out/demo-model
 demo-model: $(STAMP)

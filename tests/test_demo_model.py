@@ -103,7 +103,7 @@ def test_held_out_prompts_are_drawn_as_asked(pipeline: Pipeline, language: Any) 
 
     asked = score(requests, draw_prompt)
     assert asked.colour >= 0.87
-    assert asked.shape >= 0.4
+    assert asked.shape >= 0.75
     assert asked.position >= 0.75
     assert score([(scene, "") for scene, _ in requests[:8]], draw_prompt).pairs <= 0.25
 
@@ -127,7 +127,7 @@ def test_the_model_card_states_the_measured_scores() -> None:
         scores = report["scores"][name]
         assert scores["prompts"] >= 400
         assert scores["colour"] >= 0.95
-        assert scores["shape"] >= 0.60  # of two objects, both must be right; 0.90 is what it is to become
+        assert scores["shape"] >= 0.90  # of two objects, both must be right
         assert scores["position"] >= 0.85
     for name, scores in report["scores"].items():
         (row,) = re.findall(rf"^\| {re.escape(name)} \|.*$", card, re.M)

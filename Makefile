@@ -65,7 +65,8 @@ bench-report: $(STAMP)
 
 bench-full-size: $(STAMP)
 	$(BIN)/python benchmarks/full_size.py --work $(WORK)/full-size
-	$(BIN)/python benchmarks/full_size.py --work $(WORK)/full-size --precision int8 --size 512x512 --steps 2 --limit 8
+	$(BIN)/python benchmarks/full_size.py --work $(WORK)/full-size --precision int8 --export-only
+	$(BIN)/python benchmarks/full_size.py --work $(WORK)/full-size --precision int8 --draw-only --size 512x512 --steps 2 --limit 8
 
 # On a machine with an NVIDIA GPU and onnxruntime-gpu (the README says how to put it in the place of onnxruntime).
 bench-gpu: $(STAMP)

@@ -33,6 +33,7 @@ def main() -> None:
     parser.add_argument("--size", default="256x256")
     parser.add_argument("--steps", default="8")
     parser.add_argument("--limit", type=float, help="GB of memory that drawing may use")
+    parser.add_argument("--draw-only", action="store_true", help="a picture, from the bundle that an earlier run made")
     parser.add_argument("--export-only", action="store_true", help="neither check hashes nor draw a picture")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--copy", type=Path, nargs=2, metavar=("CHECKPOINT", "BUNDLE"), help=argparse.SUPPRESS)
@@ -41,6 +42,11 @@ def main() -> None:
         plain_copy(*options.copy)
         return
     picture = None if options.export_only else Picture(options.size, options.steps, options.limit)
+    if picture and options.draw_only:
+        report = draw(options.work, options.precision, picture)
+        write_results(f"full_size_{options.precision}_picture", report, to_markdown(report), options.out)
+        print(to_markdown(report))
+        return
     report = measure(options.work, options.precision, options.scale, picture)
     write_results(f"full_size_{options.precision}", report, to_markdown(report), options.out)
     print(to_markdown(report))
@@ -73,16 +79,30 @@ def measure(work: Path, precision: str, scale: str, picture: Picture | None) -> 
         phases["verify hashes"] = _phase("zimage_rt.cli", "info", str(bundle), "--verify")[0]
         _forget_cached_files()
         phases["picture"] = _picture_phase(bundle, work / "picture.png", picture)
-    return {
-        "machine": machine(*_PACKAGES),
+    return _described(bundle, precision, picture, phases) | {
         "scale": scale,
-        "precision": precision,
-        "picture": {"size": picture.size, "steps": int(picture.steps), "limit_gb": picture.limit} if picture else None,
         "checkpoint_bytes": _folder_bytes(checkpoint),
-        "bundle_bytes": export["bytes"],
-        "weights_bytes": {str(f.relative_to(bundle)): f.stat().st_size for f in sorted(bundle.rglob("*.safetensors"))},
         "export_seconds": export["seconds"],
         "streaming_over_plain_copy": round(export["seconds"]["weights"] / phases["plain read and write"]["seconds"], 2),
+    }
+
+
+def draw(work: Path, precision: str, picture: Picture) -> dict[str, Any]:
+    """A picture's seconds and memory, and nothing else."""
+    bundle = work / f"bundle-{precision}"
+    _forget_cached_files()
+    return _described(bundle, precision, picture, {"picture": _picture_phase(bundle, work / "picture.png", picture)})
+
+
+def _described(
+    bundle: Path, precision: str, picture: Picture | None, phases: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
+    return {
+        "machine": machine(*_PACKAGES),
+        "precision": precision,
+        "picture": {"size": picture.size, "steps": int(picture.steps), "limit_gb": picture.limit} if picture else None,
+        "bundle_bytes": _folder_bytes(bundle),
+        "weights_bytes": {str(f.relative_to(bundle)): f.stat().st_size for f in sorted(bundle.rglob("*.safetensors"))},
         "phases": phases,
     }
 
@@ -158,40 +178,41 @@ def to_markdown(report: dict[str, Any]) -> str:
     rows = [
         [name, row["seconds"], *(f"{row[key] / 1e9:.2f}" for key in _COLUMNS)] for name, row in report["phases"].items()
     ]
-    export, picture = report["export_seconds"], report["picture"]
-    drawn = ""
-    if picture:
-        drawn = (
-            f"; one picture of {picture['size']}, {picture['steps']} steps, `--low-memory`, on the CPU "
-            "(seconds are of a shared machine)"
-        )
-        if (limit := picture.get("limit_gb")) is not None:
-            most = report["phases"]["picture"]["group"].get("peak_bytes", 0) / 1e9
-            drawn += (
-                f", drawn in a control group of {limit:g} GB that counts heap, mapped files and page cache alike "
-                f"(its peak: {most:.2f} GB)"
-            )
-    return "\n".join(
-        [
-            f"# Full size: {report['precision']}",
-            "",
-            f"A {report['scale']}-scale checkpoint of random weights, {report['checkpoint_bytes'] / 1e9:.1f} GB "
-            "(transformer float32, the rest bf16) → "
-            f"a bundle of {report['bundle_bytes'] / 1e9:.1f} GB{drawn}. Sizes in GB (10⁹).",
-            "",
-            "Weights: "
-            + ", ".join(f"{name} {size / 1e9:.3f}" for name, size in report.get("weights_bytes", {}).items())
-            + ".",
-            "",
-            markdown_table(["phase", "seconds", *_COLUMNS.values()], rows),
-            "",
+    weights = ", ".join(f"{name} {size / 1e9:.3f}" for name, size in report.get("weights_bytes", {}).items())
+    parts = [
+        f"# Full size: {report['precision']}",
+        f"{_origin(report)}a bundle of {report['bundle_bytes'] / 1e9:.1f} GB{_drawn(report)}. Sizes in GB (10⁹); "
+        "seconds are of a machine that other work may share.",
+        f"Weights: {weights}.",
+        markdown_table(["phase", "seconds", *_COLUMNS.values()], rows),
+    ]
+    if export := report.get("export_seconds"):
+        parts.append(
             f"The export spent {export['graphs']} s on graphs and {export['weights']} s on streaming and hashing, "
-            f"which is {report['streaming_over_plain_copy']} times a plain read and write of the same bytes.",
-            "",
-            f"Machine: {describe(report['machine'])}.",
-            "",
-            f"Made by `{_command(report)}`.",
-        ]
+            f"which is {report['streaming_over_plain_copy']} times a plain read and write of the same bytes."
+        )
+    return "\n\n".join([*parts, f"Machine: {describe(report['machine'])}.", f"Made by `{_command(report)}`."])
+
+
+def _origin(report: dict[str, Any]) -> str:
+    if "checkpoint_bytes" not in report:
+        return "Random weights of the published shapes in "
+    return (
+        f"A {report['scale']}-scale checkpoint of random weights, {report['checkpoint_bytes'] / 1e9:.1f} GB "
+        "(transformer float32, the rest bf16) → "
+    )
+
+
+def _drawn(report: dict[str, Any]) -> str:
+    if (picture := report["picture"]) is None:
+        return ""
+    drawn = f"; one picture of {picture['size']}, {picture['steps']} steps, `--low-memory`, on the CPU"
+    if (limit := picture.get("limit_gb")) is None:
+        return drawn
+    most = report["phases"]["picture"]["group"].get("peak_bytes", 0) / 1e9
+    return (
+        f"{drawn}, in a control group of {limit:g} GB that counts heap, mapped files and page cache alike "
+        f"(its peak: {most:.2f} GB)"
     )
 
 
@@ -199,6 +220,7 @@ def _command(report: dict[str, Any]) -> str:
     words = f"python benchmarks/full_size.py --work DIR --precision {report['precision']}"
     if (picture := report["picture"]) is None:
         return f"{words} --export-only"
+    words += "" if "checkpoint_bytes" in report else " --draw-only"
     words += f" --size {picture['size']} --steps {picture['steps']}"
     return words if picture.get("limit_gb") is None else f"{words} --limit {picture['limit_gb']:g}"
 

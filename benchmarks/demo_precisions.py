@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 from common import RESULTS, describe, machine, markdown_table, write_results
+from demo_scores import LANGUAGES
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -32,7 +33,6 @@ Pictures = list[NDArray[np.uint8]]
 
 REFERENCE = Precision.FP32
 PRECISIONS = (REFERENCE, Precision.INT8, Precision.INT4)  # bf16 is what the checkpoint itself is stored in
-LANGUAGES: dict[Language, str] = {"en": "English", "zh": "Chinese"}
 SHARES = ("colour", "shape", "position")
 PLACES = (0.0, 0.1, 0.5, 0.9, 1.0)
 """Quantiles that the table gives."""

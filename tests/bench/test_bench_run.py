@@ -10,6 +10,7 @@ import pytest
 from cli_tools import Capture, Outcome, assert_one_line_error, call_redirected, call_rt
 
 from zimage_export.synthetic import SMALL
+from zimage_rt.bench import jobs
 from zimage_rt.bench import run as runs
 from zimage_rt.bench.floor import unknown_rates
 from zimage_rt.bench.job import Failed, Job, decode_event, encode_event
@@ -221,6 +222,23 @@ def test_events_cross_the_process_border() -> None:
     for line in ("[]", "{}", '{"event": "Rumour"}'):
         with pytest.raises(ValueError, match="no event"):
             decode_event(line)
+
+
+def test_a_reference_that_does_not_fit_in_memory_is_streamed(
+    bundle: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the same picture: the code is diffusers' own."""
+    settings = Settings((str(bundle),), ((48, 32),), ("cpu",), 2, "a", 7, 1, 1, checkpoint=checkpoint)
+    pictures = []
+    for available, name in ((1 << 40, "diffusers"), (jobs.float32_bytes(checkpoint), "diffusers-streamed")):
+        monkeypatch.setattr(jobs, "available_memory", lambda available=available: available)
+        (planned,) = plan_cases(settings, open_bundles(settings.bundles), 1)
+        assert isinstance(planned.reference, Planned)
+        case = planned.reference.case
+        assert (case.system, case.precision) == (name, "fp32")
+        model = find_system(name).load(Job(case, str(checkpoint), "x.png"))
+        pictures.append(np.asarray(model.draw(lambda stage, ended=None: None)))
+    np.testing.assert_array_equal(*pictures)
 
 
 @pytest.mark.parametrize("name", BASELINES)

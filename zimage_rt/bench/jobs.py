@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,12 +11,16 @@ from zimage_runtime.bundle import Bundle
 from zimage_runtime.errors import RequestError
 from zimage_runtime.hub import bundle_directory
 from zimage_runtime.manifest import CPU, Precision
+from zimage_runtime.memory import available_memory
 from zimage_runtime.pipeline import Pipeline
+from zimage_runtime.tensors import read_header
 
 from .schema import OURS, Case
-from .systems import REFERENCE, find_system
+from .systems import REFERENCE, STREAMED_REFERENCE, find_system
 
 Size = tuple[int, int]
+
+_BESIDE_WEIGHTS = 1.25  # memory that drawing takes, in the weights' own
 
 
 @dataclass(frozen=True)
@@ -124,9 +129,9 @@ def _reference(settings: Settings, bundles: Sequence[Opened], of: Case) -> Plann
     """What draws the reference of a case: diffusers in float32, or a float32 bundle; or why there is nothing."""
     config = bundles[0].bundle.manifest.config
     if settings.checkpoint is not None and find_system(REFERENCE).obstacle(config) is None:
-        planned = _checkpoint_case(
-            settings, bundles[0], settings.checkpoint, REFERENCE, (of.width, of.height), of.threads
-        )
+        fits = float32_bytes(settings.checkpoint) * _BESIDE_WEIGHTS < available_memory()
+        name = REFERENCE if fits else STREAMED_REFERENCE
+        planned = _checkpoint_case(settings, bundles[0], settings.checkpoint, name, (of.width, of.height), of.threads)
         return _once(planned)
     if settings.reference is not None:
         (opened,) = open_bundles([settings.reference])
@@ -151,6 +156,12 @@ def _reference(settings: Settings, bundles: Sequence[Opened], of: Case) -> Plann
         vram=None,
     )
     return _once(Planned(case, opened.path, opened))
+
+
+def float32_bytes(checkpoint: Path) -> int:
+    """What a checkpoint's weights take in memory in float32. Raises `TensorFileError` for a damaged file."""
+    entries = [entry for path in checkpoint.rglob("*.safetensors") for entry in read_header(path).values()]
+    return sum(4 * math.prod(entry.shape) for entry in entries)
 
 
 def _once(planned: Planned) -> Planned:

@@ -63,6 +63,7 @@ _HOMES: dict[str, tuple[str, str]] = {
     "diffusers": ("diffusers_pipeline", "Eager"),
     "diffusers-bf16": ("diffusers_pipeline", "EagerBf16"),
     "diffusers-compiled": ("diffusers_pipeline", "Compiled"),
+    "diffusers-streamed": ("diffusers_pipeline", "Streamed"),
     "diffusers-offload": ("diffusers_pipeline", "Offloaded"),
     "stable-diffusion.cpp": ("stable_diffusion_cpp", "StableDiffusionCpp"),
 }
@@ -70,7 +71,10 @@ _HOMES: dict[str, tuple[str, str]] = {
 REFERENCE = "diffusers"
 """The baseline whose float32 picture is the reference."""
 
-BASELINES = tuple(name for name in _HOMES if name != OURS)
+STREAMED_REFERENCE = "diffusers-streamed"
+"""The same, for checkpoints that do not fit in memory."""
+
+BASELINES = tuple(name for name in _HOMES if name not in (OURS, STREAMED_REFERENCE))
 
 
 def find_system(name: str) -> System:

@@ -74,6 +74,23 @@ class _Diffusers:
         return DiffusersModel(pipeline, job, device)
 
 
+class Streamed(_Diffusers):
+    """The reference where it does not fit in memory: the same code in float32, a block's weights at a time."""
+
+    def __init__(self) -> None:
+        super().__init__(prefers_gpu=False)
+
+    def load(self, job: Job) -> "DiffusersModel":
+        """Nothing but the VAE: blocks are read each time that they run."""
+        import torch
+
+        from zimage_export.checkpoint import Checkpoint
+        from zimage_export.reference import reference_pipeline
+
+        torch.set_num_threads(job.case.threads)
+        return DiffusersModel(reference_pipeline(Checkpoint.open(job.model)), job, "cpu")
+
+
 class Eager(_Diffusers):
     """In float32 on the CPU: the reference, to which every picture's distance is measured."""
 

@@ -117,6 +117,8 @@ def _bound(model: onnx.ModelProto, shapes: Mapping[str, tuple[int, ...]]) -> dic
                 known[dim] = size
     ups = sum(node.op_type == "Resize" for node in model.graph.node)
     downs = sum(any(a.name == "strides" and a.ints[0] == 2 for a in node.attribute) for node in model.graph.node)
+    if "rows" in known:
+        known["out_rows"] = known["rows"] - 2
     for axis in ("h", "w"):
         if axis in known:
             known[f"out_{axis}"] = known[axis] * 2**ups // 2**downs

@@ -7,6 +7,7 @@ that a picture can be planned without a GPU.
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from zimage_runtime.tensorrt.catalog import (
 from zimage_runtime.tensorrt.library import Library
 from zimage_runtime.tensorrt.targets import Gpu, Variant
 from zimage_runtime.tensors import DType, TensorEntry, read_header
+from zimage_runtime.tiling import TILE_ROWS
 from zimage_runtime.tokenizer import MAX_PROMPT_TOKENS
 
 from .engine_types import EngineTypes
@@ -45,11 +47,11 @@ LATENT_SIDE = 256
 _USUAL_IMAGE_TOKENS = 64 * 64  # 1024 x 1024
 _USUAL_CAPTION_TOKENS = 128
 _USUAL_SIDE = 128
-_SIDES_MEASURED = {
-    True: (64, 128, 192),
-    False: (64,),
-}  # with attention over all positions, which grows with their square
-_QUADRATIC = (BlockKind.MIDDLE_ATTENTION,)
+_SIDES_MEASURED = (64,)
+_SIDES_OF_ATTENTION = (64, 128, 208)
+"""Its scratch memory grows with the square of the positions, and from 216 x 216 on TensorRT counts it wrongly, in 32
+bits: pictures of more latents than the last of these are not decoded as a whole."""
+_TILE_COLUMNS = (64, 512)
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class Sizes:
     least: int
     usual: int
     most: int
-    measured: tuple[int, ...]  # where scratch memory is measured, beside the most
+    measured: tuple[int, ...]  # where scratch memory is measured
 
 
 def add_engines(bundle: Bundle, gpus: Sequence[Gpu] = (), progress: Progress | None = None) -> Bundle:
@@ -140,10 +142,7 @@ def program_spec(program: BlockProgram, config: ModelConfig, path: str, most: in
     for name in signature.inputs:
         dims = [dim.dim_param or dim.dim_value for dim in inputs[name].shape.dim]
         if any(isinstance(dim, str) for dim in dims):
-            least, usual, largest = (
-                tuple(size if isinstance(dim, str) else dim for dim in dims)
-                for size in (sizes.least, sizes.usual, sizes.most)
-            )
+            least, usual, largest = (_free_sizes(dims, size) for size in (sizes.least, sizes.usual, sizes.most))
             profile[name] = (least, usual, largest)
     return ProgramSpec(
         program.name,
@@ -164,21 +163,27 @@ def program_spec(program: BlockProgram, config: ModelConfig, path: str, most: in
 def program_sizes(program: BlockProgram, config: ModelConfig) -> Sizes:
     """How large a program's free inputs may be: tokens, or rows and columns of its map."""
     if program.kind.component == "vae":
-        scales = [place.scale for place in all_blocks(config) if place.key in program.scalars]
-        measured = _SIDES_MEASURED[program.kind in _QUADRATIC]
         # of a program that serves several levels, the largest
-        return Sizes(
-            2 * min(scales),
-            _USUAL_SIDE * max(scales),
-            LATENT_SIDE * max(scales),
-            tuple(s * max(scales) for s in measured),
-        )
+        scales = [place.scale for place in all_blocks(config) if place.key in program.scalars]
+        most = LATENT_SIDE * max(scales)
+        if program.kind is BlockKind.DECODER_TILE:
+            return Sizes(3, _USUAL_SIDE * max(scales), most + 2, (*(c for c in _TILE_COLUMNS if c < most), most + 2))
+        if program.kind is BlockKind.MIDDLE_ATTENTION:
+            return Sizes(2, _USUAL_SIDE, most, _SIDES_OF_ATTENTION)
+        measured = tuple(side * max(scales) for side in _SIDES_MEASURED)
+        return Sizes(2 * min(scales), _USUAL_SIDE * max(scales), most, (*measured, most))
     if program.kind in (BlockKind.TEXT_LAYER, BlockKind.CAPTION_EMBEDDER):
-        return Sizes(1, _USUAL_CAPTION_TOKENS, MAX_PROMPT_TOKENS, (_USUAL_CAPTION_TOKENS,))
+        return Sizes(1, _USUAL_CAPTION_TOKENS, MAX_PROMPT_TOKENS, (_USUAL_CAPTION_TOKENS, MAX_PROMPT_TOKENS))
     if program.kind is BlockKind.TRANSFORMER_BLOCK:
-        usual = _USUAL_IMAGE_TOKENS + _USUAL_CAPTION_TOKENS
-        return Sizes(1, usual, IMAGE_TOKENS + MAX_PROMPT_TOKENS, (_USUAL_CAPTION_TOKENS, usual))
-    return Sizes(1, _USUAL_IMAGE_TOKENS, IMAGE_TOKENS, (_USUAL_CAPTION_TOKENS, _USUAL_IMAGE_TOKENS))
+        usual, most = _USUAL_IMAGE_TOKENS + _USUAL_CAPTION_TOKENS, IMAGE_TOKENS + MAX_PROMPT_TOKENS
+        return Sizes(1, usual, most, (_USUAL_CAPTION_TOKENS, usual, most))
+    return Sizes(1, _USUAL_IMAGE_TOKENS, IMAGE_TOKENS, (_USUAL_CAPTION_TOKENS, _USUAL_IMAGE_TOKENS, IMAGE_TOKENS))
+
+
+def _free_sizes(dims: Sequence[str | int], size: int) -> tuple[int, ...]:
+    """A shape whose free dimensions are of one size; a tile has few rows."""
+    limits = {"rows": TILE_ROWS + 2}
+    return tuple(min(size, limits.get(dim, size)) if isinstance(dim, str) else dim for dim in dims)
 
 
 def _dtype(element: int) -> DType:
@@ -201,41 +206,42 @@ def _build(
         onnx = program.model.SerializeToString(deterministic=True)
         path = writer.write(f"{program.name}-{precision}-{variant}", "onnx", onnx)
         spec = program_spec(program, bundle.manifest.config, path)
-        points: list[tuple[int, int | None]] = []
         most = program_sizes(program, bundle.manifest.config).most
+        scratch: dict[int, int | None] = {}
         for gpu in gpus:
             built = library.build(onnx, spec, [gpu], detailed=True)
             name = f"{program.name}-{precision}-{gpu}-max{most}-{library.name}{library.version}"
             file = writer.write(name, "engine", built.data)
             engines.append(EngineSpec(file, program.name, variant, gpu, library.name, library.version))
-            points = [(most, built.activation_bytes)]
-        points = measure_scratch(library, program, bundle.manifest.config, gpus[0]) + points
-        specs[program.name] = dataclasses.replace(spec, scratch=_positions(program, points))
+            scratch[most] = built.activation_bytes
+        points = measure_scratch(library, program, bundle.manifest.config, gpus[0], scratch)
+        specs[program.name] = dataclasses.replace(spec, scratch=points)
         blocks |= {key: BlockSpec(program.name, scalars) for key, scalars in program.scalars.items()}
     return VariantSpec(specs, blocks), engines
 
 
 def measure_scratch(
-    library: Library, program: BlockProgram, config: ModelConfig, gpu: Gpu
-) -> list[tuple[int, int | None]]:
-    """Scratch memory at the sizes below the largest: (tokens, or rows and columns; bytes)."""
+    library: Library, program: BlockProgram, config: ModelConfig, gpu: Gpu, known: Mapping[int, int | None]
+) -> tuple[tuple[int, int], ...]:
+    """Scratch memory at several sizes: (tokens, or rows times columns; bytes). `known` is by size, from other builds.
+
+    Never falling, for larger pictures run in the same engine.
+    """
     onnx = program.model.SerializeToString(deterministic=True)
-    points = []
-    for size in program_sizes(program, config).measured:
-        built = library.build(onnx, program_spec(program, config, "", size), [gpu], detailed=True)
-        points.append((size, built.activation_bytes))
-    return points
-
-
-def _positions(program: BlockProgram, points: Iterable[tuple[int, int | None]]) -> tuple[tuple[int, int], ...]:
-    """Points by tokens, or by rows times columns; never falling, for larger pictures run in the same engine."""
     found: list[tuple[int, int]] = []
-    for size, nbytes in points:
+    for size in program_sizes(program, config).measured:
+        spec = program_spec(program, config, "", size)
+        nbytes = known[size] if size in known else library.build(onnx, spec, [gpu], detailed=True).activation_bytes
         if nbytes is None:
             raise ExportError(f"TensorRT's build log does not say what {program.name} needs; use TensorRT for RTX 1.7")
-        positions = size * size if program.kind.component == "vae" else size
-        found.append((positions, max(nbytes, found[-1][1] if found else 0)))
+        found.append((_positions(spec), max(nbytes, found[-1][1] if found else 0)))
     return tuple(found)
+
+
+def _positions(spec: ProgramSpec) -> int:
+    """Tokens, or rows times columns, of the largest value of a profile."""
+    least, _, most = next(iter(spec.profile.values()))
+    return math.prod(high for low, high in zip(least, most, strict=True) if low < high)
 
 
 class _Writer:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from .executor import Floats
-from .tile_kernels import Normed, Plain
+from .tile_kernels import Convolution, Normed, Plain
 
 _OPSET, _IR_VERSION = 18, 10
 _FLOAT, _INT64 = 1, 7  # TensorProto.DataType
@@ -83,18 +83,18 @@ class OrtKernels:
     tile_values: int
     _sessions: dict[bytes, Any] = field(default_factory=dict, repr=False)
 
-    def plain(self, weight: Floats, bias: Floats) -> Plain:
+    def plain(self, convolution: Convolution) -> Plain:
         """See `Kernels`."""
-        fixed = {"weight": self.device.upload(weight), "bias": self.device.upload(bias)}
+        fixed = self._fixed(convolution)
 
         def convolve(tile: Floats) -> Floats:
             return self._run(PLAIN_MODEL, {"x": self.device.upload(tile[None]), **fixed})
 
         return convolve
 
-    def normed(self, weight: Floats, bias: Floats) -> Normed:
+    def normed(self, convolution: Convolution) -> Normed:
         """See `Kernels`."""
-        fixed = {"weight": self.device.upload(weight), "bias": self.device.upload(bias)}
+        fixed = self._fixed(convolution)
 
         def run(rows: Floats, scale: Floats, shift: Floats, above: int, below: int) -> Floats:
             feeds = {"x": rows[None], "scale": scale, "shift": shift}
@@ -103,6 +103,9 @@ class OrtKernels:
             return self._run(NORMED_MODEL, {**values, **fixed}, pads)
 
         return run
+
+    def _fixed(self, convolution: Convolution) -> dict[str, Any]:
+        return {"weight": self.device.upload(convolution.weight), "bias": self.device.upload(convolution.bias)}
 
     def _run(self, model: bytes, values: dict[str, Any], pads: Any = None) -> Floats:
         if model not in self._sessions:

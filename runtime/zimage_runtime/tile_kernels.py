@@ -1,7 +1,7 @@
 """What `tiling` does to a tile: a convolution, after a norm and SiLU or on the tile as it is. In numpy.
 
-Tiles are [channels, rows, width]; weights [out, in, 3, 3], biases [out]. A kernel is made once a layer, so that its
-weights are laid out, or copied to a device, once.
+Tiles are [channels, rows, width]. A kernel is made once a layer, so that its weights are laid out, or copied to a
+device, once.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from .executor import Floats
+from .tensors import TensorFile, to_float32
 
 Plain = Callable[[Floats], Floats]
 """A tile with a border of one → its convolution, without the border."""
@@ -20,6 +21,29 @@ Normed = Callable[[Floats, Floats, Floats, int, int], Floats]
 ends) → SiLU of the normed rows, with zeros around, convolved: two rows less than there are with the zeros."""
 
 
+@dataclass(frozen=True)
+class Convolution:
+    """A layer of 3 x 3 pixels, by its name in a component's weights."""
+
+    name: str
+    weights: TensorFile
+
+    @property
+    def weight(self) -> Floats:
+        """[out, in, 3, 3]. Raises `TensorFileError` where the file lacks it."""
+        return to_float32(*self.weights.array(f"{self.name}.weight"))
+
+    @property
+    def bias(self) -> Floats:
+        """[out]."""
+        return to_float32(*self.weights.array(f"{self.name}.bias"))
+
+    @property
+    def out_channels(self) -> int:
+        """Without reading the weight."""
+        return len(self.weights.array(f"{self.name}.bias")[0])
+
+
 class Kernels(Protocol):
     """Where tiles are computed."""
 
@@ -27,10 +51,10 @@ class Kernels(Protocol):
     def tile_values(self) -> int:
         """Values of a tile, all channels together."""
 
-    def plain(self, weight: Floats, bias: Floats) -> Plain:
+    def plain(self, convolution: Convolution) -> Plain:
         """The kernel of a convolution."""
 
-    def normed(self, weight: Floats, bias: Floats) -> Normed:
+    def normed(self, convolution: Convolution) -> Normed:
         """The kernel of a group norm with known statistics, SiLU and a convolution."""
 
 
@@ -40,9 +64,10 @@ class NumpyKernels:
 
     tile_values: int = 1 << 20  # 4 MB, which processors' caches hold
 
-    def plain(self, weight: Floats, bias: Floats) -> Plain:
+    def plain(self, convolution: Convolution) -> Plain:
         """See `Kernels`."""
-        taps = np.ascontiguousarray(weight.transpose(2, 3, 0, 1))  # [3, 3, out, in]
+        taps = np.ascontiguousarray(convolution.weight.transpose(2, 3, 0, 1))  # [3, 3, out, in]
+        bias = convolution.bias
 
         def convolve(tile: Floats) -> Floats:
             result = convolved(tile, taps)
@@ -51,9 +76,9 @@ class NumpyKernels:
 
         return convolve
 
-    def normed(self, weight: Floats, bias: Floats) -> Normed:
+    def normed(self, convolution: Convolution) -> Normed:
         """See `Kernels`."""
-        convolve = self.plain(weight, bias)
+        convolve = self.plain(convolution)
 
         def run(rows: Floats, scale: Floats, shift: Floats, above: int, below: int) -> Floats:
             channels, count, width = rows.shape

@@ -15,18 +15,22 @@ Source: ``vae.py`` and ``resnet.py`` in diffusers, like the decoder program.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from .config import VaeConfig
 from .executor import Floats
 from .tensors import TensorFile, to_float32
-from .tile_kernels import Kernels, NumpyKernels
+from .tile_kernels import Convolution, Kernels, NumpyKernels
 
 _ON_CPU = NumpyKernels()
 
 TILE_VALUES = _ON_CPU.tile_values
 """Values in a tile on the CPU, all channels together."""
+
+TILE_ROWS = 128
+"""The most rows of a tile, so that programs on a device have a limit."""
 
 _TILE_COPIES = 5  # tiles held at once: rows, their activation, the padded copy, a product and its sum
 _EPS = 1e-6
@@ -37,7 +41,7 @@ Rows = Callable[[int, int], Floats]
 
 def tile_rows(channels: int, width: int, values: int = TILE_VALUES) -> int:
     """Rows of a tile of a map."""
-    return max(values // (channels * width), 1)
+    return min(max(values // (channels * width), 1), TILE_ROWS)
 
 
 def tiled_bytes(config: VaeConfig, width: int, height: int) -> int:
@@ -71,6 +75,10 @@ def tiled_encoder_bytes(config: VaeConfig, width: int, height: int) -> int:
     return int(4 * ((widest + config.in_channels) * width * height + tile + weights))
 
 
+Step = Callable[[Floats], Floats]
+"""A part of the autoencoder: a map → the next one. May write over the map that it is given."""
+
+
 @dataclass(frozen=True)
 class _Normed:
     """A map to be normed, by a factor and a summand a channel [channels, 1, 1], and put through SiLU."""
@@ -93,10 +101,12 @@ class _TiledLayers:
         """Values of a tile."""
         return self.kernels.tile_values
 
-    def _middle(self, name: str, x: Floats) -> Floats:
-        x = self._resnet(f"{name}.resnets.0", x)
-        self._attend(f"{name}.attentions.0", x)
-        return self._resnet(f"{name}.resnets.1", x)
+    def _middle(self, name: str) -> list[Step]:
+        return [
+            partial(self._resnet, f"{name}.resnets.0"),
+            partial(self._attend, f"{name}.attentions.0"),
+            partial(self._resnet, f"{name}.resnets.1"),
+        ]
 
     def _resnet(self, name: str, x: Floats) -> Floats:
         """Writes over `x` where the result is no wider, so that one map less is held."""
@@ -113,7 +123,7 @@ class _TiledLayers:
         out = x[: h.shape[0]] if h.shape[0] <= x.shape[0] else np.empty_like(h)
         return self._convolve(f"{name}.conv2", self._norm_silu(f"{name}.norm2", h), h.shape, out, shortcut)
 
-    def _attend(self, name: str, x: Floats) -> None:
+    def _attend(self, name: str, x: Floats) -> Floats:
         """Adds to `x` the update of one head over all positions, some queries at a time."""
         channels, count = x.shape[0], x.shape[1] * x.shape[2]
         scale, shift = self._norm(f"{name}.group_norm", x)
@@ -127,13 +137,14 @@ class _TiledLayers:
         q *= np.float32(1 / math.sqrt(channels))
         weight = self._weight(f"{name}.to_out.0.weight")
         bias = self._weight(f"{name}.to_out.0.bias")[:, None]
-        step = tile_rows(1, count, self.tile_values)
+        step = max(self.tile_values // count, 1)
         for start in range(0, count, step):
             scores = q[:, start : start + step].T @ k
             scores -= scores.max(axis=1, keepdims=True)
             np.exp(scores, out=scores)
             scores /= scores.sum(axis=1, keepdims=True)
             positions[:, start : start + step] += weight @ (v @ scores.T) + bias
+        return x
 
     def _norm_silu(self, name: str, x: Floats) -> _Normed:
         return _Normed(x, *self._norm(name, x))
@@ -162,15 +173,15 @@ class _TiledLayers:
 
         `add` is asked for the tile's own rows before they are written, so that `out` may be the map it reads.
         """
-        weight, bias = self._weight(f"{name}.weight"), self._weight(f"{name}.bias")
+        convolution = Convolution(name, self.weights)
         channels, height, width = shape
         if out is None:
-            out = np.empty((len(weight), height, width), np.float32)
+            out = np.empty((convolution.out_channels, height, width), np.float32)
         if isinstance(source, _Normed):
-            tile = self._normed_tiles(source, weight, bias)
+            tile = self._normed_tiles(source, convolution)
         else:
-            tile = self._plain_tiles(source, weight, bias, shape)
-        step = tile_rows(max(channels, len(weight)), width, self.tile_values)
+            tile = self._plain_tiles(source, convolution, shape)
+        step = tile_rows(max(channels, len(out)), width, self.tile_values)
         for start in range(0, height, step):
             stop = min(start + step, height)
             result = tile(start, stop)
@@ -179,8 +190,8 @@ class _TiledLayers:
             out[:, start:stop] = result
         return out
 
-    def _normed_tiles(self, source: _Normed, weight: Floats, bias: Floats) -> Rows:
-        kernel, height = self.kernels.normed(weight, bias), source.x.shape[1]
+    def _normed_tiles(self, source: _Normed, convolution: Convolution) -> Rows:
+        kernel, height = self.kernels.normed(convolution), source.x.shape[1]
 
         def tile(start: int, stop: int) -> Floats:
             low, high = max(start - 1, 0), min(stop + 1, height)
@@ -189,8 +200,8 @@ class _TiledLayers:
 
         return tile
 
-    def _plain_tiles(self, rows: Rows, weight: Floats, bias: Floats, shape: tuple[int, ...]) -> Rows:
-        kernel = self.kernels.plain(weight, bias)
+    def _plain_tiles(self, rows: Rows, convolution: Convolution, shape: tuple[int, ...]) -> Rows:
+        kernel = self.kernels.plain(convolution)
         channels, height, width = shape
 
         def tile(start: int, stop: int) -> Floats:
@@ -203,11 +214,11 @@ class _TiledLayers:
 
     def _halve(self, name: str, x: Floats) -> Floats:
         """A 3 x 3 convolution at every second row and column, of a map with a border of zeros below and right."""
-        weight, bias = self._weight(f"{name}.weight"), self._weight(f"{name}.bias")
-        kernel = self.kernels.plain(weight, bias)
+        convolution = Convolution(name, self.weights)
+        kernel = self.kernels.plain(convolution)
         channels, height, width = x.shape
-        out = np.empty((len(weight), height // 2, width // 2), np.float32)
-        step = max(tile_rows(max(channels, len(weight)), width, self.tile_values) // 2, 1)
+        out = np.empty((convolution.out_channels, height // 2, width // 2), np.float32)
+        step = max(tile_rows(max(channels, len(out)), width, self.tile_values) // 2, 1)
         for start in range(0, height // 2, step):
             stop = min(start + step, height // 2)
             high = min(2 * stop + 1, height)
@@ -230,20 +241,34 @@ class TiledDecoder(_TiledLayers):
 
         Raises `TensorFileError` for a weight that the bundle lacks.
         """
-        return np.stack([self._decode(one) for one in latents])
+        return np.stack([self.resume(one, 0) for one in latents])
 
-    def _decode(self, latents: Floats) -> Floats:
-        x = self._convolve("decoder.conv_in", _rows(latents), latents.shape)
-        x = self._middle("decoder.mid_block", x)
+    def resume(self, x: Floats, done: int) -> Floats:
+        """The picture from the map that the first `done` steps gave, which is written over; from latents for 0."""
+        for step in self.steps()[done:]:
+            x = step(x)
+        return x
+
+    def steps(self) -> list[Step]:
+        """The decoder in order: an input, the middle's three, each level's resnets and upsampler, an output."""
+        found = [self._enter, *self._middle("decoder.mid_block")]
         levels = len(self.config.block_out_channels)
         for level in range(levels):
             block = f"decoder.up_blocks.{level}"
-            for index in range(self.config.layers_per_block + 1):
-                x = self._resnet(f"{block}.resnets.{index}", x)
+            count = self.config.layers_per_block + 1
+            found += [partial(self._resnet, f"{block}.resnets.{index}") for index in range(count)]
             if level < levels - 1:
-                channels, height, width = x.shape
-                doubled = (channels, 2 * height, 2 * width)
-                x = self._convolve(f"{block}.upsamplers.0.conv", _doubled(x), doubled)
+                found.append(partial(self._double, f"{block}.upsamplers.0.conv"))
+        return [*found, self._finish]
+
+    def _enter(self, latents: Floats) -> Floats:
+        return self._convolve("decoder.conv_in", _rows(latents), latents.shape)
+
+    def _double(self, name: str, x: Floats) -> Floats:
+        channels, height, width = x.shape
+        return self._convolve(name, _doubled(x), (channels, 2 * height, 2 * width))
+
+    def _finish(self, x: Floats) -> Floats:
         return self._convolve("decoder.conv_out", self._norm_silu("decoder.conv_norm_out", x), x.shape)
 
 
@@ -269,7 +294,8 @@ class TiledEncoder(_TiledLayers):
                 x = self._resnet(f"{block}.resnets.{index}", x)
             if level < levels - 1:
                 x = self._halve(f"{block}.downsamplers.0.conv", x)
-        x = self._middle("encoder.mid_block", x)
+        for step in self._middle("encoder.mid_block"):
+            x = step(x)
         return self._convolve("encoder.conv_out", self._norm_silu("encoder.conv_norm_out", x), x.shape)
 
 

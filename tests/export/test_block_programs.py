@@ -40,13 +40,16 @@ BLOCKS = ("layers", "noise_refiner", "context_refiner")
 def test_programs_of_the_published_model_are_valid_and_few(storage: DType, variant: Variant) -> None:
     half = DType.F16 if variant is Variant.TURING else DType.BF16
     programs = build_blocks(PUBLISHED, types(storage, variant, half), {})
-    assert len(programs) == 22
+    assert len(programs) == 29
     assert {p.name: len(p.scalars) for p in programs if len(p.scalars) > 2} == {
         "text_layer": 35,
         "transformer_block": 34,
         "resnet": 13,
         "resnet_3": 3,
         "resnet_5": 4,
+        "decoder_tile_2": 18,
+        "decoder_tile_4": 6,
+        "decoder_tile_6": 5,
     }
     assert {key for p in programs for key in p.scalars} == {place.key for place in all_blocks(PUBLISHED)}
     for program in programs:

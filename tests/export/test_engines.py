@@ -173,8 +173,9 @@ def test_the_ends(name: str, variant: Variant, gpu: Gpu) -> None:
 
 AUTOENCODER = [
     "decoder_in", "resnet", "middle_attention", "upsample", "resnet_2", "resnet_3", "upsample_2", "resnet_4",
-    "resnet_5", "decoder_out", "encoder_in", "downsample", "resnet_6", "downsample_2", "resnet_7", "downsample_3",
-    "encoder_out",
+    "resnet_5", "decoder_out", "decoder_tile", "decoder_tile_2", "decoder_tile_3", "decoder_tile_4", "decoder_tile_5",
+    "decoder_tile_6", "decoder_tile_7", "encoder_in", "downsample", "resnet_6", "downsample_2", "resnet_7",
+    "downsample_3", "encoder_out",
 ]  # fmt: skip
 
 
@@ -189,7 +190,12 @@ def test_the_autoencoder(variant: Variant, gpu: Gpu) -> None:
         built = build(program, gpu, 64 * max(scales[key] for key in program.scalars))
         assert len(built.data) < MOST_BYTES, each
         maps = [dtype for k in kernels(built) for dims, dtype in k.outputs if dims.count(-1) > 1 and len(dims) == 4]
-        if each != "middle_attention":
+        if program.kind is BlockKind.DECODER_TILE:
+            (convolution,) = [k for k in kernels(built) if k.kind == "correlation"]
+            half = "Float" if variant is Variant.TURING else "BFloat16"
+            assert {dtype for _, dtype in convolution.inputs} == {half}, each
+            assert len(kernels(built)) <= 5, each
+        elif each != "middle_attention":
             assert set(maps) <= ({"Float"} if variant is Variant.TURING else {"BFloat16", "Float"}), each
         if variant is Variant.AMPERE and program.kind is BlockKind.RESNET:
             assert maps.count("BFloat16") > 2 * maps.count("Float"), each

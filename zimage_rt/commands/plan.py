@@ -179,10 +179,11 @@ def _document(plan: "ResidencyPlan", vram: int | None) -> dict[str, Any]:
                 "bytes": stage.nbytes,
                 "weights": stage.weight_bytes,
                 "scratch": stage.needs.scratch,
-                "blocks": len(stage.needs.blocks),
+                "blocks": len(stage.needs.blocks),  # of a decoder in tiles, those that work on whole maps
                 "resident": sorted(stage.resident),
             }
             for program, stage in plan.stages.items()
         },
+        "in_tiles": {"decoder": {"smallest_budget": plan.whole_decoder}} if plan.in_tiles else {},
         "on_cpu": {program.value: {"smallest_budget": nbytes} for program, nbytes in plan.on_host.items()},
     }

@@ -16,6 +16,7 @@ from zimage_runtime.tensorrt.blocks import (
     BlockPlace,
     all_blocks,
     block_dims,
+    is_normed,
 )
 from zimage_runtime.tensors import DType
 
@@ -72,7 +73,7 @@ def build_block(place: BlockPlace, config: ModelConfig, types: EngineTypes, fold
 
 def _autoencoder_block(place: BlockPlace, graphs: VaeGraphs, b: GraphBuilder, dtype: DType) -> None:
     signature = BLOCK_SIGNATURES[place.kind]
-    (x,) = signature.inputs
+    x = next(iter(signature.inputs))
     if x == MAP:
         # convolutions run on channels-last maps: so between blocks, too, no map is copied into another layout
         x = b.op("Transpose", b.input(MAP, dtype), name="channels_first", perm=[0, 3, 1, 2])
@@ -89,6 +90,8 @@ def _autoencoder_block(place: BlockPlace, graphs: VaeGraphs, b: GraphBuilder, dt
             values = [graphs.downsample(b, x, place.channels)]
         case BlockKind.DECODER_OUT:
             values = [graphs.decoder_out(b, x)]
+        case BlockKind.DECODER_TILE:
+            values = [graphs.decoder_tile(b, place.out_channels, place.channels, normed=is_normed(place))]
         case BlockKind.ENCODER_IN:
             values = [graphs.encoder_in(b, x)]
         case _:

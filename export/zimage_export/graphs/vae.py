@@ -11,6 +11,7 @@ import numpy as np
 from zimage_runtime.config import VaeConfig
 from zimage_runtime.contracts import Program
 from zimage_runtime.manifest import CUDA
+from zimage_runtime.tensorrt.blocks import TILE
 from zimage_runtime.tensors import DType
 
 from .builder import Graph, GraphBuilder
@@ -114,11 +115,12 @@ class VaeGraphs:
         pads: tuple[int, int, int, int] = (1, 1, 1, 1),
     ) -> str:
         layers = self.target.layers(b)
-        weight = layers.weight(f"{name}.weight", (out_width, in_width, kernel, kernel), layers.compute)
-        bias = layers.weight(f"{name}.bias", (out_width,), layers.compute)
+        prefix = f"{name}." if name else ""
+        weight = layers.weight(f"{prefix}weight", (out_width, in_width, kernel, kernel), layers.compute)
+        bias = layers.weight(f"{prefix}bias", (out_width,), layers.compute)
         inputs = [b.cast(x, layers.compute), weight, bias]
         shape, steps = [kernel] * 2, [strides] * 2
-        return b.op("Conv", *inputs, name=name, kernel_shape=shape, strides=steps, pads=pads)
+        return b.op("Conv", *inputs, name=name or "convolution", kernel_shape=shape, strides=steps, pads=pads)
 
     def _group_norm(self, b: GraphBuilder, x: str, name: str, width: int) -> str:
         return self.target.layers(b).group_norm(x, name, width, self.config.norm_num_groups, _EPS)
@@ -190,3 +192,15 @@ class VaeGraphs:
         """A map → one of half its sides."""
         # diffusers pads below and on the right only
         return self._conv(b, x, "conv", width, width, strides=2, pads=(0, 0, 1, 1))
+
+    def decoder_tile(self, b: GraphBuilder, out_width: int, in_width: int, *, normed: bool) -> str:
+        """A convolution of rows with one more above and below, after a norm whose statistics are known, and SiLU.
+
+        One program serves convolutions without norm too: their scalars make the gate 1, and they get factor 1 and
+        summand 0.
+        """
+        h = b.op("Add", b.op("Mul", TILE, "factor", name="scaled"), "summand", name="normed")
+        gate = b.op("Mul", b.op("Sigmoid", h, name="sigmoid"), b.scalar("silu", float(normed)), name="gate")
+        gate = b.op("Add", gate, b.scalar("linear", float(not normed)), name="gate.or_one")
+        h = b.op("Mul", b.op("Mul", h, gate, name="activated"), "inside", name="bordered")
+        return self._conv(b, h, "", out_width, in_width, pads=(0, 1, 0, 1))

@@ -28,6 +28,7 @@ class BlockKind(StrEnum):
     MIDDLE_ATTENTION = "middle_attention"
     UPSAMPLE = "upsample"
     DECODER_OUT = "decoder_out"
+    DECODER_TILE = "decoder_tile"  # one convolution on a piece of its map, where whole maps do not fit
     ENCODER_IN = "encoder_in"
     DOWNSAMPLE = "downsample"
     ENCODER_OUT = "encoder_out"
@@ -54,6 +55,7 @@ _PROGRAMS = {
     BlockKind.MIDDLE_ATTENTION: Program.DECODER,
     BlockKind.UPSAMPLE: Program.DECODER,
     BlockKind.DECODER_OUT: Program.DECODER,
+    BlockKind.DECODER_TILE: Program.DECODER,
     BlockKind.ENCODER_IN: Program.ENCODER,
     BlockKind.DOWNSAMPLE: Program.ENCODER,
     BlockKind.ENCODER_OUT: Program.ENCODER,
@@ -64,6 +66,9 @@ NORMS = ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")
 
 MAP, MAP_OUT = "map", "map_out"
 """Feature maps between the blocks of the autoencoder, channels last: the one value that is of its block's own type."""
+
+TILE, TILE_OUT = "tile", "tile_out"
+"""Pieces of maps that stay on the host, channels first, in float32; what comes out has two rows less."""
 
 BLOCK_SIGNATURES: dict[BlockKind, Signature] = {
     BlockKind.TEXT_LAYER: Signature(
@@ -89,6 +94,16 @@ BLOCK_SIGNATURES: dict[BlockKind, Signature] = {
     BlockKind.MIDDLE_ATTENTION: Signature({MAP: (1, "h", "w", "channels")}, {MAP_OUT: (1, "h", "w", "channels")}),
     BlockKind.UPSAMPLE: Signature({MAP: (1, "h", "w", "channels")}, {MAP_OUT: (1, "out_h", "out_w", "channels")}),
     BlockKind.DECODER_OUT: Signature({MAP: (1, "h", "w", "channels")}, {"image": (1, "out_channels", "h", "w")}),
+    # rows of a map with the rows beside them, of which those outside the map do not count: `inside` is 0 there, else 1
+    BlockKind.DECODER_TILE: Signature(
+        {
+            TILE: (1, "channels", "rows", "columns"),
+            "factor": (1, "channels", 1, 1),
+            "summand": (1, "channels", 1, 1),
+            "inside": (1, 1, "rows", 1),
+        },
+        {TILE_OUT: (1, "out_channels", "out_rows", "columns")},
+    ),
     BlockKind.ENCODER_IN: Signature({"image": (1, "channels", "h", "w")}, {MAP_OUT: (1, "h", "w", "out_channels")}),
     BlockKind.DOWNSAMPLE: Signature({MAP: (1, "h", "w", "channels")}, {MAP_OUT: (1, "out_h", "out_w", "channels")}),
     BlockKind.ENCODER_OUT: Signature(
@@ -107,6 +122,11 @@ class BlockPlace:
     channels: int = 0  # of a block of the autoencoder: of what it takes, ...
     out_channels: int = 0  # ... and of what it gives
     scale: int = 1  # rows of what it takes, for each row of latents
+
+    @property
+    def out_scale(self) -> int:
+        """Rows of what a block of the autoencoder gives, for each row of latents."""
+        return self.scale * 2 if self.kind is BlockKind.UPSAMPLE else self.scale
 
     @property
     def key(self) -> str:
@@ -174,6 +194,26 @@ def decoder_blocks(config: ModelConfig) -> list[BlockPlace]:
     return [*places, out]
 
 
+def block_tiles(place: BlockPlace) -> list[BlockPlace]:
+    """The convolutions over 3 x 3 pixels of one block of the decoder: what is computed in tiles of maps on the host."""
+    channels, out = place.channels, place.out_channels
+    parts: dict[BlockKind, dict[str, int]] = {
+        BlockKind.DECODER_IN: {"conv_in": channels},
+        BlockKind.RESNET: {"conv1": channels, "conv2": out},
+        BlockKind.UPSAMPLE: {"conv": channels},
+        BlockKind.DECODER_OUT: {"conv_out": channels},
+    }
+    return [
+        BlockPlace(BlockKind.DECODER_TILE, f"{place.name}.{name}", width, out, place.out_scale)
+        for name, width in parts.get(place.kind, {}).items()
+    ]
+
+
+def is_normed(tile: BlockPlace) -> bool:
+    """Whether a norm and SiLU come before a tile's convolution."""
+    return tile.name.rpartition(".")[2] in ("conv1", "conv2", "conv_out")
+
+
 def _middle(part: str, vae: VaeConfig) -> list[BlockPlace]:
     width = vae.block_out_channels[-1]
     return [
@@ -215,4 +255,6 @@ def all_blocks(config: ModelConfig) -> Iterator[BlockPlace]:
     yield from main_blocks(config)
     yield FINAL_LAYER
     yield from decoder_blocks(config)
+    for place in decoder_blocks(config):
+        yield from block_tiles(place)
     yield from encoder_blocks(config)

@@ -65,6 +65,10 @@ class ProgramSpec:
             default=0,
         )
 
+    def takes(self, rows: int, columns: int) -> bool:
+        """Whether a map of this size is within its profile, and within what its scratch memory is known for."""
+        return max(rows, columns) <= self.largest and rows * columns <= self.scratch[-1][0]
+
     def scratch_bytes(self, positions: int) -> int:
         """What the program needs beside its inputs and outputs.
 

@@ -27,6 +27,7 @@ from .blocks import CAPTION_EMBEDDER, MAP, MAP_OUT, decoder_blocks, encoder_bloc
 from .catalog import VariantSpec
 from .denoiser import Runs, StageDenoiser
 from .device import Device, Engines
+from .device_tiles import DeviceTiles
 from .residency import CONTEXT_BYTES, ResidencyPlan, plan_residency, plan_stage
 from .stage import LoadedStage, Machine, Shapes
 from .stages import PictureSizes, maps_between
@@ -57,9 +58,8 @@ class RequestPlan:
         """What the user should know of it."""
         streamed = len(self.residency.stages[Program.DENOISER].streamed)
         notes = [f"{streamed} of the transformer's blocks are streamed each step"] if streamed else []
-        if Program.DECODER not in self.residency.stages:
-            why = self.residency.why_on_host(Program.DECODER)
-            notes.append(f"the picture is decoded on the CPU, in tiles; {why}")
+        if how := self.residency.how_decoded:
+            notes.append(f"the picture is decoded {how}")
         return tuple(notes)
 
 
@@ -182,28 +182,50 @@ class TensorRtExecutor:
         return result()
 
     def decode(self, latents: Floats) -> Floats:
-        """See `Executor`. What does not fit the budget is decoded on the CPU, in tiles."""
+        """See `Executor`. What does not fit the budget is decoded in tiles, on the CPU if not even one of them fits."""
         return np.concatenate([self._decode(one[None]) for one in latents])
 
     def _decode(self, latents: Floats) -> Floats:
-        vae = self.bundle.manifest.config.vae
+        config = self.bundle.manifest.config
         height, width = latents.shape[2:]
         sizes = _sizes(latent_height=height, latent_width=width)
-        maps = maps_between(decoder_blocks(self.bundle.manifest.config), height, width)
+        plan = plan_stage(Program.DECODER, self.spec, config, sizes, self.vram)
+        if plan is None:
+            return self._tiled_decoder()(latents)
+        maps = maps_between(decoder_blocks(config), height, width)
         shapes: list[Shapes] = [{"latents": latents.shape}, *({MAP: (1, *one)} for one in maps)]
-        picture = (1, vae.out_channels, height * vae.scale, width * vae.scale)
+        shapes = shapes[: len(plan.needs.blocks)]
 
         def run(stage: LoadedStage) -> Floats:
+            if plan.needs.tiles:
+                return self._decode_in_tiles(stage, latents, shapes)
+            picture = (1, config.vae.out_channels, height * config.vae.scale, width * config.vae.scale)
             stage.send("latents", latents, stage.buffer("latents"))
             self._maps(stage, "latents", shapes, {"image": stage.buffer("image")})
             image = stage.receive("image", picture, stage.buffer("image"))
-            self.device.synchronize(self._machine.compute)
+            stage.synchronize()
             return image()
 
-        if plan_stage(Program.DECODER, self.spec, self.bundle.manifest.config, sizes, self.vram) is None:
-            weights = TensorFile(self.bundle.file(self.bundle.manifest.weights["vae"]))
-            return TiledDecoder(vae, weights, self.tile_kernels())(latents)
-        return self._stage(Program.DECODER, sizes, lambda places: list(zip(places, shapes, strict=True)), run)
+        tiles = [(tile.place, tile.shapes) for tile in plan.needs.tiles]
+        return self._stage(Program.DECODER, sizes, lambda places: [*zip(places, shapes, strict=True), *tiles], run)
+
+    def _decode_in_tiles(self, stage: LoadedStage, latents: Floats, shapes: list[Shapes]) -> Floats:
+        """The stage's blocks on whole maps, the others in tiles."""
+        decoder, x = self._tiled_decoder(DeviceTiles(stage)), latents[0]
+        if shapes:
+            place = stage.plan.needs.blocks[-1]
+            rows, columns = (size * place.out_scale for size in latents.shape[2:])
+            stage.send("latents", latents, stage.buffer("latents"))
+            address = self._maps(stage, "latents", shapes)
+            dtype = self.spec.program_of(place).map_dtype
+            last = stage.receive("map", (rows, columns, place.out_channels), address, dtype)
+            stage.synchronize()
+            x = np.ascontiguousarray(last().transpose(2, 0, 1))
+        return decoder.resume(x, len(shapes))[None]
+
+    def _tiled_decoder(self, kernels: Kernels | None = None) -> TiledDecoder:
+        weights = TensorFile(self.bundle.file(self.bundle.manifest.weights["vae"]))
+        return TiledDecoder(self.bundle.manifest.config.vae, weights, kernels or self.tile_kernels())
 
     def encode(self, image: Floats) -> tuple[Floats, Floats]:
         """See `Executor`. What does not fit the budget is encoded on the CPU."""
@@ -231,14 +253,19 @@ class TensorRtExecutor:
             return found
         return self._stage(Program.ENCODER, sizes, lambda places: list(zip(places, shapes, strict=True)), run)
 
-    def _maps(self, stage: LoadedStage, source: str, shapes: list[Shapes], outputs: dict[str, int]) -> None:
-        """The blocks of the autoencoder, whose maps take turns in two buffers."""
+    def _maps(
+        self, stage: LoadedStage, source: str, shapes: list[Shapes], outputs: dict[str, int] | None = None
+    ) -> int:
+        """The blocks of the autoencoder, whose maps take turns in two buffers. Without `outputs`, the last one's map
+        is in the buffer that is returned."""
         buffers = (stage.buffer("even"), stage.buffer("odd"))
         last = len(shapes) - 1
         stage.begin()
         for index, shape in enumerate(shapes):
             inputs = {MAP: buffers[(index - 1) % 2]} if index else {source: stage.buffer(source)}
-            stage.block(index, [({**inputs, **(outputs if index == last else {MAP_OUT: buffers[index % 2]})}, shape)])
+            results = outputs if outputs and index == last else {MAP_OUT: buffers[index % 2]}
+            stage.block(index, [({**inputs, **results}, shape)])
+        return buffers[last % 2]
 
     def _stage(
         self,

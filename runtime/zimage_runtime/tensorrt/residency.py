@@ -2,20 +2,21 @@
 
 Stages take turns. In each, all blocks are resident where they fit; otherwise as many as fit, and the others are
 streamed through two slots, so that one is copied while the other is computed with. Only where everything fits at
-once do stages stay loaded between pictures. The autoencoder runs on the device if all of it fits, and on the host,
-in tiles, if not.
+once do stages stay loaded between pictures. Of a decoder that does not fit, as many blocks as do work on whole maps,
+and the others on tiles of maps that stay on the host; the encoder runs on the host if it does not fit.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from ..config import PATCH_SIZE, ModelConfig
 from ..contracts import Program
 from ..errors import MemoryLimitError, RequestError
-from .blocks import BlockKind, main_blocks
+from .blocks import main_blocks
 from .catalog import VariantSpec
 from .stages import STAGES, PictureSizes, StageNeeds, stage_needs
+from .tiles import takes_maps, tiled_decoder
 
 CONTEXT_BYTES = 400 << 20
 """What CUDA, the driver and compiled kernels take before any of ours. An assumption: not yet measured on a GPU."""
@@ -24,6 +25,7 @@ SLOTS = 2
 
 _NEEDED = (Program.TEXT_ENCODER, Program.CAPTION, Program.DENOISER)  # what cannot run on the host instead
 _STREAMABLE = _NEEDED
+_NO_ENGINE = "no engine of the bundle takes maps of this size"
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class ResidencyPlan:
     keep_all: bool  # whether stages stay loaded between pictures
     on_host: Mapping[Program, int | None] = field(default_factory=dict)
     """The stages that the CPU does, and the smallest budget at which the device would; None where none is enough."""
+    whole_decoder: int | None = None
+    """The smallest budget at which the decoder is not tiled; None where none is enough."""
 
     @property
     def peak(self) -> int:
@@ -78,11 +82,28 @@ class ResidencyPlan:
         """Whether a step can be one CUDA graph: no block is streamed."""
         return not self.stages[Program.DENOISER].streamed
 
+    @property
+    def in_tiles(self) -> bool:
+        """Whether the device decodes in tiles."""
+        decoder = self.stages.get(Program.DECODER)
+        return decoder is not None and bool(decoder.needs.tiles)
+
+    @property
+    def how_decoded(self) -> str | None:
+        """How the picture is decoded, and what would change that; None where the device does it as a whole."""
+        if Program.DECODER not in self.stages:
+            return f"on the CPU, in tiles; {self.why_on_host(Program.DECODER)}"
+        if not self.in_tiles:
+            return None
+        if self.whole_decoder is None:
+            return f"in tiles; {_NO_ENGINE}"
+        return f"in tiles; as a whole from a budget of {gib(self.whole_decoder, up=True)}"
+
     def why_on_host(self, program: Program) -> str:
         """Why a stage runs on the CPU, and what would change that."""
         budget = self.on_host[program]
         if budget is None:
-            return "no engine of the bundle takes a picture of this size"
+            return _NO_ENGINE
         return f"on the GPU from a budget of {gib(budget, up=True)}"
 
 
@@ -100,18 +121,17 @@ def plan_residency(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes, 
     stages: dict[Program, StagePlan] = {}
     on_host: dict[Program, int | None] = {}
     for program, stage in needs.items():
-        planned = _plan_stage(stage, room, sizes.pictures, program in _STREAMABLE)
-        if _too_wide(stage, spec, sizes):
-            on_host[program] = None
-        elif planned is None:
-            on_host[program] = CONTEXT_BYTES + _everything(stage).nbytes
-        else:
+        if planned := plan_stage(program, spec, config, sizes, budget):
             stages[program] = planned
-    plan = ResidencyPlan(stages, budget, keep_all=False, on_host=on_host)
-    complete = set(stages) == set(needs) and not any(stage.streamed for stage in stages.values())
-    if complete and sum(stage.nbytes for stage in stages.values()) <= room:
-        return ResidencyPlan(stages, budget, keep_all=True)
-    return plan
+        else:
+            least = [_everything(choice).nbytes for choice in _choices(program, stage, spec, config, sizes)]
+            on_host[program] = CONTEXT_BYTES + min(least) if least else None
+    wide = _too_wide(needs[Program.DECODER], spec, sizes)
+    whole = None if wide else CONTEXT_BYTES + _everything(needs[Program.DECODER]).nbytes
+    plan = ResidencyPlan(stages, budget, keep_all=False, on_host=on_host, whole_decoder=whole)
+    complete = set(stages) == set(needs) and not any(s.streamed or s.needs.tiles for s in stages.values())
+    keep_all = complete and sum(stage.nbytes for stage in stages.values()) <= room
+    return replace(plan, keep_all=keep_all)
 
 
 def smallest_budget(needs: Mapping[Program, StageNeeds], sizes: PictureSizes) -> int:
@@ -138,11 +158,24 @@ def plan_stage(
     if program is Program.DENOISER:
         _check_tokens(spec, config, sizes)
     needs = stage_needs(program, spec, config, sizes)
-    if _too_wide(needs, spec, sizes):
-        return None
     if program in _NEEDED and budget < CONTEXT_BYTES + _least(needs, sizes.pictures):
         raise _refusal(budget, CONTEXT_BYTES + _least(needs, sizes.pictures))
-    return _plan_stage(needs, budget - CONTEXT_BYTES, sizes.pictures, program in _STREAMABLE)
+    room, streamable = budget - CONTEXT_BYTES, program in _STREAMABLE
+    choices = _choices(program, needs, spec, config, sizes)
+    plans = (_plan_stage(choice, room, sizes.pictures, streamable) for choice in choices)
+    return next(filter(None, plans), None)
+
+
+def _choices(
+    program: Program, whole: StageNeeds, spec: VariantSpec, config: ModelConfig, sizes: PictureSizes
+) -> Iterator[StageNeeds]:
+    """What the device can do of a stage, the best first: all of it; of the decoder, ever more of it in tiles."""
+    if not _too_wide(whole, spec, sizes):
+        yield whole
+    if program is Program.DECODER:
+        for blocks in range(len(whole.blocks) - 1, -1, -1):
+            if needs := tiled_decoder(spec, config, sizes, blocks):
+                yield needs
 
 
 def _check_tokens(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes) -> None:
@@ -158,8 +191,8 @@ def _check_tokens(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes) -
 
 def _too_wide(needs: StageNeeds, spec: VariantSpec, sizes: PictureSizes) -> bool:
     """Whether the autoencoder's engines were built for smaller maps only."""
-    place = next((p for p in needs.blocks if p.kind is BlockKind.MIDDLE_ATTENTION), None)
-    return place is not None and max(sizes.latent_height, sizes.latent_width) > spec.program_of(place).largest
+    blocks = [place for place in needs.blocks if place.kind.component == "vae"]
+    return not takes_maps(spec, blocks, sizes)
 
 
 def _refusal(budget: int, smallest: int) -> MemoryLimitError:
@@ -208,7 +241,10 @@ def describe(plan: ResidencyPlan) -> Sequence[tuple[Program, str]]:
             lines.append((program, f"on the CPU{tiles}; {plan.why_on_host(program)}"))
             continue
         count, kept = len(stage.needs.blocks), len(stage.resident)
-        mode = "all resident" if kept == count else f"{kept} of {count} blocks resident, {count - kept} streamed"
+        if stage.needs.tiles:
+            mode = f"its first {count} blocks whole, the others {plan.how_decoded}"
+        else:
+            mode = "all resident" if kept == count else f"{kept} of {count} blocks resident, {count - kept} streamed"
         buffers = stage.nbytes - stage.weight_bytes - stage.needs.scratch
         text = (
             f"{gib(stage.nbytes)}: weights {gib(stage.weight_bytes)}, scratch {gib(stage.needs.scratch)}, "

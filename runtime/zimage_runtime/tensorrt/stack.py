@@ -52,7 +52,7 @@ class BlockStack:
         for index in sorted(self.plan.resident):
             self._addresses[index] = self.arena.allocate(sizes[index])
         self._slots = [self.arena.allocate(self.plan.slot_bytes) for _ in range(SLOTS if streamed else 0)]
-        self._staging = [self.arena.pinned(max(sizes)) for _ in range(SLOTS)]
+        self._staging = [self.arena.pinned(max(sizes, default=0)) for _ in range(SLOTS)]
         self._ready = [self.arena.event() for _ in range(SLOTS)]
         self._done = [self.arena.event() for _ in range(SLOTS)]
         for turn, index in enumerate(sorted(self.plan.resident)):

@@ -3,6 +3,7 @@
 Weights stay when only the picture's size changes; buffers, scratch memory and what is captured are then made anew.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..contracts import Program
 from ..executor import Floats
+from ..tensors import DType, to_float32
 from .arena import Arena, Budget
 from .blocks import NORMS, BlockPlace
 from .catalog import VariantSpec
@@ -19,6 +21,8 @@ from .residency import StagePlan
 from .stack import BlockStack
 from .stages import block_layout, is_modulated
 from .weights import WeightSource
+
+_FLOAT = 4  # bytes
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -143,10 +147,14 @@ class LoadedStage:
             self._pinned[name] = self._work.pinned(nbytes)
         return self._pinned[name]
 
+    def staged(self, name: str, shape: tuple[int, ...]) -> Floats:
+        """Float32 values where `upload` takes them from, to be written. The last copy of this name must be done."""
+        nbytes = _FLOAT * math.prod(shape)
+        return self.host(name, nbytes).data[:nbytes].view(np.float32).reshape(shape)
+
     def write(self, name: str, values: Floats) -> None:
-        """Puts float32 values where `upload` takes them from. The last copy of this name must be done."""
-        pinned = self.host(name, values.nbytes)
-        pinned.data[: values.nbytes].view(np.float32)[:] = values.reshape(-1)
+        """Puts float32 values there."""
+        self.staged(name, values.shape)[...] = values
 
     def upload(self, name: str, nbytes: int, address: int) -> None:
         """Queues a copy of what was written to the device."""
@@ -157,12 +165,24 @@ class LoadedStage:
         self.write(name, values)
         self.upload(name, values.nbytes, address)
 
-    def receive(self, name: str, shape: tuple[int, ...], address: int) -> Callable[[], Floats]:
+    def send_block(self, place: BlockPlace, name: str) -> None:
+        """Puts a block's weights into a buffer, for `enqueue`. The last copy of this name must be done."""
+        nbytes = block_layout(self.machine.spec.program_of(place), place).nbytes
+        self._fill(place, self.host(name, nbytes).data[:nbytes])
+        self.upload(name, nbytes, self.buffer(name))
+
+    def receive(
+        self, name: str, shape: tuple[int, ...], address: int, dtype: DType = DType.F32
+    ) -> Callable[[], Floats]:
         """Queues a copy to the host; what it returns gives the values, once the stream is synchronized."""
-        nbytes = 4 * int(np.prod(shape))
+        nbytes = dtype.size * math.prod(shape)
         pinned = self.host(name, nbytes)
         self.machine.device.download(pinned.address, address, nbytes, self.machine.compute)
-        return lambda: pinned.data[:nbytes].view(np.float32).reshape(shape).copy()
+        return lambda: to_float32(pinned.data[:nbytes].view(dtype.storage).reshape(shape), dtype).copy()
+
+    def synchronize(self) -> None:
+        """Waits for all that is queued on the compute stream."""
+        self.machine.device.synchronize(self.machine.compute)
 
     def begin(self) -> None:
         """A pass through the blocks begins."""
@@ -177,14 +197,15 @@ class LoadedStage:
         base = self._stack.acquire(index)
         norms = {f"{name}.weight": rows + turn * row for turn, name in enumerate(NORMS)} if is_modulated(place) else {}
         for addresses, shapes in runs:
-            self._enqueue(place, base, {**addresses, **norms}, shapes)
+            self.enqueue(place, base, {**addresses, **norms}, shapes)
         self._stack.release(index)
 
     def end(self, place: BlockPlace, addresses: Mapping[str, int], shapes: Shapes) -> None:
         """Queues one of the blocks that are always resident."""
-        self._enqueue(place, self._ends[place.key], addresses, shapes)
+        self.enqueue(place, self._ends[place.key], addresses, shapes)
 
-    def _enqueue(self, place: BlockPlace, base: int, addresses: Mapping[str, int], shapes: Shapes) -> None:
+    def enqueue(self, place: BlockPlace, base: int, addresses: Mapping[str, int], shapes: Shapes) -> None:
+        """Queues a block whose weights are at `base`."""
         program = self.machine.spec.program_of(place)
         offsets = block_layout(program, place).offsets
         weights = {name: base + offset for name, offset in offsets.items()}

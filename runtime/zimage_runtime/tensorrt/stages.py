@@ -14,6 +14,7 @@ from .blocks import (
     FINAL_LAYER,
     IMAGE_EMBEDDER,
     NORMS,
+    TILE,
     BlockKind,
     BlockPlace,
     caption_blocks,
@@ -93,6 +94,25 @@ def is_modulated(place: BlockPlace) -> bool:
 
 
 @dataclass(frozen=True)
+class TileShape:
+    """The pieces that a convolution of the decoder works on, where maps stay on the host."""
+
+    place: BlockPlace
+    rows: int  # with the two beside them
+    columns: int  # with a border where no norm comes before the convolution
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of its program's inputs, as far as they are free."""
+        return {TILE: (1, self.place.channels, self.rows, self.columns), "inside": (1, 1, self.rows, 1)}
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """What comes out."""
+        return (1, self.place.out_channels, self.rows - 2, self.columns)
+
+
+@dataclass(frozen=True)
 class StageNeeds:
     """What one stage takes."""
 
@@ -103,6 +123,7 @@ class StageNeeds:
     buffers: Mapping[str, int]  # that there is one of, by name
     picture_buffers: Mapping[str, int]  # that each picture of a batch has when blocks are streamed
     scratch: int  # that all engines share
+    tiles: tuple[TileShape, ...] = ()  # what comes after the blocks, a tile at a time
 
     def fixed(self, pictures: int) -> int:
         """All but the blocks, with room for some pictures at once."""
@@ -115,7 +136,7 @@ def stage_needs(program: Program, spec: VariantSpec, config: ModelConfig, sizes:
     return _STAGES[program](spec, config, sizes)
 
 
-def _needs(
+def needs_of(
     spec: VariantSpec,
     blocks: list[BlockPlace],
     ends: list[BlockPlace],
@@ -123,6 +144,7 @@ def _needs(
     picture_buffers: Mapping[str, int],
     scratch: int,
 ) -> StageNeeds:
+    """What a stage takes that has no tiles."""
     sizes = [tuple(block_layout(spec.program_of(place), place).nbytes for place in places) for places in (blocks, ends)]
     return StageNeeds(tuple(blocks), sizes[0], tuple(ends), sizes[1], buffers, picture_buffers, scratch)
 
@@ -132,7 +154,7 @@ def _text(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes) -> StageN
     hidden, table = tokens * text.hidden_size * _FLOAT, tokens * text.head_dim // 2 * _FLOAT
     buffers = {"x": hidden, "y": hidden, "cos": table, "sin": table}
     scratch = max(spec.program_of(place).scratch_bytes(tokens) for place in blocks)
-    return _needs(spec, blocks, [], buffers, {}, scratch)
+    return needs_of(spec, blocks, [], buffers, {}, scratch)
 
 
 def _caption(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes) -> StageNeeds:
@@ -149,7 +171,7 @@ def _caption(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes) -> Sta
         spec.program_of(CAPTION_EMBEDDER).scratch_bytes(sizes.prompt_tokens),
         *(spec.program_of(place).scratch_bytes(sizes.caption_tokens) for place in blocks),
     )
-    return _needs(spec, blocks, [CAPTION_EMBEDDER], buffers, {}, scratch)
+    return needs_of(spec, blocks, [CAPTION_EMBEDDER], buffers, {}, scratch)
 
 
 def row_bytes(config: ModelConfig) -> int:
@@ -174,7 +196,7 @@ def _denoiser(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes) -> St
         spec.program_of(FINAL_LAYER).scratch_bytes(sizes.image_count),
         *(spec.program_of(place).scratch_bytes(sizes.tokens) for place in blocks),
     )
-    return _needs(spec, blocks, [IMAGE_EMBEDDER, FINAL_LAYER], buffers, picture_buffers, scratch)
+    return needs_of(spec, blocks, [IMAGE_EMBEDDER, FINAL_LAYER], buffers, picture_buffers, scratch)
 
 
 Map = tuple[int, int, int]
@@ -186,11 +208,11 @@ def maps_between(blocks: Sequence[BlockPlace], latent_height: int, latent_width:
     return [(latent_height * b.scale, latent_width * b.scale, b.channels) for b in blocks[1:]]
 
 
-def _map_buffers(spec: VariantSpec, blocks: list[BlockPlace], maps: list[Map]) -> dict[str, int]:
+def map_buffers(spec: VariantSpec, blocks: list[BlockPlace], maps: list[Map]) -> dict[str, int]:
     """Two buffers that the maps take turns in."""
-    element = spec.program_of(blocks[0]).map_dtype.size
+    element = spec.program_of(blocks[0]).map_dtype.size if blocks else 0
     sizes = [rows * columns * channels * element for rows, columns, channels in maps]
-    return {"even": max(sizes[::2]), "odd": max(sizes[1::2])}
+    return {"even": max(sizes[::2], default=0), "odd": max(sizes[1::2], default=0)}
 
 
 def _decoder(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes) -> StageNeeds:
@@ -200,10 +222,10 @@ def _decoder(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes) -> Sta
     buffers = {
         "latents": positions * config.vae.latent_channels * _FLOAT,
         "image": positions * config.vae.scale**2 * config.vae.out_channels * _FLOAT,
-        **_map_buffers(spec, blocks, maps),
+        **map_buffers(spec, blocks, maps),
     }
     scratch = max(spec.program_of(b).scratch_bytes(n) for b, n in zip(blocks, inputs, strict=True))
-    return _needs(spec, blocks, [], buffers, {}, scratch)
+    return needs_of(spec, blocks, [], buffers, {}, scratch)
 
 
 def _encoder(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes) -> StageNeeds:
@@ -216,10 +238,10 @@ def _encoder(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes) -> Sta
         "image": positions * scale**2 * config.vae.in_channels * _FLOAT,
         "mean": moments,
         "logvar": moments,
-        **_map_buffers(spec, blocks, maps),
+        **map_buffers(spec, blocks, maps),
     }
     scratch = max(spec.program_of(b).scratch_bytes(n) for b, n in zip(blocks, inputs, strict=True))
-    return _needs(spec, blocks, [], buffers, {}, scratch)
+    return needs_of(spec, blocks, [], buffers, {}, scratch)
 
 
 _STAGES = {

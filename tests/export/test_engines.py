@@ -9,6 +9,7 @@ import itertools
 import platform
 import re
 import sys
+import time
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -19,7 +20,7 @@ from onnx import numpy_helper
 from test_graphs_full_size import PUBLISHED
 
 from zimage_export.engine_types import EngineTypes
-from zimage_export.engines import half_type, program_spec
+from zimage_export.engines import half_type, measure_scratch, program_spec
 from zimage_export.graphs.blocks import BlockProgram, build_blocks
 from zimage_export.graphs.layers import Layers
 from zimage_export.graphs.tensorrt_layers import TensorRtLayers
@@ -38,6 +39,7 @@ pytestmark = pytest.mark.skipif(
 ENDS = ("t_embedder.", "cap_embedder.", "all_x_embedder.", "all_final_layer.")
 TOKENS = 4224  # of a 1024 x 1024 picture and its caption
 MOST_BYTES = 3_000_000  # of an engine, of every precision and generation
+MOST_SECONDS = 10.0  # of a set, for one generation
 
 GENERATIONS = [Gpu.SM80, Gpu.SM86, Gpu.SM89, Gpu.SM120, Gpu.PORTABLE]
 COMBINATIONS = [
@@ -113,6 +115,13 @@ def only_moves(built: Built) -> list[str]:
     """Kernels that compute nothing: transposes and copies of whole activations."""
     moves = {"Tran", "Move", "Resh", "Repl", "Conc", "Slic", "Spli", "Gath"}
     return [k.name for k in kernels(built) if k.kind == "kgen" and k.parts and set(k.parts) <= moves]
+
+
+def map_moves(built: Built) -> list[str]:
+    """Kernels that only bring a whole map into another layout."""
+    moves = {"Tran", "Move", "Cast", "Resh"}
+    maps = [k for k in kernels(built) if any(len(dims) == 4 and dims.count(-1) > 1 for dims, _ in k.outputs)]
+    return [k.name for k in maps if k.kind == "kgen" and set(k.parts) <= moves]
 
 
 @pytest.mark.parametrize(("precision", "gpu"), COMBINATIONS)
@@ -197,18 +206,37 @@ def test_the_autoencoder(variant: Variant, gpu: Gpu) -> None:
             assert len(kernels(built)) <= 5, each
         elif each != "middle_attention":
             assert set(maps) <= ({"Float"} if variant is Variant.TURING else {"BFloat16", "Float"}), each
+            assert len(map_moves(built)) <= 2, "one where a map comes in, one where it goes out"
         if variant is Variant.AMPERE and program.kind is BlockKind.RESNET:
             assert maps.count("BFloat16") > 2 * maps.count("Float"), each
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("precision", "gpu"), COMBINATIONS)
-def test_no_engine_of_any_precision_and_generation_is_large(precision: str, gpu: Gpu) -> None:
-    """As they are in a bundle, with their full profiles."""
-    for name, program in programs(precision, gpu.variant).items():
+ONE_SET = [("int8", Gpu.PORTABLE), ("fp16", Gpu.SM75)]  # the others take as long
+
+
+@pytest.mark.parametrize(
+    ("precision", "gpu"),
+    [*ONE_SET, *(pytest.param(*each, marks=pytest.mark.slow) for each in COMBINATIONS if each not in ONE_SET)],
+)
+def test_a_set_of_engines_is_small_and_built_in_seconds(precision: str, gpu: Gpu) -> None:
+    """As they are in a bundle, with their full profiles. Processor time: other work adds little to it."""
+    found = programs(precision, gpu.variant)
+    build(found["final_layer"], gpu, 512)  # what the library does once
+    before = time.process_time()
+    for name, program in found.items():
         spec = program_spec(program, PUBLISHED, "")
         built = Library().build(program.model.SerializeToString(), spec, [gpu], detailed=True)
         assert len(built.data) < MOST_BYTES, name
+    assert time.process_time() - before < MOST_SECONDS
+
+
+def test_scratch_of_attention_is_known_as_far_as_it_is_used() -> None:
+    """It grows with the square of the positions, and TensorRT counts it in 32 bits."""
+    program = programs("bf16", Variant.AMPERE)["middle_attention"]
+    points = measure_scratch(Library(), program, PUBLISHED, Gpu.PORTABLE, {})
+    for positions, nbytes in points[1:]:
+        assert 2 < nbytes / positions**2 < 6, "scores twice, in 16 bits, or wrongly counted"
+    assert points[-1][0] ** 2 < 2**31
 
 
 # What the assertions above are for: graphs that are still right, but degraded

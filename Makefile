@@ -7,7 +7,7 @@ comma := ,
 # TensorRT for RTX (104 MB to download, 230 MB installed) builds engines without a GPU; its wheels are for these.
 EXTRAS := export,report,test,dev$(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(comma)tensorrt)
 
-.PHONY: demo demo-model demo-bundle demo-scores test test-slow check bench bench-int8 bench-report bench-full-size bench-gpu install clean
+.PHONY: demo demo-model demo-bundle demo-scores test test-slow check bench bench-int8 bench-report bench-full-size bench-full-size-systems bench-gpu install clean
 
 install: $(STAMP)
 
@@ -67,6 +67,11 @@ bench-full-size: $(STAMP)
 	$(BIN)/python benchmarks/full_size.py --work $(WORK)/full-size
 	$(BIN)/python benchmarks/full_size.py --work $(WORK)/full-size --precision int8 --export-only
 	$(BIN)/python benchmarks/full_size.py --work $(WORK)/full-size --precision int8 --draw-only --size 512x512 --steps 2 --limit 8
+
+# Beside stable-diffusion.cpp, which is built first: half an hour more, and 33 GB for its files.
+bench-full-size-systems: $(STAMP)
+	CMAKE_ARGS=-DGGML_NATIVE=ON $(BIN)/python -m pip install stable-diffusion-cpp-python==0.4.7
+	$(BIN)/python benchmarks/bench_report.py --work $(WORK) --only full-size
 
 # On a machine with an NVIDIA GPU and onnxruntime-gpu (the README says how to put it in the place of onnxruntime).
 bench-gpu: $(STAMP)

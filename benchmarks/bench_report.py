@@ -3,8 +3,9 @@
     python benchmarks/bench_report.py --work DIR [--only demo] [--quick]
 
 Two models: the demo model that ships, and a few blocks of the published width with weights of their own. Each is
-exported in every precision and drawn by zimage-rt and by diffusers on the same checkpoint. Run it on a quiet machine;
-interrupted, it goes on where it was. `--readme` only writes the README's block again.
+exported in every precision and drawn by zimage-rt and by diffusers on the same checkpoint. With `--only full-size`,
+the whole model with random weights in int8, beside stable-diffusion.cpp (which must be installed) in q8_0. Run it on
+a quiet machine; interrupted, it goes on where it was. `--readme` only writes the README's block again.
 """
 
 import argparse
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, prepared_bundle
+from common import RESULTS, full_size_checkpoint, prepared_bundle
 from cpu_step import scale
 
 from zimage_rt.bench.measure import median_step
@@ -28,7 +29,6 @@ from zimage_rt.bench.tables import gibibytes, markdown_table, seconds
 
 README = Path(__file__).parents[1] / "README.md"
 _BLOCK = re.compile(r"(<!-- made by make bench-report -->\n).*?(<!-- end -->)", re.S)
-_WANTED = ("fp32", "bf16", "int8")
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,31 @@ class Subject:
     sizes: tuple[str, ...]  # empty: the bundle's own
     repeat: int
     steps: int = 8
+    precisions: tuple[str, ...] = ("fp32", "bf16", "int8")
     baselines: tuple[str, ...] = ("diffusers", "diffusers-bf16", "diffusers-compiled")
+    large: bool = False  # measured only when it is asked for
+
+    @property
+    def made_by(self) -> str:
+        """The command that measures it."""
+        return "make bench-full-size-systems" if self.large else "make bench-report"
 
 
 SUBJECTS = (
     Subject("demo", "the demo model", "a red circle left of a blue square", (), 10),
     Subject("blocks", "3 blocks of the published width", "a lighthouse on a cliff", ("256x256", "512x512"), 3, 4),
+    Subject(
+        "full-size",
+        "the full-size model with random weights, one step",
+        "a red fox in the snow, golden hour",
+        ("256x256", "512x512"),
+        repeat=1,
+        steps=1,
+        precisions=("int8",),
+        baselines=("stable-diffusion.cpp",),
+        large=True,
+    ),
 )
-
-
-def precisions() -> list[str]:
-    """Those of `_WANTED` that this version exports."""
-    from zimage_runtime.manifest import Precision
-
-    known = {precision.value for precision in Precision}
-    return [name for name in _WANTED if name in known]
 
 
 def prepare(subject: Subject, work: Path, quick: bool) -> tuple[Path, list[Path]]:
@@ -63,13 +73,18 @@ def prepare(subject: Subject, work: Path, quick: bool) -> tuple[Path, list[Path]
     from zimage_export.checkpoint import DEMO
 
     work.mkdir(parents=True, exist_ok=True)
-    if subject.name == "demo" and not quick:
+    if quick:
+        checkpoint, _ = prepared_bundle(work, "quick", scale("tiny", 3))
+    elif subject.large:
+        work = work / "full-size"  # which full_size.py shares
+        checkpoint = full_size_checkpoint(work)
+    elif subject.name == "demo":
         checkpoint = DEMO
     else:
-        name = "quick" if quick else "step-real-3"  # the latter is shared with cpu_step
-        checkpoint, _ = prepared_bundle(work, name, scale("tiny" if quick else "real", 3))
-    bundles = [work / f"{'quick' if quick else subject.name}-{precision}" for precision in precisions()]
-    for bundle, precision in zip(bundles, precisions(), strict=True):
+        checkpoint, _ = prepared_bundle(work, "step-real-3", scale("real", 3))  # cpu_step has it too
+    kind = "quick" if quick else "bundle" if subject.large else subject.name
+    bundles = [work / f"{kind}-{precision}" for precision in subject.precisions]
+    for bundle, precision in zip(bundles, subject.precisions, strict=True):
         if not bundle.exists():
             _run("zimage_export.cli", "build", str(checkpoint), str(bundle), "--precision", precision, "--quiet")
     return checkpoint, bundles
@@ -102,7 +117,7 @@ def readme_block(results: Path = RESULTS) -> str:
         file = results / f"bench-{subject.name}" / NAME
         if file.exists():
             link = f"benchmarks/results/bench-{subject.name}/report.md"
-            parts += [f"On {subject.title} ([report]({link})):", "", _table(read_rows(file)), ""]
+            parts += [f"On {subject.title} ([report]({link}), `{subject.made_by}`):", "", _table(read_rows(file)), ""]
     return "\n".join(parts)
 
 
@@ -141,7 +156,7 @@ def block_in(text: str) -> str:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, help="where checkpoints and bundles are kept: 20 GB")
+    parser.add_argument("--work", type=Path, help="where checkpoints and bundles are kept: 20 GB, 80 for full-size")
     parser.add_argument("--only", choices=[subject.name for subject in SUBJECTS])
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--readme", action="store_true", help="measure nothing")
@@ -152,7 +167,7 @@ def main() -> None:
     if not options.readme and options.work is None:
         parser.error("give --work")
     for subject in SUBJECTS:
-        if not options.readme and options.only in (None, subject.name):
+        if not options.readme and (options.only == subject.name or not (options.only or subject.large)):
             bench(subject, options.work, options.out / f"bench-{subject.name}", options.quick)
     if not options.quick:
         write_readme(options.out)

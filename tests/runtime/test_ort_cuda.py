@@ -207,7 +207,7 @@ def test_the_tiles_programs_are_onnx() -> None:
 
 
 def test_tiles_need_the_hosts_memory(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ort_cuda, "available_memory", lambda: 1 << 20)
+    monkeypatch.setattr(memory, "available_memory", lambda: 1 << 20)
     opened = Bundle.open(bundle)
     pipeline = Pipeline(opened, executor(bundle))
     pipeline.run(pipeline.request("a fox", (512, 512), 1, 0))

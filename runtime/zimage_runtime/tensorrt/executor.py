@@ -17,11 +17,11 @@ from ..errors import ExecutorError, ZImageRuntimeError
 from ..executor import Conditioning, Floats
 from ..geometry import PictureGeometry, Rotary
 from ..manifest import TENSORRT
-from ..memory import available_memory
+from ..memory import available_memory, check_tiles_on_host
 from ..ort import OrtCpuExecutor
 from ..tensors import TensorFile
 from ..tile_kernels import Kernels, NumpyKernels
-from ..tiling import TiledDecoder
+from ..tiling import TiledDecoder, tiled_bytes
 from .arena import Budget
 from .blocks import CAPTION_EMBEDDER, MAP, MAP_OUT, decoder_blocks, encoder_blocks
 from .catalog import VariantSpec
@@ -32,6 +32,7 @@ from .residency import CONTEXT_BYTES, ResidencyPlan, plan_residency, plan_stage
 from .stage import LoadedStage, Machine, Shapes
 from .stages import PictureSizes, maps_between
 from .store import EngineStore, Note, read_catalog, variant_spec
+from .tiles import TILE_BYTES, TILE_COPIES_ON_HOST
 from .weights import WeightSource
 
 _PINNED_SHARE = 0.5  # of the host's free memory, which streamed blocks may hold
@@ -112,6 +113,9 @@ class TensorRtExecutor:
         """How a request will be drawn, before anything is loaded. Raises `MemoryLimitError` if it does not fit."""
         sizes = PictureSizes.of(geometry, prompt_tokens, batch_size)
         plan = plan_residency(self.spec, self.bundle.manifest.config, sizes, self.vram)
+        if plan.how_decoded is not None:
+            maps = tiled_bytes(self.bundle.manifest.config.vae, geometry.width, geometry.height)
+            check_tiles_on_host(geometry, maps + TILE_COPIES_ON_HOST * TILE_BYTES)
         self._keep_all = plan.keep_all
         return RequestPlan(plan)
 

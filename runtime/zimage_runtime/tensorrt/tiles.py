@@ -21,6 +21,9 @@ TILE_VALUES = 1 << 23
 
 _FLOAT = 4  # bytes
 
+TILE_BYTES = TILE_VALUES * _FLOAT
+TILE_COPIES_ON_HOST = 4  # pinned, on the way there and back, and what `tiling` makes of it
+
 
 def tiled_decoder(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes, whole: int) -> StageNeeds | None:
     """What the decoder takes with its first `whole` blocks on whole maps; None where an engine takes no such map."""

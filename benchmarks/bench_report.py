@@ -53,7 +53,15 @@ class Subject:
 
 SUBJECTS = (
     Subject("demo", "the demo model", "a red circle left of a blue square", (), 10),
-    Subject("blocks", "3 blocks of the published width", "a lighthouse on a cliff", ("256x256", "512x512"), 3, 4),
+    Subject(
+        "blocks",
+        "3 blocks of the published width",
+        "a lighthouse on a cliff",
+        ("128x128", "256x256"),
+        repeat=3,
+        steps=2,
+        baselines=("diffusers", "diffusers-compiled"),  # a picture in bf16 takes minutes on a CPU without it
+    ),
     Subject(
         "full-size",
         "the full-size model with random weights, one step",

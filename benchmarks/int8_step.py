@@ -248,8 +248,8 @@ def to_markdown(document: dict[str, Any]) -> str:
         f"Random weights, {document['main_layers']} main blocks and {document['refiners']} refiner of width "
         f"{document['dim']}; activations of {document['activation_bits']} bits; variants take turns; threads: "
         f"{document['threads']}; seconds of the {document['seconds_of']}.",
-        "The error is of the first step's velocity, against diffusers eager fp32. Seconds are of a machine that other "
-        "work may share: compare ratios, which are medians over the rounds.",
+        "The error is of the first step's velocity, against diffusers eager fp32, or our fp32 where that took no part. "
+        "Seconds are of a machine that other work may share: compare ratios, which are medians over the rounds.",
         f"Made by `{document['command']}`.",
     ]
     for size in document["sizes"]:

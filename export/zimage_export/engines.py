@@ -49,8 +49,8 @@ _USUAL_CAPTION_TOKENS = 128
 _USUAL_SIDE = 128
 _SIDES_MEASURED = (64,)
 _SIDES_OF_ATTENTION = (64, 128, 208)
-"""Its scratch memory grows with the square of the positions, and from 216 x 216 on TensorRT counts it wrongly, in 32
-bits: pictures of more latents than the last of these are not decoded as a whole."""
+"""Its scratch memory grows with the square of the positions, which TensorRT for RTX 1.7 counts in 32 bits: 5.6 GB for
+192 x 192 latents, 0.3 for 256 x 256. Pictures of more latents than the last of these are not decoded as a whole."""
 _TILE_COLUMNS = (64, 512)
 
 

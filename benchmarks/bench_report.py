@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, full_size_checkpoint, prepared_bundle
+from common import RESULTS, cli_child, full_size_checkpoint, prepared_bundle
 from cpu_step import scale
 
 from zimage_rt.bench.measure import median_step
@@ -112,8 +112,7 @@ def bench(subject: Subject, work: Path, out: Path, quick: bool) -> None:
 
 
 def _run(module: str, *arguments: str, failure_allowed: bool = False) -> None:
-    code = f"import sys; from {module} import main; sys.argv = ['zimage', *sys.argv[1:]]; main()"
-    status = subprocess.run([sys.executable, "-c", code, *arguments], check=False).returncode
+    status = subprocess.run(cli_child(module, *arguments), check=False).returncode
     if status and not (failure_allowed and status == 1):
         sys.exit(status)
 

@@ -20,6 +20,7 @@ __all__ = [
     "RESULTS",
     "Peak",
     "Ratio",
+    "cli_child",
     "describe",
     "full_size_checkpoint",
     "interleave",
@@ -98,9 +99,14 @@ def full_size_checkpoint(work: Path) -> Path:
     """The full-size checkpoint of random weights in `work`, made where it is missing: 33 GB."""
     checkpoint = work / "checkpoint"
     if not checkpoint.exists():
-        run = "import sys; from zimage_export.cli import main; sys.argv = ['zimage-export', *sys.argv[1:]]; main()"
-        subprocess.run([sys.executable, "-c", run, *synthesize_words(checkpoint, "full")], check=True)
+        subprocess.run(cli_child("zimage_export.cli", *synthesize_words(checkpoint, "full")), check=True)
     return checkpoint
+
+
+def cli_child(module: str, *words: str) -> list[str]:
+    """The command that runs the `main` of a command line's module."""
+    run = f"import sys; from {module} import main; sys.argv = ['zimage', *sys.argv[1:]]; main()"
+    return [sys.executable, "-c", run, *words]
 
 
 def python_child(script: str, argument: object) -> list[str]:

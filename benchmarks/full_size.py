@@ -17,7 +17,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, Peak, describe, machine, markdown_table, measure_child, synthesize_words, write_results
+from common import (
+    RESULTS,
+    Peak,
+    cli_child,
+    describe,
+    machine,
+    markdown_table,
+    measure_child,
+    synthesize_words,
+    write_results,
+)
 from memory_limit import Limit, memory_limit
 
 _PIECE = 16 << 20
@@ -124,9 +134,8 @@ def _plain_copy_phase(work: Path, checkpoint: Path, bundle: Path) -> dict[str, A
 
 
 def _phase(module: str, *arguments: str, limit: Limit | None = None) -> tuple[dict[str, Any], str]:
-    run = f"import sys; from {module} import main; sys.argv = ['zimage', *sys.argv[1:]]; main()"
     print(f"{time.strftime('%H:%M:%S')} {' '.join(arguments[:2])}", file=sys.stderr, flush=True)
-    command = [sys.executable, "-c", run, *arguments, *([] if "info" in arguments else ["--quiet"])]
+    command = cli_child(module, *arguments, *([] if "info" in arguments else ["--quiet"]))
     peak, text = measure_child(limit.command(command) if limit else command)
     return _row(peak), text
 

@@ -32,7 +32,7 @@ from .residency import CONTEXT_BYTES, ResidencyPlan, plan_residency, plan_stage
 from .stage import LoadedStage, Machine, Shapes
 from .stages import PictureSizes, maps_between
 from .store import EngineStore, Note, read_catalog, variant_spec
-from .tiles import TILE_BYTES, TILE_COPIES_ON_HOST
+from .tiles import TILES_ON_HOST
 from .weights import WeightSource
 
 _PINNED_SHARE = 0.5  # of the host's free memory, which streamed blocks may hold
@@ -115,7 +115,7 @@ class TensorRtExecutor:
         plan = plan_residency(self.spec, self.bundle.manifest.config, sizes, self.vram)
         if plan.how_decoded is not None:
             maps = tiled_bytes(self.bundle.manifest.config.vae, geometry.width, geometry.height)
-            check_tiles_on_host(geometry, maps + TILE_COPIES_ON_HOST * TILE_BYTES)
+            check_tiles_on_host(geometry, maps + TILES_ON_HOST)
         self._keep_all = plan.keep_all
         return RequestPlan(plan)
 

@@ -7,7 +7,7 @@ and the others on tiles of maps that stay on the host; the encoder runs on the h
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ..config import PATCH_SIZE, ModelConfig
@@ -121,7 +121,7 @@ def plan_residency(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes, 
     stages: dict[Program, StagePlan] = {}
     on_host: dict[Program, int | None] = {}
     for program, stage in needs.items():
-        if planned := plan_stage(program, spec, config, sizes, budget):
+        if planned := _first_that_fits(program, _choices(program, stage, spec, config, sizes), sizes, room):
             stages[program] = planned
         else:
             least = [_everything(choice).nbytes for choice in _choices(program, stage, spec, config, sizes)]
@@ -160,8 +160,14 @@ def plan_stage(
     needs = stage_needs(program, spec, config, sizes)
     if program in _NEEDED and budget < CONTEXT_BYTES + _least(needs, sizes.pictures):
         raise _refusal(budget, CONTEXT_BYTES + _least(needs, sizes.pictures))
-    room, streamable = budget - CONTEXT_BYTES, program in _STREAMABLE
     choices = _choices(program, needs, spec, config, sizes)
+    return _first_that_fits(program, choices, sizes, budget - CONTEXT_BYTES)
+
+
+def _first_that_fits(
+    program: Program, choices: Iterable[StageNeeds], sizes: PictureSizes, room: int
+) -> StagePlan | None:
+    streamable = program in _STREAMABLE
     plans = (_plan_stage(choice, room, sizes.pictures, streamable) for choice in choices)
     return next(filter(None, plans), None)
 

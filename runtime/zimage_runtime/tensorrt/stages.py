@@ -208,6 +208,12 @@ def maps_between(blocks: Sequence[BlockPlace], latent_height: int, latent_width:
     return [(latent_height * b.scale, latent_width * b.scale, b.channels) for b in blocks[1:]]
 
 
+def map_scratch(spec: VariantSpec, blocks: Sequence[BlockPlace], sizes: PictureSizes) -> list[int]:
+    """What each block of the autoencoder needs beside the maps that it takes and gives."""
+    positions = sizes.latent_height * sizes.latent_width
+    return [spec.program_of(b).scratch_bytes(positions * b.scale**2) for b in blocks]
+
+
 def map_buffers(spec: VariantSpec, blocks: list[BlockPlace], maps: list[Map]) -> dict[str, int]:
     """Two buffers that the maps take turns in."""
     element = spec.program_of(blocks[0]).map_dtype.size if blocks else 0
@@ -218,29 +224,26 @@ def map_buffers(spec: VariantSpec, blocks: list[BlockPlace], maps: list[Map]) ->
 def _decoder(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes) -> StageNeeds:
     blocks, positions = decoder_blocks(config), sizes.latent_height * sizes.latent_width
     maps = maps_between(blocks, sizes.latent_height, sizes.latent_width)
-    inputs = [positions, *(rows * columns for rows, columns, _ in maps)]
     buffers = {
         "latents": positions * config.vae.latent_channels * _FLOAT,
         "image": positions * config.vae.scale**2 * config.vae.out_channels * _FLOAT,
         **map_buffers(spec, blocks, maps),
     }
-    scratch = max(spec.program_of(b).scratch_bytes(n) for b, n in zip(blocks, inputs, strict=True))
+    scratch = max(map_scratch(spec, blocks, sizes))
     return needs_of(spec, blocks, [], buffers, {}, scratch)
 
 
 def _encoder(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes) -> StageNeeds:
     blocks, positions = encoder_blocks(config), sizes.latent_height * sizes.latent_width
-    scale = config.vae.scale
     maps = maps_between(blocks, sizes.latent_height, sizes.latent_width)
-    inputs = [positions * scale**2, *(rows * columns for rows, columns, _ in maps)]
     moments = positions * config.vae.latent_channels * _FLOAT
     buffers = {
-        "image": positions * scale**2 * config.vae.in_channels * _FLOAT,
+        "image": positions * config.vae.scale**2 * config.vae.in_channels * _FLOAT,
         "mean": moments,
         "logvar": moments,
         **map_buffers(spec, blocks, maps),
     }
-    scratch = max(spec.program_of(b).scratch_bytes(n) for b, n in zip(blocks, inputs, strict=True))
+    scratch = max(map_scratch(spec, blocks, sizes))
     return needs_of(spec, blocks, [], buffers, {}, scratch)
 
 

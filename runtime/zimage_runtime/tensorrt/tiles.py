@@ -14,15 +14,24 @@ from ..config import ModelConfig
 from ..tiling import tile_rows
 from .blocks import TILE, TILE_OUT, BlockPlace, block_tiles, decoder_blocks, is_normed
 from .catalog import VariantSpec
-from .stages import PictureSizes, StageNeeds, TileShape, block_layout, map_buffers, maps_between, needs_of
+from .stages import (
+    PictureSizes,
+    StageNeeds,
+    TileShape,
+    block_layout,
+    map_buffers,
+    map_scratch,
+    maps_between,
+    needs_of,
+)
 
 TILE_VALUES = 1 << 23
 """Values of a tile, all channels together: 34 MB in float32, of which the device holds one and its result."""
 
 _FLOAT = 4  # bytes
 
-TILE_BYTES = TILE_VALUES * _FLOAT
-TILE_COPIES_ON_HOST = 4  # pinned, on the way there and back, and what `tiling` makes of it
+TILES_ON_HOST = 4 * TILE_VALUES * _FLOAT
+"""Bytes of tiles in the host's memory: pinned, on the way there and back, and what `tiling` makes of them."""
 
 
 def tiled_decoder(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes, whole: int) -> StageNeeds | None:
@@ -46,7 +55,7 @@ def tiled_decoder(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes, w
         "summand": widest,
         "inside": max(tile.rows for tile in tiles) * _FLOAT,
     }
-    scratch = [spec.program_of(b).scratch_bytes(_positions(b, sizes)) for b in head]
+    scratch = map_scratch(spec, head, sizes)
     scratch += [p.scratch_bytes(tile.rows * tile.columns) for p, tile in zip(programs, tiles, strict=True)]
     return replace(needs_of(spec, head, [], buffers, {}, max(scratch)), tiles=tiles)
 
@@ -55,10 +64,6 @@ def takes_maps(spec: VariantSpec, blocks: Sequence[BlockPlace], sizes: PictureSi
     """Whether engines of the autoencoder take whole maps of a picture."""
     height, width = sizes.latent_height, sizes.latent_width
     return all(spec.program_of(b).takes(height * b.scale, width * b.scale) for b in blocks)
-
-
-def _positions(place: BlockPlace, sizes: PictureSizes) -> int:
-    return sizes.latent_height * sizes.latent_width * place.scale**2
 
 
 def _tile_shape(tile: BlockPlace, sizes: PictureSizes) -> TileShape:

@@ -1,0 +1,29 @@
+"""What the tests of the tensorrt executor share."""
+
+from collections.abc import Callable
+
+from device_stand_in import StandInDevice
+from parity import Case
+
+from zimage_runtime.bundle import Bundle
+from zimage_runtime.geometry import picture_geometry
+from zimage_runtime.pipeline import Pipeline
+from zimage_runtime.tensorrt.catalog import VariantSpec
+from zimage_runtime.tensorrt.residency import smallest_budget
+from zimage_runtime.tensorrt.stages import STAGES, PictureSizes, stage_needs
+
+TOLERANCE = 1e-5  # relative, as of the other stages; the twins' float32 rounding comes to a few 1e-7
+EVERYTHING = 1 << 30
+CASE = Case("a red fox in the snow", (64, 96), steps=3, seed=5)
+
+
+Make = Callable[..., tuple[StandInDevice, Pipeline]]
+
+
+def sizes_of(opened: Bundle, case: Case, tokens: int, pictures: int = 1) -> PictureSizes:
+    return PictureSizes.of(picture_geometry(*case.size, opened.manifest.config), tokens, pictures)
+
+
+def least(opened: Bundle, spec: VariantSpec, sizes: PictureSizes) -> int:
+    config = opened.manifest.config
+    return smallest_budget({program: stage_needs(program, spec, config, sizes) for program in STAGES}, sizes)

@@ -28,7 +28,7 @@ demo: $(STAMP)
 DEMO_WORK ?= out/demo-model
 demo-model: $(STAMP)
 	MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_MMAP_THRESHOLD_=4000000000 OMP_WAIT_POLICY=PASSIVE \
-	    $(BIN)/python -m zimage_export.demo $(DEMO_WORK)
+	    $(BIN)/python -m demo_model $(DEMO_WORK)
 
 # Renews the bundle that ships, after a change of the exporter or of the demo model.
 demo-bundle: $(STAMP)
@@ -36,7 +36,7 @@ demo-bundle: $(STAMP)
 
 # Does it draw what it is asked for? The model card's figures, and the README's picture.
 demo-scores: $(STAMP)
-	$(BIN)/python benchmarks/demo_scores.py
+	PYTHONPATH=. $(BIN)/python benchmarks/demo_scores.py
 	$(BIN)/python benchmarks/contact_sheet.py docs/demo.png
 
 test: $(STAMP)

@@ -78,7 +78,7 @@ SUBJECTS = (
 
 def prepare(subject: Subject, work: Path, quick: bool) -> tuple[Path, list[Path]]:
     """The subject's checkpoint and a bundle for each precision, made where they are missing."""
-    from zimage_export.checkpoint import DEMO
+    from zimage_export.source.checkpoint import DEMO
 
     work.mkdir(parents=True, exist_ok=True)
     if quick:

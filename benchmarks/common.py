@@ -162,8 +162,8 @@ def write_results(name: str, document: Mapping[str, Any], markdown: str, folder:
 def prepared_bundle(work: Path, name: str, scale: Any) -> tuple[Path, Path]:
     """A checkpoint of random weights and its bundle in `work`, made when not there. `scale` is a synthetic `Scale`."""
     from zimage_export.build import BuildOptions, build
-    from zimage_export.synthetic import write_checkpoint
-    from zimage_runtime.progress import Progress
+    from zimage_export.synthetic.checkpoint import write_checkpoint
+    from zimage_runtime.command_line.progress import Progress
 
     checkpoint, bundle, mark = work / f"{name}-checkpoint", work / f"{name}-bundle", work / f"{name}.json"
     wanted = json.dumps(asdict(scale.config), sort_keys=True)
@@ -185,6 +185,6 @@ def mib(size: float) -> int:
 
 def physical_threads() -> int:
     """What the product uses."""
-    from zimage_runtime.threads import thread_count
+    from zimage_runtime.machine.cores import thread_count
 
     return min(thread_count(), os.cpu_count() or 1)

@@ -50,7 +50,7 @@ Clock = Callable[[], float]
 
 def scale(name: str, layers: int) -> Any:
     """`real`: main layers and a refiner at the published width. `tiny`: to try the script on."""
-    from zimage_export.synthetic import SMALL, Scale
+    from zimage_export.synthetic.checkpoint import SMALL, Scale
 
     small = SMALL.config
     if name == "tiny":
@@ -232,7 +232,7 @@ def measure(what: str, side: int, calls: dict[str, Callable[[], Floats]], rounds
 def step_flops(config: Any, side: int, caption_tokens: int) -> float:
     """Multiplications and additions of one of our steps: matrix products and attention."""
     from zimage_rt.bench.operations import step_operations
-    from zimage_runtime.geometry import picture_geometry
+    from zimage_runtime.model.geometry import picture_geometry
 
     return step_operations(config, picture_geometry(side, side, config), caption_tokens).total
 

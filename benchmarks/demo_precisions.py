@@ -1,6 +1,6 @@
 """What a lower precision does to the demo model's pictures: what they show, and how far they are from float32's.
 
-    python benchmarks/demo_precisions.py --work DIR [--prompts 400]
+    PYTHONPATH=. python benchmarks/demo_precisions.py --work DIR [--prompts 400]
 
 The same held-out prompts and seeds are drawn by a bundle of each precision and judged as in `demo_scores.py`. PSNR is
 against the float32 bundle's picture. A sheet shows pictures side by side, from the one that int8 changed most to the
@@ -19,15 +19,15 @@ from demo_scores import LANGUAGES
 from numpy.typing import NDArray
 from PIL import Image
 
+from demo_model.checker import judge, see
+from demo_model.scenes import Language, Scene
+from demo_model.scoring import held_out_requests, summary
 from zimage_export.build import BuildOptions, build
-from zimage_export.demo.checker import judge, see
-from zimage_export.demo.scenes import Language, Scene
-from zimage_export.demo.scoring import held_out_requests, summary
 from zimage_rt import Pipeline
 from zimage_rt.bench.accuracy import psnr_db
-from zimage_runtime.integers import activation_bits
-from zimage_runtime.manifest import Precision
-from zimage_runtime.progress import Progress
+from zimage_runtime.bundle.manifest import Precision
+from zimage_runtime.command_line.progress import Progress
+from zimage_runtime.machine.int8_products import activation_bits
 
 Pictures = list[NDArray[np.uint8]]
 
@@ -133,7 +133,7 @@ def to_markdown(report: dict[str, Any]) -> str:
         f"{markdown_table(['precision', 'pictures', 'least', '10 %', 'median', '90 %', 'most'], psnr_rows)}\n\n"
         f"![Pictures side by side](demo_precisions.png)\n\nRows: {', '.join(report['scores'])}. Columns: int8's PSNR "
         f"rises from left to right (least, 1, 10, 25, 50, 75, 90 %, most).\n\n"
-        f"`python benchmarks/demo_precisions.py --work DIR --prompts {prompts}`; integer products with activations of "
+        f"`PYTHONPATH=. python benchmarks/demo_precisions.py --work DIR --prompts {prompts}`; integer products with activations of "
         f"{report['activation_bits']} bits; {describe(report['machine'])}\n"
     )
 

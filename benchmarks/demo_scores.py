@@ -1,6 +1,6 @@
 """Does the demo model draw what it is asked for? Held-out prompts, judged by plain image analysis.
 
-    python benchmarks/demo_scores.py [--bundle DIR] [--prompts 400]
+    PYTHONPATH=. python benchmarks/demo_scores.py [--bundle DIR] [--prompts 400]
 
 Every prompt asks for a pair of colour and shape that no training picture showed. The same requests are also judged
 against pictures drawn from the empty prompt: that is chance. The report of another bundle than the one that ships is
@@ -16,8 +16,8 @@ import numpy as np
 from common import RESULTS, describe, machine, markdown_table, write_results
 from numpy.typing import NDArray
 
-from zimage_export.demo.scenes import Language
-from zimage_export.demo.scoring import Scores, held_out_requests, score
+from demo_model.scenes import Language
+from demo_model.scoring import Scores, held_out_requests, score
 from zimage_rt import Pipeline, demo_bundle
 
 LANGUAGES: dict[Language, str] = {"en": "English", "zh": "Chinese"}
@@ -73,7 +73,7 @@ def to_markdown(report: dict[str, Any]) -> str:
         "# Demo model: what was asked for, and what was drawn\n\n"
         f"{markdown_table(header, rows)}\n"
         "A picture counts as right where all its objects are, and no others.\n\n"
-        f"`python benchmarks/demo_scores.py --prompts {count}`, {report['precision']} bundle "
+        f"`PYTHONPATH=. python benchmarks/demo_scores.py --prompts {count}`, {report['precision']} bundle "
         f"{report['fingerprint'][:12]}; {describe(report['machine'])}\n"
     )
 

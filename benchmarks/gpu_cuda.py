@@ -26,7 +26,7 @@ from common import RESULTS, interleave, machine, ratio, relative_error, write_re
 from gpu_report import report
 from gpu_tools import VramWatch, best_backend, diffusers_step, matrix_rate, median_seconds, step_flops
 
-from zimage_runtime.contracts import Program
+from zimage_runtime.model.programs import Program
 
 _PROMPT = "a lighthouse on a cliff at dusk, waves breaking below, oil painting with visible brush strokes"
 _SEED = 7
@@ -40,9 +40,9 @@ Child = dict[str, Any]
 
 def open_pipeline(bundle: str, executor: str, vram: int | None = None, denoiser: str | None = None) -> Any:
     """A pipeline on the CUDA programs: on the GPU, or for a trial on the CPU."""
-    from zimage_runtime.bundle import Bundle
-    from zimage_runtime.choice import budget
-    from zimage_runtime.ort_cuda import Device, OrtCudaExecutor
+    from zimage_runtime.bundle.bundle import Bundle
+    from zimage_runtime.executors.choose import budget
+    from zimage_runtime.executors.ort.device import Device, OrtCudaExecutor
     from zimage_runtime.pipeline import Pipeline
 
     opened = Bundle.open(bundle)
@@ -94,8 +94,8 @@ def child_steps(options: Child) -> Child:
 
     What diffusers lacks here costs its columns and no others: the result says why.
     """
-    from zimage_runtime.bundle import Bundle
-    from zimage_runtime.geometry import padded
+    from zimage_runtime.bundle.bundle import Bundle
+    from zimage_runtime.model.geometry import padded
 
     config = Bundle.open(options["bundle"]).manifest.config
     dtype, device, repeat = options["dtype"], options["executor"], options["repeat"]
@@ -175,10 +175,10 @@ def child_placement(options: Child) -> Child:
     """Where each node of a reduced model's programs ran, by ONNX Runtime's profiler, which sees copies too."""
     import onnxruntime
 
-    from zimage_export.selfcheck import fixed_inputs
-    from zimage_runtime.bundle import Bundle
-    from zimage_runtime.manifest import CUDA
-    from zimage_runtime.ort_cuda import DISABLED_OPTIMIZERS, PROVIDER, preload_libraries
+    from zimage_export.measure.self_check import fixed_inputs
+    from zimage_runtime.bundle.bundle import Bundle
+    from zimage_runtime.bundle.manifest import CUDA
+    from zimage_runtime.executors.ort.device import DISABLED_OPTIMIZERS, PROVIDER, preload_libraries
 
     bundle, wanted = Bundle.open(options["bundle"]), "CPUExecutionProvider"
     if options["executor"] == "cuda":
@@ -236,10 +236,10 @@ def in_child(kind: str, options: Child) -> Child:
 def prepared(work: Path, scale_name: str, precision: str) -> Path:
     """The bundle of a precision and scale, made where it is not there; at full size, the only one there is."""
     from zimage_export.build import BuildOptions, build
-    from zimage_export.synthetic import SCALES, write_checkpoint
-    from zimage_runtime.manifest import Precision
-    from zimage_runtime.progress import Progress
-    from zimage_runtime.tensors import DType
+    from zimage_export.synthetic.checkpoint import SCALES, write_checkpoint
+    from zimage_runtime.bundle.manifest import Precision
+    from zimage_runtime.bundle.tensors import DType
+    from zimage_runtime.command_line.progress import Progress
 
     work.mkdir(parents=True, exist_ok=True)
     checkpoint, bundle = work / f"checkpoint-{scale_name}", work / f"bundle-{scale_name}-{precision}"
@@ -255,14 +255,14 @@ def prepared(work: Path, scale_name: str, precision: str) -> Path:
 
 def ways(precision: str) -> list[tuple[str, str | None]]:
     """What to call a precision and which denoiser to run: int8 has two."""
-    from zimage_runtime.manifest import CUDA, CUDA_WEIGHT_ONLY
+    from zimage_runtime.bundle.manifest import CUDA, CUDA_WEIGHT_ONLY
 
     return [("int8", CUDA), ("int8 weight-only", CUDA_WEIGHT_ONLY)] if precision == "int8" else [(precision, None)]
 
 
 def run(options: argparse.Namespace) -> Child:
     """Every measurement, precision by precision."""
-    from zimage_runtime.nvidia import find_gpu
+    from zimage_runtime.machine.gpus import find_gpu
 
     cuda = options.executor == "cuda"
     gpu = find_gpu() if cuda else None

@@ -21,12 +21,12 @@ from typing import Any
 import numpy as np
 from common import describe, machine, markdown_table, mib, write_results
 
-from zimage_runtime.bundle import Bundle
-from zimage_runtime.contracts import Program
+from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.errors import ZImageRuntimeError
+from zimage_runtime.executors.tensorrt.executor import TensorRtExecutor, open_executor
+from zimage_runtime.executors.tensorrt.plan import CONTEXT_BYTES, ResidencyPlan
+from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import CaptionEvent, PictureEvent, Pipeline, StepEvent
-from zimage_runtime.tensorrt.executor import TensorRtExecutor, open_executor
-from zimage_runtime.tensorrt.residency import CONTEXT_BYTES, ResidencyPlan
 
 PROMPT = "a red fox in the snow, golden hour"
 PLAN_TOLERANCE = 0.05  # of the peak, between prediction and measurement

@@ -49,8 +49,8 @@ Calls = dict[str, Callable[[], Floats]]
 def quantized_bundle(checkpoint: Path, fp32: Path, precision: str) -> Path:
     """The checkpoint's bundle in a precision, beside the fp32 one; made when that is newer or it is not there."""
     from zimage_export.build import BuildOptions, build
-    from zimage_runtime.manifest import Precision
-    from zimage_runtime.progress import Progress
+    from zimage_runtime.bundle.manifest import Precision
+    from zimage_runtime.command_line.progress import Progress
 
     out = fp32.with_name(f"{fp32.name}-{precision}")
     made = out / "manifest.json"
@@ -68,7 +68,7 @@ def our_step(bundle: Path, side: int) -> Callable[[], Floats]:
     latents = pipeline.initial_latents(request.geometry, request.seeds)
     hidden_states = pipeline.encode_prompt(pipeline.token_ids(_PROMPT))
     conditioning = pipeline.conditioning(request.geometry, request.schedule, hidden_states)
-    from zimage_runtime.contracts import Program
+    from zimage_runtime.model.programs import Program
 
     pipeline.executor.release(Program.TEXT_ENCODER)
     denoiser = pipeline.executor.prepare(conditioning)
@@ -116,7 +116,7 @@ def integer_product_rate(tokens: int, dim: int, ffn_dim: int, clock: Callable[[]
     import onnxruntime
     from onnx import TensorProto, helper, numpy_helper
 
-    from zimage_runtime.integers import activation_levels
+    from zimage_runtime.machine.int8_products import activation_levels
 
     levels = int(activation_levels())
     rng = np.random.default_rng(0)
@@ -139,7 +139,7 @@ def integer_product_rate(tokens: int, dim: int, ffn_dim: int, clock: Callable[[]
 
 def integer_operations(config: Any, side: int, caption_tokens: int) -> float:
     """Multiplications and additions of a step's quantized linears; attention, which is float32, is not among them."""
-    from zimage_runtime.geometry import picture_geometry
+    from zimage_runtime.model.geometry import picture_geometry
 
     c = config.transformer
     image = picture_geometry(side, side, config).image_tokens
@@ -151,7 +151,7 @@ def profile(bundle: Path, side: int, runs: int) -> dict[str, float]:
     """Milliseconds a step by operator, the median of a few steps, from ONNX Runtime's own profile."""
     import onnxruntime
 
-    from zimage_runtime.contracts import Program
+    from zimage_runtime.model.programs import Program
 
     made = onnxruntime.SessionOptions
 
@@ -193,8 +193,8 @@ def measure(
     side: int, checkpoint: Path, bundles: dict[str, Path], options: argparse.Namespace, clock: Callable[[], float]
 ) -> dict[str, Any]:
     """Everything at one size."""
-    from zimage_runtime.bundle import Bundle
-    from zimage_runtime.tokenizer import PromptTokenizer
+    from zimage_runtime.bundle.bundle import Bundle
+    from zimage_runtime.model.tokenizer import PromptTokenizer
 
     calls: Calls = {n: our_step(bundles[n], side) for n in options.variants if n in bundles}
     calls |= torch_steps(checkpoint, bundles[OURS], side, options.variants)
@@ -293,8 +293,8 @@ def to_markdown(document: dict[str, Any]) -> str:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Makes the models, measures, and gives the document; after each size it is written, too."""
-    from zimage_runtime.bundle import Bundle
-    from zimage_runtime.integers import activation_bits
+    from zimage_runtime.bundle.bundle import Bundle
+    from zimage_runtime.machine.int8_products import activation_bits
 
     options.work.mkdir(parents=True, exist_ok=True)
     name = f"step-{options.scale}-{options.layers}"

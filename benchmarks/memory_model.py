@@ -1,4 +1,4 @@
-"""How much memory each program takes, against what `zimage_runtime.memory` says it will take.
+"""How much memory each program takes, against what `zimage_runtime.executors.ort.cpu_plan` says it will take.
 
 Every point runs in a process of its own, twice over (pictures are encoded and decoded once), on a bundle of random
 weights whose activations dwarf its weights. What counts is anonymous memory: mapped weights are the page cache's,
@@ -28,7 +28,7 @@ from common import (
     write_results,
 )
 
-from zimage_runtime.contracts import SIGNATURES, Program
+from zimage_runtime.model.programs import SIGNATURES, Program
 
 _RUNS = 2  # the second run may allocate otherwise than the first
 
@@ -78,7 +78,7 @@ def scale() -> Any:
     """Wide enough for activations to show, shallow enough for weights not to; the VAE is the published one."""
     from dataclasses import replace
 
-    from zimage_export.synthetic import SMALL, Scale
+    from zimage_export.synthetic.checkpoint import SMALL, Scale
 
     small = SMALL.config
     return Scale(
@@ -115,7 +115,7 @@ def scale() -> Any:
 
 def feeds(config: Any, point: Point) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
     """Random inputs of the shapes in the program's contract."""
-    from zimage_runtime.geometry import padded, picture_geometry
+    from zimage_runtime.model.geometry import padded, picture_geometry
 
     geometry = picture_geometry(point.width, point.height, config)
     text = point.program == Program.TEXT_ENCODER
@@ -148,8 +148,8 @@ def child(bundle_path: str, point: Point) -> None:
     import PIL.Image  # noqa: F401
 
     import zimage_runtime.pipeline  # noqa: F401
-    from zimage_runtime.bundle import Bundle
-    from zimage_runtime.ort import OrtCpuExecutor
+    from zimage_runtime.bundle.bundle import Bundle
+    from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
 
     bundle = Bundle.open(bundle_path)
     if point.program == "base":
@@ -164,8 +164,8 @@ def child(bundle_path: str, point: Point) -> None:
 
 def predicted(manifest: Any, point: Point) -> int:
     """What the plan says for the point's program alone: the base, weights and activations."""
-    from zimage_runtime.geometry import picture_geometry
-    from zimage_runtime.memory import plan_memory
+    from zimage_runtime.executors.ort.cpu_plan import plan_memory
+    from zimage_runtime.model.geometry import picture_geometry
 
     geometry = picture_geometry(point.width, point.height, manifest.config)
     plan = plan_memory(
@@ -210,7 +210,7 @@ def report(rows: list[dict[str, Any]], description: dict[str, Any]) -> str:
 
 def run(work: Path, chosen: list[Point], bundle: Path | None, out: Path | None) -> None:
     """Measures every point, then prints and writes the comparison."""
-    from zimage_runtime.bundle import Bundle
+    from zimage_runtime.bundle.bundle import Bundle
 
     work.mkdir(parents=True, exist_ok=True)
     path = bundle or prepared_bundle(work, "memory", scale())[1]

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from zimage_export.casts import encode
-from zimage_export.checkpoint import Checkpoint, TensorSource
-from zimage_runtime.tensors import to_float32
+from zimage_export.source.checkpoint import Checkpoint, TensorSource
+from zimage_export.storage.casts import encode
+from zimage_runtime.bundle.tensors import to_float32
 
 
 def altered_copy(

@@ -20,7 +20,7 @@ import pytest
 
 from zimage_export.cli import cli as export_cli
 from zimage_rt.cli import cli as rt_cli
-from zimage_runtime.console import run_command
+from zimage_runtime.command_line.console import run_command
 
 Capture = pytest.CaptureFixture[str]
 

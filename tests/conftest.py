@@ -11,8 +11,8 @@ import pytest
 from parity import open_with_diffusers
 
 from zimage_export.build import BuildOptions, build
-from zimage_export.synthetic import SMALL, write_checkpoint
-from zimage_runtime.progress import Progress
+from zimage_export.synthetic.checkpoint import SMALL, write_checkpoint
+from zimage_runtime.command_line.progress import Progress
 
 
 @pytest.fixture(scope="session")

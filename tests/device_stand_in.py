@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zimage_runtime.errors import ExecutorError
-from zimage_runtime.tensorrt.device import Pinned
+from zimage_runtime.executors.tensorrt.device import Pinned
 
 Bytes = NDArray[np.uint8]
 Clock = dict[int, int]  # stream → number of its operations that are known to be done; the host's own is key 0

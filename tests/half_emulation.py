@@ -7,10 +7,10 @@ the casts apart: each operator's result is then an fp16 value, as on a GPU (whic
 
 import onnx
 
-from zimage_runtime.bundle import Bundle
-from zimage_runtime.contracts import SIGNATURES, Program
-from zimage_runtime.executor import Floats
-from zimage_runtime.manifest import CUDA
+from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.bundle.manifest import CUDA
+from zimage_runtime.executors.protocol import Floats
+from zimage_runtime.model.programs import SIGNATURES, Program
 
 
 def run_cuda_program_on_cpu(

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from zimage_runtime.tensorrt.catalog import ProgramSpec
-from zimage_runtime.tensorrt.library import Built
+from zimage_runtime.executors.tensorrt.block_catalog import ProgramSpec
+from zimage_runtime.executors.tensorrt.trt_api import Built
 
 
 class LibraryStandIn:

@@ -10,13 +10,13 @@ from device_stand_in import StandInDevice
 from engine_stand_in import StandInContext
 from numpy.typing import NDArray
 
-from zimage_export.engine_types import EngineTypes
-from zimage_export.engines import program_spec, read_folds
-from zimage_export.graphs.blocks import BlockProgram, build_blocks
-from zimage_runtime.bundle import Bundle
-from zimage_runtime.tensorrt.catalog import BlockSpec, VariantSpec
-from zimage_runtime.tensorrt.targets import Variant
-from zimage_runtime.tensors import DType, read_header
+from zimage_export.engines.block_graphs import BlockProgram, build_blocks
+from zimage_export.engines.build import program_spec, read_folds
+from zimage_export.engines.types import EngineTypes
+from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.bundle.tensors import DType, read_header
+from zimage_runtime.executors.tensorrt.block_catalog import BlockSpec, VariantSpec
+from zimage_runtime.executors.tensorrt.gpu_targets import Variant
 
 SCRATCH_PER_POSITION = 1000  # bytes: made up, for no twin has any
 

@@ -19,15 +19,15 @@ from parity import (
 )
 from PIL import Image
 
+from demo_model.captions import caption
+from demo_model.checker import judge, see
+from demo_model.scenes import Scene, Thing
+from demo_model.scoring import held_out_requests, score
 from zimage_export.build import BuildOptions, build
-from zimage_export.checkpoint import DEMO
-from zimage_export.demo.captions import caption
-from zimage_export.demo.checker import judge, see
-from zimage_export.demo.scenes import Scene, Thing
-from zimage_export.demo.scoring import held_out_requests, score
+from zimage_export.source.checkpoint import DEMO
 from zimage_rt import Pipeline, demo_bundle
-from zimage_runtime.bundle import Bundle
-from zimage_runtime.progress import Progress
+from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.command_line.progress import Progress
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "demo_scores.json"
 

@@ -15,18 +15,19 @@ import pytest
 from parity import Case, Drawing, check_parity, draw, draw_with_diffusers
 
 from zimage_export.build import BuildOptions, build
-from zimage_export.checkpoint import Checkpoint
 from zimage_export.graphs.layers import Layers
-from zimage_runtime import geometry, pipeline, schedule
-from zimage_runtime.config import TextEncoderConfig
-from zimage_runtime.executor import Floats
-from zimage_runtime.geometry import PictureGeometry, Rotary
-from zimage_runtime.ort import OrtCpuExecutor
+from zimage_export.source.checkpoint import Checkpoint
+from zimage_runtime import pipeline
+from zimage_runtime.bundle.tensors import read_header
+from zimage_runtime.command_line.progress import Progress
+from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
+from zimage_runtime.executors.protocol import Floats
+from zimage_runtime.model import geometry, schedule
+from zimage_runtime.model.config import TextEncoderConfig
+from zimage_runtime.model.geometry import PictureGeometry, Rotary
+from zimage_runtime.model.schedule import Schedule
+from zimage_runtime.model.tokenizer import PromptTokenizer
 from zimage_runtime.pipeline import Pipeline
-from zimage_runtime.progress import Progress
-from zimage_runtime.schedule import Schedule
-from zimage_runtime.tensors import read_header
-from zimage_runtime.tokenizer import PromptTokenizer
 
 # 35 image tokens and a caption that is no multiple of 32 either: both have pads
 CASE = Case("a red fox in the snow", (80, 112), 4, 3)
@@ -167,7 +168,7 @@ def test_the_final_text_norm_applied(
 
 
 def test_the_prompt_without_its_template(bundle: Path, expected: Drawing, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zimage_runtime.tokenizer.apply_template", lambda prompt: prompt)
+    monkeypatch.setattr("zimage_runtime.model.tokenizer.apply_template", lambda prompt: prompt)
     assert_caught(bundle, expected)
 
 

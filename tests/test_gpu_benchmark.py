@@ -48,7 +48,7 @@ def test_without_diffusers_it_says_so(
         return None if name in ("diffusers", "transformers") else find_spec(name, package)
 
     monkeypatch.setattr(benchmark, "find_spec", found)
-    monkeypatch.setattr("zimage_export.synthetic.find_spec", found)
+    monkeypatch.setattr("zimage_export.synthetic.checkpoint.find_spec", found)
     benchmark.main(arguments(tmp_path))
     assert "diffusers is not installed" in capsys.readouterr().out
     document = json.loads((tmp_path / "report" / "gpu_cuda.json").read_text())
@@ -118,7 +118,7 @@ def test_a_compiler_that_is_missing_leaves_the_other_variants(
 
 
 def test_names_and_shapes_without_diffusers_are_diffusers_own() -> None:
-    from zimage_export import synthetic
+    from zimage_export.synthetic.checkpoint import checkpoint as synthetic
 
     config = synthetic.SMALL.config
     for component, published in (
@@ -136,8 +136,8 @@ def test_names_and_shapes_without_diffusers_are_diffusers_own() -> None:
 
 def test_the_work_of_a_step_is_as_published(benchmark: ModuleType) -> None:
     """453 TFLOP for 8 steps at 1024x1024 with a caption of 128 tokens."""
-    from zimage_export.synthetic import FULL
-    from zimage_runtime.geometry import picture_geometry
+    from zimage_export.synthetic.checkpoint import FULL
+    from zimage_runtime.model.geometry import picture_geometry
 
     flops = benchmark.step_flops(FULL.config, picture_geometry(1024, 1024, FULL.config), 128)
     assert 8 * flops / 1e12 == pytest.approx(453, rel=0.02)

@@ -12,7 +12,7 @@ import pytest
 from cli_tools import Capture, Outcome, assert_one_line_error, call_export, finish, start, unchanged
 from PIL import Image
 
-from zimage_runtime.bundle import Bundle
+from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.errors import BundleError
 
 LONG = ("--steps", 256, "--size", "512x512", "--seed", 1)

@@ -17,13 +17,13 @@ from PIL import Image
 from random_inputs import JSON, SMALL_BYTES, altered_bytes, altered_documents
 
 from zimage_rt.cli import cli
-from zimage_rt.metadata import PictureInfo, encode_picture, read_picture_info
-from zimage_rt.outputs import ImageFormat
+from zimage_runtime.bundle.manifest import MANIFEST_NAME, Manifest, checked_path
+from zimage_runtime.bundle.tensors import DType, TensorFile, TensorFileError, encode_header, read_header
+from zimage_runtime.checked_json import Fields
 from zimage_runtime.errors import BundleError, ConfigError, RequestError
-from zimage_runtime.fields import Fields
-from zimage_runtime.manifest import MANIFEST_NAME, Manifest, checked_path
+from zimage_runtime.images.metadata import PictureInfo, encode_picture, read_picture_info
+from zimage_runtime.images.outputs import ImageFormat
 from zimage_runtime.pipeline import Pipeline
-from zimage_runtime.tensors import DType, TensorFile, TensorFileError, encode_header, read_header
 
 FIXED = {
     "derandomize": True,  # the same examples everywhere, so that a failure is nobody's bad luck

@@ -13,21 +13,23 @@ from device_stand_in import StandInDevice
 from library_stand_in import LibraryStandIn
 from onnx_engines import OnnxEngines, twin_spec, twins
 
-from zimage_export import engines as export_engines
+from zimage_export.engines.build import build as export_engines
 from zimage_rt.bench.cards import CARDS_GB, PLANNERS, RESERVED, TOKENS, answers, card_table
 from zimage_rt.commands import doctor
 from zimage_rt.commands.doctor import Verdict
-from zimage_runtime import choice, nvidia
-from zimage_runtime.bundle import Bundle
+from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.errors import ExecutorError
-from zimage_runtime.geometry import picture_geometry
-from zimage_runtime.tensorrt import cuda, library
-from zimage_runtime.tensorrt.executor import TensorRtExecutor, tensorrt_obstacle
-from zimage_runtime.tensorrt.residency import CONTEXT_BYTES, plan_residency
-from zimage_runtime.tensorrt.stages import PictureSizes
-from zimage_runtime.tensorrt.store import read_catalog
-from zimage_runtime.tensorrt.targets import Gpu, Variant
-from zimage_runtime.vram import plan_vram
+from zimage_runtime.executors import choose as choice
+from zimage_runtime.executors.ort.device_plan import plan_vram
+from zimage_runtime.executors.tensorrt import cuda
+from zimage_runtime.executors.tensorrt import trt_api as library
+from zimage_runtime.executors.tensorrt.engine_store import read_catalog
+from zimage_runtime.executors.tensorrt.executor import TensorRtExecutor, tensorrt_obstacle
+from zimage_runtime.executors.tensorrt.gpu_targets import Gpu, Variant
+from zimage_runtime.executors.tensorrt.plan import CONTEXT_BYTES, plan_residency
+from zimage_runtime.executors.tensorrt.stage_sizes import PictureSizes
+from zimage_runtime.machine import gpus as nvidia
+from zimage_runtime.model.geometry import picture_geometry
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 

@@ -12,13 +12,16 @@ from library_stand_in import LibraryStandIn
 from onnx_engines import OnnxEngines, twins
 from PIL import Image
 
-from zimage_export import engines as export_engines
-from zimage_runtime import choice, nvidia
-from zimage_runtime.bundle import Bundle
-from zimage_runtime.tensorrt import cuda, library, store
-from zimage_runtime.tensorrt.blocks import BlockKind, all_blocks, encoder_blocks
-from zimage_runtime.tensorrt.store import read_catalog
-from zimage_runtime.tensorrt.targets import Variant
+from zimage_export.engines.build import build as export_engines
+from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.executors import choose as choice
+from zimage_runtime.executors.tensorrt import cuda
+from zimage_runtime.executors.tensorrt import engine_store as store
+from zimage_runtime.executors.tensorrt import trt_api as library
+from zimage_runtime.executors.tensorrt.engine_store import read_catalog
+from zimage_runtime.executors.tensorrt.gpu_targets import Variant
+from zimage_runtime.machine import gpus as nvidia
+from zimage_runtime.model.blocks import BlockKind, all_blocks, encoder_blocks
 
 DRAW = ("--size", "32x32", "--steps", 1, "--seed", 1)
 

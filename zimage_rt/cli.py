@@ -4,7 +4,7 @@ import sys
 
 import click
 
-from zimage_runtime.console import run_command
+from zimage_runtime.command_line.console import run_command
 
 from .commands.bench import bench
 from .commands.doctor import doctor

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import onnx
 
-from zimage_runtime.bundle import Bundle
-from zimage_runtime.contracts import COMPONENTS, Program
-from zimage_runtime.files import hash_file
-from zimage_runtime.hub import Hub, hub_id
-from zimage_runtime.manifest import (
+from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.bundle.files import hash_file
+from zimage_runtime.bundle.hub import Hub, hub_id
+from zimage_runtime.bundle.manifest import (
     CPU,
     Defaults,
     FileRecord,
@@ -24,26 +23,27 @@ from zimage_runtime.manifest import (
     Source,
     write_manifest,
 )
-from zimage_runtime.progress import Progress
-from zimage_runtime.schedule import DEFAULT_STEPS
-from zimage_runtime.tensorrt.targets import Gpu
-from zimage_runtime.tensors import DType, read_header
-from zimage_runtime.tokenizer import PromptTokenizer
+from zimage_runtime.bundle.tensors import DType, read_header
+from zimage_runtime.command_line.progress import Progress
+from zimage_runtime.executors.tensorrt.gpu_targets import Gpu
+from zimage_runtime.model.programs import COMPONENTS, Program
+from zimage_runtime.model.schedule import DEFAULT_STEPS
+from zimage_runtime.model.tokenizer import PromptTokenizer
 
-from .checkpoint import Checkpoint
-from .engines import add_engines, check_engine_precision
+from .engines.build import add_engines, check_engine_precision
 from .errors import CheckpointError, ExportError
-from .folding import Peaks, choose_folds
 from .graphs import EXECUTORS, Graph, Target, build_graphs, build_weight_only
-from .graphs.folds import Folds
-from .mixed import eight_bit_layers
+from .measure.self_check import self_check
 from .output import check_disk, check_target, replaced_directory
-from .precision import StoragePolicy
-from .rebalance import Rebalancing, loudness
-from .selfcheck import self_check
-from .single_files import NO_FILES, SingleFiles
-from .stored import StoredTensor, total_bytes
-from .weights import plan_embeddings, plan_weights, write_weights
+from .source.checkpoint import Checkpoint
+from .source.single_files import NO_FILES, SingleFiles
+from .storage.folds import Folds
+from .storage.precision import StoragePolicy
+from .storage.stored import StoredTensor, total_bytes
+from .weights.folding import Peaks, choose_folds
+from .weights.int4_layers import eight_bit_layers
+from .weights.rebalance import Rebalancing, loudness
+from .weights.streaming import plan_embeddings, plan_weights, write_weights
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def _in_memory(dtype: str) -> int:
 def _measured(checkpoint: Checkpoint, options: BuildOptions, progress: Progress) -> Peaks | None:
     if options.calibrate is None:
         return None
-    from .calibrate import measure_peaks, read_prompts
+    from .measure.calibrate import measure_peaks, read_prompts
 
     return measure_peaks(checkpoint, read_prompts(options.calibrate), progress)
 

@@ -8,17 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zimage_runtime.console import SizeType, run_command
-from zimage_runtime.manifest import Precision
-from zimage_runtime.progress import Progress
+from zimage_runtime.bundle.manifest import Precision
+from zimage_runtime.command_line.console import SizeType, run_command
+from zimage_runtime.command_line.progress import Progress
 
 from .errors import require_extra
 
 if TYPE_CHECKING:
-    from zimage_runtime.bundle import Bundle
+    from zimage_runtime.bundle.bundle import Bundle
 
-    from .single_files import SingleFiles
-    from .verify import VerifyReport
+    from .measure.verify import VerifyReport
+    from .source.single_files import SingleFiles
 
 _FILE = click.Path(path_type=Path)
 _GPUS = ("sm75", "sm80", "sm86", "sm89", "sm120", "portable")
@@ -92,10 +92,10 @@ def build(
     require_extra()
     if gpus and not engines:
         raise click.UsageError("--gpu is for --engines, which is missing")
-    from zimage_runtime.tensorrt.targets import Gpu
+    from zimage_runtime.executors.tensorrt.gpu_targets import Gpu
 
     from .build import BuildOptions, build_reported
-    from .single_files import SingleFiles
+    from .source.single_files import SingleFiles
 
     files = SingleFiles(transformer, text_encoder, vae)
     progress = Progress(quiet)
@@ -138,12 +138,12 @@ def engines(bundle: Path, gpus: tuple[str, ...], as_json: bool, quiet: bool) -> 
     there, in seconds.
     """
     require_extra()
-    from zimage_runtime.bundle import Bundle
-    from zimage_runtime.manifest import ENGINES_FOLDER
-    from zimage_runtime.tensorrt.store import read_catalog
-    from zimage_runtime.tensorrt.targets import Gpu
+    from zimage_runtime.bundle.bundle import Bundle
+    from zimage_runtime.bundle.manifest import ENGINES_FOLDER
+    from zimage_runtime.executors.tensorrt.engine_store import read_catalog
+    from zimage_runtime.executors.tensorrt.gpu_targets import Gpu
 
-    from .engines import add_engines
+    from .engines.build import add_engines
 
     renewed = add_engines(Bundle.open(bundle), tuple(map(Gpu, gpus)), Progress(quiet))
     files = {path: record.size for path, record in renewed.manifest.files.items() if path.startswith(ENGINES_FOLDER)}
@@ -176,11 +176,11 @@ def verify(
     block at a time, so that no checkpoint is too large. Fails if the bundle is further off than its precision allows.
     What each precision would cost each layer is printed with it, and its summary written too.
     """
-    from zimage_runtime.bundle import Bundle
+    from zimage_runtime.bundle.bundle import Bundle
 
-    from .parity import parity_table
-    from .sensitivity import table
-    from .single_files import SingleFiles
+    from .measure.parity import parity_table
+    from .measure.sensitivity import table
+    from .source.single_files import SingleFiles
 
     files = SingleFiles(transformer, text_encoder, vae)
     measured = _verify(Bundle.open(bundle), reference, Progress(quiet), size, files, prompts=prompts)
@@ -199,11 +199,11 @@ def _verify(
     prompts: Path | None = None,
 ) -> "VerifyReport":
     require_extra()
-    from zimage_runtime.contracts import COMPONENTS
-    from zimage_runtime.hub import Hub, hub_id
+    from zimage_runtime.bundle.hub import Hub, hub_id
+    from zimage_runtime.model.programs import COMPONENTS
 
-    from .calibrate import read_prompts
-    from .verify import PROMPTS, verify_reported
+    from .measure.calibrate import read_prompts
+    from .measure.verify import PROMPTS, verify_reported
 
     drawn = PROMPTS if prompts is None else read_prompts(prompts)
     if name := hub_id(reference):
@@ -231,7 +231,7 @@ def synthesize(out: Path, scale: str, seed: int, tokenizer: Path | None, quiet: 
     A small one takes 6 MB; a full one has the published shapes and types, and takes 33 GB.
     """
     require_extra()
-    from .synthetic import SCALES, write_checkpoint
+    from .synthetic.checkpoint import SCALES, write_checkpoint
 
     write_checkpoint(out, SCALES[scale], seed=seed, tokenizer=tokenizer, progress=Progress(quiet))
     click.echo(str(out))

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from zimage_runtime.manifest import FORMAT, MANIFEST_NAME
+from zimage_runtime.bundle.manifest import FORMAT, MANIFEST_NAME
 
 from .errors import ExportError
 

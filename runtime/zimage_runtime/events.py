@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .executor import Floats
-from .geometry import PictureGeometry
-from .schedule import Schedule
-from .source_image import SourceImage
+from .executors.protocol import Floats
+from .images.source_image import SourceImage
+from .model.geometry import PictureGeometry
+from .model.schedule import Schedule
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -14,23 +14,16 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from .bundle import Bundle
-from .choice import choose, make_executor
-from .contracts import Program
+from .bundle.bundle import Bundle
+from .bundle.hub import bundle_directory
+from .bundle.tensors import TensorFile, to_float32
 from .errors import BundleError, ExecutorError, RequestError
-from .events import (
-    CaptionEvent,
-    EncodeEvent,
-    Event,
-    NoticeEvent,
-    PictureEvent,
-    Request,
-    Result,
-    StepEvent,
-    Timings,
-)
-from .executor import Conditioning, Executor, Floats, Plan
-from .geometry import (
+from .events import CaptionEvent, EncodeEvent, Event, NoticeEvent, PictureEvent, Request, Result, StepEvent, Timings
+from .executors.choose import choose, make_executor
+from .executors.protocol import Conditioning, Executor, Floats, Plan
+from .images.img2img import DEFAULT_MASKED_STRENGTH, DEFAULT_STRENGTH, Encoded, Start, steps_skipped
+from .images.source_image import PictureSource, open_given
+from .model.geometry import (
     PictureGeometry,
     Rotary,
     caption_positions,
@@ -40,14 +33,11 @@ from .geometry import (
     text_rotary,
     transformer_rotary,
 )
-from .hub import bundle_directory
-from .img2img import DEFAULT_MASKED_STRENGTH, DEFAULT_STRENGTH, Encoded, Start, steps_skipped
-from .noise import MAX_SEED, TorchGenerator
-from .schedule import Schedule, make_schedule
-from .source_image import PictureSource, open_given
-from .tensors import TensorFile, to_float32
-from .tiling import TiledDecoder, TiledEncoder
-from .tokenizer import PromptTokenizer
+from .model.noise import MAX_SEED, TorchGenerator
+from .model.programs import Program
+from .model.schedule import Schedule, make_schedule
+from .model.tokenizer import PromptTokenizer
+from .tiles.tiling import TiledDecoder, TiledEncoder
 
 if TYPE_CHECKING:
     from PIL.Image import Image

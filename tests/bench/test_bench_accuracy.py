@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from zimage_export.parity import GATES
+from zimage_export.measure.parity import GATES
 from zimage_rt.bench.accuracy import GATES_DB, IDENTICAL, Pixels, Reference, flip, judge, psnr_db
 
 RNG = np.random.default_rng(0)

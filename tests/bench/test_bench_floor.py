@@ -9,12 +9,12 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from zimage_export.synthetic import SMALL
+from zimage_export.synthetic.checkpoint import SMALL
 from zimage_rt.bench.floor import Rates, floor_of, unknown_rates
 from zimage_rt.bench.matrix_rate import float_rate, integer_rate, product_model
 from zimage_rt.bench.operations import decode_operations, step_operations, text_operations
 from zimage_rt.bench.schema import Case, Reading
-from zimage_runtime.geometry import padded, picture_geometry
+from zimage_runtime.model.geometry import padded, picture_geometry
 
 CONFIG = SMALL.config
 TOKENS = 20

@@ -21,9 +21,9 @@ from zimage_rt.bench.plots import plots
 from zimage_rt.bench.report import write_report
 from zimage_rt.bench.results import append_row
 from zimage_rt.bench.schema import Row, absent
-from zimage_runtime.bundle import Bundle
+from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.errors import RequestError
-from zimage_runtime.geometry import picture_geometry
+from zimage_runtime.model.geometry import picture_geometry
 
 GIB = 1 << 30
 ROWS = [

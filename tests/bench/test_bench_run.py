@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cli_tools import Capture, Outcome, assert_one_line_error, call_redirected, call_rt
 
-from zimage_export.synthetic import SMALL
+from zimage_export.synthetic.checkpoint import SMALL
 from zimage_rt.bench import jobs
 from zimage_rt.bench import run as runs
 from zimage_rt.bench.floor import unknown_rates
@@ -19,9 +19,9 @@ from zimage_rt.bench.results import read_rows
 from zimage_rt.bench.schema import Row
 from zimage_rt.bench.systems import BASELINES, find_system
 from zimage_rt.cli import cli
-from zimage_runtime.bundle import Bundle
+from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.bundle.tensors import read_header
 from zimage_runtime.pipeline import Pipeline
-from zimage_runtime.tensors import read_header
 
 QUICK = ("--size", "48x32", "--steps", "2", "--repeat", "2", "--quiet")
 

@@ -8,12 +8,12 @@ from device_stand_in import StandInDevice
 from executor_tools import EVERYTHING, Make
 from onnx_engines import OnnxEngines, twin_spec, twins
 
-from zimage_export.graphs.blocks import BlockProgram
-from zimage_runtime.bundle import Bundle
+from zimage_export.engines.block_graphs import BlockProgram
+from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.executors.tensorrt.block_catalog import VariantSpec
+from zimage_runtime.executors.tensorrt.executor import TensorRtExecutor
+from zimage_runtime.executors.tensorrt.plan import CONTEXT_BYTES
 from zimage_runtime.pipeline import Pipeline
-from zimage_runtime.tensorrt.catalog import VariantSpec
-from zimage_runtime.tensorrt.executor import TensorRtExecutor
-from zimage_runtime.tensorrt.residency import CONTEXT_BYTES
 
 
 @pytest.fixture(scope="module")

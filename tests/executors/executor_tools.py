@@ -5,12 +5,12 @@ from collections.abc import Callable
 from device_stand_in import StandInDevice
 from parity import Case
 
-from zimage_runtime.bundle import Bundle
-from zimage_runtime.geometry import picture_geometry
+from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.executors.tensorrt.block_catalog import VariantSpec
+from zimage_runtime.executors.tensorrt.plan import smallest_budget
+from zimage_runtime.executors.tensorrt.stage_sizes import STAGES, PictureSizes, stage_needs
+from zimage_runtime.model.geometry import picture_geometry
 from zimage_runtime.pipeline import Pipeline
-from zimage_runtime.tensorrt.catalog import VariantSpec
-from zimage_runtime.tensorrt.residency import smallest_budget
-from zimage_runtime.tensorrt.stages import STAGES, PictureSizes, stage_needs
 
 TOLERANCE = 1e-5  # relative, as of the other stages; the twins' float32 rounding comes to a few 1e-7
 EVERYTHING = 1 << 30

@@ -13,17 +13,17 @@ from device_stand_in import MisuseError, StandInDevice
 from executor_tools import CASE, EVERYTHING, TOLERANCE, Make, least, sizes_of
 from parity import Case, check_parity, draw, relative_error
 
-from zimage_runtime.bundle import Bundle
-from zimage_runtime.contracts import Program
+from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.errors import ExecutorError, MemoryLimitError, RequestError
 from zimage_runtime.events import NoticeEvent
-from zimage_runtime.executor import Floats
-from zimage_runtime.geometry import picture_geometry
+from zimage_runtime.executors.protocol import Floats
+from zimage_runtime.executors.tensorrt import weight_stream as stack
+from zimage_runtime.executors.tensorrt.block_catalog import VariantSpec
+from zimage_runtime.executors.tensorrt.plan import CONTEXT_BYTES, plan_residency
+from zimage_runtime.executors.tensorrt.stage_sizes import PictureSizes
+from zimage_runtime.model.geometry import picture_geometry
+from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import Pipeline
-from zimage_runtime.tensorrt import stack
-from zimage_runtime.tensorrt.catalog import VariantSpec
-from zimage_runtime.tensorrt.residency import CONTEXT_BYTES, plan_residency
-from zimage_runtime.tensorrt.stages import PictureSizes
 
 # The chain of block programs is the model
 

@@ -7,20 +7,21 @@ import pytest
 from executor_tools import CASE, TOLERANCE, Make, least, sizes_of
 from parity import Case, check_parity, draw, relative_error
 
-from zimage_runtime import memory
-from zimage_runtime.bundle import Bundle
-from zimage_runtime.contracts import Program
+from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.bundle.tensors import TensorFile
 from zimage_runtime.errors import MemoryLimitError
 from zimage_runtime.events import NoticeEvent
+from zimage_runtime.executors.ort import cpu_plan as memory
+from zimage_runtime.executors.tensorrt import decoder_tiles as tiles
+from zimage_runtime.executors.tensorrt import tile_kernels as device_tiles
+from zimage_runtime.executors.tensorrt.block_catalog import VariantSpec
+from zimage_runtime.executors.tensorrt.loaded_stage import LoadedStage
+from zimage_runtime.executors.tensorrt.plan import CONTEXT_BYTES, StagePlan, plan_residency, plan_stage
+from zimage_runtime.executors.tensorrt.stage_sizes import PictureSizes
+from zimage_runtime.model.blocks import BlockPlace, block_tiles, decoder_blocks
+from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import Pipeline
-from zimage_runtime.tensorrt import device_tiles, tiles
-from zimage_runtime.tensorrt.blocks import BlockPlace, block_tiles, decoder_blocks
-from zimage_runtime.tensorrt.catalog import VariantSpec
-from zimage_runtime.tensorrt.residency import CONTEXT_BYTES, StagePlan, plan_residency, plan_stage
-from zimage_runtime.tensorrt.stage import LoadedStage
-from zimage_runtime.tensorrt.stages import PictureSizes
-from zimage_runtime.tensors import TensorFile
-from zimage_runtime.tiling import TiledDecoder
+from zimage_runtime.tiles.tiling import TiledDecoder
 
 
 @pytest.mark.parametrize("values", [1 << 11, 1 << 13])

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from single_file_tools import PARTS, Tensors, to_comfy_transformer, to_ldm_vae, write_headers
 
-from zimage_export.single_files import SingleFiles
-from zimage_export.synthetic import SMALL, Scale, write_checkpoint
+from zimage_export.source.single_files import SingleFiles
+from zimage_export.synthetic.checkpoint import SMALL, Scale, write_checkpoint
 
 PUBLISHED_HEADS = replace(SMALL.config.transformer, dim=256, n_heads=2, n_layers=2, axes_dims=(32, 48, 48))
 """Narrow, but with heads of the published width, so that the configuration can be read off the shapes."""

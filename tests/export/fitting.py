@@ -1,4 +1,4 @@
-"""Tasks for `zimage_export.demo.workers` that take no time; apart from the tests, so that workers import little."""
+"""Tasks for `demo_model.workers` that take no time; apart from the tests, so that workers import little."""
 
 from typing import Any
 

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from zimage_export.demo.scenes import RGB, Shape, distance
+from demo_model.scenes import RGB, Shape, distance
 
 SIDE = 128
 Area = NDArray[np.bool_]

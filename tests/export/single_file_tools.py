@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from zimage_export.checkpoint import Weights
-from zimage_runtime.bundle import Bundle
+from zimage_export.source.checkpoint import Weights
+from zimage_runtime.bundle.bundle import Bundle
 
 Tensors = dict[str, torch.Tensor]
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from cli_tools import Capture, assert_one_line_error, call_export, unchanged
 
-from zimage_runtime.tensors import DType, encode_header, read_header
+from zimage_runtime.bundle.tensors import DType, encode_header, read_header
 
 SHARD = "transformer/diffusion_pytorch_model-00002-of-00003.safetensors"
 INDEX = "transformer/diffusion_pytorch_model.safetensors.index.json"

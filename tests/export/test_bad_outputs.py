@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from cli_tools import Capture, assert_one_line_error, call_export, finish, start, unchanged
 
-from zimage_runtime.bundle import Bundle
+from zimage_runtime.bundle.bundle import Bundle
 
 
 def mounted(folder: Path, options: str) -> Iterator[Path]:

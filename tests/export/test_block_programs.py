@@ -9,17 +9,17 @@ from onnx_engines import session, twins
 from parity import relative_error
 from test_graphs_full_size import PUBLISHED
 
-from zimage_export.engine_types import EngineTypes
+from zimage_export.engines.block_graphs import build_block, build_blocks
+from zimage_export.engines.types import EngineTypes
 from zimage_export.graphs import Target
-from zimage_export.graphs.blocks import build_block, build_blocks
-from zimage_export.graphs.folds import BlockFold
 from zimage_export.graphs.tensorrt_layers import TensorRtLayers
-from zimage_export.precision import SCALE_SUFFIX
-from zimage_runtime.bundle import Bundle
-from zimage_runtime.contracts import Program
-from zimage_runtime.tensorrt.blocks import BLOCK_SIGNATURES, all_blocks, block_dims, main_blocks
-from zimage_runtime.tensorrt.targets import Variant
-from zimage_runtime.tensors import DType, TensorFile
+from zimage_export.storage.folds import BlockFold
+from zimage_export.storage.precision import SCALE_SUFFIX
+from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.bundle.tensors import DType, TensorFile
+from zimage_runtime.executors.tensorrt.gpu_targets import Variant
+from zimage_runtime.model.blocks import BLOCK_SIGNATURES, all_blocks, block_dims, main_blocks
+from zimage_runtime.model.programs import Program
 
 
 def types(

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from zimage_export.build import BuildOptions, build
-from zimage_export.selfcheck import fixed_inputs
-from zimage_export.synthetic import SMALL, Scale, write_checkpoint
-from zimage_runtime.bundle import Bundle
-from zimage_runtime.contracts import Program
-from zimage_runtime.manifest import CPU, Precision
-from zimage_runtime.ort import OrtCpuExecutor
-from zimage_runtime.progress import Progress
+from zimage_export.measure.self_check import fixed_inputs
+from zimage_export.synthetic.checkpoint import SMALL, Scale, write_checkpoint
+from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.bundle.manifest import CPU, Precision
+from zimage_runtime.command_line.progress import Progress
+from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
+from zimage_runtime.model.programs import Program
 
 WIDE = Scale(
     replace(
@@ -31,10 +31,10 @@ WIDE = Scale(
 CHILD = """
 import json, sys, threading
 from pathlib import Path
-from zimage_export.selfcheck import fixed_inputs
-from zimage_runtime.bundle import Bundle
-from zimage_runtime.contracts import Program
-from zimage_runtime.ort import OrtCpuExecutor
+from zimage_export.measure.self_check import fixed_inputs
+from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.model.programs import Program
+from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
 
 def anonymous():
     status = Path("/proc/self/status").read_text()
@@ -99,7 +99,7 @@ SELF_CHECKED = """
 import json, sys, threading
 from pathlib import Path
 from zimage_export import residency, selfcheck
-from zimage_runtime.bundle import Bundle
+from zimage_runtime.bundle.bundle import Bundle
 
 bundle = Bundle.open(sys.argv[1])
 peak, done = 0, threading.Event()

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from zimage_export.checkpoint import Checkpoint
-from zimage_export.synthetic import SMALL, write_checkpoint
-from zimage_runtime.contracts import COMPONENTS
+from zimage_export.source.checkpoint import Checkpoint
+from zimage_export.synthetic.checkpoint import SMALL, write_checkpoint
+from zimage_runtime.model.programs import COMPONENTS
 
 
 @pytest.fixture

@@ -17,11 +17,11 @@ from onnx import TensorProto, helper
 
 from zimage_export.graphs import Graph, Target, build_graphs, build_weight_only
 from zimage_export.graphs.builder import ONNX_TYPES
-from zimage_export.precision import StoragePolicy
-from zimage_export.synthetic import SMALL
-from zimage_runtime.contracts import Program
-from zimage_runtime.manifest import CPU, CUDA, Precision
-from zimage_runtime.tensors import DType, TensorEntry
+from zimage_export.storage.precision import StoragePolicy
+from zimage_export.synthetic.checkpoint import SMALL
+from zimage_runtime.bundle.manifest import CPU, CUDA, Precision
+from zimage_runtime.bundle.tensors import DType, TensorEntry
+from zimage_runtime.model.programs import Program
 
 EIGHT_BITS = "layers.0.attention.to_q.weight"
 
@@ -145,11 +145,11 @@ def test_long_attention_is_in_16_bits(precision: Precision) -> None:
 @pytest.mark.parametrize("precision", [precision.value for precision in Precision])
 def test_every_node_runs_on_cuda(checkpoint: Path, tmp_path: Path, precision: str) -> None:
     from zimage_export.build import BuildOptions, build
-    from zimage_export.selfcheck import fixed_inputs
-    from zimage_runtime.choice import cuda_obstacle
+    from zimage_export.measure.self_check import fixed_inputs
+    from zimage_runtime.command_line.progress import Progress
     from zimage_runtime.errors import ExecutorError
-    from zimage_runtime.nvidia import find_gpu
-    from zimage_runtime.progress import Progress
+    from zimage_runtime.executors.choose import cuda_obstacle
+    from zimage_runtime.machine.gpus import find_gpu
 
     try:
         find_gpu()
@@ -171,7 +171,7 @@ def where_nodes_ran(path: Path, feeds: Any, folder: Path) -> list[dict[str, Any]
     """The nodes of one run, by ONNX Runtime's profiler."""
     import onnxruntime
 
-    from zimage_runtime.ort_cuda import DISABLED_OPTIMIZERS, PROVIDER, preload_libraries
+    from zimage_runtime.executors.ort.device import DISABLED_OPTIMIZERS, PROVIDER, preload_libraries
 
     preload_libraries()
     options = onnxruntime.SessionOptions()

@@ -5,8 +5,8 @@ import pytest
 from numpy.typing import NDArray
 from outlines import blob, letter, painted, wavering
 
-from zimage_export.demo.checker import see
-from zimage_export.demo.scenes import SHAPES, Shape
+from demo_model.checker import see
+from demo_model.scenes import SHAPES, Shape
 
 WAVER = 0.04
 """Of the diameter. The most at which the nearest outline is still the right one in 97 of 100 cases, for every shape."""

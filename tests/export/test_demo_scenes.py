@@ -8,12 +8,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from zimage_export.demo.captions import caption
-from zimage_export.demo.checker import Verdict, judge, see
-from zimage_export.demo.scenes import COLOURS, HELD_OUT, PLACES, RELATIONS, SHAPES, Scene, Thing, draw, random_scene
-from zimage_export.demo.scoring import held_out_requests, summary
-from zimage_export.demo.vocabulary import write_tokenizer
-from zimage_runtime.tokenizer import PromptTokenizer
+from demo_model.captions import caption
+from demo_model.checker import Verdict, judge, see
+from demo_model.scenes import COLOURS, HELD_OUT, PLACES, RELATIONS, SHAPES, Scene, Thing, draw, random_scene
+from demo_model.scoring import held_out_requests, summary
+from demo_model.vocabulary import write_tokenizer
+from zimage_runtime.model.tokenizer import PromptTokenizer
 
 SIZES = [(128, 128), (192, 128), (128, 192), (192, 192)]
 

@@ -9,14 +9,14 @@ import torch
 from fitting import Failing, Fitting
 from torch import Tensor
 
-from zimage_export.checkpoint import DEMO
-from zimage_export.demo.architecture import new_text_encoder, new_transformer
-from zimage_export.demo.dataset import SIZES, scene_of
-from zimage_export.demo.generator import Generator, encode_text
-from zimage_export.demo.muon import MuonAdamW, orthogonal
-from zimage_export.demo.training import Course, train
-from zimage_export.demo.velocity import VelocityTask, shares
-from zimage_export.demo.workers import gradient_workers
+from demo_model.architecture import new_text_encoder, new_transformer
+from demo_model.dataset import SIZES, scene_of
+from demo_model.generator import Generator, encode_text
+from demo_model.muon import MuonAdamW, orthogonal
+from demo_model.training import Course, train
+from demo_model.velocity import VelocityTask, shares
+from demo_model.workers import gradient_workers
+from zimage_export.source.checkpoint import DEMO
 
 COURSE = Course(steps=6, microbatches=4, matrix_rate=0.02, vector_rate=1e-2, warmup=2)
 

@@ -19,15 +19,15 @@ import pytest
 from onnx import numpy_helper
 from test_graphs_full_size import PUBLISHED
 
-from zimage_export.engine_types import EngineTypes
-from zimage_export.engines import half_type, measure_scratch, program_spec
-from zimage_export.graphs.blocks import BlockProgram, build_blocks
+from zimage_export.engines.block_graphs import BlockProgram, build_blocks
+from zimage_export.engines.build import half_type, measure_scratch, program_spec
+from zimage_export.engines.types import EngineTypes
 from zimage_export.graphs.layers import Layers
 from zimage_export.graphs.tensorrt_layers import TensorRtLayers
-from zimage_runtime.tensorrt.blocks import BlockKind, all_blocks
-from zimage_runtime.tensorrt.library import Built, Library
-from zimage_runtime.tensorrt.targets import Gpu, Variant
-from zimage_runtime.tensors import DType
+from zimage_runtime.bundle.tensors import DType
+from zimage_runtime.executors.tensorrt.gpu_targets import Gpu, Variant
+from zimage_runtime.executors.tensorrt.trt_api import Built, Library
+from zimage_runtime.model.blocks import BlockKind, all_blocks
 
 pytestmark = pytest.mark.skipif(
     find_spec("tensorrt_rtx") is None

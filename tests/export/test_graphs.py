@@ -7,10 +7,10 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from zimage_export.checkpoint import Checkpoint
-from zimage_runtime.bundle import Bundle
-from zimage_runtime.contracts import COMPONENTS, SIGNATURES, Program
-from zimage_runtime.tensors import TensorFile, read_header, to_float32
+from zimage_export.source.checkpoint import Checkpoint
+from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.bundle.tensors import TensorFile, read_header, to_float32
+from zimage_runtime.model.programs import COMPONENTS, SIGNATURES, Program
 
 # What the names in the signatures' shapes come to in the small checkpoint; all others are free
 WIDTHS = {

@@ -7,8 +7,8 @@ import pytest
 from onnx import TensorProto
 
 from zimage_export.graphs import Graph, build_graphs
-from zimage_runtime.config import ModelConfig, SchedulerConfig, TextEncoderConfig, TransformerConfig, VaeConfig
-from zimage_runtime.tensors import TensorEntry
+from zimage_runtime.bundle.tensors import TensorEntry
+from zimage_runtime.model.config import ModelConfig, SchedulerConfig, TextEncoderConfig, TransformerConfig, VaeConfig
 
 PUBLISHED = ModelConfig(
     text_encoder=TextEncoderConfig(

@@ -9,11 +9,11 @@ import pytest
 from cli_tools import Capture, assert_one_line_error, call_export
 from hub_server import COMMIT, SECOND_COMMIT, HubServer, hub_in_use
 
-from zimage_export.checkpoint import Checkpoint
-from zimage_export.verify import VerifyReport
-from zimage_runtime.bundle import Bundle
-from zimage_runtime.hub import Hub
-from zimage_runtime.progress import Progress
+from zimage_export.measure.verify import VerifyReport
+from zimage_export.source.checkpoint import Checkpoint
+from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.bundle.hub import Hub
+from zimage_runtime.command_line.progress import Progress
 
 NAME = "painters/z-image-tiny"
 SHARD = "transformer/diffusion_pytorch_model-00002-of-00003.safetensors"
@@ -145,8 +145,8 @@ def test_verify_compares_with_the_commit_that_the_bundle_was_made_from(
         references.append(model)
         return VerifyReport(bundle, {})
 
-    monkeypatch.setattr("zimage_export.verify.verify_reported", record)
-    monkeypatch.setattr("zimage_export.parity.parity_table", lambda parity: "")
+    monkeypatch.setattr("zimage_export.measure.verify.verify_reported", record)
+    monkeypatch.setattr("zimage_export.measure.parity.parity_table", lambda parity: "")
     assert call_export(capsys, "verify", out, "--reference", NAME, "--quiet").status == 0
     assert [Path(path).name for path in references] == [COMMIT]
 

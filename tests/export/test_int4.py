@@ -12,22 +12,22 @@ from numpy.typing import NDArray
 from parity import Case, draw, draw_with_diffusers, relative_error
 
 from zimage_export.build import BuildOptions, build
-from zimage_export.checkpoint import Checkpoint
 from zimage_export.errors import ExportError
-from zimage_export.folding import blocks
-from zimage_export.mixed import eight_bit_layers
-from zimage_export.precision import Encoding
-from zimage_export.quantize import blocks4, blocks8, dequantized
-from zimage_export.rebalance import Rebalancing
-from zimage_export.selfcheck import fixed_inputs
-from zimage_export.synthetic import SMALL, Scale, write_checkpoint
-from zimage_runtime.bundle import Bundle
-from zimage_runtime.contracts import Program
-from zimage_runtime.manifest import CPU, CUDA, Precision
-from zimage_runtime.ort import OrtCpuExecutor
+from zimage_export.measure.self_check import fixed_inputs
+from zimage_export.source.checkpoint import Checkpoint
+from zimage_export.storage.precision import Encoding
+from zimage_export.storage.quantize import blocks4, blocks8, dequantized
+from zimage_export.synthetic.checkpoint import SMALL, Scale, write_checkpoint
+from zimage_export.weights.folding import blocks
+from zimage_export.weights.int4_layers import eight_bit_layers
+from zimage_export.weights.rebalance import Rebalancing
+from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.bundle.manifest import CPU, CUDA, Precision
+from zimage_runtime.bundle.tensors import TensorFile
+from zimage_runtime.command_line.progress import Progress
+from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
+from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import Pipeline
-from zimage_runtime.progress import Progress
-from zimage_runtime.tensors import TensorFile
 
 # measured on the small model, and a half more; a wrong graph is off by more than the whole
 LATENTS_GATE = 0.13

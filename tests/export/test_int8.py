@@ -14,20 +14,20 @@ from onnx import TensorProto, numpy_helper
 from parity import Case, draw, draw_with_diffusers, relative_error
 
 from zimage_export.build import BuildOptions, build
-from zimage_export.checkpoint import Checkpoint
-from zimage_export.precision import Encoding
-from zimage_export.quantize import dequantized, int8_rows
-from zimage_export.rebalance import Rebalancing
-from zimage_runtime import integers
-from zimage_runtime.bundle import Bundle
-from zimage_runtime.contracts import Program
-from zimage_runtime.integers import ACTIVATION_LEVELS, EXACT_LEVELS, SAFE_LEVELS
-from zimage_runtime.manifest import CPU, CUDA, CUDA_WEIGHT_ONLY, Precision
-from zimage_runtime.ort import OrtCpuExecutor
-from zimage_runtime.ort_cuda import DISABLED_OPTIMIZERS
+from zimage_export.source.checkpoint import Checkpoint
+from zimage_export.storage.precision import Encoding
+from zimage_export.storage.quantize import dequantized, int8_rows
+from zimage_export.weights.rebalance import Rebalancing
+from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.bundle.manifest import CPU, CUDA, CUDA_WEIGHT_ONLY, Precision
+from zimage_runtime.bundle.tensors import TensorFile, read_header
+from zimage_runtime.command_line.progress import Progress
+from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
+from zimage_runtime.executors.ort.device import DISABLED_OPTIMIZERS
+from zimage_runtime.machine import int8_products as integers
+from zimage_runtime.machine.int8_products import ACTIVATION_LEVELS, EXACT_LEVELS, SAFE_LEVELS
+from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import Pipeline
-from zimage_runtime.progress import Progress
-from zimage_runtime.tensors import TensorFile, read_header
 
 # measured on the small model with 7 bits, and a half more; a wrong graph is off by tenths
 LATENTS_GATE = 0.026
@@ -74,7 +74,7 @@ def check_gate(bundle: Path, diffusers_pipeline: Any, case: Case) -> None:
 
 def denoiser_feeds(bundle: Bundle) -> dict[str, Any]:
     """A step, with the bundle's own modulation: rebalancing has moved a part of it into the weights."""
-    from zimage_export.selfcheck import fixed_inputs
+    from zimage_export.measure.self_check import fixed_inputs
 
     feeds = fixed_inputs(bundle.manifest.config)[Program.DENOISER]
     table = OrtCpuExecutor(bundle).run(Program.MODULATION, {"timesteps": np.array([0.3], np.float32)})
@@ -126,9 +126,9 @@ def test_programs_are_safe_unless_they_are_told_otherwise(int8: Path) -> None:
 
 @pytest.mark.parametrize("levels", [SAFE_LEVELS, EXACT_LEVELS])
 def test_the_runtime_feeds_what_the_known_answer_says(int8: Path, levels: float, monkeypatch: Any) -> None:
-    import zimage_runtime.ort
+    import zimage_runtime.executors.ort.cpu
 
-    monkeypatch.setattr(zimage_runtime.ort, "activation_levels", lambda: levels)
+    monkeypatch.setattr(zimage_runtime.executors.ort.cpu, "activation_levels", lambda: levels)
     executor = OrtCpuExecutor(Bundle.open(int8))
     seen: list[Any] = []
     executor.load(Program.CAPTION)
@@ -142,7 +142,7 @@ def test_the_runtime_feeds_what_the_known_answer_says(int8: Path, levels: float,
             return session.run(names, feeds)
 
     executor._sessions[Program.CAPTION] = Watched()
-    from zimage_export.selfcheck import fixed_inputs
+    from zimage_export.measure.self_check import fixed_inputs
 
     executor.run(Program.CAPTION, fixed_inputs(Bundle.open(int8).manifest.config)[Program.CAPTION])
     assert seen == [np.float32(levels)]
@@ -231,7 +231,7 @@ def test_cuda_programs_are_standard_and_multiply_int8_with_int8(int8: Path) -> N
 
 
 def test_cuda_programs_give_what_is_expected(bundle: Path, int8: Path) -> None:
-    from zimage_export.selfcheck import fixed_inputs
+    from zimage_export.measure.self_check import fixed_inputs
 
     exact, quantized = Bundle.open(bundle), Bundle.open(int8)
     fixed = fixed_inputs(exact.manifest.config)

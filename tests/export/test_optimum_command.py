@@ -9,7 +9,7 @@ import click
 import pytest
 
 from zimage_export.cli import build
-from zimage_runtime.bundle import Bundle
+from zimage_runtime.bundle.bundle import Bundle
 
 
 def optimum_cli(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from zimage_export.checkpoint import TensorSource
 from zimage_export.graphs import EXECUTORS, Target, build_graphs
-from zimage_export.precision import StoragePolicy
-from zimage_export.stored import total_bytes
-from zimage_export.synthetic import FULL
-from zimage_export.weights import plan_embeddings, plan_weights
-from zimage_runtime.manifest import Precision
-from zimage_runtime.tensors import TensorEntry
+from zimage_export.source.checkpoint import TensorSource
+from zimage_export.storage.precision import StoragePolicy
+from zimage_export.storage.stored import total_bytes
+from zimage_export.synthetic.checkpoint import FULL
+from zimage_export.weights.streaming import plan_embeddings, plan_weights
+from zimage_runtime.bundle.manifest import Precision
+from zimage_runtime.bundle.tensors import TensorEntry
 
 GB = 1e9
 

@@ -11,15 +11,15 @@ from onnx import TensorProto, load
 from parity import Case, draw, relative_error
 
 from zimage_export.build import BuildOptions, build
-from zimage_export.precision import StoragePolicy
-from zimage_export.selfcheck import fixed_inputs
-from zimage_runtime.bundle import Bundle
-from zimage_runtime.contracts import Program
-from zimage_runtime.manifest import CUDA, Precision
-from zimage_runtime.ort import OrtCpuExecutor
+from zimage_export.measure.self_check import fixed_inputs
+from zimage_export.storage.precision import StoragePolicy
+from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.bundle.manifest import CUDA, Precision
+from zimage_runtime.bundle.tensors import DType, read_header
+from zimage_runtime.command_line.progress import Progress
+from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
+from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import Pipeline
-from zimage_runtime.progress import Progress
-from zimage_runtime.tensors import DType, read_header
 
 # measured on the small model and doubled; a wrong graph is off by tenths
 LATENTS_GATE = {Precision.BF16: 5e-3, Precision.FP16: 8e-4}

@@ -16,18 +16,18 @@ from parity import relative_error
 
 import zimage_export.build
 from zimage_export.build import BuildOptions, build
-from zimage_export.calibrate import measure_peaks
-from zimage_export.checkpoint import Checkpoint
-from zimage_export.folding import FP16_MAX, BlockPeak, choose_folds
 from zimage_export.graphs.layers import Layers
-from zimage_export.selfcheck import fixed_inputs
-from zimage_runtime.bundle import Bundle
-from zimage_runtime.contracts import Program
-from zimage_runtime.executor import Floats
-from zimage_runtime.geometry import caption_positions, image_positions, picture_geometry, transformer_rotary
-from zimage_runtime.manifest import Precision
-from zimage_runtime.ort import OrtCpuExecutor
-from zimage_runtime.progress import Progress
+from zimage_export.measure.calibrate import measure_peaks
+from zimage_export.measure.self_check import fixed_inputs
+from zimage_export.source.checkpoint import Checkpoint
+from zimage_export.weights.folding import FP16_MAX, BlockPeak, choose_folds
+from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.bundle.manifest import Precision
+from zimage_runtime.command_line.progress import Progress
+from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
+from zimage_runtime.executors.protocol import Floats
+from zimage_runtime.model.geometry import caption_positions, image_positions, picture_geometry, transformer_rotary
+from zimage_runtime.model.programs import Program
 
 FP16_GATE = 3e-3
 QUIET = Progress(quiet=True)

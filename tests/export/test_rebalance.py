@@ -10,17 +10,17 @@ from checkpoint_tools import altered_copy
 from numpy.typing import NDArray
 from parity import Case, Drawing, check_parity, draw, draw_with_diffusers, relative_error
 
-import zimage_export.rebalance as rebalance
+import zimage_export.weights.rebalance as rebalance
 from zimage_export.build import BuildOptions, build
-from zimage_export.calibrate import measure_peaks
-from zimage_export.checkpoint import Checkpoint
-from zimage_export.folding import Loudness
-from zimage_export.precision import StoragePolicy
-from zimage_export.rebalance import PLACES, Rebalancing, choose
-from zimage_export.stored import Factors
-from zimage_runtime.manifest import Precision
+from zimage_export.measure.calibrate import measure_peaks
+from zimage_export.source.checkpoint import Checkpoint
+from zimage_export.storage.precision import StoragePolicy
+from zimage_export.storage.stored import Factors
+from zimage_export.weights.folding import Loudness
+from zimage_export.weights.rebalance import PLACES, Rebalancing, choose
+from zimage_runtime.bundle.manifest import Precision
+from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.pipeline import Pipeline
-from zimage_runtime.progress import Progress
 
 CASE = Case("a red fox in the snow", (80, 112), 4, 3)
 QUIET = Progress(quiet=True)

@@ -9,10 +9,10 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from transformers import AutoTokenizer
 
-from zimage_runtime.config import SchedulerConfig
-from zimage_runtime.noise import TorchGenerator
-from zimage_runtime.schedule import make_schedule
-from zimage_runtime.tokenizer import MAX_PROMPT_TOKENS, PromptTokenizer
+from zimage_runtime.model.config import SchedulerConfig
+from zimage_runtime.model.noise import TorchGenerator
+from zimage_runtime.model.schedule import make_schedule
+from zimage_runtime.model.tokenizer import MAX_PROMPT_TOKENS, PromptTokenizer
 
 # Schedule
 

@@ -9,11 +9,11 @@ import pytest
 from cli_tools import call_export
 
 from zimage_export.build import BuildOptions, build
-from zimage_export.sensitivity import BF16, INT4, INT8, INT8_OF_7, PRECISIONS, _squares
-from zimage_runtime.bundle import Bundle
-from zimage_runtime.integers import activation_bits
-from zimage_runtime.manifest import Precision
-from zimage_runtime.progress import Progress
+from zimage_export.measure.sensitivity import BF16, INT4, INT8, INT8_OF_7, PRECISIONS, _squares
+from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.bundle.manifest import Precision
+from zimage_runtime.command_line.progress import Progress
+from zimage_runtime.machine.int8_products import activation_bits
 
 
 def errors(x: Any, weights: Any, columns: Any = None) -> dict[str, float]:

@@ -22,15 +22,15 @@ from single_file_tools import (
 )
 
 from zimage_export.build import BuildOptions, build
-from zimage_export.checkpoint import Checkpoint, Weights
 from zimage_export.cli import cli
 from zimage_export.errors import CheckpointError
 from zimage_export.graphs import build_graphs
-from zimage_export.single_files import SingleFiles
-from zimage_runtime.bundle import Bundle
-from zimage_runtime.config import SchedulerConfig, TextEncoderConfig, TransformerConfig, VaeConfig
-from zimage_runtime.console import run_command
-from zimage_runtime.progress import Progress
+from zimage_export.source.checkpoint import Checkpoint, Weights
+from zimage_export.source.single_files import SingleFiles
+from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.command_line.console import run_command
+from zimage_runtime.command_line.progress import Progress
+from zimage_runtime.model.config import SchedulerConfig, TextEncoderConfig, TransformerConfig, VaeConfig
 
 # --- what the files give ---------------------------------------------------------------------------------------------
 

@@ -13,13 +13,13 @@ from safetensors.torch import save_file
 from single_file_tools import PARTS, Tensors, to_comfy_transformer, to_ldm_vae, write_headers
 
 from zimage_export.build import BuildOptions, build
-from zimage_export.checkpoint import Checkpoint, Weights
 from zimage_export.cli import cli
 from zimage_export.errors import CheckpointError
-from zimage_export.single_files import SingleFiles
-from zimage_runtime.console import run_command
-from zimage_runtime.progress import Progress
-from zimage_runtime.tensors import read_header
+from zimage_export.source.checkpoint import Checkpoint, Weights
+from zimage_export.source.single_files import SingleFiles
+from zimage_runtime.bundle.tensors import read_header
+from zimage_runtime.command_line.console import run_command
+from zimage_runtime.command_line.progress import Progress
 
 
 @pytest.mark.parametrize(

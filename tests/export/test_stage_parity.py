@@ -13,9 +13,9 @@ import pytest
 import torch
 from parity import relative_error
 
-from zimage_runtime.contracts import Program
-from zimage_runtime.executor import Conditioning, Floats
-from zimage_runtime.geometry import (
+from zimage_runtime.bundle.tensors import read_header
+from zimage_runtime.executors.protocol import Conditioning, Floats
+from zimage_runtime.model.geometry import (
     PictureGeometry,
     Rotary,
     caption_positions,
@@ -25,9 +25,9 @@ from zimage_runtime.geometry import (
     text_rotary,
     transformer_rotary,
 )
+from zimage_runtime.model.programs import Program
+from zimage_runtime.model.schedule import make_schedule
 from zimage_runtime.pipeline import Pipeline, to_image
-from zimage_runtime.schedule import make_schedule
-from zimage_runtime.tensors import read_header
 
 TOLERANCE = 1e-5  # relative; float32 rounding comes to a few 1e-7 a layer
 

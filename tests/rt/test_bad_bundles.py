@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from cli_tools import Capture, assert_one_line_error, call_rt, unchanged
 
-from zimage_runtime.bundle import Bundle
+from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.bundle.tensors import DType, encode_header
 from zimage_runtime.errors import BundleError
-from zimage_runtime.tensors import DType, encode_header
 
 FILES = [
     "tokenizer.json",

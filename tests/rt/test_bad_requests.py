@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from cli_tools import Capture, Outcome, assert_one_line_error, call_rt, finish, start, unchanged
 
-from zimage_runtime import memory
-from zimage_runtime.bundle import Bundle
-from zimage_runtime.geometry import picture_geometry
-from zimage_runtime.tokenizer import PromptTokenizer
+from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.executors.ort import cpu_plan as memory
+from zimage_runtime.model.geometry import picture_geometry
+from zimage_runtime.model.tokenizer import PromptTokenizer
 
 GIB = 1 << 30
 

@@ -8,8 +8,9 @@ import click
 import pytest
 from cli_tools import Capture, assert_one_line_error, call, call_rt, unchanged
 
-from zimage_runtime import choice, nvidia
-from zimage_runtime.console import MemoryType
+from zimage_runtime.command_line.console import MemoryType
+from zimage_runtime.executors import choose as choice
+from zimage_runtime.machine import gpus as nvidia
 
 TINY = ("--size", "32x32", "--steps", 1, "--seed", 1)
 
@@ -82,7 +83,7 @@ def test_what_is_no_amount_of_memory(bundle: Path, capsys: Capture, text: str) -
 LOST = """
 import atexit, sys, time
 import click
-from zimage_runtime.console import run_command
+from zimage_runtime.command_line.console import run_command
 from zimage_runtime.errors import DeviceLostError
 
 @click.command()

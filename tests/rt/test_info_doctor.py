@@ -14,12 +14,12 @@ import pytest
 from zimage_rt.cli import cli
 from zimage_rt.commands import doctor
 from zimage_rt.commands.doctor import Finding, Verdict
-from zimage_runtime import integers
-from zimage_runtime.bundle import Bundle
-from zimage_runtime.choice import SWAP_TO_GPU
-from zimage_runtime.console import run_command
+from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.command_line.console import run_command
 from zimage_runtime.errors import ExecutorError
-from zimage_runtime.nvidia import Gpu
+from zimage_runtime.executors.choose import SWAP_TO_GPU
+from zimage_runtime.machine import int8_products as integers
+from zimage_runtime.machine.gpus import Gpu
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_doctor_finds_this_environment_in_order(capsys: pytest.CaptureFixture[st
 
 def test_doctor_and_help_load_nothing_heavy() -> None:
     code = (
-        "import sys, json; from zimage_rt.cli import cli; from zimage_runtime.console import run_command;"
+        "import sys, json; from zimage_rt.cli import cli; from zimage_runtime.command_line.console import run_command;"
         "at_import = sorted({'numpy', 'onnxruntime', 'psutil', 'PIL', 'tqdm', 'tokenizers'} & set(sys.modules));"
         "status = run_command(cli, ['doctor', '--json']);"
         "after = sorted({'torch', 'diffusers', 'transformers', 'onnx'} & set(sys.modules));"
@@ -291,11 +291,11 @@ def no_gpu() -> Gpu:
 
 
 def test_doctor_says_what_the_gpu_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zimage_runtime.nvidia.find_gpu", no_gpu)
+    monkeypatch.setattr("zimage_runtime.machine.gpus.find_gpu", no_gpu)
     finding = doctor.check_nvidia("nvidia")
     assert (finding.verdict, finding.values["gpu"]) == (Verdict.OK, None)
     assert "no NVIDIA driver" in finding.text
-    monkeypatch.setattr("zimage_runtime.nvidia.find_gpu", FakeGpu())
+    monkeypatch.setattr("zimage_runtime.machine.gpus.find_gpu", FakeGpu())
     finding = doctor.check_nvidia("nvidia")  # with the package for the CPU
     assert finding.verdict is Verdict.NOTE
     for said in ("RTX 4090", "8.9", "24.0 GiB, 20.0 GiB free", "CUDA 13.0", *(f"`{line}`" for line in SWAP_TO_GPU)):
@@ -303,7 +303,7 @@ def test_doctor_says_what_the_gpu_lacks(monkeypatch: pytest.MonkeyPatch) -> None
     # with the package for the GPU, but without what it needs: the session runs on the CPU and says nothing
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: providers)
-    monkeypatch.setattr("zimage_runtime.ort_cuda.preload_libraries", lambda: "Failed to load libcudnn.so.9")
+    monkeypatch.setattr("zimage_runtime.executors.ort.device.preload_libraries", lambda: "Failed to load libcudnn.so.9")
     real = doctor._known_answer
 
     def without_cuda(providers: list[str], **options: Any) -> tuple[Any, Any, Any]:

@@ -12,10 +12,10 @@ from PIL import Image, PngImagePlugin
 from sd_parsers import ParserManager
 from sd_parsers.data import Generators
 
-from zimage_rt.metadata import REPLAY_VERSION, PictureInfo, encode_picture, read_picture_info
-from zimage_rt.outputs import ImageFormat
-from zimage_runtime.bundle import Bundle
+from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.errors import RequestError
+from zimage_runtime.images.metadata import REPLAY_VERSION, PictureInfo, encode_picture, read_picture_info
+from zimage_runtime.images.outputs import ImageFormat
 
 FORMATS = {".png": ImageFormat.PNG, ".jpg": ImageFormat.JPEG, ".webp": ImageFormat.WEBP}
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"

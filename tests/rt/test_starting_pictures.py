@@ -10,8 +10,8 @@ import pytest
 from cli_tools import Capture, Outcome, assert_one_line_error, call_rt, unchanged
 from PIL import Image, PngImagePlugin
 
-from zimage_rt.metadata import read_picture_info
-from zimage_runtime import source_image
+from zimage_runtime.images import source_image
+from zimage_runtime.images.metadata import read_picture_info
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,11 @@ from typing import Any
 import onnxruntime
 import pytest
 
-from zimage_runtime import nvidia, ort_cuda
-from zimage_runtime.bundle import Bundle
-from zimage_runtime.choice import SWAP_TO_GPU, budget, choose, make_executor
+from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.errors import ExecutorError, RequestError
+from zimage_runtime.executors.choose import SWAP_TO_GPU, budget, choose, make_executor
+from zimage_runtime.executors.ort import device as ort_cuda
+from zimage_runtime.machine import gpus as nvidia
 from zimage_runtime.pipeline import Pipeline
 
 GIB = 1 << 30
@@ -105,7 +106,7 @@ def opened(bundle: Path) -> Bundle:
 def in_precision(bundle: Bundle, precision: str) -> Bundle:
     from dataclasses import replace
 
-    from zimage_runtime.manifest import Precision
+    from zimage_runtime.bundle.manifest import Precision
 
     return Bundle(bundle.root, replace(bundle.manifest, precision=Precision(precision)))
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from zimage_export.synthetic import SMALL
-from zimage_runtime.config import PARTS, ModelConfig
+from zimage_export.synthetic.checkpoint import SMALL
 from zimage_runtime.errors import ConfigError
+from zimage_runtime.model.config import PARTS, ModelConfig
 
 Parts = dict[str, Any]
 FILES = {part: f"/models/x/{part}/config.json" for part in PARTS}

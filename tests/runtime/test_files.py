@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from zimage_runtime.files import atomic_write, hash_file
+from zimage_runtime.bundle.files import atomic_write, hash_file
 
 
 def test_the_file_appears_when_the_block_ends(tmp_path: Path) -> None:

@@ -14,9 +14,9 @@ import pytest
 from cli_tools import Capture, assert_one_line_error, call_rt, finish, start
 from hub_server import COMMIT, SECOND_COMMIT, HubServer, hub_in_use
 
-from zimage_runtime.hub import Hub, bundle_directory, hub_id
-from zimage_runtime.hub_errors import HubError
-from zimage_runtime.progress import Progress
+from zimage_runtime.bundle.hub import Hub, bundle_directory, hub_id
+from zimage_runtime.bundle.hub_errors import HubError
+from zimage_runtime.command_line.progress import Progress
 
 NAME = "painters/z-image-tiny-fp32"
 WEIGHTS = "transformer/weights.safetensors"
@@ -236,7 +236,7 @@ def test_a_disk_without_room_is_found_before_anything_is_fetched(
     hub: HubServer, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=70 << 20)
-    monkeypatch.setattr("zimage_runtime.hub.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("zimage_runtime.bundle.hub.shutil.disk_usage", lambda path: usage)
     outcome = call_rt(capsys, "run", "a cat", "-m", NAME, *DRAW)
     assert_one_line_error(outcome, tmp_path / "cache", "no space left", "0.07 GB is free", "HF_HOME")
     assert hub.fetched() == ["manifest.json"]
@@ -270,7 +270,7 @@ def test_the_environment_says_where_the_hub_and_the_cache_are_and_that_there_is_
 
 def test_a_directory_needs_no_huggingface_hub(bundle: Path) -> None:
     code = (
-        "import sys; from zimage_runtime.hub import bundle_directory; from zimage_rt.cli import cli;"
+        "import sys; from zimage_runtime.bundle.hub import bundle_directory; from zimage_rt.cli import cli;"
         f"bundle_directory({str(bundle)!r}); print('huggingface_hub' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

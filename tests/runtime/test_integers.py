@@ -8,8 +8,8 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from zimage_runtime import integers
-from zimage_runtime.integers import EXACT_LEVELS, KNOWN_PRODUCT_MODEL, SAFE_LEVELS
+from zimage_runtime.machine import int8_products as integers
+from zimage_runtime.machine.int8_products import EXACT_LEVELS, KNOWN_PRODUCT_MODEL, SAFE_LEVELS
 
 
 def written_again() -> bytes:

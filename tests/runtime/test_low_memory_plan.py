@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-import zimage_runtime.memory
 from zimage_runtime.errors import MemoryLimitError
+from zimage_runtime.executors.ort import cpu_plan
 from zimage_runtime.pipeline import Pipeline
 
 
@@ -14,10 +14,10 @@ def test_low_memory_is_planned_as_such(bundle: Path, monkeypatch: pytest.MonkeyP
     whole, mapped = (Pipeline.from_bundle(bundle, low_memory=low) for low in (False, True))
     manifest = whole.bundle.manifest
     geometry = whole.request("a cat", size).geometry
-    least = zimage_runtime.memory.plan_memory(manifest, geometry, 20, low_memory=True).peak
-    most = zimage_runtime.memory.plan_memory(manifest, geometry, 20).peak
+    least = cpu_plan.plan_memory(manifest, geometry, 20, low_memory=True).peak
+    most = cpu_plan.plan_memory(manifest, geometry, 20).peak
     assert least < most
-    monkeypatch.setattr(zimage_runtime.memory, "available_memory", lambda: (least + most) // 2)
+    monkeypatch.setattr(cpu_plan, "available_memory", lambda: (least + most) // 2)
     with pytest.raises(MemoryLimitError, match="--low-memory"):
         whole.stream("a cat", size)
     mapped.stream("a cat", size)

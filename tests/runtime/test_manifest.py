@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from zimage_export.synthetic import SMALL
-from zimage_runtime.bundle import Bundle
-from zimage_runtime.contracts import COMPONENTS, Program
+from zimage_export.synthetic.checkpoint import SMALL
+from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.bundle.files import hash_file
+from zimage_runtime.bundle.manifest import FileRecord, Manifest, Source, checked_path
 from zimage_runtime.errors import BundleError
-from zimage_runtime.files import hash_file
-from zimage_runtime.manifest import FileRecord, Manifest, Source, checked_path
+from zimage_runtime.model.programs import COMPONENTS, Program
 
 
 @pytest.fixture(scope="module")

@@ -9,16 +9,17 @@ import onnx
 import pytest
 from parity import Case, check_parity, draw, draw_with_diffusers, relative_error
 
-from zimage_runtime import memory, ort_cuda
-from zimage_runtime.bundle import Bundle
-from zimage_runtime.contracts import Program
+from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.errors import DeviceLostError, ExecutorError, MemoryLimitError
-from zimage_runtime.geometry import PictureGeometry
-from zimage_runtime.ort_cuda import Device, OrtCudaExecutor, explained
-from zimage_runtime.ort_tiles import NORMED_MODEL, PLAIN_MODEL, OrtKernels
+from zimage_runtime.executors.ort import cpu_plan as memory
+from zimage_runtime.executors.ort import device as ort_cuda
+from zimage_runtime.executors.ort.device import Device, OrtCudaExecutor, explained
+from zimage_runtime.executors.ort.device_plan import plan_vram
+from zimage_runtime.executors.ort.tile_kernels import NORMED_MODEL, PLAIN_MODEL, OrtKernels
+from zimage_runtime.model.geometry import PictureGeometry
+from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import NoticeEvent, Pipeline
-from zimage_runtime.tiling import TiledDecoder, TiledEncoder
-from zimage_runtime.vram import plan_vram
+from zimage_runtime.tiles.tiling import TiledDecoder, TiledEncoder
 
 PLENTY = 1 << 40
 ON_CPU = Device("cpu")
@@ -42,7 +43,7 @@ def test_draws_what_diffusers_draws(pipeline: Pipeline, diffusers_pipeline: Any,
 
 
 def test_every_program_gives_what_the_cpus_gives(bundle: Path) -> None:
-    from zimage_export.selfcheck import fixed_inputs
+    from zimage_export.measure.self_check import fixed_inputs
 
     ours, reference = executor(bundle), Pipeline.from_bundle(bundle, "cpu").executor
     for program, feeds in fixed_inputs(Bundle.open(bundle).manifest.config).items():
@@ -257,7 +258,7 @@ def test_the_gpu_provider_is_told_the_budget(bundle: Path, monkeypatch: pytest.M
 
 
 def one_rotary() -> Any:
-    from zimage_runtime.geometry import Rotary
+    from zimage_runtime.model.geometry import Rotary
 
     return Rotary(np.ones((1, 2, 16), np.float32), np.zeros((1, 2, 16), np.float32))
 

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
-from zimage_export.synthetic import SMALL
-from zimage_runtime.config import SchedulerConfig
+from zimage_export.synthetic.checkpoint import SMALL
 from zimage_runtime.errors import RequestError
-from zimage_runtime.geometry import caption_positions, image_positions, padded, picture_geometry
-from zimage_runtime.noise import TorchGenerator
-from zimage_runtime.schedule import MAX_STEPS, make_schedule
+from zimage_runtime.model.config import SchedulerConfig
+from zimage_runtime.model.geometry import caption_positions, image_positions, padded, picture_geometry
+from zimage_runtime.model.noise import TorchGenerator
+from zimage_runtime.model.schedule import MAX_STEPS, make_schedule
 
 TURBO = SchedulerConfig(shift=3.0, num_train_timesteps=1000)
 

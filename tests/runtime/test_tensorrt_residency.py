@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from zimage_runtime.tensorrt.arena import Arena, Budget
-from zimage_runtime.tensorrt.blocks import BlockKind, BlockPlace
-from zimage_runtime.tensorrt.catalog import aligned
-from zimage_runtime.tensorrt.residency import SLOTS, StagePlan, _least, _plan_stage, spread
-from zimage_runtime.tensorrt.stack import BlockStack
-from zimage_runtime.tensorrt.stages import StageNeeds
+from zimage_runtime.executors.tensorrt.arena import Arena, Budget
+from zimage_runtime.executors.tensorrt.block_catalog import aligned
+from zimage_runtime.executors.tensorrt.plan import SLOTS, StagePlan, _least, _plan_stage, spread
+from zimage_runtime.executors.tensorrt.stage_sizes import StageNeeds
+from zimage_runtime.executors.tensorrt.weight_stream import BlockStack
+from zimage_runtime.model.blocks import BlockKind, BlockPlace
 
 BLOCKS = st.lists(st.integers(1, 12).map(lambda units: units * 256), min_size=1, max_size=12)
 EVEN_BLOCKS = st.builds(lambda size, count: [size * 256] * count, st.integers(1, 12), st.integers(1, 40))

@@ -10,14 +10,20 @@ from typing import Any
 import pytest
 from library_stand_in import LibraryStandIn
 
-from zimage_export import engines as export_engines
-from zimage_export.engines import add_engines
-from zimage_runtime.bundle import Bundle
+from zimage_export.engines.build import add_engines
+from zimage_export.engines.build import build as export_engines
+from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.errors import BundleError, ExecutorError
-from zimage_runtime.tensorrt.catalog import Catalog
-from zimage_runtime.tensorrt.library import Built
-from zimage_runtime.tensorrt.store import EngineStore, HashedCache, read_catalog, read_hashed, variant_spec
-from zimage_runtime.tensorrt.targets import Gpu, Variant, gpu_of, variant_of
+from zimage_runtime.executors.tensorrt.block_catalog import Catalog
+from zimage_runtime.executors.tensorrt.engine_store import (
+    EngineStore,
+    HashedCache,
+    read_catalog,
+    read_hashed,
+    variant_spec,
+)
+from zimage_runtime.executors.tensorrt.gpu_targets import Gpu, Variant, gpu_of, variant_of
+from zimage_runtime.executors.tensorrt.trt_api import Built
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from zimage_runtime.bundle.tensors import DType
 from zimage_runtime.errors import BundleError
-from zimage_runtime.tensorrt.weights import convert
-from zimage_runtime.tensors import DType
+from zimage_runtime.executors.tensorrt.weight_source import convert
 
 VALUES = np.concatenate(
     [

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from zimage_runtime import threads
-from zimage_runtime.threads import thread_count
+from zimage_runtime.machine import cores as threads
+from zimage_runtime.machine.cores import thread_count
 
 
 def machine(root: Path, siblings: dict[int, str]) -> Path:

@@ -8,16 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zimage_runtime import memory
-from zimage_runtime.contracts import Program
+from zimage_runtime.bundle.tensors import TensorFile
 from zimage_runtime.errors import MemoryLimitError
-from zimage_runtime.executor import Floats
-from zimage_runtime.geometry import PictureGeometry, picture_geometry
-from zimage_runtime.memory import MemoryPlan, plan_memory
+from zimage_runtime.executors.ort import cpu_plan as memory
+from zimage_runtime.executors.ort.cpu_plan import MemoryPlan, plan_memory
+from zimage_runtime.executors.protocol import Floats
+from zimage_runtime.model.geometry import PictureGeometry, picture_geometry
+from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import Pipeline, to_image
-from zimage_runtime.tensors import TensorFile
-from zimage_runtime.tile_kernels import NumpyKernels
-from zimage_runtime.tiling import TiledDecoder, TiledEncoder, tile_rows, tiled_bytes, tiled_encoder_bytes
+from zimage_runtime.tiles.kernels import NumpyKernels
+from zimage_runtime.tiles.tiling import TiledDecoder, TiledEncoder, tile_rows, tiled_bytes, tiled_encoder_bytes
 
 TILE_VALUES = 1 << 13  # 2 rows of the largest map of a 128-pixel picture of the small model: dozens of tiles
 

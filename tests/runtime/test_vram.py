@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from zimage_runtime.bundle import Bundle
-from zimage_runtime.contracts import Program
+from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.bundle.manifest import Manifest
 from zimage_runtime.errors import MemoryLimitError
-from zimage_runtime.geometry import picture_geometry
-from zimage_runtime.manifest import Manifest
-from zimage_runtime.tiling import tiled_bytes, tiled_encoder_bytes
-from zimage_runtime.vram import CONTEXT, VramPlan, plan_vram, tile_values
+from zimage_runtime.executors.ort.device_plan import CONTEXT, VramPlan, plan_vram, tile_values
+from zimage_runtime.model.geometry import picture_geometry
+from zimage_runtime.model.programs import Program
+from zimage_runtime.tiles.tiling import tiled_bytes, tiled_encoder_bytes
 
 PLENTY = 1 << 50
 GIB = 1 << 30
@@ -130,10 +130,10 @@ def test_tiles_grow_with_the_budget_up_to_a_size(manifest: Manifest) -> None:
 def test_the_published_model_on_common_cards() -> None:
     """Sums that anyone can check: 32 blocks of 177 million parameters in 16 bits are 10.5 GiB."""
     from zimage_export.graphs import Target, build_graphs
-    from zimage_export.precision import StoragePolicy
-    from zimage_export.synthetic import FULL
-    from zimage_runtime.manifest import Defaults, Precision, ProgramRecord, Source
-    from zimage_runtime.tensors import DType
+    from zimage_export.storage.precision import StoragePolicy
+    from zimage_export.synthetic.checkpoint import FULL
+    from zimage_runtime.bundle.manifest import Defaults, Precision, ProgramRecord, Source
+    from zimage_runtime.bundle.tensors import DType
 
     policy = StoragePolicy(Precision.BF16, DType.BF16)
     programs: dict[Program, dict[str, ProgramRecord]] = {program: {} for program in Program}

@@ -12,14 +12,10 @@ from cli_tools import Capture, assert_one_line_error, call_rt
 from parity import relative_error
 
 from zimage_export.graphs import Target, build_graphs, build_weight_only
-from zimage_export.precision import StoragePolicy
-from zimage_export.synthetic import FULL
-from zimage_runtime import ort_cuda
-from zimage_runtime.bundle import Bundle
-from zimage_runtime.contracts import Program
-from zimage_runtime.errors import ExecutorError, MemoryLimitError
-from zimage_runtime.geometry import picture_geometry
-from zimage_runtime.manifest import (
+from zimage_export.storage.precision import StoragePolicy
+from zimage_export.synthetic.checkpoint import FULL
+from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.bundle.manifest import (
     CPU,
     CUDA,
     CUDA_WEIGHT_ONLY,
@@ -29,13 +25,17 @@ from zimage_runtime.manifest import (
     ProgramRecord,
     Source,
 )
-from zimage_runtime.nvidia import Gpu
-from zimage_runtime.ort_cuda import Device, OrtCudaExecutor
-from zimage_runtime.other_bundles import advised, as_precision, candidates
+from zimage_runtime.bundle.tensors import DType
+from zimage_runtime.errors import ExecutorError, MemoryLimitError
+from zimage_runtime.executors.ort import device as ort_cuda
+from zimage_runtime.executors.ort.device import Device, OrtCudaExecutor
+from zimage_runtime.executors.ort.device_plan import VramPlan, other_peaks, plan_vram
+from zimage_runtime.executors.ort.int8_denoiser import int8_obstacle
+from zimage_runtime.executors.ort.other_precisions import advised, as_precision, candidates
+from zimage_runtime.machine.gpus import Gpu
+from zimage_runtime.model.geometry import picture_geometry
+from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import NoticeEvent, PictureEvent, Pipeline
-from zimage_runtime.tensors import DType
-from zimage_runtime.vram import VramPlan, other_peaks, plan_vram
-from zimage_runtime.weight_only import int8_obstacle
 
 GIB = 1 << 30
 ADA, HOPPER, TURING, PASCAL = (8, 9), (9, 0), (7, 5), (6, 1)
@@ -143,7 +143,7 @@ def test_the_nearest_to_the_original_that_fits_is_advised() -> None:
 @pytest.fixture(scope="module")
 def int8(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     from zimage_export.build import BuildOptions, build
-    from zimage_runtime.progress import Progress
+    from zimage_runtime.command_line.progress import Progress
 
     out = tmp_path_factory.mktemp("int8") / "bundle"
     return build(checkpoint, out, BuildOptions(Precision.INT8), Progress(quiet=True))

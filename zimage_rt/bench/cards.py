@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
-from zimage_runtime.bundle import Bundle
+from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.bundle.manifest import CPU, CUDA, TENSORRT
 from zimage_runtime.errors import MemoryLimitError, RequestError
-from zimage_runtime.geometry import PictureGeometry, picture_geometry
-from zimage_runtime.manifest import CPU, CUDA, TENSORRT
-from zimage_runtime.memory import plan_memory
-from zimage_runtime.vram import plan_vram
+from zimage_runtime.executors.ort.cpu_plan import plan_memory
+from zimage_runtime.executors.ort.device_plan import plan_vram
+from zimage_runtime.model.geometry import PictureGeometry, picture_geometry
 
 from .schema import OURS, Row
 from .tables import gibibytes
@@ -45,10 +45,10 @@ def _cuda(bundle: Bundle) -> Planner | None:
 def _tensorrt(bundle: Bundle) -> Planner | None:
     if bundle.manifest.engines is None:
         return None
-    from zimage_runtime.tensorrt.residency import plan_residency
-    from zimage_runtime.tensorrt.stages import PictureSizes
-    from zimage_runtime.tensorrt.store import read_catalog
-    from zimage_runtime.tensorrt.targets import Variant
+    from zimage_runtime.executors.tensorrt.engine_store import read_catalog
+    from zimage_runtime.executors.tensorrt.gpu_targets import Variant
+    from zimage_runtime.executors.tensorrt.plan import plan_residency
+    from zimage_runtime.executors.tensorrt.stage_sizes import PictureSizes
 
     variants, config = read_catalog(bundle).variants, bundle.manifest.config
     spec = variants.get(Variant.AMPERE) or variants.get(Variant.TURING)

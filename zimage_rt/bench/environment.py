@@ -86,7 +86,7 @@ def _git(folder: Path, *words: str) -> str:
 
 def threads() -> int:
     """Threads that every system gets: what the product uses."""
-    from zimage_runtime.threads import thread_count
+    from zimage_runtime.machine.cores import thread_count
 
     return thread_count()
 

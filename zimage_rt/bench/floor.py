@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from zimage_runtime.config import ModelConfig
-from zimage_runtime.geometry import PictureGeometry
+from zimage_runtime.model.config import ModelConfig
+from zimage_runtime.model.geometry import PictureGeometry
 
 from .operations import Operations, decode_operations, step_operations, text_operations
 from .schema import Case, Floor, Reading, absent

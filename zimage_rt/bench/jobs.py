@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from zimage_runtime.bundle import Bundle
+from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.bundle.hub import bundle_directory
+from zimage_runtime.bundle.manifest import CPU, Precision
+from zimage_runtime.bundle.tensors import read_header
 from zimage_runtime.errors import RequestError
-from zimage_runtime.hub import bundle_directory
-from zimage_runtime.manifest import CPU, Precision
-from zimage_runtime.memory import available_memory
+from zimage_runtime.executors.ort.cpu_plan import available_memory
 from zimage_runtime.pipeline import Pipeline
-from zimage_runtime.tensors import read_header
 
 from .schema import OURS, Case
 from .systems import REFERENCE, STREAMED_REFERENCE, find_system

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from zimage_runtime.bundle.manifest import CPU, Manifest
 from zimage_runtime.errors import RequestError
-from zimage_runtime.geometry import PictureGeometry
-from zimage_runtime.manifest import CPU, Manifest
-from zimage_runtime.memory import plan_memory
+from zimage_runtime.executors.ort.cpu_plan import plan_memory
+from zimage_runtime.model.geometry import PictureGeometry
 
 from .nvidia import Untold
 from .sampling import Border, bands, device_delta, gaps, gpu_peak, host_peak, stage_peaks, thinned

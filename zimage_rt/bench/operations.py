@@ -6,8 +6,8 @@ the caption once, no last text layer, causal attention in full (as every impleme
 
 from dataclasses import dataclass
 
-from zimage_runtime.config import ModelConfig
-from zimage_runtime.geometry import PictureGeometry, padded
+from zimage_runtime.model.config import ModelConfig
+from zimage_runtime.model.geometry import PictureGeometry, padded
 
 
 @dataclass(frozen=True)

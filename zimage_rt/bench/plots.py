@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from zimage_runtime.manifest import CPU
+from zimage_runtime.bundle.manifest import CPU
 
 from .cards import CARDS_GB
 from .schema import DECODE, FAILED, IMPORT, LOAD, OURS, SAVE, STAGES, STEP, TEXT, Row

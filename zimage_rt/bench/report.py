@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from zimage_runtime.files import atomic_write
+from zimage_runtime.bundle.files import atomic_write
 
 from .blocks import Block, Figure, Grid, Section, Table, Text, Tile, to_html, to_markdown
 from .cards import CARDS_GB, RESERVED, TOKENS, card_table

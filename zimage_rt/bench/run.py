@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from zimage_runtime.geometry import picture_geometry
-from zimage_runtime.manifest import CPU
-from zimage_runtime.memory import available_memory
-from zimage_runtime.tokenizer import PromptTokenizer
+from zimage_runtime.bundle.manifest import CPU
+from zimage_runtime.executors.ort.cpu_plan import available_memory
+from zimage_runtime.model.geometry import picture_geometry
+from zimage_runtime.model.tokenizer import PromptTokenizer
 
 from .accuracy import Reference, judge, read_pixels
 from .environment import conditions, environment, setup

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from zimage_runtime.console import MemoryType, SizeType
+from zimage_runtime.command_line.console import MemoryType, SizeType
+from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.errors import RequestError
-from zimage_runtime.progress import Progress
 
 if TYPE_CHECKING:
     from ..bench.jobs import Settings

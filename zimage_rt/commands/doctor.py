@@ -90,7 +90,7 @@ def check_processor(name: str) -> Finding:
     """The processor, the threads that are used, and the vector instructions that decide its speed."""
     import psutil
 
-    from zimage_runtime.threads import thread_count
+    from zimage_runtime.machine.cores import thread_count
 
     model, features = _processor()
     values = {
@@ -141,7 +141,7 @@ def check_memory(name: str) -> Finding:
     """The machine's memory, and what this process may still take of it."""
     import psutil
 
-    from zimage_runtime.memory import available_memory
+    from zimage_runtime.executors.ort.cpu_plan import available_memory
 
     total = int(psutil.virtual_memory().total)
     available, limit = available_memory(), _control_group_limit(total)
@@ -177,7 +177,7 @@ _ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 
 def check_packages(name: str) -> Finding:
     """Which ONNX Runtime is installed: the two write into one folder, and what is left then is neither."""
-    from zimage_runtime.choice import SWAP_TO_CPU, SWAP_TO_GPU
+    from zimage_runtime.executors.choose import SWAP_TO_CPU, SWAP_TO_GPU
 
     found = {package: number for package in _ONNX_RUNTIMES if (number := _installed(package))}
     listed = " and ".join(f"{package} {number}" for package, number in found.items())
@@ -228,7 +228,7 @@ def check_onnxruntime(name: str) -> Finding:
 
 def check_int8(name: str) -> Finding:
     """How many bits an int8 bundle's activations have here, found out by a product with a known answer."""
-    from zimage_runtime.integers import activation_bits
+    from zimage_runtime.machine.int8_products import activation_bits
 
     bits = activation_bits()
     if bits == 8:
@@ -266,9 +266,9 @@ def _is_right(answer: Any, expected: Any) -> bool:
 
 def check_nvidia(name: str) -> Finding:
     """The GPU and its driver, and whether the ONNX Runtime that is installed computes on it."""
-    from zimage_runtime.choice import package_obstacle
     from zimage_runtime.errors import ExecutorError
-    from zimage_runtime.nvidia import find_gpu
+    from zimage_runtime.executors.choose import package_obstacle
+    from zimage_runtime.machine.gpus import find_gpu
 
     try:
         gpu = find_gpu()
@@ -288,8 +288,8 @@ def _cuda_fault() -> str | None:
     """What keeps ONNX Runtime from computing on the GPU: the known answer again, there."""
     import onnxruntime
 
-    from zimage_runtime.choice import SWAP_TO_GPU
-    from zimage_runtime.ort_cuda import PROVIDER, preload_libraries
+    from zimage_runtime.executors.choose import SWAP_TO_GPU
+    from zimage_runtime.executors.ort.device import PROVIDER, preload_libraries
 
     complaint = preload_libraries()
     remedy = f"run `{SWAP_TO_GPU[0]}`, then `{SWAP_TO_GPU[1]}`"
@@ -306,9 +306,9 @@ def _cuda_fault() -> str | None:
 def check_tensorrt(name: str) -> Finding:
     """What the tensorrt executor needs, and what of it is here: driver, GPU, packages."""
     from zimage_runtime.errors import ZImageRuntimeError
-    from zimage_runtime.tensorrt.cuda import CudaDevice
-    from zimage_runtime.tensorrt.library import FULL, RTX
-    from zimage_runtime.tensorrt.targets import OLDEST, gpu_of, variant_of
+    from zimage_runtime.executors.tensorrt.cuda import CudaDevice
+    from zimage_runtime.executors.tensorrt.gpu_targets import OLDEST, gpu_of, variant_of
+    from zimage_runtime.executors.tensorrt.trt_api import FULL, RTX
 
     library = next((package for package in (RTX, FULL) if find_spec(package)), None)
     bindings = find_spec("cuda") is not None and find_spec("cuda.bindings") is not None

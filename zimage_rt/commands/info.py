@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.errors import BundleError
-from zimage_runtime.progress import Progress
 
 if TYPE_CHECKING:
-    from zimage_runtime.bundle import Bundle
-    from zimage_runtime.config import ModelConfig
+    from zimage_runtime.bundle.bundle import Bundle
+    from zimage_runtime.model.config import ModelConfig
 
 _LABEL_WIDTH = 16
 
@@ -25,8 +25,8 @@ def info(bundle: str, verify: bool, as_json: bool) -> None:
 
     BUNDLE is a directory, or the name of a bundle on the Hub, ORG/NAME, which is fetched.
     """
-    from zimage_runtime.bundle import Bundle
-    from zimage_runtime.hub import bundle_directory
+    from zimage_runtime.bundle.bundle import Bundle
+    from zimage_runtime.bundle.hub import bundle_directory
 
     opened = Bundle.open(bundle_directory(bundle))
     if not as_json:

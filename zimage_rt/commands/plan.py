@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zimage_runtime.console import MemoryType, SizeType
+from zimage_runtime.command_line.console import MemoryType, SizeType
 from zimage_runtime.errors import BundleError
 
 if TYPE_CHECKING:
-    from zimage_runtime.bundle import Bundle
-    from zimage_runtime.geometry import PictureGeometry
-    from zimage_runtime.manifest import Precision
-    from zimage_runtime.tensorrt.residency import ResidencyPlan
-    from zimage_runtime.vram import VramPlan
+    from zimage_runtime.bundle.bundle import Bundle
+    from zimage_runtime.bundle.manifest import Precision
+    from zimage_runtime.executors.ort.device_plan import VramPlan
+    from zimage_runtime.executors.tensorrt.plan import ResidencyPlan
+    from zimage_runtime.model.geometry import PictureGeometry
 
 _UNLIMITED = 1 << 60
 
@@ -51,10 +51,10 @@ def plan(
     that is too small is refused with the smallest that would do. For cuda, it also tells what bundles of the same
     model in other precisions would take.
     """
-    from zimage_runtime.bundle import Bundle
-    from zimage_runtime.geometry import picture_geometry
-    from zimage_runtime.hub import bundle_directory
-    from zimage_runtime.tensorrt.residency import gib
+    from zimage_runtime.bundle.bundle import Bundle
+    from zimage_runtime.bundle.hub import bundle_directory
+    from zimage_runtime.executors.tensorrt.plan import gib
+    from zimage_runtime.model.geometry import picture_geometry
 
     opened = Bundle.open(bundle_directory(bundle))
     manifest = opened.manifest
@@ -66,8 +66,8 @@ def plan(
         made = _plan_tensorrt(opened, geometry, tokens, budget, batch, gpu)
         lines, document = _lines(made), _document(made, vram)
     else:
-        from zimage_runtime.tensorrt.targets import Gpu
-        from zimage_runtime.vram import other_peaks, plan_vram
+        from zimage_runtime.executors.ort.device_plan import other_peaks, plan_vram
+        from zimage_runtime.executors.tensorrt.gpu_targets import Gpu
 
         capability = Gpu(gpu).capability
         planned = plan_vram(manifest, geometry, tokens, budget, batch, capability=capability)
@@ -90,10 +90,10 @@ def plan(
 def _plan_tensorrt(
     bundle: "Bundle", geometry: "PictureGeometry", tokens: int, budget: int, batch: int, gpu: str
 ) -> "ResidencyPlan":
-    from zimage_runtime.tensorrt.residency import plan_residency
-    from zimage_runtime.tensorrt.stages import PictureSizes
-    from zimage_runtime.tensorrt.store import read_catalog
-    from zimage_runtime.tensorrt.targets import Gpu
+    from zimage_runtime.executors.tensorrt.engine_store import read_catalog
+    from zimage_runtime.executors.tensorrt.gpu_targets import Gpu
+    from zimage_runtime.executors.tensorrt.plan import plan_residency
+    from zimage_runtime.executors.tensorrt.stage_sizes import PictureSizes
 
     spec = read_catalog(bundle).variants.get(Gpu(gpu).variant)
     if spec is None:
@@ -108,8 +108,8 @@ def _lines_of_others(
     vram: int | None,
     capability: tuple[int, int] | None,
 ) -> list[tuple[str, str]]:
-    from zimage_runtime.other_bundles import advised
-    from zimage_runtime.tensorrt.residency import gib
+    from zimage_runtime.executors.ort.other_precisions import advised
+    from zimage_runtime.executors.tensorrt.plan import gib
 
     def told(peak: int) -> str:
         fits = "" if vram is None else ", fits" if peak <= vram else ", does not fit"
@@ -123,8 +123,8 @@ def _lines_of_others(
 
 
 def _lines_of_cuda(plan: "VramPlan") -> list[tuple[str, str]]:
-    from zimage_runtime.tensorrt.residency import gib
-    from zimage_runtime.vram import CONTEXT
+    from zimage_runtime.executors.ort.device_plan import CONTEXT
+    from zimage_runtime.executors.tensorrt.plan import gib
 
     together = "all weights stay loaded" if plan.keep_all else "stages take turns"
     return [
@@ -138,7 +138,7 @@ def _lines_of_cuda(plan: "VramPlan") -> list[tuple[str, str]]:
 
 
 def _document_of_cuda(plan: "VramPlan", vram: int | None) -> dict[str, Any]:
-    from zimage_runtime.vram import CONTEXT
+    from zimage_runtime.executors.ort.device_plan import CONTEXT
 
     return {
         "budget": vram,
@@ -155,7 +155,7 @@ def _document_of_cuda(plan: "VramPlan", vram: int | None) -> dict[str, Any]:
 
 
 def _lines(plan: "ResidencyPlan") -> list[tuple[str, str]]:
-    from zimage_runtime.tensorrt.residency import CONTEXT_BYTES, describe, gib
+    from zimage_runtime.executors.tensorrt.plan import CONTEXT_BYTES, describe, gib
 
     together = "all stages stay loaded" if plan.keep_all else "stages take turns"
     return [
@@ -166,7 +166,7 @@ def _lines(plan: "ResidencyPlan") -> list[tuple[str, str]]:
 
 
 def _document(plan: "ResidencyPlan", vram: int | None) -> dict[str, Any]:
-    from zimage_runtime.tensorrt.residency import CONTEXT_BYTES
+    from zimage_runtime.executors.tensorrt.plan import CONTEXT_BYTES
 
     return {
         "budget": vram,

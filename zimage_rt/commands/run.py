@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zimage_runtime.console import MemoryType, SizeType
+from zimage_runtime.command_line.console import MemoryType, SizeType
+from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.errors import RequestError
-from zimage_runtime.progress import Progress
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from zimage_runtime.images.metadata import PictureInfo
     from zimage_runtime.pipeline import Pipeline, Request
-
-    from ..metadata import PictureInfo
 
 
 @click.command(short_help="Draw pictures from a prompt.")
@@ -77,11 +76,11 @@ def run(
     quiet: bool,
 ) -> None:
     """Draw pictures of PROMPT and print the path of each file written."""
-    from zimage_runtime.hub import bundle_directory
+    from zimage_runtime.bundle.hub import bundle_directory
+    from zimage_runtime.images.outputs import check_output
     from zimage_runtime.pipeline import Pipeline
 
     from ..demo import demo_bundle
-    from ..outputs import check_output
 
     if (prompt is None) == (replay is None):
         raise click.UsageError("give a PROMPT, or --replay FILE, and not both")
@@ -116,7 +115,7 @@ def run(
 
 
 def _recorded(replay: Path) -> "PictureInfo":
-    from ..metadata import read_picture_info
+    from zimage_runtime.images.metadata import read_picture_info
 
     return read_picture_info(replay)
 
@@ -156,7 +155,7 @@ def _check_same_pictures(
 
 
 def _describe(pipeline: "Pipeline", request: "Request") -> "PictureInfo":
-    from ..metadata import PictureInfo
+    from zimage_runtime.images.metadata import PictureInfo
 
     manifest = pipeline.bundle.manifest
     return PictureInfo(
@@ -205,19 +204,19 @@ class _Writer:
         """Fails now where writing would fail later for a reason that is known now."""
         from PIL import Image
 
-        from zimage_runtime.noise import MAX_SEED
+        from zimage_runtime.model.noise import MAX_SEED
 
         self._encode(Image.new("RGB", (1, 1)), MAX_SEED)  # whose metadata is the longest
 
     def write(self, image: "Image", seed: int) -> None:
-        from ..outputs import write_picture
+        from zimage_runtime.images.outputs import write_picture
 
         path = write_picture(self._encode(image, seed), self.output, seed, self.count)
         self.report.picture(path, seed)
 
     def _encode(self, image: "Image", seed: int) -> bytes:
-        from ..metadata import encode_picture
-        from ..outputs import ImageFormat, image_format
+        from zimage_runtime.images.metadata import encode_picture
+        from zimage_runtime.images.outputs import ImageFormat, image_format
 
         kind = image_format(self.output) if self.output else ImageFormat.PNG
         return encode_picture(image, kind, replace(self.info, seed=seed) if self.info else None)

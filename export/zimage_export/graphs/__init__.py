@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 
-from zimage_runtime.config import ModelConfig
-from zimage_runtime.manifest import CUDA_WEIGHT_ONLY, Precision
+from zimage_runtime.bundle.manifest import CUDA_WEIGHT_ONLY, Precision
+from zimage_runtime.model.config import ModelConfig
 
-from ..precision import StoragePolicy
+from ..storage.folds import Folds
+from ..storage.precision import StoragePolicy
 from .builder import Graph, GraphBuilder
-from .folds import Folds
 from .target import EXECUTORS, Target
 from .text_encoder import TextEncoderGraph
 from .transformer import TransformerGraphs

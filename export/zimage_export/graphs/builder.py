@@ -13,8 +13,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from zimage_runtime.contracts import SIGNATURES, Program, Shape
-from zimage_runtime.tensors import DType, TensorEntry
+from zimage_runtime.bundle.tensors import DType, TensorEntry
+from zimage_runtime.model.programs import SIGNATURES, Program, Shape
 
 OPSET = 23
 _IR_VERSION = 11
@@ -51,7 +51,7 @@ class Graph:
     def to_model(self, weights_file: str, entries: Mapping[str, TensorEntry]) -> onnx.ModelProto:
         """The ONNX model, whose initializers point into a safetensors file beside it.
 
-        `entries` is that file's header. Inputs and outputs are the ones of `zimage_runtime.contracts`.
+        `entries` is that file's header. Inputs and outputs are the ones of `zimage_runtime.model.programs`.
         """
         signature = SIGNATURES[self.program]
         initializers = [self._external(name, weights_file, entries[name]) for name in self.weights]

@@ -6,10 +6,10 @@
 
 from dataclasses import dataclass, field
 
-from zimage_runtime.manifest import Precision
-from zimage_runtime.tensors import DType
+from zimage_runtime.bundle.manifest import Precision
+from zimage_runtime.bundle.tensors import DType
 
-from ..precision import BLOCK_SIZE, Encoding, StoragePolicy, scale_of
+from ..storage.precision import BLOCK_SIZE, Encoding, StoragePolicy, scale_of
 from .layers import CudaLayers, Layers
 
 _BITS = {Encoding.BLOCKS4: 4, Encoding.BLOCKS8: 8}

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 import numpy as np
 from onnx import TensorProto
 
-from zimage_runtime.integers import ACTIVATION_LEVELS, EXACT_LEVELS, SAFE_LEVELS
-from zimage_runtime.manifest import Precision
-from zimage_runtime.tensors import DType
+from zimage_runtime.bundle.manifest import Precision
+from zimage_runtime.bundle.tensors import DType
+from zimage_runtime.machine.int8_products import ACTIVATION_LEVELS, EXACT_LEVELS, SAFE_LEVELS
 
-from ..precision import Encoding, StoragePolicy, scale_of
+from ..storage.precision import Encoding, StoragePolicy, scale_of
 from .builder import GraphBuilder
 from .layers import CudaLayers, Layers
 

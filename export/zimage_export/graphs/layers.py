@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from zimage_runtime.tensors import DType
+from zimage_runtime.bundle.tensors import DType
 
 from .builder import GraphBuilder
 

@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from zimage_runtime.contracts import Program
-from zimage_runtime.manifest import CPU, CUDA, CUDA_WEIGHT_ONLY, TENSORRT, Precision
-from zimage_runtime.tensors import DType
+from zimage_runtime.bundle.manifest import CPU, CUDA, CUDA_WEIGHT_ONLY, TENSORRT, Precision
+from zimage_runtime.bundle.tensors import DType
+from zimage_runtime.model.programs import Program
 
-from ..precision import StoragePolicy
+from ..storage.folds import NO_FOLD, BlockFold, Folds
+from ..storage.precision import StoragePolicy
 from .builder import GraphBuilder
-from .folds import NO_FOLD, BlockFold, Folds
 from .int4 import BlockCudaLayers, BlockLayers
 from .int8 import Int8CudaLayers, Int8Layers, Int8WeightOnlyLayers
 from .layers import CudaLayers, Layers

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from zimage_runtime.tensors import DType
+from zimage_runtime.bundle.tensors import DType
 
-from ..precision import scale_of
+from ..storage.precision import scale_of
 from .layers import Layers
 
 _DEQUANTIZED = -7  # exponent of the scalar scale

@@ -6,12 +6,12 @@ Source: ``modeling_qwen3.py`` in transformers.
 
 from dataclasses import dataclass
 
-from zimage_runtime.config import TextEncoderConfig
-from zimage_runtime.contracts import Program
-from zimage_runtime.tensors import DType
+from zimage_runtime.bundle.tensors import DType
+from zimage_runtime.model.config import TextEncoderConfig
+from zimage_runtime.model.programs import Program
 
+from ..storage.folds import BlockFold
 from .builder import Graph
-from .folds import BlockFold
 from .layers import Layers
 from .target import Target
 

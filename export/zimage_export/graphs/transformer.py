@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from zimage_runtime.config import PATCH_SIZE, TransformerConfig
-from zimage_runtime.contracts import Program
+from zimage_runtime.model.config import PATCH_SIZE, TransformerConfig
+from zimage_runtime.model.programs import Program
 
+from ..storage.folds import BlockFold
 from .builder import Graph, GraphBuilder
-from .folds import BlockFold
 from .layers import Layers
 from .target import Target
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from zimage_runtime.config import VaeConfig
-from zimage_runtime.contracts import Program
-from zimage_runtime.manifest import CUDA
-from zimage_runtime.tensorrt.blocks import TILE
-from zimage_runtime.tensors import DType
+from zimage_runtime.bundle.manifest import CUDA
+from zimage_runtime.bundle.tensors import DType
+from zimage_runtime.model.blocks import TILE
+from zimage_runtime.model.config import VaeConfig
+from zimage_runtime.model.programs import Program
 
 from .builder import Graph, GraphBuilder
 from .target import Target

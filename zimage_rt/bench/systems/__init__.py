@@ -9,8 +9,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from zimage_runtime.config import ModelConfig
 from zimage_runtime.errors import RequestError
+from zimage_runtime.model.config import ModelConfig
 
 from ..job import Job
 from ..schema import OURS

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from zimage_runtime.bundle.files import atomic_write
+from zimage_runtime.bundle.tensors import DType, TensorEntry, encode_header, read_header
 from zimage_runtime.errors import ZImageRuntimeError
-from zimage_runtime.files import atomic_write
-from zimage_runtime.tensors import DType, TensorEntry, encode_header, read_header
 
 FILES = {"transformer": "z_image.safetensors", "text_encoder": "qwen_3_4b.safetensors", "vae": "ae.safetensors"}
 """The file of each component."""

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zimage_runtime.config import ModelConfig
+from zimage_runtime.model.config import ModelConfig
 
 from ..job import Job
 from ..schema import DECODE, STEP, TEXT
@@ -84,8 +84,8 @@ class Streamed(_Diffusers):
         """Nothing but the VAE: blocks are read each time that they run."""
         import torch
 
-        from zimage_export.checkpoint import Checkpoint
-        from zimage_export.reference import reference_pipeline
+        from zimage_export.measure.reference import reference_pipeline
+        from zimage_export.source.checkpoint import Checkpoint
 
         torch.set_num_threads(job.case.threads)
         return DiffusersModel(reference_pipeline(Checkpoint.open(job.model)), job, "cpu")

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from zimage_runtime.config import ModelConfig
+from zimage_runtime.model.config import ModelConfig
 
 from ..job import Job
 from ..schema import DECODE, STEP, TEXT

@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zimage_runtime.config import ModelConfig, SchedulerConfig
-from zimage_runtime.schedule import make_schedule
+from zimage_runtime.model.config import ModelConfig, SchedulerConfig
+from zimage_runtime.model.schedule import make_schedule
 
 from ..job import Job
 from ..schema import DECODE, STEP, TEXT

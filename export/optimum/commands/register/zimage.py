@@ -37,7 +37,7 @@ class ExportZImageCommand(BaseOptimumCLICommand):
     def run(self) -> None:
         """Runs `zimage-export build` and exits with its status."""
         from zimage_export.cli import build
-        from zimage_runtime.console import run_command
+        from zimage_runtime.command_line.console import run_command
 
         assert self.args is not None  # optimum runs only what it has parsed
         # the groups give messages the name under which the command was called

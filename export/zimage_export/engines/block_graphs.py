@@ -1,0 +1,135 @@
+"""The model as block programs for TensorRT, from the same definitions as the whole-component programs."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import onnx
+
+from zimage_runtime.bundle.manifest import TENSORRT
+from zimage_runtime.bundle.tensors import DType
+from zimage_runtime.model.blocks import (
+    BLOCK_SIGNATURES,
+    MAP,
+    MAP_OUT,
+    BlockKind,
+    BlockPlace,
+    all_blocks,
+    block_dims,
+    is_normed,
+)
+from zimage_runtime.model.config import ModelConfig
+
+from ..graphs.builder import Graph, GraphBuilder
+from ..graphs.target import Target
+from ..graphs.text_encoder import TextEncoderGraph
+from ..graphs.transformer import Tables, TransformerGraphs
+from ..graphs.vae import VaeGraphs
+from ..storage.folds import Folds
+from .types import EngineTypes
+
+
+@dataclass(frozen=True)
+class BlockProgram:
+    """One program, and the blocks of the model that it serves."""
+
+    name: str
+    kind: BlockKind
+    model: onnx.ModelProto
+    scalars: dict[str, Mapping[str, float]]  # by the block's key, of every block that it serves
+
+
+def build_blocks(config: ModelConfig, types: EngineTypes, folds: Mapping[str, Folds]) -> list[BlockProgram]:
+    """The programs that all blocks of a model take, in the order of their first use.
+
+    Blocks whose programs are the same to the byte share one; a block whose weights are stored otherwise than its
+    neighbours' gets its own.
+    """
+    programs: dict[bytes, BlockProgram] = {}
+    for place in all_blocks(config):
+        graph = build_block(place, config, types, folds)
+        signature = BLOCK_SIGNATURES[place.kind]
+        model = graph.to_model_of_inputs(place.kind.value, signature.inputs, signature.outputs)
+        text = model.SerializeToString(deterministic=True)
+        if text not in programs:
+            earlier = sum(program.kind is place.kind for program in programs.values())
+            name = place.kind.value if not earlier else f"{place.kind}_{earlier + 1}"
+            programs[text] = BlockProgram(name, place.kind, model, {})
+        programs[text].scalars[place.key] = graph.scalars
+    return list(programs.values())
+
+
+def build_block(place: BlockPlace, config: ModelConfig, types: EngineTypes, folds: Mapping[str, Folds]) -> Graph:
+    """One block's graph."""
+    prefix = f"{place.name}." if place.name else ""
+    target = Target(TENSORRT, dataclasses.replace(types, prefix=prefix), folds)
+    b = target.builder(place.kind.program, block_dims(place, config))
+    if place.kind.component == "vae":
+        _autoencoder_block(place, VaeGraphs(config.vae, target), b, types.cuda_compute("vae"))
+    else:
+        _STATEMENTS[place.kind](place, config, target, b)
+    return b.build()
+
+
+def _autoencoder_block(place: BlockPlace, graphs: VaeGraphs, b: GraphBuilder, dtype: DType) -> None:
+    signature = BLOCK_SIGNATURES[place.kind]
+    x = next(iter(signature.inputs))
+    if x == MAP:
+        # convolutions run on channels-last maps: so between blocks, too, no map is copied into another layout
+        x = b.op("Transpose", b.input(MAP, dtype), name="channels_first", perm=[0, 3, 1, 2])
+    match place.kind:
+        case BlockKind.DECODER_IN:
+            values = [graphs.decoder_in(b, x)]
+        case BlockKind.RESNET:
+            values = [graphs.resnet(b, x, place.out_channels, place.channels)]
+        case BlockKind.MIDDLE_ATTENTION:
+            values = [graphs.middle_attention(b, x)]
+        case BlockKind.UPSAMPLE:
+            values = [graphs.upsample(b, x, place.channels)]
+        case BlockKind.DOWNSAMPLE:
+            values = [graphs.downsample(b, x, place.channels)]
+        case BlockKind.DECODER_OUT:
+            values = [graphs.decoder_out(b, x)]
+        case BlockKind.DECODER_TILE:
+            values = [graphs.decoder_tile(b, place.out_channels, place.channels, normed=is_normed(place))]
+        case BlockKind.ENCODER_IN:
+            values = [graphs.encoder_in(b, x)]
+        case _:
+            values = list(graphs.encoder_out(b, x))
+    for name, value in zip(signature.outputs, values, strict=True):
+        if name == MAP_OUT:
+            value = b.op("Transpose", value, name="channels_last", perm=[0, 2, 3, 1])
+        b.output(value, name, dtype if name == MAP_OUT else DType.F32)
+
+
+def _text_layer(place: BlockPlace, config: ModelConfig, target: Target, b: GraphBuilder) -> None:
+    graph = TextEncoderGraph(config.text_encoder, target)
+    shape = b.integers(0, 0, config.text_encoder.hidden_size)
+    b.output(graph.layer(target.layers(b), "x", shape, target.fold("text_encoder", place.name)), "y")
+
+
+def _transformer_block(place: BlockPlace, config: ModelConfig, target: Target, b: GraphBuilder) -> None:
+    graph = TransformerGraphs(config.transformer, target)
+    shape, fold = b.integers(0, 0, config.transformer.dim), target.fold("transformer", place.name)
+    b.output(graph.block(target.layers(b), "x", shape, graph.norms(b), Tables("cos", "sin"), fold), "y")
+
+
+def _caption_embedder(place: BlockPlace, config: ModelConfig, target: Target, b: GraphBuilder) -> None:
+    b.output(TransformerGraphs(config.transformer, target).embed_caption(target.layers(b)), "y")
+
+
+def _image_embedder(place: BlockPlace, config: ModelConfig, target: Target, b: GraphBuilder) -> None:
+    b.output(TransformerGraphs(config.transformer, target).embed_image(target.layers(b), "patches"), "y")
+
+
+def _final_layer(place: BlockPlace, config: ModelConfig, target: Target, b: GraphBuilder) -> None:
+    b.output(TransformerGraphs(config.transformer, target).final(target.layers(b), "x"), "patches")
+
+
+_STATEMENTS: dict[BlockKind, Callable[[BlockPlace, ModelConfig, Target, GraphBuilder], None]] = {
+    BlockKind.TEXT_LAYER: _text_layer,
+    BlockKind.TRANSFORMER_BLOCK: _transformer_block,
+    BlockKind.CAPTION_EMBEDDER: _caption_embedder,
+    BlockKind.IMAGE_EMBEDDER: _image_embedder,
+    BlockKind.FINAL_LAYER: _final_layer,
+}

@@ -1,0 +1,269 @@
+"""Block programs and TensorRT engines for a bundle, written into its `engines/` folder.
+
+Needs neither GPU nor weights in memory: what the weights are stored as is read from their files' headers, and an
+engine holds none. How much scratch memory a program takes at several sizes is read from TensorRT's own build log, so
+that a picture can be planned without a GPU.
+"""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.bundle.files import atomic_write
+from zimage_runtime.bundle.manifest import ENGINES_FOLDER, FileRecord, Precision, write_manifest
+from zimage_runtime.bundle.tensors import DType, TensorEntry, read_header
+from zimage_runtime.command_line.progress import Progress
+from zimage_runtime.executors.tensorrt.block_catalog import (
+    BlockSpec,
+    Catalog,
+    EngineSpec,
+    InputSpec,
+    ProgramSpec,
+    VariantSpec,
+)
+from zimage_runtime.executors.tensorrt.gpu_targets import Gpu, Variant
+from zimage_runtime.executors.tensorrt.trt_api import Library
+from zimage_runtime.model.blocks import BLOCK_SIGNATURES, MAP, MAP_OUT, BlockKind, all_blocks
+from zimage_runtime.model.config import ModelConfig
+from zimage_runtime.model.tokenizer import MAX_PROMPT_TOKENS
+from zimage_runtime.tiles.tiling import TILE_ROWS
+
+from ..errors import ExportError
+from ..graphs.builder import ONNX_TYPES
+from ..storage.folds import BlockFold, Folds
+from .block_graphs import BlockProgram, build_blocks
+from .types import EngineTypes
+
+IMAGE_TOKENS = 128 * 128
+"""The most image tokens that engines take: those of a 2048 x 2048 picture."""
+
+LATENT_SIDE = 256
+"""The most rows or columns of latents that the autoencoder's engines take: those of 2048 pixels."""
+
+_USUAL_IMAGE_TOKENS = 64 * 64  # 1024 x 1024
+_USUAL_CAPTION_TOKENS = 128
+_USUAL_SIDE = 128
+_SIDES_MEASURED = (64,)
+_SIDES_OF_ATTENTION = (64, 128, 208)
+"""Its scratch memory grows with the square of the positions, which TensorRT for RTX 1.7 counts in 32 bits: 5.6 GB for
+192 x 192 latents, 0.3 for 256 x 256. Pictures of more latents than the last of these are not decoded as a whole."""
+_TILE_COLUMNS = (64, 512)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large a program's free inputs may be."""
+
+    least: int
+    usual: int
+    most: int
+    measured: tuple[int, ...]  # where scratch memory is measured
+
+
+def add_engines(bundle: Bundle, gpus: Sequence[Gpu] = (), progress: Progress | None = None) -> Bundle:
+    """Writes or renews a bundle's block programs and engines and returns the bundle opened anew.
+
+    Without `gpus`: portable and Turing. Files get names that hold their content's
+    hash, and the manifest is replaced last: a killed run leaves the bundle as it was, and at most files that the
+    next one removes. Raises `ExportError`, or `ExecutorError` where TensorRT is missing or refuses a program.
+    """
+    library = Library()
+    targets = list(dict.fromkeys(gpus)) or [Gpu.PORTABLE, Gpu.SM75]
+    writer = _Writer(bundle.root)
+    specs: dict[Variant, VariantSpec] = {}
+    engines: list[EngineSpec] = []
+    with (progress or Progress(quiet=True)).task("engines", len(Variant)) as advance:
+        for variant in Variant:
+            if wanted := [gpu for gpu in targets if gpu.variant is variant]:
+                programs = bundle_blocks(bundle, variant)
+                specs[variant], built = _build(library, programs, variant, wanted, bundle, writer)
+                engines += built
+            advance(1)
+    catalog = writer.write("blocks", "json", Catalog(specs, tuple(engines)).to_json().encode())
+    kept = {path: record for path, record in bundle.manifest.files.items() if not path.startswith(ENGINES_FOLDER)}
+    manifest = dataclasses.replace(bundle.manifest, files={**kept, **writer.files}, engines=catalog)
+    write_manifest(bundle.root, manifest)
+    writer.remove_others()
+    return Bundle.open(bundle.root)
+
+
+def half_type(precision: str, variant: Variant) -> DType:
+    """What 16-bit products are in. Other weights are converted when uploaded: folds keep them in fp16's range."""
+    if precision == "fp16" or variant is Variant.TURING:
+        return DType.F16
+    return DType.BF16
+
+
+def check_engine_precision(precision: Precision) -> None:
+    """Raises `ExportError` for a precision that block programs do not multiply in."""
+    if precision is Precision.INT4:
+        raise ExportError("TensorRT's block programs multiply no int4 weights; use an int8, bf16 or fp16 bundle")
+
+
+def bundle_blocks(bundle: Bundle, variant: Variant) -> list[BlockProgram]:
+    """A bundle's block programs, which depend on how its weights are stored and folded."""
+    headers = {component: read_header(bundle.file(path)) for component, path in bundle.manifest.weights.items()}
+    check_engine_precision(bundle.manifest.precision)
+    precision = bundle.manifest.precision.value
+
+    def stored(component: str, name: str, shape: tuple[int, ...]) -> DType:
+        entry: TensorEntry | None = headers[component].get(name)
+        if entry is None:
+            raise ExportError(f"{bundle.root}: holds no tensor {name}; export the bundle again")
+        return DType(entry.dtype)
+
+    types = EngineTypes(stored, variant, half_type(precision, variant))
+    return build_blocks(bundle.manifest.config, types, read_folds(bundle.manifest.folds))
+
+
+def read_folds(plain: Mapping[str, Mapping[str, Mapping[str, int]]]) -> dict[str, Folds]:
+    """A manifest's folds."""
+    return {
+        component: {block: BlockFold(**fold) for block, fold in blocks.items()} for component, blocks in plain.items()
+    }
+
+
+def program_spec(program: BlockProgram, config: ModelConfig, path: str, most: int | None = None) -> ProgramSpec:
+    """What the catalog says of a program, without its scratch. `most` replaces the profile's largest size."""
+    sizes = program_sizes(program, config)
+    if most is not None:
+        sizes = dataclasses.replace(sizes, usual=most, most=most)
+    signature = BLOCK_SIGNATURES[program.kind]
+    inputs = {value.name: value.type.tensor_type for value in program.model.graph.input}
+    names = [name for name in inputs if name not in signature.inputs]
+    scalars = tuple(next(iter(program.scalars.values())))
+    outputs = {value.name: value.type.tensor_type for value in program.model.graph.output}
+    maps = [_dtype(value.elem_type) for name, value in {**inputs, **outputs}.items() if name in (MAP, MAP_OUT)]
+    profile = {}
+    for name in signature.inputs:
+        dims = [dim.dim_param or dim.dim_value for dim in inputs[name].shape.dim]
+        if any(isinstance(dim, str) for dim in dims):
+            least, usual, largest = (_free_sizes(dims, size) for size in (sizes.least, sizes.usual, sizes.most))
+            profile[name] = (least, usual, largest)
+    return ProgramSpec(
+        program.name,
+        program.kind,
+        path,
+        {
+            name: InputSpec(_dtype(inputs[name].elem_type), tuple(dim.dim_value for dim in inputs[name].shape.dim))
+            for name in names
+            if name not in scalars
+        },
+        scalars,
+        maps[0] if maps else DType.F32,
+        profile,
+        ((1, 0),),
+    )
+
+
+def program_sizes(program: BlockProgram, config: ModelConfig) -> Sizes:
+    """How large a program's free inputs may be: tokens, or rows and columns of its map."""
+    if program.kind.component == "vae":
+        # of a program that serves several levels, the largest
+        scales = [place.scale for place in all_blocks(config) if place.key in program.scalars]
+        most = LATENT_SIDE * max(scales)
+        if program.kind is BlockKind.DECODER_TILE:
+            return Sizes(3, _USUAL_SIDE * max(scales), most + 2, (*(c for c in _TILE_COLUMNS if c < most), most + 2))
+        if program.kind is BlockKind.MIDDLE_ATTENTION:
+            return Sizes(2, _USUAL_SIDE, most, _SIDES_OF_ATTENTION)
+        measured = tuple(side * max(scales) for side in _SIDES_MEASURED)
+        return Sizes(2 * min(scales), _USUAL_SIDE * max(scales), most, (*measured, most))
+    if program.kind in (BlockKind.TEXT_LAYER, BlockKind.CAPTION_EMBEDDER):
+        return Sizes(1, _USUAL_CAPTION_TOKENS, MAX_PROMPT_TOKENS, (_USUAL_CAPTION_TOKENS, MAX_PROMPT_TOKENS))
+    if program.kind is BlockKind.TRANSFORMER_BLOCK:
+        usual, most = _USUAL_IMAGE_TOKENS + _USUAL_CAPTION_TOKENS, IMAGE_TOKENS + MAX_PROMPT_TOKENS
+        return Sizes(1, usual, most, (_USUAL_CAPTION_TOKENS, usual, most))
+    return Sizes(1, _USUAL_IMAGE_TOKENS, IMAGE_TOKENS, (_USUAL_CAPTION_TOKENS, _USUAL_IMAGE_TOKENS, IMAGE_TOKENS))
+
+
+def _free_sizes(dims: Sequence[str | int], size: int) -> tuple[int, ...]:
+    """A shape whose free dimensions are of one size; a tile has few rows."""
+    limits = {"rows": TILE_ROWS + 2}
+    return tuple(min(size, limits.get(dim, size)) if isinstance(dim, str) else dim for dim in dims)
+
+
+def _dtype(element: int) -> DType:
+    return next(dtype for dtype, number in ONNX_TYPES.items() if number == element)
+
+
+def _build(
+    library: Library,
+    programs: Iterable[BlockProgram],
+    variant: Variant,
+    gpus: Sequence[Gpu],
+    bundle: Bundle,
+    writer: "_Writer",
+) -> tuple[VariantSpec, list[EngineSpec]]:
+    specs: dict[str, ProgramSpec] = {}
+    blocks: dict[str, BlockSpec] = {}
+    engines: list[EngineSpec] = []
+    precision = bundle.manifest.precision.value
+    for program in programs:
+        onnx = program.model.SerializeToString(deterministic=True)
+        path = writer.write(f"{program.name}-{precision}-{variant}", "onnx", onnx)
+        spec = program_spec(program, bundle.manifest.config, path)
+        most = program_sizes(program, bundle.manifest.config).most
+        scratch: dict[int, int | None] = {}
+        for gpu in gpus:
+            built = library.build(onnx, spec, [gpu], detailed=True)
+            name = f"{program.name}-{precision}-{gpu}-max{most}-{library.name}{library.version}"
+            file = writer.write(name, "engine", built.data)
+            engines.append(EngineSpec(file, program.name, variant, gpu, library.name, library.version))
+            scratch[most] = built.activation_bytes
+        points = measure_scratch(library, program, bundle.manifest.config, gpus[0], scratch)
+        specs[program.name] = dataclasses.replace(spec, scratch=points)
+        blocks |= {key: BlockSpec(program.name, scalars) for key, scalars in program.scalars.items()}
+    return VariantSpec(specs, blocks), engines
+
+
+def measure_scratch(
+    library: Library, program: BlockProgram, config: ModelConfig, gpu: Gpu, known: Mapping[int, int | None]
+) -> tuple[tuple[int, int], ...]:
+    """Scratch memory at several sizes: (tokens, or rows times columns; bytes). `known` is by size, from other builds.
+
+    Never falling, for larger pictures run in the same engine.
+    """
+    onnx = program.model.SerializeToString(deterministic=True)
+    found: list[tuple[int, int]] = []
+    for size in program_sizes(program, config).measured:
+        spec = program_spec(program, config, "", size)
+        nbytes = known[size] if size in known else library.build(onnx, spec, [gpu], detailed=True).activation_bytes
+        if nbytes is None:
+            raise ExportError(f"TensorRT's build log does not say what {program.name} needs; use TensorRT for RTX 1.7")
+        found.append((_positions(spec), max(nbytes, found[-1][1] if found else 0)))
+    return tuple(found)
+
+
+def _positions(spec: ProgramSpec) -> int:
+    """Tokens, or rows times columns, of the largest value of a profile."""
+    least, _, most = next(iter(spec.profile.values()))
+    return math.prod(high for low, high in zip(least, most, strict=True) if low < high)
+
+
+class _Writer:
+    """Files of the engines' folder, named by their content."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self.files: dict[str, FileRecord] = {}
+
+    def write(self, name: str, suffix: str, data: bytes) -> str:
+        """Writes one and returns its path inside the bundle."""
+        digest = hashlib.sha256(data).hexdigest()
+        path = f"{ENGINES_FOLDER}{name}-{digest[:8]}.{suffix}"
+        place = self._root / path
+        place.parent.mkdir(exist_ok=True)
+        with atomic_write(place) as file:
+            file.write(data)
+        self.files[path] = FileRecord(len(data), digest)
+        return path
+
+    def remove_others(self) -> None:
+        """Removes files of the folder that earlier runs left, now that nothing names them."""
+        for path in (self._root / ENGINES_FOLDER).iterdir():
+            if path.is_file() and f"{ENGINES_FOLDER}{path.name}" not in self.files:
+                path.unlink()

@@ -1,0 +1,1 @@
+"""How far a bundle is from its checkpoint, and what the checkpoint's activations look like."""

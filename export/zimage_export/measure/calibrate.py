@@ -1,0 +1,122 @@
+"""Measuring how large activations grow over a handful of prompts, with the reference, a block at a time.
+
+What is measured is what leaves fp16's range in this model: each block's out-projection, its SwiGLU product and what
+`w2` makes of it, and the same in the text encoder (see `graphs.folds`); and how loud each channel is that a linear
+reads (see `rebalance`).
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from zimage_runtime.command_line.progress import Progress
+from zimage_runtime.model.schedule import DEFAULT_STEPS
+
+from ..errors import ExportError
+from ..source.checkpoint import Checkpoint
+from ..weights.folding import BlockPeak, Loudness, blocks
+from ..weights.rebalance import PLACES
+from .reference import reference_pipeline
+
+_MAX_PROMPTS = 256
+_SIDE = 512  # pixels, or the model's own default where that is less
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts in a text file, one a line; empty lines and lines that start with # do not count."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise ExportError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ExportError(f"{path}: cannot be read as UTF-8 text: {error}") from None
+    prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+    if not 1 <= len(prompts) <= _MAX_PROMPTS:
+        raise ExportError(f"{path}: holds {len(prompts)} prompts; give 1 to {_MAX_PROMPTS}, one a line")
+    return prompts
+
+
+def measure_peaks(checkpoint: Checkpoint, prompts: list[str], progress: Progress) -> dict[str, dict[str, BlockPeak]]:
+    """The largest magnitudes in every block while each prompt is drawn once."""
+    pipeline = reference_pipeline(checkpoint)
+    peaks = {component: {name: BlockPeak() for name in names} for component, names in blocks(checkpoint.config).items()}
+    listeners = []
+    for component, by_block in peaks.items():
+        model = getattr(pipeline, component)
+        for name, peak in by_block.items():
+            block = model.get_submodule(name)
+            _watch(block, peak, component == "transformer")
+            for place in PLACES[component]:
+                reader = block.get_submodule(place.readers[0].removesuffix(".weight"))
+                listeners.append((peak, place.readers[0], _Listener(reader)))
+    side = min(_SIDE, checkpoint.config.vae.sample_size)
+    with progress.task("calibrating", len(prompts) * DEFAULT_STEPS) as advance, torch.inference_mode():
+        pipeline.transformer.register_forward_hook(lambda module, inputs, output: advance(1))
+        for seed, prompt in enumerate(prompts):
+            pipeline(
+                prompt=prompt,
+                height=side,
+                width=side,
+                num_inference_steps=DEFAULT_STEPS,
+                guidance_scale=0.0,
+                generator=torch.Generator("cpu").manual_seed(seed),
+                output_type="latent",
+            )
+    for peak, reader_name, listener in listeners:
+        if listener.count:
+            peak.places[reader_name] = listener.loudness()
+    return peaks
+
+
+class _Listener:
+    """Adds up what a linear reads, by channel."""
+
+    def __init__(self, linear: nn.Module) -> None:
+        self.count = 0
+        self._squares = torch.zeros(0, dtype=torch.float64)
+        self._peaks = torch.zeros(0)
+        linear.register_forward_pre_hook(self._listen)
+
+    def _listen(self, module: nn.Module, inputs: Any) -> None:
+        rows = inputs[0].reshape(-1, inputs[0].shape[-1])
+        squares, peaks = rows.square().sum(0, dtype=torch.float64), rows.abs().amax(0)
+        self._squares = self._squares + squares if self.count else squares
+        self._peaks = torch.maximum(self._peaks, peaks) if self.count else peaks
+        self.count += len(rows)
+
+    def loudness(self) -> Loudness:
+        """What was heard so far."""
+        return Loudness((self._squares / self.count).sqrt().float().numpy(), self._peaks.float().numpy())
+
+
+def _watch(block: Any, peak: BlockPeak, diffusion: bool) -> None:
+    if diffusion:
+        out, down = block.attention.to_out[0], block.feed_forward.w2
+    else:
+        out, down = block.self_attn.o_proj, block.mlp.down_proj
+        # v_proj is what is divided, so the projection's input counts too
+        out.register_forward_pre_hook(_keep_input(peak, "attention"))
+    out.register_forward_hook(_keep_output(peak, "attention"))
+    down.register_forward_pre_hook(_keep_input(peak, "product"))
+    down.register_forward_hook(_keep_output(peak, "ffn"))
+
+
+def _keep_input(peak: BlockPeak, kind: str) -> Callable[[nn.Module, Any], None]:
+    def keep(module: nn.Module, inputs: Any) -> None:
+        _raise_to(peak, kind, inputs[0])
+
+    return keep
+
+
+def _keep_output(peak: BlockPeak, kind: str) -> Callable[[nn.Module, Any, Any], None]:
+    def keep(module: nn.Module, inputs: Any, output: Any) -> None:
+        _raise_to(peak, kind, output)
+
+    return keep
+
+
+def _raise_to(peak: BlockPeak, kind: str, value: torch.Tensor) -> None:
+    setattr(peak, kind, max(getattr(peak, kind), float(value.abs().max())))

@@ -1,0 +1,100 @@
+"""Distances between a bundle and its checkpoint: how they are computed, told and judged."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from zimage_runtime.bundle.manifest import Manifest, Precision
+from zimage_runtime.executors.protocol import Floats
+from zimage_runtime.model.programs import Program
+
+from ..errors import ExportError
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a precision may be off by."""
+
+    latents: float  # relative error after the last step
+    psnr_db: float  # of the picture
+    max_difference: int = 255  # of a pixel's channel, in 255ths
+
+
+GATES = {
+    Precision.FP32: Gate(latents=1e-4, psnr_db=48.0, max_difference=1),
+    # twenty times what a small model shows: errors grow with depth, and few-step pictures with them
+    Precision.BF16: Gate(latents=0.1, psnr_db=25.0),
+    Precision.FP16: Gate(latents=0.02, psnr_db=35.0),
+    # a small model shows 0.017 and 50 dB, 0.08 and 38 dB; saturated integer products, 0.14 and 32 dB
+    Precision.INT8: Gate(latents=0.1, psnr_db=34.0),
+    Precision.INT4: Gate(latents=0.3, psnr_db=25.0),
+}
+
+
+def relative_error(value: Floats, expected: Floats) -> float:
+    """The norm of the difference over the norm of what was expected."""
+    difference = np.linalg.norm(value.astype(np.float64) - expected.astype(np.float64))
+    return float(difference / np.linalg.norm(expected.astype(np.float64)))
+
+
+def summarize(measured: Sequence[dict[str, float]], name: str, size: str, steps: int) -> dict[str, Any]:
+    """The worst over the prompts. A PSNR of null stands for identical pictures."""
+    worst = {key: max(m[key] for m in measured) for key in measured[0]}
+    components = {p.value: _rounded(worst[p.value]) for p in Program}
+    return {
+        "reference": f"{name} with diffusers in float32",
+        "executor": "cpu",
+        "size": size,
+        "steps": steps,
+        "prompts": len(measured),
+        "relative_error": components,
+        "latents": _rounded(worst["latents"]),
+        "latents_median": _rounded(statistics.median(m["latents"] for m in measured)),
+        "picture": {
+            "psnr_db": _psnr(worst["mean_square"]),
+            "psnr_db_median": _psnr(statistics.median(m["mean_square"] for m in measured)),
+            "psnr_db_each": [_psnr(m["mean_square"]) for m in measured],
+            "max_difference": int(worst["max_difference"]),
+        },
+    }
+
+
+def _psnr(mean_square: float) -> float | None:
+    return round(10 * math.log10(255**2 / mean_square), 2) if mean_square else None
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+def check_gate(parity: dict[str, Any], manifest: Manifest) -> None:
+    """Raises `ExportError` for a bundle that is further off than its precision may be."""
+    gate = GATES[manifest.precision]
+    latents, difference = parity["latents"], parity["picture"]["max_difference"]
+    psnr = parity["picture"]["psnr_db"]
+    psnr = math.inf if psnr is None else psnr
+    if not (latents <= gate.latents and difference <= gate.max_difference and psnr >= gate.psnr_db):
+        raise ExportError(
+            f"the bundle is further from its checkpoint than {manifest.precision} allows: latents {latents} "
+            f"(at most {gate.latents}), picture {psnr} dB (at least {gate.psnr_db}), pixels {difference}/255 "
+            f"(at most {gate.max_difference}/255)"
+        )
+
+
+def parity_table(parity: dict[str, Any]) -> str:
+    """The parity document as a table for people."""
+    picture = parity["picture"]
+    psnr = "identical" if picture["psnr_db"] is None else f"{picture['psnr_db']} dB"
+    if parity["prompts"] > 1 and picture["psnr_db_median"] is not None:
+        psnr += f" (median {picture['psnr_db_median']})"
+    rows = [*((name, f"{error:.2e}") for name, error in parity["relative_error"].items())]
+    rows += [
+        ("latents", f"{parity['latents']:.2e}"),
+        ("picture", f"{psnr}, at most {picture['max_difference']}/255 off"),
+    ]
+    title = f"against {parity['reference']}, {parity['size']}, {parity['steps']} steps, {parity['prompts']} prompts"
+    return "\n".join([title, *(f"  {name:<14}{value}" for name, value in rows)])

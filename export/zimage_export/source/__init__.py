@@ -1,0 +1,1 @@
+"""Where weights come from: checkpoints in diffusers layout and single files."""

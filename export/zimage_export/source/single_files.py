@@ -1,0 +1,356 @@
+"""Components in single files, as ComfyUI and fine-tuners publish them, under the names that diffusers gives them.
+
+Only headers are read here: a tensor keeps its bytes where they lie and gets another name, and the fused query, key
+and value projection becomes three ranges of its rows. What diffusers keeps in ``config.json`` is not in these
+files: sizes are read off the tensors' shapes, and what shapes cannot tell is the published model's.
+
+Sources for the names: ``loaders/single_file_utils.py`` in diffusers
+(``convert_z_image_transformer_checkpoint_to_diffusers``, ``convert_ldm_vae_checkpoint``).
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from zimage_runtime.bundle.tensors import TensorEntry, TensorFileError, read_header
+from zimage_runtime.model.config import PATCH_SIZE, ModelConfig
+from zimage_runtime.model.programs import COMPONENTS
+
+from ..errors import CheckpointError
+
+Entries = Mapping[str, TensorEntry]
+
+
+@dataclass(frozen=True)
+class SingleFiles:
+    """The components that come from a file of their own, in place of a folder of the checkpoint."""
+
+    transformer: Path | None = None
+    text_encoder: Path | None = None
+    vae: Path | None = None
+
+    def get(self, part: str) -> Path | None:
+        """The file of `text_encoder`, `transformer` or `vae`, if there is one."""
+        return {"text_encoder": self.text_encoder, "transformer": self.transformer, "vae": self.vae}[part]
+
+    @property
+    def complete(self) -> bool:
+        """Whether every component has its file, so that no checkpoint is needed but for the tokenizer."""
+        return all(self.get(part) for part in COMPONENTS)
+
+
+NO_FILES = SingleFiles()
+"""Everything comes from the checkpoint's own folders."""
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What a component's file looks like."""
+
+    title: str
+    good: str  # the file that people have, in a type that we read
+    prefixes: tuple[str, ...]  # before every name, where a file holds more than this component
+    markers: tuple[str, ...]  # tensors that tell it from anything else, prefix taken off
+
+
+_KINDS = {
+    "transformer": _Kind(
+        "Z-Image transformer",
+        "z_image_turbo_bf16.safetensors",
+        ("model.diffusion_model.", "diffusion_model."),
+        ("x_pad_token", "cap_pad_token", "cap_embedder.0.weight"),
+    ),
+    "text_encoder": _Kind(
+        "Qwen3 text encoder",
+        "qwen_3_4b.safetensors",
+        ("text_encoders.qwen3_4b.transformer.model.", "model."),
+        ("embed_tokens.weight", "layers.0.self_attn.q_norm.weight"),
+    ),
+    "vae": _Kind(
+        "VAE",
+        "ae.safetensors",
+        ("first_stage_model.", "vae."),
+        ("encoder.conv_in.weight", "decoder.conv_in.weight"),
+    ),
+}
+
+_PICKLES = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
+_LORA = re.compile(r"[._]lora_(A|B|down|up)\b|\.(hada_w1_a|lokr_w1|lokr_w1_a)$")
+_QUANTIZED_KEYS = re.compile(
+    r"(^|\.)(scaled_fp8|scale_weight|weight_scale(_inv|_2)?|comfy_quant|qweight|qzeros|wscales|quant_state\.\w+)$"
+)
+_QUANTIZED_TYPES = ("F8_", "F6_", "F4")
+
+
+def read_single_file(part: str, path: Path) -> dict[str, TensorEntry]:
+    """The tensors of a component's file by diffusers' names. A file that has these names already is taken as it is.
+
+    Raises `CheckpointError` for a file that is no safetensors file, holds something else than the component, or
+    holds it in a form that is not supported.
+    """
+    kind = _KINDS[part]
+    _check_format(path, kind)
+    try:
+        found: Entries = read_header(path)
+    except TensorFileError as error:
+        raise CheckpointError(str(error)) from None
+    own = _without_prefix(found, kind)
+    _check_stored(own, path, kind)
+    if not _is_kind(own, kind):
+        _refuse(path, kind, next((k for k in _KINDS.values() if _is_kind(_without_prefix(found, k), k)), None))
+    return _RENAMERS[part](own, path)
+
+
+def _check_format(path: Path, kind: _Kind) -> None:
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a directory; give the {kind.title}'s file ({kind.good})")
+    if path.suffix.lower() in _PICKLES:
+        raise CheckpointError(
+            f"{path}: is a pickle, which can run any code when it is loaded; use a safetensors file ({kind.good})"
+        )
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: no such file") from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    if magic == b"GGUF" or path.suffix.lower() == ".gguf":
+        raise CheckpointError(f"{path}: GGUF is not supported yet; use the safetensors file ({kind.good})")
+
+
+def _check_stored(entries: Entries, path: Path, kind: _Kind) -> None:
+    for name, entry in entries.items():
+        if _LORA.search(name):
+            raise CheckpointError(
+                f"{path}: is a LoRA, not a model (it holds {name}); merge it into the {kind.title} and give that"
+            )
+        if _QUANTIZED_KEYS.search(name) or entry.dtype.startswith(_QUANTIZED_TYPES):
+            raise CheckpointError(
+                f"{path}: quantized weights (fp8, int8, 4-bit) are not supported yet (it holds {name} as "
+                f"{entry.dtype}); use the bf16 file ({kind.good})"
+            )
+
+
+def _without_prefix(entries: Entries, kind: _Kind) -> Entries:
+    """What lies under the component's prefix, without it; everything, where nothing does."""
+    for prefix in kind.prefixes:
+        own = {name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix)}
+        if own:
+            return own
+    return entries
+
+
+def _is_kind(entries: Entries, kind: _Kind) -> bool:
+    return all(name in entries for name in kind.markers)
+
+
+def _refuse(path: Path, wanted: _Kind, other: _Kind | None) -> NoReturn:
+    if other is not None:
+        raise CheckpointError(f"{path}: holds a {other.title} where a {wanted.title} ({wanted.good}) is expected")
+    markers = ", ".join(wanted.markers)
+    raise CheckpointError(f"{path}: holds no {wanted.title} ({wanted.good}), which would have the tensors {markers}")
+
+
+_ATTENTION = re.compile(r"(?<=\.attention\.)(out|q_norm|k_norm)(?=\.)")
+_ATTENTION_NAMES = {"out": "to_out.0", "q_norm": "norm_q", "k_norm": "norm_k"}
+_FUSED = ".attention.qkv.weight"
+_PATCH = f"{PATCH_SIZE}-1"
+
+
+def _rename_transformer(entries: Entries, path: Path) -> dict[str, TensorEntry]:
+    renamed = {}
+    for name, entry in entries.items():
+        if name.endswith(_FUSED):
+            renamed.update(_split(name.removesuffix(_FUSED), name, entry, path))
+            continue
+        stem, dot, rest = name.partition(".")
+        if stem in ("x_embedder", "final_layer"):
+            name = f"all_{stem}.{_PATCH}{dot}{rest}"
+        renamed[_ATTENTION.sub(lambda match: _ATTENTION_NAMES[match[0]], name)] = entry
+    return renamed
+
+
+def _split(scope: str, name: str, entry: TensorEntry, path: Path) -> dict[str, TensorEntry]:
+    """The fused projection [3 * dim, dim] as query, key and value, which are consecutive rows of it."""
+    if len(entry.shape) != 2 or entry.shape[0] % 3:
+        raise CheckpointError(f"{path}: {name} has shape {list(entry.shape)}, which is not query, key and value")
+    nbytes = entry.nbytes // 3
+    part = dataclasses.replace(entry, shape=(entry.shape[0] // 3, entry.shape[1]), nbytes=nbytes)
+    return {
+        f"{scope}.attention.to_{kind}.weight": dataclasses.replace(part, offset=entry.offset + index * nbytes)
+        for index, kind in enumerate("qkv")
+    }
+
+
+def _keep(entries: Entries, path: Path) -> dict[str, TensorEntry]:
+    return dict(entries)
+
+
+_LEVEL = re.compile(r"(?P<coder>encoder\.down|decoder\.up)\.(?P<level>\d{1,3})\.(?P<rest>.+)")
+_MIDDLE_BLOCK = re.compile(r"(?P<coder>(?:en|de)coder)\.mid\.block_(?P<number>[12])\.")
+_MIDDLE_ATTENTION = re.compile(r"(?P<coder>(?:en|de)coder)\.mid\.attn_1\.(?P<layer>norm|q|k|v|proj_out)\.")
+_VAE_ATTENTION_NAMES = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+
+
+def _rename_vae(entries: Entries, path: Path) -> dict[str, TensorEntry]:
+    if any(name.startswith(("quant_conv.", "post_quant_conv.")) for name in entries):
+        raise CheckpointError(f"{path}: has quant_conv, which Z-Image's VAE has not; use {_KINDS['vae'].good}")
+    levels = _count(entries, "decoder.up")
+    renamed = {}
+    for name, entry in entries.items():
+        if match := _LEVEL.fullmatch(name):
+            renamed[_level_name(match, levels)] = entry
+        elif match := _MIDDLE_BLOCK.match(name):
+            block = f"{match['coder']}.mid_block.resnets.{int(match['number']) - 1}."
+            renamed[block + name[match.end() :].replace("nin_shortcut", "conv_shortcut")] = entry
+        elif match := _MIDDLE_ATTENTION.match(name):
+            layer = f"{match['coder']}.mid_block.attentions.0.{_VAE_ATTENTION_NAMES[match['layer']]}."
+            if entry.shape[2:] == (1, 1):  # a convolution over single pixels is a linear layer, in the same bytes
+                entry = dataclasses.replace(entry, shape=entry.shape[:2])
+            renamed[layer + name[match.end() :]] = entry
+        else:
+            renamed[name.replace("coder.norm_out.", "coder.conv_norm_out.")] = entry
+    return renamed
+
+
+def _level_name(match: re.Match[str], levels: int) -> str:
+    """A level of the encoder or decoder; the file counts the decoder's from the picture, diffusers from the latents."""
+    level, rest = int(match["level"]), match["rest"]
+    if match["coder"] == "decoder.up":
+        level = levels - 1 - level
+    rest = rest.replace("nin_shortcut", "conv_shortcut")
+    rest = re.sub(r"^block\.", "resnets.", rest)
+    rest = re.sub(r"^(down|up)sample\.", r"\1samplers.0.", rest)
+    return f"{match['coder']}_blocks.{level}.{rest}"
+
+
+_RENAMERS: dict[str, Callable[[Entries, Path], dict[str, TensorEntry]]] = {
+    "transformer": _rename_transformer,
+    "text_encoder": _keep,
+    "vae": _rename_vae,
+}
+
+
+def _count(entries: Entries, stem: str) -> int:
+    """How many different numbers follow a stem: the layers of a stack."""
+    start = stem + "."
+    return len({name[len(start) :].partition(".")[0] for name in entries if name.startswith(start)})
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """Sizes of a file's tensors, which must be there."""
+
+    entries: Entries
+    path: Path
+
+    def size(self, name: str, axis: int, rank: int) -> int:
+        """The size of one axis of a tensor of so many axes."""
+        entry = self.entries.get(name)
+        if entry is None:
+            raise CheckpointError(f"{self.path}: holds no tensor {name}; is this the whole file?")
+        if len(entry.shape) != rank or 0 in entry.shape:
+            raise CheckpointError(f"{self.path}: {name} has shape {list(entry.shape)}, expected {rank} axes")
+        return entry.shape[axis]
+
+    def need_config(self, found: str, published: str, part: str) -> CheckpointError:
+        """The error for sizes that do not say all: the caller raises it."""
+        return CheckpointError(
+            f"{self.path}: {found}, the published model's {published}; what its shapes do not tell "
+            f"must come from a MODEL directory with {part}/config.json"
+        )
+
+
+def infer_config(part: str, entries: Entries, path: Path) -> dict[str, Any]:
+    """What ``config.json`` would say of a file's tensors, which have diffusers' names.
+
+    Raises `CheckpointError` where the shapes do not tell, which is for sizes other than the published ones.
+    """
+    return {"transformer": _infer_transformer, "text_encoder": _infer_text_encoder, "vae": _infer_vae}[part](
+        _Shapes(entries, path)
+    )
+
+
+_AXES_DIMS = (32, 48, 48)
+
+
+def _infer_transformer(shapes: _Shapes) -> dict[str, Any]:
+    dim = shapes.size("x_pad_token", 1, 2)
+    head_dim = shapes.size("layers.0.attention.norm_q.weight", 0, 1)
+    if head_dim != sum(_AXES_DIMS):
+        raise shapes.need_config(f"heads have {head_dim} channels", str(sum(_AXES_DIMS)), "transformer")
+    return {
+        **_depths("transformer", shapes.entries),
+        "dim": dim,
+        "n_heads": dim // head_dim,
+        "cap_feat_dim": shapes.size("cap_embedder.0.weight", 0, 1),
+        "in_channels": shapes.size(f"all_x_embedder.{_PATCH}.weight", 1, 2) // PATCH_SIZE**2,
+        "axes_dims": _AXES_DIMS,
+        "axes_lens": (1536, 512, 512),
+        "norm_eps": 1e-5,
+        "rope_theta": 256.0,
+        "t_scale": 1000.0,
+    }
+
+
+def _infer_text_encoder(shapes: _Shapes) -> dict[str, Any]:
+    layer = "layers.0"
+    head_dim = shapes.size(f"{layer}.self_attn.q_norm.weight", 0, 1)
+    return {
+        **_depths("text_encoder", shapes.entries),
+        "vocab_size": shapes.size("embed_tokens.weight", 0, 2),
+        "hidden_size": shapes.size("embed_tokens.weight", 1, 2),
+        "num_attention_heads": shapes.size(f"{layer}.self_attn.q_proj.weight", 0, 2) // head_dim,
+        "num_key_value_heads": shapes.size(f"{layer}.self_attn.k_proj.weight", 0, 2) // head_dim,
+        "head_dim": head_dim,
+        "intermediate_size": shapes.size(f"{layer}.mlp.gate_proj.weight", 0, 2),
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+    }
+
+
+_VAE_CHANNELS = [128, 256, 512, 512]
+
+
+def _infer_vae(shapes: _Shapes) -> dict[str, Any]:
+    levels = _count(shapes.entries, "encoder.down_blocks")
+    blocks = [f"encoder.down_blocks.{level}.resnets.0.conv1.weight" for level in range(levels)]
+    channels = [shapes.size(name, 0, 4) for name in blocks]
+    if channels != _VAE_CHANNELS:
+        raise shapes.need_config(f"blocks have {channels} channels", str(_VAE_CHANNELS), "vae")
+    return {
+        "layers_per_block": _depths("vae", shapes.entries)["layers_per_block"],
+        "block_out_channels": channels,
+        "latent_channels": shapes.size("decoder.conv_in.weight", 1, 4),
+        "norm_num_groups": 32,
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+        "sample_size": 1024,
+    }
+
+
+_STACKS = {
+    "transformer": {"n_layers": "layers", "n_refiner_layers": "noise_refiner"},
+    "text_encoder": {"num_hidden_layers": "layers"},
+    "vae": {"layers_per_block": "encoder.down_blocks.0.resnets"},
+}
+
+
+def _depths(part: str, entries: Entries) -> dict[str, int]:
+    """Layers of each stack, by the configuration's key."""
+    return {key: _count(entries, stem) for key, stem in _STACKS[part].items()}
+
+
+def check_depth(part: str, entries: Entries, path: Path, config: ModelConfig) -> None:
+    """Raises `CheckpointError` for a file with more layers than the configuration, which would leave some out.
+
+    Whatever else differs is a tensor that is missing or has another shape, and is noticed when it is asked for.
+    """
+    expected = getattr(config, part)
+    for key, count in _depths(part, entries).items():
+        if count > getattr(expected, key):
+            raise CheckpointError(f"{path}: has {key} {count}, the configuration says {getattr(expected, key)}")

@@ -1,0 +1,105 @@
+"""How each precision stores a tensor, and what its programs compute in.
+
+Linear layers hold nearly all parameters and are stored in 16 bits; norms, biases, pad tokens and the small linears
+at the model's ends stay float32, and so do the residual stream and every norm's arithmetic. The VAE is never fp16,
+whose range it leaves (white or black pictures); it keeps the checkpoint's own type where that is bf16. In a 16-bit
+bundle the CPU's programs widen the weights to float32, the CUDA programs multiply in 16 bits.
+
+In an int8 or int4 bundle the linears of the blocks are integers with float32 scales; modulation is bf16, and all that
+is left is float32.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from zimage_runtime.bundle.manifest import Precision
+from zimage_runtime.bundle.tensors import DType
+
+_HALF = {Precision.BF16: DType.BF16, Precision.FP16: DType.F16}
+
+FLOAT32_LINEARS = ("t_embedder.", "cap_embedder.", "all_x_embedder.", "all_final_layer.")
+"""Linears at the transformer's ends: a thousandth of its parameters, and every token passes through them."""
+
+
+class Encoding(StrEnum):
+    """How the weight of a linear layer is stored."""
+
+    FLOAT = "float"  # [out, in], in a floating-point type
+    INT8 = "int8"  # [in, out] int8, one float32 scale an output channel
+    BLOCKS8 = "blocks8"  # [out, in / 32, 32] uint8 around 128, one float32 scale a block of 32 inputs
+    BLOCKS4 = "blocks4"  # [out, in / 32, 16] uint8, two values around 8 in each; scales as above
+
+
+SCALE_SUFFIX = "_scale"
+"""What the name of a weight's scales ends in."""
+
+BLOCK_SIZE = 32
+
+_QUANTIZED = (
+    *(f".attention.{name}.weight" for name in ("to_q", "to_k", "to_v", "to_out.0")),
+    *(f".feed_forward.{name}.weight" for name in ("w1", "w2", "w3")),
+    *(f".self_attn.{name}_proj.weight" for name in "qkvo"),
+    *(f".mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
+)
+"""The linears of the transformer's and the text encoder's blocks: all but a fiftieth of the parameters."""
+
+
+def scale_of(weight: str) -> str:
+    """The name of a weight's scales."""
+    return weight + SCALE_SUFFIX
+
+
+def linear_shape(stored: tuple[int, ...], encoding: Encoding) -> tuple[int, ...]:
+    """The shape [out, in] of a linear layer whose weight is stored in this shape."""
+    if encoding is Encoding.INT8:
+        return stored[::-1]
+    return stored[0], stored[1] * BLOCK_SIZE
+
+
+@dataclass(frozen=True)
+class StoragePolicy:
+    """What a precision stores a component's tensors as. Small enough to be asked for every tensor."""
+
+    precision: Precision
+    vae_type: DType = DType.F32  # of the checkpoint's own VAE weights
+    timestep_type: DType = DType.F32  # of its timestep embedder
+    eight_bits: frozenset[str] = field(default_factory=frozenset)  # int4: `component/weight` that keep 8 bits
+
+    @property
+    def rebalanced(self) -> bool:
+        """Whether magnitudes are moved between activations and weights: where a token has one scale."""
+        return self.precision is Precision.INT8
+
+    def encoding(self, component: str, name: str) -> Encoding:
+        """How the weight of a linear layer is stored, by its name in the component."""
+        quantized = component != "vae" and name.endswith(_QUANTIZED)
+        if self.precision is Precision.INT8 and quantized:
+            return Encoding.INT8
+        if self.precision is Precision.INT4 and quantized:
+            return Encoding.BLOCKS8 if f"{component}/{name}" in self.eight_bits else Encoding.BLOCKS4
+        return Encoding.FLOAT
+
+    def storage(self, component: str, name: str, shape: tuple[int, ...]) -> DType:
+        """The stored type of a tensor that is not quantized, by its name in the component and its shape."""
+        if self.precision in (Precision.INT8, Precision.INT4):
+            return DType.BF16 if len(shape) == 2 and _is_modulation(name) else DType.F32
+        half = _HALF.get(self.precision)
+        if half is None or len(shape) < 2 or name.endswith("_pad_token"):
+            return DType.F32
+        if component == "vae":
+            return DType.BF16 if self.precision is Precision.BF16 or self.vae_type is DType.BF16 else DType.F32
+        if component == "transformer" and name.startswith(FLOAT32_LINEARS):
+            # the timestep is embedded on the CPU, in float32: what is bf16 already loses nothing
+            kept = half is self.timestep_type and name.startswith("t_embedder.")
+            return half if kept else DType.F32
+        return half
+
+    def cuda_compute(self, component: str) -> DType:
+        """What the CUDA programs of a component multiply in."""
+        if component == "vae" and self.precision is not Precision.BF16:
+            return DType.F32
+        return _HALF.get(self.precision, DType.F32)
+
+
+def _is_modulation(name: str) -> bool:
+    return ".adaLN_modulation." in name and not name.startswith(FLOAT32_LINEARS)

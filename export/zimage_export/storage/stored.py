@@ -1,0 +1,69 @@
+"""A tensor on its way into a bundle: how it will be stored, and what it is multiplied by on the way."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zimage_runtime.bundle.tensors import DType, to_float32
+
+from ..source.checkpoint import TensorSource
+
+_ROWS_BYTES = 4 << 20  # of float32: what a processor's cache holds
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as the bundle stores it."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterator[NDArray[np.generic]]]  # its elements in order, in pieces of bounded size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes in the file."""
+        return math.prod(self.shape) * self.dtype.size
+
+
+def total_bytes(tensors: Iterable[StoredTensor]) -> int:
+    """Bytes of several tensors' data."""
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What a weight [out, in] or a vector is multiplied by before it is stored; None is one everywhere."""
+
+    rows: Floats | None = None  # [out]
+    columns: Floats | None = None  # [in], or a vector's elements
+
+    def apply(self, values: Floats, first: int = 0) -> Floats:
+        """The product, for a vector or for the rows from `first` on."""
+        if self.columns is not None:
+            values = values * self.columns
+        if self.rows is not None:
+            values = values * self.rows[first : first + len(values), None]
+        return values
+
+
+NO_FACTORS = Factors()
+
+LazyFactors = Callable[[], Factors]
+"""Factors that are computed from the checkpoint when they are first needed."""
+
+
+def row_chunks(source: TensorSource, factors: Factors = NO_FACTORS) -> Iterator[tuple[int, Floats]]:
+    """A weight's rows in float32, times its factors, in pieces of a few: the first row's number, and the rows."""
+    width = source.shape[1]
+    rows = max(_ROWS_BYTES // (4 * width), 1)
+    first = 0
+    for piece in source.chunks(rows * width * source.dtype.size):
+        values = to_float32(piece, source.dtype).reshape(-1, width)
+        yield first, factors.apply(values, first)
+        first += len(values)

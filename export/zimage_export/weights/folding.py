@@ -1,0 +1,93 @@
+"""Choosing the powers of two that keep fp16 in range: from the weights alone, or from measured activations.
+
+Dividing a stored fp16 weight by 2**k costs nothing until its values go subnormal (below 6e-5), and buys k bits of
+range. So the weights alone say how much may be divided out: as much as rounding does not notice, at most 2**6.
+Where measured activations need more than that, the rest is divided out of the SwiGLU product at run time.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from zimage_runtime.model.config import ModelConfig
+
+from ..source.checkpoint import Checkpoint, Weights
+from ..storage.folds import BlockFold, Folds, folded_weights
+
+FP16_MAX = 65504.0
+HEADROOM = 8.0
+"""Activations of other prompts, and partial sums inside a product, may be this much above what was measured."""
+
+_MOST = 6  # NVIDIA's own builder for this model divides by 2**6 too
+_MOST_PRODUCT = 12
+_SAFE_DEVIATION = 1e-2 / 2**_MOST  # below it, fp16 rounding grows by more than a few percent (measured)
+_SAMPLE_ROWS = 64
+
+Peaks = Mapping[str, Mapping[str, "BlockPeak"]]
+"""By component and block."""
+
+
+@dataclass(frozen=True)
+class Loudness:
+    """How large the activations are that a linear reads, by channel."""
+
+    rms: NDArray[np.float32]  # [width]
+    peak: NDArray[np.float32]  # [width], the largest magnitude
+
+
+class BlockPeak:
+    """The largest magnitudes seen in a block without any fold."""
+
+    def __init__(self) -> None:
+        self.attention = 0.0  # the out-projection's result (Qwen3: o_proj's input and result)
+        self.product = 0.0  # the SwiGLU product
+        self.ffn = 0.0  # w2's result
+        self.places: dict[str, Loudness] = {}  # by the linear that reads, as in `rebalance.PLACES`
+
+
+def blocks(config: ModelConfig) -> dict[str, list[str]]:
+    """The names of all blocks, by component."""
+    t = config.transformer
+    names = [f"{kind}.{i}" for kind in ("noise_refiner", "context_refiner") for i in range(t.n_refiner_layers)]
+    names += [f"layers.{i}" for i in range(t.n_layers)]
+    return {
+        "transformer": names,
+        "text_encoder": [f"layers.{i}" for i in range(config.text_encoder.used_layers)],
+    }
+
+
+def choose_folds(checkpoint: Checkpoint, peaks: Peaks | None = None) -> dict[str, Folds]:
+    """The folds of every block. With `peaks`, measured by `calibrate`, more is divided out where it is needed."""
+    return {
+        component: {
+            block: _choose(checkpoint.weights(component), component, block, (peaks or {}).get(component, {}).get(block))
+            for block in names
+        }
+        for component, names in blocks(checkpoint.config).items()
+    }
+
+
+def _choose(weights: Weights, component: str, block: str, peak: BlockPeak | None) -> BlockFold:
+    attention_name, ffn_name = folded_weights(block)[0 if component == "transformer" else 1]
+    attention, ffn = (_largest_free_fold(weights, name) for name in (attention_name, ffn_name))
+    if peak is None:
+        return BlockFold(attention, ffn)
+    # an attention branch has no product to divide at run time: its weights take all of it
+    attention = max(attention, _needed(peak.attention))
+    product = min(max(_needed(max(peak.product, peak.ffn)) - ffn, 0), _MOST_PRODUCT)
+    return BlockFold(attention, ffn, product)
+
+
+def _largest_free_fold(weights: Weights, name: str) -> int:
+    sample = weights.get(name).read_rows(_SAMPLE_ROWS)
+    deviation = float(np.std(sample, dtype=np.float64))
+    if deviation == 0:
+        return 0
+    return int(min(max(math.floor(math.log2(deviation / _SAFE_DEVIATION)), 0), _MOST))
+
+
+def _needed(peak: float) -> int:
+    return max(math.ceil(math.log2(max(peak, 1e-30) * HEADROOM / FP16_MAX)), 0)

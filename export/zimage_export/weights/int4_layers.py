@@ -1,0 +1,57 @@
+"""Which layers of an int4 bundle keep 8 bits: those that 4 bits cost most, within a budget.
+
+Each linear's loss is measured: some of its rows are quantized, and their error counts as much as the channels that
+they read are loud. What is known of that is what `rebalance` knows: from the weights, or from calibration.
+"""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+
+from ..errors import ExportError
+from ..source.checkpoint import Checkpoint
+from ..storage.precision import BLOCK_SIZE, Encoding
+from ..storage.quantize import rounded
+from ..storage.stored import Floats
+from .folding import blocks
+from .rebalance import PLACES, Rebalancing, sample_rows
+
+_BUDGET = 0.1  # of all quantized parameters, those that keep 8 bits: a tenth adds a tenth to what 5 bits take
+
+
+def eight_bit_layers(checkpoint: Checkpoint, balance: Rebalancing) -> frozenset[str]:
+    """`component/weight` of the linears that keep 8 bits, in either component the worst tenth of the parameters."""
+    kept: set[str] = set()
+    for component, names in blocks(checkpoint.config).items():
+        losses = [loss for block in names for loss in _losses(checkpoint, balance, component, block)]
+        left = _BUDGET * sum(size for _, _, size in losses)
+        for _, name, size in sorted(losses, reverse=True):
+            if size <= left:
+                left -= size
+                kept.add(f"{component}/{name}")
+    return frozenset(kept)
+
+
+def _losses(
+    checkpoint: Checkpoint, balance: Rebalancing, component: str, block: str
+) -> Iterator[tuple[float, str, int]]:
+    """Relative error of the output, name and parameters of each linear in a block."""
+    loudness = balance.loudness(component, block)
+    for place in PLACES[component]:
+        for reader in place.readers:
+            source = checkpoint.weights(component).get(f"{block}.{reader}")
+            if source.shape[1] % BLOCK_SIZE:
+                raise ExportError(
+                    f"{source.name} has {source.shape[1]} inputs, and int4 needs a multiple of {BLOCK_SIZE}; "
+                    "use --precision int8"
+                )
+            rms = loudness[place.readers[0]].rms
+            yield output_loss(sample_rows(source), rms, Encoding.BLOCKS4), source.name, math.prod(source.shape)
+
+
+def output_loss(rows: Floats, rms: Floats, encoding: Encoding) -> float:
+    """The relative error of what rows [rows, width] give for independent inputs of these magnitudes [width]."""
+    error = np.sum(np.square((rounded(rows, encoding) - rows) * rms, dtype=np.float64))
+    whole = np.sum(np.square(rows * rms, dtype=np.float64))
+    return float(np.sqrt(error / whole)) if whole else 0.0

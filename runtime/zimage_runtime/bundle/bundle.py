@@ -1,0 +1,82 @@
+"""A bundle on disk: opened, checked, and its files found."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from ..errors import BundleError
+from ..model.programs import Program
+from .files import hash_file
+from .manifest import MANIFEST_NAME, Manifest
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: every file that its manifest names is there and has its size."""
+
+    root: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Opens the bundle in a directory.
+
+        Raises `BundleError` if it is no bundle, if its schema is newer, if a path leads out of it, or if a file is
+        missing or has another size. Hashes take longer: `verify` checks them.
+        """
+        root = Path(path)
+        manifest_path = root / MANIFEST_NAME
+        try:
+            text = manifest_path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            if not root.exists():
+                raise BundleError(f"{root}: no such bundle") from None
+            raise BundleError(f"{root}: not a bundle (it has no {MANIFEST_NAME}); zimage-export makes one") from None
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{manifest_path}: cannot be read: {error}") from None
+        bundle = cls(root, Manifest.from_json(text, str(manifest_path)))
+        for name, record in bundle.manifest.files.items():
+            bundle._check_size(name, record.size)
+        return bundle
+
+    def _check_size(self, name: str, size: int) -> None:
+        path = self.root / name
+        try:
+            found = path.stat().st_size if path.is_file() else None
+        except OSError:
+            found = None
+        if found is None:
+            raise BundleError(f"{path}: missing from the bundle; export or download it again")
+        if found != size:
+            raise BundleError(f"{path}: {found} bytes instead of {size}; export or download the bundle again")
+
+    def file(self, name: str) -> Path:
+        """The path of one of the manifest's files."""
+        return self.root / name
+
+    def program(self, program: Program, executor: str) -> Path:
+        """The path of a program. Raises `BundleError` if the bundle has none for the executor."""
+        record = self.manifest.programs[program].get(executor)
+        if record is None:
+            raise BundleError(f"{self.root}: has no {program} program for executor {executor!r}; export it again")
+        return self.file(record.path)
+
+    def verify(self, progress: Callable[[int], object] | None = None) -> None:
+        """Checks every file's hash. Raises `BundleError` that names the altered ones."""
+        altered = []
+        for name, record in self.manifest.files.items():
+            try:
+                if hash_file(self.file(name), progress) != record.sha256:
+                    altered.append(name)
+            except OSError as error:
+                raise BundleError(f"{self.file(name)}: cannot be read: {error.strerror}") from None
+        if altered:
+            raise BundleError(
+                f"{self.root}: altered since it was written: {', '.join(altered)}; export or download it again"
+            )
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files but the manifest."""
+        return sum(record.size for record in self.manifest.files.values())

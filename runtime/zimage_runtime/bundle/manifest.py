@@ -1,0 +1,237 @@
+"""``manifest.json``: what a bundle holds, where it came from, and how far it is from its checkpoint."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Self
+
+from ..checked_json import Fields, is_unicode
+from ..errors import BundleError, ConfigError
+from ..model.config import PARTS, ModelConfig
+from ..model.programs import COMPONENTS, Program
+from .files import atomic_write
+
+FORMAT = "zimage-bundle"
+SCHEMA_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+CPU = "cpu"
+CUDA = "cuda"
+TENSORRT = "tensorrt"
+
+CUDA_WEIGHT_ONLY = "cuda-weight-only"
+"""Not an executor: the `cuda` executor's other program for an int8 bundle's denoiser, on the same bytes."""
+
+ENGINES_FOLDER = "engines/"
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class Precision(StrEnum):
+    """How a bundle's weights are stored and computed with."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    FP16 = "fp16"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file of the bundle."""
+
+    size: int  # bytes
+    sha256: str  # hexadecimal
+
+
+@dataclass(frozen=True)
+class ProgramRecord:
+    """A program as one kind of executor runs it."""
+
+    path: str  # of the ONNX file, inside the bundle
+    weight_bytes: int  # of the weights that it uses
+
+
+@dataclass(frozen=True)
+class Source:
+    """The checkpoint that a bundle was made from."""
+
+    name: str  # the directory's name or the Hub id; never a path
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a picture gets when the user does not say."""
+
+    width: int  # pixels
+    height: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything that ``manifest.json`` says, checked."""
+
+    precision: Precision
+    source: Source
+    exporter: str  # name and version of the program that wrote the bundle
+    config: ModelConfig
+    defaults: Defaults
+    programs: Mapping[Program, Mapping[str, ProgramRecord]]  # by program, then by executor
+    weights: Mapping[str, str]  # path of each component's weights
+    embeddings: str  # path of the token embeddings
+    tokenizer: str  # path of tokenizer.json
+    files: Mapping[str, FileRecord]  # every file but the manifest, by path with forward slashes
+    self_check: Mapping[str, Any] = field(default_factory=dict)  # what each program gave on a fixed input
+    folds: Mapping[str, Any] = field(default_factory=dict)  # powers of two divided out of weights, by component
+    parity: Mapping[str, Any] | None = None  # distances to the checkpoint; None until measured
+    engines: str | None = None  # path of the catalog of block programs and engines for TensorRT
+
+    @property
+    def name(self) -> str:
+        """What to call the model in a picture's metadata."""
+        return f"{self.source.name.rpartition('/')[2]}-{self.precision.value}"
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all files' hashes: two bundles that draw with the same bytes share it.
+
+        Engines are left out: they are made from the rest, and renewed without changing what is drawn.
+        """
+        digest = hashlib.sha256()
+        for path in sorted(path for path in self.files if not path.startswith(ENGINES_FOLDER)):
+            digest.update(f"{path} {self.files[path].sha256}\n".encode())
+        return digest.hexdigest()
+
+    @property
+    def executors(self) -> set[str]:
+        """The executors that every program is written for."""
+        return set.intersection(*(set(r) for program, r in self.programs.items() if program is not Program.MODULATION))
+
+    def to_json(self) -> str:
+        """The file's text."""
+        document = {
+            "format": FORMAT,
+            "schema_version": SCHEMA_VERSION,
+            "precision": self.precision.value,
+            "source": {"name": self.source.name, "revision": self.source.revision},
+            "exporter": self.exporter,
+            "config": self.config.to_json(),
+            "defaults": vars(self.defaults),
+            "programs": {
+                program.value: {executor: vars(record) for executor, record in records.items()}
+                for program, records in self.programs.items()
+            },
+            "weights": dict(self.weights),
+            "embeddings": self.embeddings,
+            "tokenizer": self.tokenizer,
+            "files": {path: vars(record) for path, record in self.files.items()},
+            "folds": self.folds,
+            "self_check": self.self_check,
+            "parity": self.parity,
+            "engines": self.engines,
+        }
+        return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str) -> Self:
+        """Raises `BundleError` for anything that this version cannot use."""
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError):
+            raise BundleError(f"{where}: not valid JSON; the bundle is damaged, export or download it again") from None
+        try:
+            return cls._read(Fields(data, where))
+        except ConfigError as error:
+            raise BundleError(str(error)) from None
+
+    @classmethod
+    def _read(cls, fields: Fields) -> Self:
+        where = fields.where
+        if fields.raw("format") != FORMAT:
+            raise BundleError(f"{where}: this is not the manifest of a zimage bundle")
+        version = fields.integer("schema_version")
+        if version > SCHEMA_VERSION:
+            raise BundleError(
+                f"{where}: written for schema {version}, this version reads up to {SCHEMA_VERSION}; upgrade zimage-rt"
+            )
+        precision = fields.text("precision")
+        if precision not in list(Precision):
+            raise BundleError(f"{where}: precision {precision!r} is unknown to this version; upgrade zimage-rt")
+        files = {
+            checked_path(path, where): _file_record(fields.object("files").object(path))
+            for path in fields.object("files").names()
+        }
+
+        def listed(path: str) -> str:
+            if path not in files:
+                raise BundleError(f"{where}: {path!r} is used but not listed under files")
+            return path
+
+        config = fields.object("config")
+        weights, programs = fields.object("weights"), fields.object("programs")
+        source, defaults = fields.object("source"), fields.object("defaults")
+        return cls(
+            precision=Precision(precision),
+            source=Source(source.text("name"), source.optional_text("revision")),
+            exporter=fields.text("exporter"),
+            config=ModelConfig.read(
+                {part: config.raw(part) for part in PARTS},
+                {part: f"{where}: config: {part}" for part in PARTS},
+            ),
+            defaults=Defaults(defaults.integer("width"), defaults.integer("height"), defaults.integer("steps")),
+            programs={program: _program_records(programs.object(program.value), listed) for program in Program},
+            weights={component: listed(weights.text(component)) for component in COMPONENTS},
+            embeddings=listed(fields.text("embeddings")),
+            tokenizer=listed(fields.text("tokenizer")),
+            files=files,
+            folds=_plain_object(fields, "folds") or {},
+            self_check=_plain_object(fields, "self_check") or {},
+            parity=_plain_object(fields, "parity"),
+            engines=listed(fields.text("engines")) if "engines" in fields else None,
+        )
+
+
+def write_manifest(root: Path, manifest: Manifest) -> None:
+    """Replaces a bundle's manifest in one go."""
+    with atomic_write(root / MANIFEST_NAME) as file:
+        file.write(manifest.to_json().encode())
+
+
+def checked_path(path: str, where: str) -> str:
+    """A path that stays inside the bundle on every system. Raises `BundleError` for any other."""
+    parts = path.split("/")
+    outside = any(part in ("", ".", "..") for part in parts) or any(character in path for character in "\\:\0")
+    if outside or not is_unicode(path):
+        raise BundleError(f"{where}: unsafe path {path!r}: paths must be relative, inside the bundle, without '..'")
+    return path
+
+
+def _file_record(fields: Fields) -> FileRecord:
+    sha256 = fields.text("sha256")
+    if not _SHA256.fullmatch(sha256):
+        raise fields.fail("sha256", "64 hexadecimal digits")
+    return FileRecord(fields.integer("size", minimum=0), sha256)
+
+
+def _program_records(fields: Fields, listed: Any) -> dict[str, ProgramRecord]:
+    records = {}
+    for executor in fields.names():
+        record = fields.object(executor)
+        records[executor] = ProgramRecord(listed(record.text("path")), record.integer("weight_bytes", minimum=0))
+    return records
+
+
+def _plain_object(fields: Fields, key: str) -> dict[str, Any] | None:
+    if key not in fields:
+        return None
+    value = fields.raw(key)
+    if not isinstance(value, dict):
+        raise fields.fail(key, "a JSON object or null")
+    return value

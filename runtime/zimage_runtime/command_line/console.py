@@ -1,0 +1,162 @@
+"""Running a command so that whatever goes wrong is one line on stderr and an exit status, never a traceback."""
+
+import contextlib
+import errno
+import io
+import os
+import re
+import signal
+import sys
+from collections.abc import Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ..errors import DeviceLostError, ZImageRuntimeError
+
+FAILURE = 1
+INTERRUPTED = 128 + signal.SIGINT
+
+_MAX_LINE = 1000  # characters of an error: a message may quote what a file holds
+
+
+def run_command(command: click.Command, arguments: Sequence[str] | None = None) -> int:
+    """Runs a click command and returns its exit status: 0, 1 for a failure, 2 for usage, 130 when interrupted."""
+    _prepare_streams()
+    with contextlib.suppress(ValueError):  # only the main thread may; elsewhere the default stays
+        signal.signal(signal.SIGTERM, _terminate)
+    try:
+        result = command.main(args=arguments, standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as stop:
+        return stop.exit_code
+    except click.ClickException as error:
+        if type(error).__name__ == "NoArgsIsHelpError":  # its message is the help text, and older versions lack it
+            error.show()
+        else:
+            _say(_usage_line(error))
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        _say("interrupted")
+        return INTERRUPTED
+    except DeviceLostError as error:
+        _say(str(error))
+        _leave_at_once()
+    except ZImageRuntimeError as error:
+        _say(str(error))
+    except BrokenPipeError:
+        _discard_stdout()  # whoever read our output has seen enough
+    except MemoryError:
+        _say("out of memory; try a smaller --size, --low-memory, or close other programs")
+    except OSError as error:
+        _say(_os_error_line(error))
+        _settle_stdout()
+    return FAILURE
+
+
+def _prepare_streams() -> None:
+    """A stream that the caller closed becomes one to nowhere, and no file name is impossible to print."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # lives as long as the process
+        elif name == "stdout" and isinstance(stream, io.TextIOWrapper):
+            # a name that is not valid UTF-8 goes out as the bytes it came in as
+            stream.reconfigure(errors="surrogateescape" if stream.encoding.lower() == "utf-8" else "backslashreplace")
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """SIGTERM unwinds the stack, so that temporary files are removed."""
+    raise SystemExit(128 + number)
+
+
+def _say(text: str) -> None:
+    line = " ".join(text.split())
+    if len(line) > _MAX_LINE:
+        line = f"{line[:_MAX_LINE]} …"
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    with contextlib.suppress(OSError):  # where stderr is closed too, the exit status remains
+        print(f"error: {line}" if line != "interrupted" else line, file=sys.stderr, flush=True)
+
+
+def _usage_line(error: click.ClickException) -> str:
+    message = error.format_message()
+    context = getattr(error, "ctx", None)
+    if isinstance(error, click.UsageError) and context is not None:
+        return f"{message} (see '{context.command_path} --help')"
+    return message
+
+
+def _os_error_line(error: OSError) -> str:
+    where = f"{error.filename}: " if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{where}no space left to write; free some or choose another place"
+    return f"{where}{error.strerror or error}"
+
+
+def _settle_stdout() -> None:
+    """What stdout could not take is dropped, where the interpreter would complain of it once more at exit."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        _discard_stdout()
+
+
+def _leave_at_once() -> None:
+    """Ends the process without the clean-up of its libraries, which may wait for a device that is gone."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+    os._exit(FAILURE)
+
+
+def _discard_stdout() -> None:
+    """Points stdout at nothing, so that the interpreter's own flush at exit cannot fail."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, sys.stdout.fileno())
+    except (OSError, ValueError):
+        pass
+    finally:
+        os.close(nothing)
+
+
+_MEMORY = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*(|[KMGT]i?)B?", re.IGNORECASE)
+_UNITS = " KMGT"
+_SIZE = re.compile(r"(-?\d+)[xX×](-?\d+)")
+
+
+if TYPE_CHECKING:
+    _SizeParam = click.ParamType[tuple[int, int]]
+    _MemoryParam = click.ParamType[int]
+else:  # generic since click 8.4 only
+    _SizeParam = _MemoryParam = click.ParamType
+
+
+class SizeType(_SizeParam):
+    """WIDTHxHEIGHT in pixels."""
+
+    name = "WxH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        """Parses the text; whether the model can draw that size is the pipeline's to say."""
+        match = _SIZE.fullmatch(value)
+        if not match or len(value) > 40:
+            self.fail(f"{value[:40]!r} is no size; write it like 1024x768", param, ctx)
+        return int(match[1]), int(match[2])
+
+
+class MemoryType(_MemoryParam):
+    """An amount of memory, in bytes: 8GiB, 8G and 8192M are the same; 8GB is 8 * 10**9."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parses the text; a number without a unit is refused, for nobody means bytes."""
+        match = _MEMORY.fullmatch(value)
+        if not match or not match[2] or not float(match[1]):
+            self.fail(f"{value[:40]!r} is no amount of memory; write it like 8GiB", param, ctx)
+        unit = match[2].upper()
+        decimal = value.upper().endswith("B") and not unit.endswith("I")
+        return int(float(match[1]) * (1000 if decimal else 1024) ** _UNITS.index(unit[0]))

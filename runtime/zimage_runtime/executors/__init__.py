@@ -1,0 +1,1 @@
+"""Executors: each runs the stages of a bundle on one kind of device."""

@@ -1,0 +1,1 @@
+"""The executors on ONNX Runtime, which run whole-component programs."""

@@ -1,0 +1,220 @@
+"""How much of a GPU's memory a picture takes, computed before anything is loaded.
+
+Programs are loaded in turn where they do not fit together. One takes its weights, in the bundle's own types, and its
+activations. The factors are counted from the programs' operators and from the CPU's measured ones, at the element
+sizes of the GPU; `benchmarks/gpu_cuda.py` measures them where there is a GPU.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+
+from ...bundle.manifest import CUDA, Manifest, Precision
+from ...errors import MemoryLimitError
+from ...model.config import VaeConfig
+from ...model.geometry import PictureGeometry, padded
+from ...model.programs import Program
+from ...tiles.tiling import TILE_VALUES, tiled_bytes, tiled_encoder_bytes
+from .int8_denoiser import Capability, denoiser_programs, why_weight_only
+from .other_precisions import advised, as_precision, candidates
+
+CONTEXT = 700 << 20
+"""What CUDA, cuBLAS and cuDNN hold themselves."""
+
+_FLOAT = 4
+
+_TILE_COPIES = 12  # of a tile in VRAM: itself, what is made of it, and the convolution's workspace
+_TILE_COPIES_ON_HOST = 4
+_LARGEST_TILE, _SMALLEST_TILE = 1 << 24, 1 << 16  # values: 64 MB, so that halos and launches do not matter
+
+# Live activations at a program's peak, in units of one token (or pixel) times the width named beside it
+_BLOCK_WIDTHS = 17.0  # x dim, in the type that is multiplied in
+_FLOAT32_WIDTHS = 3.0  # x dim: the residual stream, a norm's input and its output
+_WIDENED_WEIGHTS = 2  # of the largest linear, in fp16: the one that is used, and one that is just freed
+_TEXT_WIDTHS = 15.0  # x intermediate_size / 3
+_TEXT_SCORES = 3.0  # x heads x tokens
+_DECODER_MAPS = 5.0  # x the widest feature map at full resolution, in float32: group norms are computed in it
+_ENCODER_MAPS = 5.0
+
+
+@dataclass(frozen=True)
+class StageVram:
+    """What a program holds on the GPU. Bytes."""
+
+    weights: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.weights + self.activations
+
+
+@dataclass(frozen=True)
+class VramPlan:
+    """What is on the GPU at each moment, for one request and budget."""
+
+    executor: str
+    budget: int  # bytes
+    stages: dict[Program, StageVram]  # modulation runs on the host
+    keep_all: bool  # whether all weights stay on the GPU between stages
+    tiled: bool  # whether the picture is decoded in tiles, of maps that stay on the host
+    encodes_tiled: bool  # whether the picture to start from is encoded so
+    host: int  # bytes of the host's memory for that; 0 where there is nothing
+    denoiser: str = CUDA  # which of an int8 bundle's two programs the denoiser is: `weight_only`
+    why: str = ""  # it is another than `cuda`
+
+    @property
+    def peak(self) -> int:
+        """The most that is held at once."""
+        activations = max((stage.activations for stage in self.stages.values()), default=0)
+        if self.keep_all:
+            # the denoiser keeps its own between steps, so it may hold them beside another's
+            denoiser = self.stages[Program.DENOISER].activations
+            return CONTEXT + sum(stage.weights for stage in self.stages.values()) + denoiser + activations
+        return CONTEXT + max((stage.total for stage in self.stages.values()), default=0)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of it, a line each."""
+        notes = [f"weights are widened to fp16 for each product, {self.why}"] if self.denoiser != CUDA else []
+        verbs = [verb for verb, there in (("encoded", self.encodes_tiled), ("decoded", self.tiled)) if there]
+        if verbs:
+            what = " and ".join(verbs)
+            notes.append(f"the picture is {what} in tiles, which is slower: the GPU has no room for it as a whole")
+        return tuple(notes)
+
+
+def tile_values(budget: int, config: VaeConfig) -> int:
+    """Values of a tile within a budget in bytes."""
+    room = budget - CONTEXT - _layer_weights(config)
+    return max(min(room // (_FLOAT * _TILE_COPIES), _LARGEST_TILE), _SMALLEST_TILE)
+
+
+def _layer_weights(config: VaeConfig) -> int:
+    """Bytes of the weights of a layer, and of the one before."""
+    return int(2 * 9 * _FLOAT * max(config.block_out_channels) ** 2)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request and what there is for it."""
+
+    geometry: PictureGeometry
+    tokens: int  # of the prompt
+    budget: int  # bytes
+    batch: int
+    encodes: bool
+    capability: Capability | None
+
+
+def plan_vram(
+    manifest: Manifest,
+    geometry: PictureGeometry,
+    prompt_tokens: int,
+    budget: int,
+    batch_size: int = 1,
+    *,
+    encodes: bool = False,
+    capability: Capability | None = None,
+    denoiser: str | None = None,
+) -> VramPlan:
+    """The plan for a request within `budget` bytes, on a GPU of a compute capability. Nothing is loaded or looked up.
+
+    `denoiser` fixes which of an int8 bundle's two programs that is; without it, the better one that fits.
+
+    Raises `MemoryLimitError` where even one stage at a time does not fit, naming the smallest budget that would, and
+    a bundle of the same model that fits, if there can be one.
+    """
+    asked = _Asked(geometry, prompt_tokens, budget, batch_size, encodes, capability)
+    plan = _best(manifest, asked, denoiser)
+    if plan.peak <= budget:
+        return plan
+    what = f"{geometry.width}x{geometry.height}" + (f" in batches of {batch_size}" if batch_size > 1 else "")
+    needed, other = _gib(plan.peak), ""
+    others = _others(manifest, asked)
+    if precision := advised(others, budget, capability):
+        other = f"a bundle in {precision} of the same model needs about {_gib(others[precision])}; "
+    raise MemoryLimitError(
+        f"{what} needs about {needed} of GPU memory and {budget / 2**30:.1f} GiB is available; {other}"
+        f"give --vram {needed.replace(' ', '')} where there is as much, a smaller --size, or --executor cpu"
+    )
+
+
+def other_peaks(
+    manifest: Manifest,
+    geometry: PictureGeometry,
+    prompt_tokens: int,
+    budget: int,
+    batch_size: int = 1,
+    *,
+    capability: Capability | None = None,
+) -> dict[Precision, int]:
+    """What bundles of the same model in other precisions would take of the budget, or go over it, in bytes."""
+    return _others(manifest, _Asked(geometry, prompt_tokens, budget, batch_size, False, capability))
+
+
+def _others(manifest: Manifest, asked: _Asked) -> dict[Precision, int]:
+    others = (precision for precision in candidates(asked.capability) if precision is not manifest.precision)
+    return {precision: _best(as_precision(manifest, precision), asked).peak for precision in others}
+
+
+def _best(manifest: Manifest, asked: _Asked, denoiser: str | None = None) -> VramPlan:
+    """The plan for a request; one that goes over the budget, and as little as can be, where nothing fits."""
+    denoisers = (denoiser,) if denoiser else denoiser_programs(manifest, asked.capability)
+    plans = [_plan(manifest, asked, one) for one in denoisers]
+    fitting = (plan for plan in plans if plan.peak <= asked.budget)
+    return next(fitting, min(plans, key=lambda plan: plan.peak))
+
+
+def _plan(manifest: Manifest, asked: _Asked, denoiser: str) -> VramPlan:
+    weight_only = Program.DENOISER if denoiser != CUDA else None
+    stages: dict[Program, StageVram] = {
+        program: StageVram(_weights(program, manifest), _activations(program, manifest, asked, program is weight_only))
+        for program in Program
+        # modulation always runs on the host
+        if program is not Program.MODULATION and (asked.encodes or program is not Program.ENCODER)
+    }
+    vae, size, host = manifest.config.vae, (asked.geometry.width, asked.geometry.height), 0
+    values = max(tile_values(asked.budget, vae), 3 * max(vae.block_out_channels) * (size[0] + 2))  # a row and its halos
+    in_tiles = StageVram(_layer_weights(vae), _FLOAT * _TILE_COPIES * values)
+    for program, on_host in ((Program.DECODER, tiled_bytes), (Program.ENCODER, tiled_encoder_bytes)):
+        whole = stages[program].total if program in stages else 0
+        if CONTEXT + whole > asked.budget and in_tiles.total < whole:
+            stages[program] = in_tiles
+            host = max(host, on_host(vae, *size) + _FLOAT * _TILE_COPIES_ON_HOST * max(values - TILE_VALUES, 0))
+    tiled, encodes_tiled = (stages.get(program) is in_tiles for program in (Program.DECODER, Program.ENCODER))
+    why = why_weight_only(asked.capability) if denoiser != CUDA else ""
+    together = VramPlan(CUDA, asked.budget, stages, True, tiled, encodes_tiled, host, denoiser, why)
+    return together if together.peak <= asked.budget else dataclasses.replace(together, keep_all=False)
+
+
+def _weights(program: Program, manifest: Manifest) -> int:
+    record = manifest.programs[program].get(CUDA)
+    return record.weight_bytes if record else 0
+
+
+def _activations(program: Program, manifest: Manifest, asked: _Asked, weight_only: bool) -> int:
+    config, geometry, tokens, batch = manifest.config, asked.geometry, asked.tokens, asked.batch
+    # what else than 16 bits there may be is at most float32
+    half = 2 if weight_only or manifest.precision in (Precision.BF16, Precision.FP16) else _FLOAT
+    pixels = geometry.width * geometry.height
+    if program is Program.TEXT_ENCODER:
+        text = config.text_encoder
+        widths = _TEXT_WIDTHS * text.intermediate_size / 3 + _TEXT_SCORES * text.num_attention_heads * tokens
+        return int(_FLOAT * tokens * widths)
+    if program is Program.ENCODER:
+        return int(_FLOAT * pixels * config.vae.block_out_channels[0] * _ENCODER_MAPS)
+    if program is Program.DECODER:
+        widest = max(config.vae.block_out_channels[:2])  # the last upsampled map keeps the level's width
+        return int(_FLOAT * pixels * widest * _DECODER_MAPS)
+    sequence = padded(tokens) + (batch * geometry.image_tokens if program is Program.DENOISER else 0)
+    widened = 0
+    if program is Program.DENOISER:
+        sequence += (batch - 1) * padded(tokens)
+        widened = weight_only * _WIDENED_WEIGHTS * 2 * config.transformer.dim * config.transformer.ffn_dim
+    return widened + int(sequence * config.transformer.dim * (half * _BLOCK_WIDTHS + _FLOAT * _FLOAT32_WIDTHS))
+
+
+def _gib(size: int) -> str:
+    """Rounded up, so that what it names is enough."""
+    return f"{-(-size * 10 // 2**30) / 10:.1f} GiB"

@@ -1,0 +1,62 @@
+"""Which of two programs an int8 bundle's denoiser runs on CUDA; both read the same bytes.
+
+`cuda` multiplies int8 with int8. `cuda-weight-only` widens each weight to fp16 just before its product, so it never
+multiplies faster than an fp16 bundle; that takes a pass over the weights, which many tokens hide and few do not. (The
+operator made for weights alone, `MatMulNBits`, does the same beyond 16 rows, and wants blocks and another layout.) Its
+activations are half as wide, so it fits where the other does not.
+
+Neither was measured here. What others published: ONNX Runtime multiplies through ``cublasGemmEx`` on weights
+[in, out] (``integer_gemm.cc``), which is not the layout that cuBLAS's int8 tensor core kernels want. That call took
+1.7 times as long as fp16 on a T4 (cupy #9915); on a GB300, weights so laid out took 13 times as long as TF32 (pytorch
+#187094). Volta's tensor cores have no int8 (onnxruntime #3413). Where such products go to the ordinary cores
+(FasterTransformer #95), they are at best a quarter as fast as 16-bit ones on data centre GPUs, and about as fast on
+others, whose tensor cores accumulate in float32 at half rate. `benchmarks/gpu_cuda.py` measures both programs.
+"""
+
+from ...bundle.manifest import CUDA, CUDA_WEIGHT_ONLY, Manifest, Precision
+from ...model.programs import Program
+
+Capability = tuple[int, int]
+
+INT8_PRODUCTS = (6, 1)
+"""The first compute capability that multiplies bytes at all (CUDA C++ Programming Guide, ``__dp4a``)."""
+
+_SLOW_INT8: dict[Capability, str] = {
+    (7, 0): "V100",
+    (7, 2): "Xavier",
+    (7, 5): "RTX 20, T4",
+    (8, 0): "A100, A30",
+    (9, 0): "H100, H200",
+    (10, 0): "B200",
+    (10, 3): "B300",
+}
+"""Where fp16 products are expected to be the faster ones, the widening included."""
+
+
+def int8_obstacle(precision: Precision, capability: Capability) -> str | None:
+    """Why a GPU cannot run a bundle's integer products, which the text encoder of an int8 bundle has in any case."""
+    if precision is not Precision.INT8 or capability >= INT8_PRODUCTS:
+        return None
+    return f"it does not multiply int8, which needs compute capability {_dotted(INT8_PRODUCTS)}; use a bundle in fp16"
+
+
+def denoiser_programs(manifest: Manifest, capability: Capability | None) -> tuple[str, ...]:
+    """The executors' names under which the denoiser's programs for CUDA are, the better one for the GPU first.
+
+    Without a capability, the one that multiplies int8 comes first.
+    """
+    if CUDA_WEIGHT_ONLY not in manifest.programs[Program.DENOISER]:
+        return (CUDA,)
+    both = (CUDA, CUDA_WEIGHT_ONLY)
+    return both[::-1] if capability in _SLOW_INT8 else both
+
+
+def why_weight_only(capability: Capability | None) -> str:
+    """Why the denoiser runs weight-only: for the GPU's sake, or else for its memory's."""
+    if capability in _SLOW_INT8:
+        return f"which compute capability {_dotted(capability)} multiplies faster than int8"
+    return "for int8 products do not fit"
+
+
+def _dotted(capability: Capability) -> str:
+    return f"{capability[0]}.{capability[1]}"

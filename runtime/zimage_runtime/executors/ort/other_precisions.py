@@ -1,0 +1,84 @@
+"""What a bundle of the same model would be in another precision, as far as a GPU's memory is concerned.
+
+The linears of the blocks are what precisions store in different ways; what is left is float32 in all of them, but for
+the autoencoder, which is of 16 bits where the bundle is.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+from ...bundle.manifest import CUDA, CUDA_WEIGHT_ONLY, Manifest, Precision, ProgramRecord
+from ...model.config import ModelConfig
+from ...model.programs import Program
+from .int8_denoiser import INT8_PRODUCTS, Capability
+
+_BITS: dict[Precision, float] = {
+    Precision.FP32: 32,
+    Precision.BF16: 16,
+    Precision.FP16: 16,
+    Precision.INT8: 8,
+    # a float32 scale for 32 values; of the parameters, a tenth at most keeps 8 bits
+    Precision.INT4: 0.9 * (4 + 1) + 0.1 * (8 + 1),
+}
+_SCALE = 4  # bytes, of an int8 linear's output channel
+_HALVES = (Precision.BF16, Precision.FP16)
+
+
+def candidates(capability: Capability | None) -> tuple[Precision, ...]:
+    """The precisions that suit a GPU, the nearest to the original first; without a GPU, one that has bfloat16.
+
+    Weight-only int4 widens to fp16 for every product: it is for where nothing else fits.
+    """
+    half = Precision.BF16 if capability is None or capability >= (8, 0) else Precision.FP16
+    int8 = (Precision.INT8,) if capability is None or capability >= INT8_PRODUCTS else ()
+    return (half, *int8, Precision.INT4)
+
+
+def advised(peaks: Mapping[Precision, int], budget: int, capability: Capability | None) -> Precision | None:
+    """The precision to take within a budget in bytes, of those whose peaks are given; None where none fits."""
+    fitting = (p for p in candidates(capability) if p in peaks and peaks[p] <= budget)
+    return next(fitting, None)
+
+
+def as_precision(manifest: Manifest, precision: Precision) -> Manifest:
+    """A manifest as if the bundle were of another precision: its programs' weights, and nothing else, are right."""
+    programs = {}
+    for program, records in manifest.programs.items():
+        converted = {}
+        if record := records.get(CUDA):
+            size = _weights(program, record.weight_bytes, manifest, precision)
+            both = precision is Precision.INT8 and program is Program.DENOISER
+            names = (CUDA, CUDA_WEIGHT_ONLY) if both else (CUDA,)
+            converted = {name: ProgramRecord("", size) for name in names}
+        programs[program] = converted
+    return dataclasses.replace(manifest, precision=precision, programs=programs)
+
+
+def _weights(program: Program, size: int, manifest: Manifest, precision: Precision) -> int:
+    if program.component == "vae":
+        return size * _autoencoder_bytes(precision) // _autoencoder_bytes(manifest.precision)
+    shapes = _linears(program, manifest.config)
+    return size - _linear_bytes(shapes, manifest.precision) + _linear_bytes(shapes, precision)
+
+
+def _autoencoder_bytes(precision: Precision) -> int:
+    return 2 if precision in _HALVES else 4
+
+
+def _linear_bytes(shapes: list[tuple[int, int]], precision: Precision) -> int:
+    scales = sum(out for out, _ in shapes) * _SCALE if precision is Precision.INT8 else 0
+    return int(sum(out * inside for out, inside in shapes) * _BITS[precision] / 8) + scales
+
+
+def _linears(program: Program, config: ModelConfig) -> list[tuple[int, int]]:
+    """The shapes [out, in] of the linears of a program's blocks."""
+    text, model = config.text_encoder, config.transformer
+    if program is Program.TEXT_ENCODER:
+        heads = text.num_attention_heads * text.head_dim
+        grouped = text.num_key_value_heads * text.head_dim
+        hidden, inner = text.hidden_size, text.intermediate_size
+        layer = [(heads, hidden), (grouped, hidden), (grouped, hidden), (hidden, heads)]
+        return [*layer, (inner, hidden), (inner, hidden), (hidden, inner)] * text.used_layers
+    block = [(model.dim, model.dim)] * 4 + [(model.ffn_dim, model.dim)] * 2 + [(model.dim, model.ffn_dim)]
+    counts = {Program.CAPTION: model.n_refiner_layers, Program.DENOISER: model.modulated_blocks}
+    return block * counts.get(program, 0)

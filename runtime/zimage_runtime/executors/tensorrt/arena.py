@@ -1,0 +1,100 @@
+"""Everything that a stage holds on the device, counted against the budget and given back in one go."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from ...errors import ExecutorError
+from .block_catalog import aligned
+from .device import Device, Event, Graph, Pinned
+from .plan import gib
+
+
+@dataclass
+class Budget:
+    """Bytes that may be allocated, all stages together."""
+
+    limit: int
+    used: int = 0
+    peak: int = 0
+
+    def take(self, nbytes: int) -> None:
+        """Raises `ExecutorError` where the plan was wrong: a budget is never exceeded silently."""
+        if self.used + nbytes > self.limit:
+            raise ExecutorError(
+                f"{gib(self.used + nbytes)} of device memory is needed where {gib(self.limit)} was planned; "
+                "run zimage-export engines again, or set --vram lower"
+            )
+        self.used += nbytes
+        self.peak = max(self.peak, self.used)
+
+    def give(self, nbytes: int) -> None:
+        """The opposite."""
+        self.used -= nbytes
+
+
+@dataclass
+class Arena:
+    """The owner of allocations, pinned memory, events and graphs. The caller sees to it that nothing is under way."""
+
+    device: Device
+    budget: Budget
+    _sizes: dict[int, int] = field(default_factory=dict)
+    _pinned: list[Pinned] = field(default_factory=list)
+    _events: list[Event] = field(default_factory=list)
+    _graphs: list[Graph] = field(default_factory=list)
+
+    def allocate(self, nbytes: int) -> int:
+        """Device memory of the stage. Nothing for nothing."""
+        size = aligned(nbytes)
+        if size == 0:
+            return 0
+        self.budget.take(size)
+        try:
+            address = self.device.allocate(size)
+        except BaseException:
+            self.budget.give(size)
+            raise
+        self._sizes[address] = size
+        return address
+
+    def pinned(self, nbytes: int) -> Pinned:
+        """Pinned memory of the stage."""
+        pinned = self.device.allocate_pinned(max(nbytes, 1))
+        self._pinned.append(pinned)
+        return pinned
+
+    def release_pinned(self, pinned: Pinned) -> None:
+        """Gives one back early."""
+        self._pinned.remove(pinned)
+        self.device.free_pinned(pinned)
+
+    def event(self) -> Event:
+        """An event of the stage."""
+        event = self.device.create_event()
+        self._events.append(event)
+        return event
+
+    def keep_graph(self, graph: Graph) -> None:
+        """Makes a graph the stage's."""
+        self._graphs.append(graph)
+
+    def release(self) -> None:
+        """Gives everything back, in whatever state it is; the first failure is raised when all was tried."""
+        device, failures = self.device, []
+        gives: list[Callable[[], None]] = [
+            *(functools.partial(device.destroy_graph, graph) for graph in self._graphs),
+            *(functools.partial(device.destroy_event, event) for event in self._events),
+            *(functools.partial(device.free_pinned, pinned) for pinned in self._pinned),
+            *(functools.partial(device.free, address) for address in self._sizes),
+        ]
+        self.budget.give(sum(self._sizes.values()))
+        for owned in (self._graphs, self._events, self._pinned, self._sizes):
+            owned.clear()
+        for give in gives:
+            try:
+                give()
+            except ExecutorError as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]

@@ -1,0 +1,268 @@
+"""``engines/blocks.json``: a bundle's block programs, what each takes, which block runs which, and built engines."""
+
+import itertools
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Self
+
+from ...bundle.manifest import checked_path
+from ...bundle.tensors import DType
+from ...checked_json import Fields
+from ...errors import BundleError, ConfigError
+from ...model.blocks import BlockKind, BlockPlace
+from .gpu_targets import Gpu, Variant
+
+CATALOG_PATH = "engines/blocks.json"
+SCHEMA_VERSION = 1
+
+ALIGNMENT = 256
+"""Every tensor starts at a multiple of this on the device, as TensorRT wants it."""
+
+
+def aligned(nbytes: int) -> int:
+    """Bytes that a tensor takes on the device."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """A weight that a program takes."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in the weight's own elements."""
+        return math.prod(self.shape) * self.dtype.size
+
+
+@dataclass(frozen=True)
+class ProgramSpec:
+    """One block program."""
+
+    name: str
+    kind: BlockKind
+    path: str  # of the ONNX file in the bundle
+    weights: Mapping[str, InputSpec]
+    scalars: tuple[str, ...]
+    map_dtype: DType  # of feature maps; float32 where there are none
+    profile: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # least, usual, most
+    scratch: tuple[tuple[int, int], ...]  # (positions of the first free input, bytes), ascending
+
+    @property
+    def largest(self) -> int:
+        """The most tokens, or rows or columns, that its profile takes."""
+        return max(
+            (
+                high
+                for least, _, most in self.profile.values()
+                for low, high in zip(least, most, strict=True)
+                if low < high
+            ),
+            default=0,
+        )
+
+    def takes(self, rows: int, columns: int) -> bool:
+        """Whether a map of this size is within its profile, and within what its scratch memory is known for."""
+        return max(rows, columns) <= self.largest and rows * columns <= self.scratch[-1][0]
+
+    def scratch_bytes(self, positions: int) -> int:
+        """What the program needs beside its inputs and outputs.
+
+        Interpolated between what was measured at build; the last of it is the most that the profile allows.
+        """
+        points = self.scratch
+        if positions <= points[0][0]:
+            return points[0][1]
+        for (low, low_bytes), (high, high_bytes) in itertools.pairwise(points):
+            if positions <= high:
+                return low_bytes + -(-(high_bytes - low_bytes) * (positions - low) // (high - low))
+        return points[-1][1]
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """What one block of the model runs."""
+
+    program: str
+    scalars: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """An engine that was built beforehand."""
+
+    path: str
+    program: str
+    variant: Variant
+    gpu: Gpu
+    library: str  # tensorrt_rtx or tensorrt
+    version: str
+
+
+@dataclass(frozen=True)
+class VariantSpec:
+    """The programs for one set of GPU generations."""
+
+    programs: Mapping[str, ProgramSpec]
+    blocks: Mapping[str, BlockSpec]  # by `BlockPlace.key`
+
+    def program_of(self, place: BlockPlace) -> ProgramSpec:
+        """The program that a block runs. Raises `BundleError` for a block that the catalog does not know."""
+        block = self.blocks.get(place.key)
+        if block is None:
+            raise BundleError(f"{CATALOG_PATH}: has no program for {place.key}; run zimage-export engines again")
+        return self.programs[block.program]
+
+
+@dataclass(frozen=True)
+class Catalog:
+    """Everything that the file says."""
+
+    variants: Mapping[Variant, VariantSpec]
+    engines: tuple[EngineSpec, ...] = ()
+
+    def to_json(self) -> str:
+        """The file's text."""
+        document = {
+            "schema_version": SCHEMA_VERSION,
+            "variants": {variant.value: _variant_json(spec) for variant, spec in self.variants.items()},
+            "engines": [vars(engine) for engine in self.engines],
+        }
+        return json.dumps(document, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str) -> Self:
+        """Raises `BundleError` for anything that this version cannot use."""
+        try:
+            return cls._read(Fields(json.loads(text), where))
+        except (ValueError, RecursionError):
+            raise BundleError(f"{where}: not valid JSON; the bundle is damaged, export or download it again") from None
+        except ConfigError as error:
+            raise BundleError(str(error)) from None
+
+    @classmethod
+    def _read(cls, fields: Fields) -> Self:
+        where = fields.where
+        version = fields.integer("schema_version")
+        if version > SCHEMA_VERSION:
+            raise BundleError(
+                f"{where}: written for schema {version}, this version reads up to {SCHEMA_VERSION}; upgrade zimage-rt"
+            )
+        variants = fields.object("variants")
+        return cls(
+            {
+                Variant(name): _variant(variants.object(name), where)
+                for name in variants.names()
+                if name in list(Variant)
+            },
+            tuple(_engine(entry, where) for entry in _list(fields, "engines")),
+        )
+
+
+def _variant_json(spec: VariantSpec) -> dict[str, Any]:
+    return {
+        "programs": {
+            name: {
+                "kind": program.kind.value,
+                "path": program.path,
+                "weights": {key: [w.dtype.value, list(w.shape)] for key, w in program.weights.items()},
+                "scalars": list(program.scalars),
+                "map_dtype": program.map_dtype.value,
+                "profile": {key: [list(shape) for shape in shapes] for key, shapes in program.profile.items()},
+                "scratch": [list(point) for point in program.scratch],
+            }
+            for name, program in spec.programs.items()
+        },
+        "blocks": {
+            key: {"program": block.program, "scalars": dict(block.scalars)} for key, block in spec.blocks.items()
+        },
+    }
+
+
+def _variant(fields: Fields, where: str) -> VariantSpec:
+    programs, blocks = fields.object("programs"), fields.object("blocks")
+    known = {name: _program(name, programs.object(name), where) for name in programs.names()}
+    found = {}
+    for key in blocks.names():
+        block = blocks.object(key)
+        scalars = block.object("scalars")
+        spec = BlockSpec(
+            block.text("program"), {name: scalars.number(name, positive=False) for name in scalars.names()}
+        )
+        if spec.program not in known:
+            raise BundleError(f"{where}: {key} runs {spec.program!r}, which is not among the programs")
+        if set(spec.scalars) != set(known[spec.program].scalars):
+            raise BundleError(f"{where}: {key} has other scalars than {spec.program!r} takes")
+        found[key] = spec
+    return VariantSpec(known, found)
+
+
+def _program(name: str, fields: Fields, where: str) -> ProgramSpec:
+    kind = fields.text("kind")
+    if kind not in list(BlockKind):
+        raise BundleError(f"{where}: kind {kind!r} is unknown; run zimage-export engines again or upgrade zimage-rt")
+    weights = {}
+    inputs = fields.object("weights")
+    for key in inputs.names():
+        entry = inputs.raw(key)
+        if not isinstance(entry, list) or len(entry) != 2 or entry[0] not in list(DType):
+            raise BundleError(f"{where}: {name}: weight {key} must be a type and a shape")
+        weights[key] = InputSpec(DType(entry[0]), _sizes(entry[1], where, f"{name}: {key}"))
+    profile = fields.object("profile")
+    shapes = {}
+    for key in profile.names():
+        rows = [_sizes(row, where, f"{name}: profile") for row in _list(profile, key)]
+        if len(rows) != 3:
+            raise BundleError(f"{where}: {name}: a profile is three shapes")
+        shapes[key] = (rows[0], rows[1], rows[2])
+    points = [_sizes(point, where, f"{name}: scratch") for point in _list(fields, "scratch")]
+    if not points or any(len(point) != 2 for point in points) or points != sorted(points):
+        raise BundleError(f"{where}: {name}: scratch must be pairs of positions and bytes, ascending")
+    scalars = _list(fields, "scalars")
+    if any(not isinstance(scalar, str) for scalar in scalars):
+        raise BundleError(f"{where}: {name}: scalars must be names")
+    map_dtype = fields.text("map_dtype")
+    if map_dtype not in list(DType):
+        raise BundleError(f"{where}: {name}: type {map_dtype!r} is unknown to this version; upgrade zimage-rt")
+    return ProgramSpec(
+        name,
+        BlockKind(kind),
+        checked_path(fields.text("path"), where),
+        weights,
+        tuple(scalars),
+        DType(map_dtype),
+        shapes,
+        tuple((point[0], point[1]) for point in points),
+    )
+
+
+def _engine(entry: object, where: str) -> EngineSpec:
+    fields = Fields(entry, where)
+    variant, gpu = fields.text("variant"), fields.text("gpu")
+    if variant not in list(Variant) or gpu not in list(Gpu):
+        raise BundleError(f"{where}: engine for {gpu!r} is unknown to this version; upgrade zimage-rt")
+    return EngineSpec(
+        checked_path(fields.text("path"), where),
+        fields.text("program"),
+        Variant(variant),
+        Gpu(gpu),
+        fields.text("library"),
+        fields.text("version"),
+    )
+
+
+def _list(fields: Fields, key: str) -> list[Any]:
+    value = fields.raw(key)
+    if not isinstance(value, list):
+        raise fields.fail(key, "a list")
+    return value
+
+
+def _sizes(value: object, where: str, what: str) -> tuple[int, ...]:
+    if not isinstance(value, list) or any(type(item) is not int or item < 0 for item in value):
+        raise BundleError(f"{where}: {what} must be a list of sizes")
+    return tuple(value)

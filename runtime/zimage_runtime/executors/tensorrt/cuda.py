@@ -1,0 +1,157 @@
+"""`Device` on NVIDIA's runtime through cuda-bindings: memory, streams, events and graphs without torch."""
+
+import ctypes
+from typing import Any
+
+import numpy as np
+
+from ...errors import ExecutorError
+from .device import Event, Graph, Pinned, Stream
+
+
+class CudaDevice:
+    """The current CUDA device. Implements `Device`."""
+
+    def __init__(self, index: int = 0) -> None:
+        """Raises `ExecutorError` where there is no driver or no GPU."""
+        self._cuda = _bindings()
+        count = self._call("cudaGetDeviceCount")
+        if count == 0:
+            raise ExecutorError(NO_GPU)
+        self._call("cudaSetDevice", index)
+        properties = self._call("cudaGetDeviceProperties", index)
+        self._capability = (int(properties.major), int(properties.minor))
+        self._name = bytes(properties.name).split(b"\0")[0].decode(errors="replace")
+
+    @property
+    def capability(self) -> tuple[int, int]:
+        """See `Device`."""
+        return self._capability
+
+    @property
+    def name(self) -> str:
+        """See `Device`."""
+        return self._name
+
+    def memory(self) -> tuple[int, int]:
+        """See `Device`."""
+        free, total = self._call("cudaMemGetInfo")
+        return int(free), int(total)
+
+    def allocate(self, nbytes: int) -> int:
+        """See `Device`."""
+        return int(self._call("cudaMalloc", nbytes))
+
+    def free(self, address: int) -> None:
+        """See `Device`."""
+        self._call("cudaFree", address)
+
+    def allocate_pinned(self, nbytes: int) -> Pinned:
+        """See `Device`."""
+        address = int(self._call("cudaHostAlloc", nbytes, self._cuda.cudaHostAllocDefault))
+        return Pinned(address, np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address)))
+
+    def free_pinned(self, pinned: Pinned) -> None:
+        """See `Device`."""
+        self._call("cudaFreeHost", pinned.address)
+
+    def create_stream(self) -> Stream:
+        """See `Device`."""
+        return int(self._call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking))
+
+    def destroy_stream(self, stream: Stream) -> None:
+        """See `Device`."""
+        self._call("cudaStreamDestroy", stream)
+
+    def create_event(self) -> Event:
+        """See `Device`."""
+        return int(self._call("cudaEventCreateWithFlags", self._cuda.cudaEventDisableTiming))
+
+    def destroy_event(self, event: Event) -> None:
+        """See `Device`."""
+        self._call("cudaEventDestroy", event)
+
+    def record(self, event: Event, stream: Stream) -> None:
+        """See `Device`."""
+        self._call("cudaEventRecord", event, stream)
+
+    def wait(self, stream: Stream, event: Event) -> None:
+        """See `Device`."""
+        self._call("cudaStreamWaitEvent", stream, event, 0)
+
+    def synchronize_event(self, event: Event) -> None:
+        """See `Device`."""
+        self._call("cudaEventSynchronize", event)
+
+    def synchronize(self, stream: Stream) -> None:
+        """See `Device`."""
+        self._call("cudaStreamSynchronize", stream)
+
+    def upload(self, device: int, host: int, nbytes: int, stream: Stream) -> None:
+        """See `Device`."""
+        self._copy(device, host, nbytes, "cudaMemcpyHostToDevice", stream)
+
+    def download(self, host: int, device: int, nbytes: int, stream: Stream) -> None:
+        """See `Device`."""
+        self._copy(host, device, nbytes, "cudaMemcpyDeviceToHost", stream)
+
+    def copy(self, target: int, source: int, nbytes: int, stream: Stream) -> None:
+        """See `Device`."""
+        self._copy(target, source, nbytes, "cudaMemcpyDeviceToDevice", stream)
+
+    def _copy(self, target: int, source: int, nbytes: int, kind: str, stream: Stream) -> None:
+        self._call("cudaMemcpyAsync", target, source, nbytes, getattr(self._cuda.cudaMemcpyKind, kind), stream)
+
+    def begin_capture(self, stream: Stream) -> None:
+        """See `Device`."""
+        mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        self._call("cudaStreamBeginCapture", stream, mode)
+
+    def end_capture(self, stream: Stream) -> Graph:
+        """See `Device`."""
+        captured = self._call("cudaStreamEndCapture", stream)
+        try:
+            return int(self._call("cudaGraphInstantiate", captured, 0))
+        finally:
+            self._call("cudaGraphDestroy", captured)
+
+    def launch(self, graph: Graph, stream: Stream) -> None:
+        """See `Device`."""
+        self._call("cudaGraphLaunch", graph, stream)
+
+    def destroy_graph(self, graph: Graph) -> None:
+        """See `Device`."""
+        self._call("cudaGraphExecDestroy", graph)
+
+    def _call(self, name: str, *arguments: Any) -> Any:
+        """One call of the runtime: its results, or an `ExecutorError` that says what to do."""
+        error, *values = getattr(self._cuda, name)(*arguments)
+        if error == self._cuda.cudaError_t.cudaSuccess:
+            return values[0] if len(values) == 1 else tuple(values)
+        if error == self._cuda.cudaError_t.cudaErrorMemoryAllocation:
+            size = f" of {arguments[0] / 2**20:.0f} MiB" if arguments and isinstance(arguments[0], int) else ""
+            raise ExecutorError(
+                f"the GPU has no room left for an allocation{size}; set --vram lower, or close what else uses the GPU"
+            )
+        if error.name in _NO_GPU:
+            raise ExecutorError(NO_GPU)
+        text = self._cuda.cudaGetErrorString(error)[1]
+        raise ExecutorError(f"{name} failed: {error.name}: {text.decode() if isinstance(text, bytes) else text}")
+
+
+_NO_GPU = ("cudaErrorNoDevice", "cudaErrorInsufficientDriver", "cudaErrorStubLibrary", "cudaErrorInitializationError")
+
+NO_GPU = (
+    "the tensorrt executor needs an NVIDIA GPU and its driver, and finds none here; "
+    "`zimage-rt doctor` says what is missing, --executor cpu always works"
+)
+
+NO_PACKAGE = "the tensorrt executor needs more packages; run `pip install 'zimage-rt[tensorrt]'`"
+
+
+def _bindings() -> Any:
+    try:
+        from cuda.bindings import runtime
+    except ImportError:
+        raise ExecutorError(NO_PACKAGE) from None
+    return runtime

@@ -1,0 +1,204 @@
+"""The steps of one conditioning: latents → patches → all blocks → velocity.
+
+Where all blocks are resident, a step is captured as one CUDA graph the second time that it runs (the first run
+compiles what is compiled late) and launched from then on; the host only writes to the pinned memory that it reads.
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...errors import ExecutorError
+from ...model.blocks import FINAL_LAYER, IMAGE_EMBEDDER, NORMS, BlockPlace
+from ...model.config import PATCH_SIZE, ModelConfig
+from ..protocol import Conditioning, Floats
+from .loaded_stage import LoadedStage, Shapes
+from .stage_sizes import PictureSizes, row_bytes
+
+_FLOAT = 4  # bytes
+
+Runs = Callable[[tuple[BlockPlace, ...]], list[tuple[BlockPlace, Shapes]]]
+"""For a stage's blocks, everything that will run, each at its shapes."""
+
+OnStage = Callable[[PictureSizes, Runs, Callable[[LoadedStage], Floats]], Floats]
+"""Brings the denoiser's stage onto the device and calls a function with it."""
+
+
+def patchify(latents: Floats) -> Floats:
+    """[channels, h, w] → [1, tokens, channels of 2 x 2 patches], as the model's embedder takes them."""
+    channels, height, width = latents.shape
+    x = latents.reshape(channels, height // PATCH_SIZE, PATCH_SIZE, width // PATCH_SIZE, PATCH_SIZE)
+    return x.transpose(1, 3, 2, 4, 0).reshape(1, -1, PATCH_SIZE**2 * channels)
+
+
+def unpatchify(patches: Floats, shape: tuple[int, ...]) -> Floats:
+    """The opposite, to `shape`."""
+    channels, height, width = shape
+    x = patches.reshape(height // PATCH_SIZE, width // PATCH_SIZE, PATCH_SIZE, PATCH_SIZE, channels)
+    return x.transpose(4, 0, 2, 1, 3).reshape(shape)
+
+
+@dataclass
+class StageDenoiser:
+    """Implements `Denoiser`. The caption waits on the host while another stage has the device."""
+
+    config: ModelConfig
+    conditioning: Conditioning
+    caption: Floats  # [1, caption_tokens, dim]
+    modulation: Floats  # [steps, blocks, 4, dim]
+    final_scale: Floats  # [steps, dim]
+    pad_token: Floats  # [1, dim], of the image
+    on_stage: OnStage
+
+    def __call__(self, latents: Floats, step: int) -> Floats:
+        """The velocity at a step: [batch, channels, h, w], in and out."""
+        shapes = _StepShapes.of(self.config, self.conditioning, latents.shape)
+        return self.on_stage(shapes.sizes, shapes.runs, lambda stage: self._step(stage, shapes, latents, step))
+
+    def _step(self, stage: LoadedStage, shapes: "_StepShapes", latents: Floats, step: int) -> Floats:
+        if stage.owner is not self:
+            self._fill(stage, shapes)
+        stage.write("modulation", self._rows(step, shapes.row))
+        streamed = bool(stage.plan.streamed)
+        groups = [list(range(len(latents)))] if streamed else [[index] for index in range(len(latents))]
+        velocities = []
+        for group in groups:
+            for turn, index in enumerate(group):
+                stage.write(f"patches.{turn}", patchify(latents[index]))
+            if streamed:
+                self._queue(stage, shapes, len(group))
+            else:
+                self._replay(stage, shapes)
+            stage.machine.device.synchronize(stage.machine.compute)
+            for turn in range(len(group)):
+                values = stage.host(f"velocity.{turn}", shapes.patch_bytes).data[: shapes.patch_bytes]
+                # the model predicts the direction towards the picture; sigma runs the other way
+                velocities.append(-unpatchify(values.view(np.float32), latents.shape[1:]))
+        return np.stack(velocities)
+
+    def _fill(self, stage: LoadedStage, shapes: "_StepShapes") -> None:
+        """Uploads what no step changes."""
+        stage.owner = None
+        image, caption = self.conditioning.image_rotary, self.conditioning.caption_rotary
+        stage.send("cos", np.concatenate([image.cos, caption.cos], axis=1), stage.buffer("cos"))
+        stage.send("sin", np.concatenate([image.sin, caption.sin], axis=1), stage.buffer("sin"))
+        stage.send("caption", self.caption, stage.buffer("caption"))
+        if shapes.pads:
+            stage.send("pads", np.repeat(self.pad_token, shapes.pads, axis=0), stage.buffer("pads"))
+        stage.machine.device.synchronize(stage.machine.compute)
+        stage.owner = self
+
+    def _rows(self, step: int, row: int) -> Floats:
+        """A step's rows of the modulation table, and the final scale as one more: each starts aligned."""
+        dim = self.config.transformer.dim
+        rows = np.zeros((len(NORMS) * self.config.transformer.modulated_blocks + 1, row // _FLOAT), np.float32)
+        rows[:-1, :dim] = self.modulation[step].reshape(-1, dim)
+        rows[-1, :dim] = self.final_scale[step]
+        return rows
+
+    def _replay(self, stage: LoadedStage, shapes: "_StepShapes") -> None:
+        """Queues a step of one picture: from its graph, if it has one or can have one by now."""
+        machine = stage.machine
+        if stage.graph is None and stage.warm:
+            machine.device.begin_capture(machine.compute)
+            try:
+                self._queue(stage, shapes, 1)
+            except BaseException:
+                with contextlib.suppress(ExecutorError):  # a failed capture ends with an error of its own, too
+                    machine.device.destroy_graph(machine.device.end_capture(machine.compute))
+                raise
+            stage.keep_graph(machine.device.end_capture(machine.compute))
+        if stage.graph is None:
+            self._queue(stage, shapes, 1)
+            stage.warm = True
+        else:
+            machine.device.launch(stage.graph, machine.compute)
+
+    def _queue(self, stage: LoadedStage, shapes: "_StepShapes", pictures: int) -> None:
+        """Queues a step of some pictures, from and to pinned memory."""
+        device, stream = stage.machine.device, stage.machine.compute
+        rows = stage.buffer("modulation")
+        stage.upload("modulation", shapes.rows * shapes.row, rows)
+        places = [[stage.buffer(f"{name}.{turn}") for name in ("x", "y")] for turn in range(pictures)]
+        for turn, (x, _) in enumerate(places):
+            patches = stage.buffer(f"patches.{turn}")
+            stage.upload(f"patches.{turn}", shapes.patch_bytes, patches)
+            stage.end(IMAGE_EMBEDDER, {"patches": patches, "y": x}, shapes.patches)
+            if shapes.pads:
+                end = x + shapes.sizes.image_count * shapes.token_bytes
+                device.copy(end, stage.buffer("pads"), shapes.pads * shapes.token_bytes, stream)
+        tables = {"cos": stage.buffer("cos"), "sin": stage.buffer("sin")}
+        stage.begin()
+        for index in range(len(stage.plan.needs.blocks)):
+            if index == shapes.refiners:
+                for x, _ in places:
+                    end = x + shapes.sizes.image_tokens * shapes.token_bytes
+                    device.copy(end, stage.buffer("caption"), shapes.sizes.caption_tokens * shapes.token_bytes, stream)
+            runs: list[tuple[Mapping[str, int], Shapes]] = [
+                ({"x": x, "y": y, **tables}, shapes.of_block(index)) for x, y in places
+            ]
+            stage.block(index, runs, rows + index * len(NORMS) * shapes.row, shapes.row)
+            places = [[y, x] for x, y in places]
+        for turn, (x, _) in enumerate(places):
+            velocity = stage.buffer(f"velocity.{turn}")
+            scale = rows + (shapes.rows - 1) * shapes.row
+            stage.end(FINAL_LAYER, {"x": x, "final_scale": scale, "patches": velocity}, shapes.final)
+            target = stage.host(f"velocity.{turn}", shapes.patch_bytes)
+            device.download(target.address, velocity, shapes.patch_bytes, stream)
+
+
+@dataclass(frozen=True)
+class _StepShapes:
+    """Sizes and free shapes of a step."""
+
+    sizes: PictureSizes
+    patches: Shapes
+    image: Shapes
+    unified: Shapes
+    final: Shapes
+    refiners: int  # blocks that see the image alone
+    rows: int  # of modulation, the final scale included
+    row: int  # bytes
+    token_bytes: int
+    patch_bytes: int  # of all patches of a picture
+
+    @classmethod
+    def of(cls, config: ModelConfig, conditioning: Conditioning, latents: tuple[int, ...]) -> "_StepShapes":
+        """The shapes for latents [batch, channels, h, w]."""
+        c = config.transformer
+        batch, _, height, width = latents
+        count, half = height * width // PATCH_SIZE**2, c.head_dim // 2
+        prompt, image = conditioning.hidden_states.shape[1], conditioning.image_rotary.cos.shape[1]
+        sizes = PictureSizes(prompt, count, image, height, width, batch)
+
+        def tokens(number: int) -> Shapes:
+            return {"x": (1, number, c.dim), "cos": (1, number, half), "sin": (1, number, half)}
+
+        return cls(
+            sizes,
+            {"patches": (1, count, c.patch_dim)},
+            tokens(image),
+            tokens(sizes.tokens),
+            {"x": (1, count, c.dim)},
+            c.n_refiner_layers,
+            len(NORMS) * c.modulated_blocks + 1,
+            row_bytes(config),
+            c.dim * _FLOAT,
+            count * c.patch_dim * _FLOAT,
+        )
+
+    @property
+    def pads(self) -> int:
+        """Tokens that fill the image up."""
+        return self.sizes.image_tokens - self.sizes.image_count
+
+    def of_block(self, index: int) -> Shapes:
+        """A block's free shapes: noise refiners see the image alone."""
+        return self.image if index < self.refiners else self.unified
+
+    def runs(self, places: tuple[BlockPlace, ...]) -> list[tuple[BlockPlace, Shapes]]:
+        """See `Runs`."""
+        blocks = [(place, self.of_block(index)) for index, place in enumerate(places)]
+        return [(IMAGE_EMBEDDER, self.patches), *blocks, (FINAL_LAYER, self.final)]

@@ -1,0 +1,260 @@
+"""What is on the device at each moment, for a VRAM budget and a picture: computed before anything is loaded.
+
+Stages take turns. In each, all blocks are resident where they fit; otherwise as many as fit, and the others are
+streamed through two slots, so that one is copied while the other is computed with. Only where everything fits at
+once do stages stay loaded between pictures. Of a decoder that does not fit, as many blocks as do work on whole maps,
+and the others on tiles of maps that stay on the host; the encoder runs on the host if it does not fit.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from ...errors import MemoryLimitError, RequestError
+from ...model.blocks import main_blocks
+from ...model.config import PATCH_SIZE, ModelConfig
+from ...model.programs import Program
+from .block_catalog import VariantSpec
+from .decoder_tiles import takes_maps, tiled_decoder
+from .stage_sizes import STAGES, PictureSizes, StageNeeds, stage_needs
+
+CONTEXT_BYTES = 400 << 20
+"""What CUDA, the driver and compiled kernels take before any of ours. An assumption: not yet measured on a GPU."""
+
+SLOTS = 2
+
+_NEEDED = (Program.TEXT_ENCODER, Program.CAPTION, Program.DENOISER)  # what cannot run on the host instead
+_STREAMABLE = _NEEDED
+_NO_ENGINE = "no engine of the bundle takes maps of this size"
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage on the device."""
+
+    needs: StageNeeds
+    resident: frozenset[int]  # indices of the blocks that stay
+    pictures: int  # of a batch that are computed block by block, so that a streamed block serves all of them
+
+    @property
+    def streamed(self) -> tuple[int, ...]:
+        """Indices of the blocks that are copied in turn."""
+        return tuple(index for index in range(len(self.needs.blocks)) if index not in self.resident)
+
+    @property
+    def slot_bytes(self) -> int:
+        """The size of each of the two slots."""
+        return max((self.needs.block_bytes[index] for index in self.streamed), default=0)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Weights on the device, slots included."""
+        resident = sum(self.needs.block_bytes[index] for index in self.resident)
+        return resident + SLOTS * self.slot_bytes + sum(self.needs.end_bytes)
+
+    @property
+    def nbytes(self) -> int:
+        """All that the stage allocates."""
+        blocks = self.weight_bytes - sum(self.needs.end_bytes)
+        return self.needs.fixed(self.pictures) + blocks
+
+
+@dataclass(frozen=True)
+class ResidencyPlan:
+    """The plan for one picture, or for a batch of them."""
+
+    stages: Mapping[Program, StagePlan]  # those on the device
+    budget: int
+    keep_all: bool  # whether stages stay loaded between pictures
+    on_host: Mapping[Program, int | None] = field(default_factory=dict)
+    """The stages that the CPU does, and the smallest budget at which the device would; None where none is enough."""
+    whole_decoder: int | None = None
+    """The smallest budget at which the decoder is not tiled; None where none is enough."""
+
+    @property
+    def peak(self) -> int:
+        """The most VRAM that is taken at any moment, CUDA's own included."""
+        sizes = [stage.nbytes for program, stage in self.stages.items() if program is not Program.ENCODER]
+        return CONTEXT_BYTES + (sum(sizes) if self.keep_all else max(sizes))
+
+    @property
+    def captured(self) -> bool:
+        """Whether a step can be one CUDA graph: no block is streamed."""
+        return not self.stages[Program.DENOISER].streamed
+
+    @property
+    def in_tiles(self) -> bool:
+        """Whether the device decodes in tiles."""
+        decoder = self.stages.get(Program.DECODER)
+        return decoder is not None and bool(decoder.needs.tiles)
+
+    @property
+    def how_decoded(self) -> str | None:
+        """How the picture is decoded, and what would change that; None where the device does it as a whole."""
+        if Program.DECODER not in self.stages:
+            return f"on the CPU, in tiles; {self.why_on_host(Program.DECODER)}"
+        if not self.in_tiles:
+            return None
+        if self.whole_decoder is None:
+            return f"in tiles; {_NO_ENGINE}"
+        return f"in tiles; as a whole from a budget of {gib(self.whole_decoder, up=True)}"
+
+    def why_on_host(self, program: Program) -> str:
+        """Why a stage runs on the CPU, and what would change that."""
+        budget = self.on_host[program]
+        if budget is None:
+            return _NO_ENGINE
+        return f"on the GPU from a budget of {gib(budget, up=True)}"
+
+
+def plan_residency(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes, budget: int) -> ResidencyPlan:
+    """The plan for a budget in bytes.
+
+    Raises `MemoryLimitError`, with the smallest budget that would do, where there is none.
+    """
+    _check_tokens(spec, config, sizes)
+    needs = {program: stage_needs(program, spec, config, sizes) for program in STAGES}
+    room = budget - CONTEXT_BYTES
+    smallest = smallest_budget(needs, sizes)
+    if budget < smallest:
+        raise _refusal(budget, smallest)
+    stages: dict[Program, StagePlan] = {}
+    on_host: dict[Program, int | None] = {}
+    for program, stage in needs.items():
+        if planned := _first_that_fits(program, _choices(program, stage, spec, config, sizes), sizes, room):
+            stages[program] = planned
+        else:
+            least = [_everything(choice).nbytes for choice in _choices(program, stage, spec, config, sizes)]
+            on_host[program] = CONTEXT_BYTES + min(least) if least else None
+    wide = _too_wide(needs[Program.DECODER], spec, sizes)
+    whole = None if wide else CONTEXT_BYTES + _everything(needs[Program.DECODER]).nbytes
+    plan = ResidencyPlan(stages, budget, keep_all=False, on_host=on_host, whole_decoder=whole)
+    complete = set(stages) == set(needs) and not any(s.streamed or s.needs.tiles for s in stages.values())
+    keep_all = complete and sum(stage.nbytes for stage in stages.values()) <= room
+    return replace(plan, keep_all=keep_all)
+
+
+def smallest_budget(needs: Mapping[Program, StageNeeds], sizes: PictureSizes) -> int:
+    """The least VRAM that every stage which needs the device runs in."""
+    return CONTEXT_BYTES + max(_least(needs[program], sizes.pictures) for program in _NEEDED)
+
+
+def _least(needs: StageNeeds, pictures: int) -> int:
+    return min(_everything(needs).nbytes, StagePlan(needs, frozenset(), pictures).nbytes)
+
+
+def _everything(needs: StageNeeds) -> StagePlan:
+    """All blocks resident."""
+    return StagePlan(needs, frozenset(range(len(needs.blocks))), 1)
+
+
+def plan_stage(
+    program: Program, spec: VariantSpec, config: ModelConfig, sizes: PictureSizes, budget: int
+) -> StagePlan | None:
+    """One stage's part of the plan, which depends on no other; None where the host must do it.
+
+    Raises `MemoryLimitError` as `plan_residency` does.
+    """
+    if program is Program.DENOISER:
+        _check_tokens(spec, config, sizes)
+    needs = stage_needs(program, spec, config, sizes)
+    if program in _NEEDED and budget < CONTEXT_BYTES + _least(needs, sizes.pictures):
+        raise _refusal(budget, CONTEXT_BYTES + _least(needs, sizes.pictures))
+    choices = _choices(program, needs, spec, config, sizes)
+    return _first_that_fits(program, choices, sizes, budget - CONTEXT_BYTES)
+
+
+def _first_that_fits(
+    program: Program, choices: Iterable[StageNeeds], sizes: PictureSizes, room: int
+) -> StagePlan | None:
+    streamable = program in _STREAMABLE
+    plans = (_plan_stage(choice, room, sizes.pictures, streamable) for choice in choices)
+    return next(filter(None, plans), None)
+
+
+def _choices(
+    program: Program, whole: StageNeeds, spec: VariantSpec, config: ModelConfig, sizes: PictureSizes
+) -> Iterator[StageNeeds]:
+    """What the device can do of a stage, the best first: all of it; of the decoder, ever more of it in tiles."""
+    if not _too_wide(whole, spec, sizes):
+        yield whole
+    if program is Program.DECODER:
+        for blocks in range(len(whole.blocks) - 1, -1, -1):
+            if needs := tiled_decoder(spec, config, sizes, blocks):
+                yield needs
+
+
+def _check_tokens(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes) -> None:
+    """Raises `RequestError` for a picture that the engines were not built for."""
+    most = min(spec.program_of(place).largest for place in main_blocks(config))
+    if sizes.tokens > most:
+        side = math.isqrt(most - sizes.caption_tokens) * PATCH_SIZE * config.vae.scale
+        raise RequestError(
+            f"the bundle's engines take at most {most} tokens, about a {side}x{side} picture, and this one has "
+            f"{sizes.tokens}; lower --size, or use --executor cpu"
+        )
+
+
+def _too_wide(needs: StageNeeds, spec: VariantSpec, sizes: PictureSizes) -> bool:
+    """Whether the autoencoder's engines were built for smaller maps only."""
+    blocks = [place for place in needs.blocks if place.kind.component == "vae"]
+    return not takes_maps(spec, blocks, sizes)
+
+
+def _refusal(budget: int, smallest: int) -> MemoryLimitError:
+    return MemoryLimitError(
+        f"this picture does not fit in {gib(budget)} of VRAM: the smallest budget that it would fit in is "
+        f"{gib(smallest, up=True)}; raise --vram, lower --size, or use --executor cpu"
+    )
+
+
+def _plan_stage(needs: StageNeeds, room: int, pictures: int, streamable: bool) -> StagePlan | None:
+    count = len(needs.blocks)
+    everything = _everything(needs)
+    if everything.nbytes <= room:
+        return everything
+    if not streamable:
+        return None
+    low, high = 0, count  # the most that fit: between none, which do, and all, which do not
+    while high - low > 1:
+        middle = (low + high) // 2
+        if StagePlan(needs, spread(count, middle), pictures).nbytes <= room:
+            low = middle
+        else:
+            high = middle
+    plan = StagePlan(needs, spread(count, low), pictures)
+    return plan if plan.nbytes <= room else None
+
+
+def spread(count: int, chosen: int) -> frozenset[int]:
+    """`chosen` of `count` indices, evenly apart: between two streamed blocks, a resident one hides a copy."""
+    return frozenset(index for index in range(count) if (index + 1) * chosen // count > index * chosen // count)
+
+
+def gib(nbytes: int, *, up: bool = False) -> str:
+    """Bytes as people say them; with `up`, never less than they are, so that the number can be asked for."""
+    hundredths = -(-nbytes * 100 // 2**30) if up else round(nbytes * 100 / 2**30)
+    return f"{hundredths / 100:.2f} GiB"
+
+
+def describe(plan: ResidencyPlan) -> Sequence[tuple[Program, str]]:
+    """A line for each stage."""
+    lines = []
+    for program in STAGES:
+        stage = plan.stages.get(program)
+        if stage is None:
+            tiles = ", in tiles" if program is Program.DECODER else ""
+            lines.append((program, f"on the CPU{tiles}; {plan.why_on_host(program)}"))
+            continue
+        count, kept = len(stage.needs.blocks), len(stage.resident)
+        if stage.needs.tiles:
+            mode = f"its first {count} blocks whole, the others {plan.how_decoded}"
+        else:
+            mode = "all resident" if kept == count else f"{kept} of {count} blocks resident, {count - kept} streamed"
+        buffers = stage.nbytes - stage.weight_bytes - stage.needs.scratch
+        text = (
+            f"{gib(stage.nbytes)}: weights {gib(stage.weight_bytes)}, scratch {gib(stage.needs.scratch)}, "
+            f"buffers {gib(buffers)}; {mode}"
+        )
+        lines.append((program, text))
+    return lines

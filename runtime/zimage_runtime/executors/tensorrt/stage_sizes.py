@@ -1,0 +1,256 @@
+"""The stages that take turns on the device: their blocks, and the memory that a picture takes in each.
+
+The one place where sizes are computed: the plan adds them up, and the executor allocates just these.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ...model.blocks import (
+    CAPTION_EMBEDDER,
+    FINAL_LAYER,
+    IMAGE_EMBEDDER,
+    NORMS,
+    TILE,
+    BlockKind,
+    BlockPlace,
+    caption_blocks,
+    decoder_blocks,
+    encoder_blocks,
+    main_blocks,
+    noise_blocks,
+    text_blocks,
+)
+from ...model.config import ModelConfig
+from ...model.geometry import PictureGeometry, padded
+from ...model.programs import Program
+from .block_catalog import ProgramSpec, VariantSpec, aligned
+
+_FLOAT = 4  # bytes
+
+STAGES = (Program.TEXT_ENCODER, Program.CAPTION, Program.DENOISER, Program.DECODER, Program.ENCODER)
+"""Modulation runs on the CPU."""
+
+
+@dataclass(frozen=True)
+class PictureSizes:
+    """Everything that decides how large a picture's values are."""
+
+    prompt_tokens: int
+    image_count: int  # image tokens without pads
+    image_tokens: int
+    latent_height: int
+    latent_width: int
+    pictures: int = 1  # in a batch
+
+    @property
+    def caption_tokens(self) -> int:
+        """The prompt's tokens with their pads."""
+        return padded(self.prompt_tokens)
+
+    @property
+    def tokens(self) -> int:
+        """Of [image, caption]."""
+        return self.image_tokens + self.caption_tokens
+
+    @classmethod
+    def of(cls, geometry: PictureGeometry, prompt_tokens: int, pictures: int = 1) -> "PictureSizes":
+        """The sizes of a picture."""
+        return cls(
+            prompt_tokens,
+            geometry.rows * geometry.columns,
+            geometry.image_tokens,
+            geometry.latent_height,
+            geometry.latent_width,
+            pictures,
+        )
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """Where a block's weights and scalars lie in its buffer, in bytes from its start."""
+
+    offsets: Mapping[str, int]
+    nbytes: int
+
+
+def block_layout(spec: ProgramSpec, place: BlockPlace) -> BlockLayout:
+    """The buffer of one block. Norms that come from the modulation table have no place in it."""
+    offsets, end = {}, 0
+    for name, weight in spec.weights.items():
+        if is_modulated(place) and name.removesuffix(".weight") in NORMS:
+            continue
+        offsets[name] = end
+        end += aligned(weight.nbytes)
+    for name in spec.scalars:
+        offsets[name] = end
+        end += aligned(_FLOAT)
+    return BlockLayout(offsets, end)
+
+
+def is_modulated(place: BlockPlace) -> bool:
+    """Whether the timestep decides the block's norms."""
+    return place.kind is BlockKind.TRANSFORMER_BLOCK and not place.name.startswith("context_refiner")
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """The pieces that a convolution of the decoder works on, where maps stay on the host."""
+
+    place: BlockPlace
+    rows: int  # with the two beside them
+    columns: int  # with a border where no norm comes before the convolution
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of its program's inputs, as far as they are free."""
+        return {TILE: (1, self.place.channels, self.rows, self.columns), "inside": (1, 1, self.rows, 1)}
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """What comes out."""
+        return (1, self.place.out_channels, self.rows - 2, self.columns)
+
+
+@dataclass(frozen=True)
+class StageNeeds:
+    """What one stage takes."""
+
+    blocks: tuple[BlockPlace, ...]  # in the order that they run; these may be streamed
+    block_bytes: tuple[int, ...]
+    ends: tuple[BlockPlace, ...]  # always resident
+    end_bytes: tuple[int, ...]
+    buffers: Mapping[str, int]  # that there is one of, by name
+    picture_buffers: Mapping[str, int]  # that each picture of a batch has when blocks are streamed
+    scratch: int  # that all engines share
+    tiles: tuple[TileShape, ...] = ()  # what comes after the blocks, a tile at a time
+
+    def fixed(self, pictures: int) -> int:
+        """All but the blocks, with room for some pictures at once."""
+        once = sum(map(aligned, self.buffers.values())) + sum(self.end_bytes) + aligned(self.scratch)
+        return once + pictures * sum(map(aligned, self.picture_buffers.values()))
+
+
+def stage_needs(program: Program, spec: VariantSpec, config: ModelConfig, sizes: PictureSizes) -> StageNeeds:
+    """What a stage takes for a picture."""
+    return _STAGES[program](spec, config, sizes)
+
+
+def needs_of(
+    spec: VariantSpec,
+    blocks: list[BlockPlace],
+    ends: list[BlockPlace],
+    buffers: Mapping[str, int],
+    picture_buffers: Mapping[str, int],
+    scratch: int,
+) -> StageNeeds:
+    """What a stage takes that has no tiles."""
+    sizes = [tuple(block_layout(spec.program_of(place), place).nbytes for place in places) for places in (blocks, ends)]
+    return StageNeeds(tuple(blocks), sizes[0], tuple(ends), sizes[1], buffers, picture_buffers, scratch)
+
+
+def _text(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes) -> StageNeeds:
+    blocks, text, tokens = text_blocks(config), config.text_encoder, sizes.prompt_tokens
+    hidden, table = tokens * text.hidden_size * _FLOAT, tokens * text.head_dim // 2 * _FLOAT
+    buffers = {"x": hidden, "y": hidden, "cos": table, "sin": table}
+    scratch = max(spec.program_of(place).scratch_bytes(tokens) for place in blocks)
+    return needs_of(spec, blocks, [], buffers, {}, scratch)
+
+
+def _caption(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes) -> StageNeeds:
+    blocks, c = caption_blocks(config), config.transformer
+    values, table = sizes.caption_tokens * c.dim * _FLOAT, sizes.caption_tokens * c.head_dim // 2 * _FLOAT
+    buffers = {
+        "hidden": sizes.prompt_tokens * c.cap_feat_dim * _FLOAT,
+        "x": values,
+        "y": values,
+        "cos": table,
+        "sin": table,
+    }
+    scratch = max(
+        spec.program_of(CAPTION_EMBEDDER).scratch_bytes(sizes.prompt_tokens),
+        *(spec.program_of(place).scratch_bytes(sizes.caption_tokens) for place in blocks),
+    )
+    return needs_of(spec, blocks, [CAPTION_EMBEDDER], buffers, {}, scratch)
+
+
+def row_bytes(config: ModelConfig) -> int:
+    """A row of the modulation table on the device."""
+    return aligned(config.transformer.dim * _FLOAT)
+
+
+def _denoiser(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes) -> StageNeeds:
+    blocks, c = noise_blocks(config) + main_blocks(config), config.transformer
+    table = sizes.tokens * c.head_dim // 2 * _FLOAT
+    buffers = {
+        "caption": sizes.caption_tokens * c.dim * _FLOAT,
+        "pads": (sizes.image_tokens - sizes.image_count) * c.dim * _FLOAT,
+        "cos": table,
+        "sin": table,
+        "modulation": (len(NORMS) * c.modulated_blocks + 1) * row_bytes(config),  # and the final scale
+    }
+    values, patches = sizes.tokens * c.dim * _FLOAT, sizes.image_count * c.patch_dim * _FLOAT
+    picture_buffers = {"x": values, "y": values, "patches": patches, "velocity": patches}
+    scratch = max(
+        spec.program_of(IMAGE_EMBEDDER).scratch_bytes(sizes.image_count),
+        spec.program_of(FINAL_LAYER).scratch_bytes(sizes.image_count),
+        *(spec.program_of(place).scratch_bytes(sizes.tokens) for place in blocks),
+    )
+    return needs_of(spec, blocks, [IMAGE_EMBEDDER, FINAL_LAYER], buffers, picture_buffers, scratch)
+
+
+Map = tuple[int, int, int]
+"""Rows, columns and channels of a feature map."""
+
+
+def maps_between(blocks: Sequence[BlockPlace], latent_height: int, latent_width: int) -> list[Map]:
+    """What leaves each block of the autoencoder but the last."""
+    return [(latent_height * b.scale, latent_width * b.scale, b.channels) for b in blocks[1:]]
+
+
+def map_scratch(spec: VariantSpec, blocks: Sequence[BlockPlace], sizes: PictureSizes) -> list[int]:
+    """What each block of the autoencoder needs beside the maps that it takes and gives."""
+    positions = sizes.latent_height * sizes.latent_width
+    return [spec.program_of(b).scratch_bytes(positions * b.scale**2) for b in blocks]
+
+
+def map_buffers(spec: VariantSpec, blocks: list[BlockPlace], maps: list[Map]) -> dict[str, int]:
+    """Two buffers that the maps take turns in."""
+    element = spec.program_of(blocks[0]).map_dtype.size if blocks else 0
+    sizes = [rows * columns * channels * element for rows, columns, channels in maps]
+    return {"even": max(sizes[::2], default=0), "odd": max(sizes[1::2], default=0)}
+
+
+def _decoder(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes) -> StageNeeds:
+    blocks, positions = decoder_blocks(config), sizes.latent_height * sizes.latent_width
+    maps = maps_between(blocks, sizes.latent_height, sizes.latent_width)
+    buffers = {
+        "latents": positions * config.vae.latent_channels * _FLOAT,
+        "image": positions * config.vae.scale**2 * config.vae.out_channels * _FLOAT,
+        **map_buffers(spec, blocks, maps),
+    }
+    scratch = max(map_scratch(spec, blocks, sizes))
+    return needs_of(spec, blocks, [], buffers, {}, scratch)
+
+
+def _encoder(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes) -> StageNeeds:
+    blocks, positions = encoder_blocks(config), sizes.latent_height * sizes.latent_width
+    maps = maps_between(blocks, sizes.latent_height, sizes.latent_width)
+    moments = positions * config.vae.latent_channels * _FLOAT
+    buffers = {
+        "image": positions * config.vae.scale**2 * config.vae.in_channels * _FLOAT,
+        "mean": moments,
+        "logvar": moments,
+        **map_buffers(spec, blocks, maps),
+    }
+    scratch = max(map_scratch(spec, blocks, sizes))
+    return needs_of(spec, blocks, [], buffers, {}, scratch)
+
+
+_STAGES = {
+    Program.TEXT_ENCODER: _text,
+    Program.CAPTION: _caption,
+    Program.DENOISER: _denoiser,
+    Program.DECODER: _decoder,
+    Program.ENCODER: _encoder,
+}

@@ -1,0 +1,194 @@
+"""TensorRT itself: `tensorrt_rtx`, or the full `tensorrt` where that is what serves the GPU. One module for both.
+
+Building needs neither GPU nor driver (with `tensorrt_rtx`); loading and running need both.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+from ...errors import ExecutorError
+from .block_catalog import ProgramSpec
+from .cuda import NO_PACKAGE
+from .device import Stream
+from .gpu_targets import Gpu
+
+RTX, FULL = "tensorrt_rtx", "tensorrt"
+
+_ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+)")
+
+
+@dataclass(frozen=True)
+class Built:
+    """A built engine, and what the builder said."""
+
+    data: bytes
+    log: str  # with `detailed`, every fused layer with its types and shapes
+
+    @property
+    def activation_bytes(self) -> int | None:
+        """Scratch memory at the profile's largest shapes, where the log says it."""
+        found = _ACTIVATIONS.findall(self.log)
+        return int(found[-1]) if found else None
+
+
+class Library:
+    """One of the two packages."""
+
+    def __init__(self, module: ModuleType | None = None) -> None:
+        """The module, or the one that is installed, RTX first. Raises `ExecutorError` where there is none."""
+        self.module: Any = module or _installed()
+        self.name: str = RTX if "rtx" in self.module.__name__ else FULL
+        self.version: str = self.module.__version__
+
+    @property
+    def is_rtx(self) -> bool:
+        """Whether it is TensorRT for RTX, which has what compiles at run time: kernels' cache and shapes."""
+        return self.name == RTX
+
+    def build(self, onnx: bytes, spec: ProgramSpec, gpus: Sequence[Gpu] = (), *, detailed: bool = False) -> Built:
+        """Builds one engine. Without GPUs, for what the library takes for granted: portable, or the one at hand.
+
+        Raises `ExecutorError` with the library's own first complaint.
+        """
+        trt = self.module
+        logger = _logger(trt, trt.ILogger.VERBOSE if detailed else trt.ILogger.WARNING)
+        builder = trt.Builder(logger)
+        flags = 0
+        if hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED"):  # the full package has no other kind
+            flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+        network = builder.create_network(flags)
+        parser = trt.OnnxParser(network, logger)
+        if not parser.parse(onnx):
+            raise ExecutorError(f"{self.name} cannot read block program {spec.name}: {logger.complaint()}")
+        config = builder.create_builder_config()
+        config.max_aux_streams = 0  # one stream, whose order is ours to capture; kernels are large enough alone
+        if detailed:
+            config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        targets = [gpu for gpu in gpus if gpu is not Gpu.PORTABLE]
+        if targets and hasattr(trt, "ComputeCapability"):
+            config.num_compute_capabilities = len(targets)
+            for index, gpu in enumerate(targets):
+                config.set_compute_capability(getattr(trt.ComputeCapability, gpu.name), index)
+        profile = builder.create_optimization_profile()
+        for name, shapes in spec.profile.items():
+            profile.set_shape(name, *shapes)
+        config.add_optimization_profile(profile)
+        data = builder.build_serialized_network(network, config)
+        if data is None:
+            raise ExecutorError(f"{self.name} cannot build block program {spec.name}: {logger.complaint()}")
+        return Built(bytes(data), logger.text())
+
+    def runtime(self) -> "EngineRuntime":
+        """What loads engines. Needs a GPU."""
+        return EngineRuntime(self)
+
+
+def _installed() -> ModuleType:
+    for name in (RTX, FULL):
+        try:
+            return import_module(name)
+        except ImportError:
+            continue
+    raise ExecutorError(NO_PACKAGE)
+
+
+def _logger(trt: Any, least: Any) -> Any:
+    """A logger that keeps what it is told. The class can only be made once the module is there."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.lines: list[tuple[int, str]] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if int(severity) <= int(least):
+                self.lines.append((int(severity), message))
+
+        def text(self) -> str:
+            return "\n".join(message for _, message in self.lines)
+
+        def complaint(self) -> str:
+            errors = [message for severity, message in self.lines if severity <= int(trt.ILogger.ERROR)]
+            return " ".join((errors or ["no reason given"])[-1].split())[:300]
+
+    return Logger()
+
+
+class EngineRuntime:
+    """Loads engines and makes contexts; all of them share one cache of compiled kernels."""
+
+    def __init__(self, library: Library) -> None:
+        self._trt = library.module
+        self._rtx = library.is_rtx
+        self._logger = _logger(self._trt, self._trt.ILogger.WARNING)
+        self._runtime = self._trt.Runtime(self._logger)
+        self._cache: Any = None
+        self._stored: bytes | None = None
+
+    def load(self, data: bytes) -> Any:
+        """An engine, or None where it does not fit this library or GPU."""
+        return self._runtime.deserialize_cuda_engine(data)
+
+    def complaint(self) -> str:
+        """Why the last call failed, in the library's words."""
+        return str(self._logger.complaint())
+
+    def use_cache(self, stored: bytes | None) -> None:
+        """Kernels compiled by earlier runs, for engines loaded from now on."""
+        self._stored = stored
+
+    def cache(self) -> bytes | None:
+        """Kernels compiled so far, to be kept for the next run."""
+        return bytes(self._cache.serialize()) if self._cache is not None else None
+
+    def context(self, engine: Any) -> "TensorRtContext":
+        """A context that leaves its scratch memory to us."""
+        trt = self._trt
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if self._rtx:
+            # kernels for exactly these shapes, before the first run: a picture has few shapes and many steps
+            config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # a whole step is captured by us
+            if self._cache is None:
+                self._cache = config.create_runtime_cache()
+                if self._stored:
+                    self._cache.deserialize(self._stored)
+            config.set_runtime_cache(self._cache)
+        context = engine.create_execution_context(config)
+        if context is None:
+            raise ExecutorError(f"TensorRT cannot prepare an engine: {self.complaint()}")
+        return TensorRtContext(context, self)
+
+
+class TensorRtContext:
+    """Implements `Context`."""
+
+    def __init__(self, context: Any, runtime: EngineRuntime) -> None:
+        self._context = context
+        self._runtime = runtime
+        self._scratch = (0, 0)
+
+    def set_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """See `Context`."""
+        for name, shape in shapes.items():
+            if not self._context.set_input_shape(name, shape):
+                raise ExecutorError(
+                    f"an engine does not take {name} of shape {list(shape)}: {self._runtime.complaint()}"
+                )
+        return int(self._context.update_device_memory_size_for_shapes())
+
+    def enqueue(self, addresses: Mapping[str, int], scratch: int, scratch_bytes: int, stream: Stream) -> None:
+        """See `Context`."""
+        if self._scratch != (scratch, scratch_bytes):
+            self._context.set_device_memory(scratch, scratch_bytes)
+            self._scratch = (scratch, scratch_bytes)
+        for name, address in addresses.items():
+            if not self._context.set_tensor_address(name, address):
+                raise ExecutorError(f"an engine has no tensor {name}; run zimage-export engines again")
+        if not self._context.execute_async_v3(stream):
+            raise ExecutorError(f"an engine failed to run: {self._runtime.complaint()}")

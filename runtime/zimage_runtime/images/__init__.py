@@ -1,0 +1,1 @@
+"""Images on their way in and out: sources, img2img, metadata, output files."""

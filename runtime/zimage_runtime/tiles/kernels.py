@@ -1,0 +1,116 @@
+"""What `tiling` does to a tile: a convolution, after a norm and SiLU or on the tile as it is. In numpy.
+
+Tiles are [channels, rows, width]. A kernel is made once a layer, so that its weights are laid out, or copied to a
+device, once.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from ..bundle.tensors import TensorFile, to_float32
+from ..executors.protocol import Floats
+
+Plain = Callable[[Floats], Floats]
+"""A tile with a border of one → its convolution, without the border."""
+
+Normed = Callable[[Floats, Floats, Floats, int, int], Floats]
+"""Rows, a factor and a summand a channel [channels, 1, 1], rows of zeros above and below (0 or 1 each, where the map
+ends) → SiLU of the normed rows, with zeros around, convolved: two rows less than there are with the zeros."""
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A layer of 3 x 3 pixels, by its name in a component's weights."""
+
+    name: str
+    weights: TensorFile
+
+    @property
+    def weight(self) -> Floats:
+        """[out, in, 3, 3]. Raises `TensorFileError` where the file lacks it."""
+        return to_float32(*self.weights.array(f"{self.name}.weight"))
+
+    @property
+    def bias(self) -> Floats:
+        """[out]."""
+        return to_float32(*self.weights.array(f"{self.name}.bias"))
+
+    @property
+    def out_channels(self) -> int:
+        """Without reading the weight."""
+        return len(self.weights.array(f"{self.name}.bias")[0])
+
+
+class Kernels(Protocol):
+    """Where tiles are computed."""
+
+    @property
+    def tile_values(self) -> int:
+        """Values of a tile, all channels together."""
+
+    def plain(self, convolution: Convolution) -> Plain:
+        """The kernel of a convolution."""
+
+    def normed(self, convolution: Convolution) -> Normed:
+        """The kernel of a group norm with known statistics, SiLU and a convolution."""
+
+
+@dataclass(frozen=True)
+class NumpyKernels:
+    """On the CPU: nine matrix products a tile."""
+
+    tile_values: int = 1 << 20  # 4 MB, which processors' caches hold
+
+    def plain(self, convolution: Convolution) -> Plain:
+        """See `Kernels`."""
+        taps = np.ascontiguousarray(convolution.weight.transpose(2, 3, 0, 1))  # [3, 3, out, in]
+        bias = convolution.bias
+
+        def convolve(tile: Floats) -> Floats:
+            result = convolved(tile, taps)
+            result += bias[:, None, None]
+            return result
+
+        return convolve
+
+    def normed(self, convolution: Convolution) -> Normed:
+        """See `Kernels`."""
+        convolve = self.plain(convolution)
+
+        def run(rows: Floats, scale: Floats, shift: Floats, above: int, below: int) -> Floats:
+            channels, count, width = rows.shape
+            tile = np.zeros((channels, above + count + below, width + 2), np.float32)
+            inner = tile[:, above : above + count, 1:-1]
+            np.multiply(rows, scale, out=inner)
+            inner += shift
+            with np.errstate(over="ignore"):  # exp gives infinity below -88, where SiLU is 0 in float32
+                gate = np.exp(-inner)
+            gate += 1
+            inner /= gate
+            return convolve(tile)
+
+        return run
+
+
+def convolved(tile: Floats, taps: Floats) -> Floats:
+    """A tile with a border of one, [in, rows + 2, width + 2], under taps [3, 3, out, in]: [out, rows, width].
+
+    A tap's view of the flattened tile is one slice, shifted; it runs on into the border, whose columns are dropped.
+    """
+    channels, rows, width = tile.shape[0], tile.shape[1] - 2, tile.shape[2]
+    flat = tile.reshape(channels, -1)
+    length = rows * width - 2
+    total = np.empty((taps.shape[2], rows * width), np.float32)
+    product = np.empty((taps.shape[2], length), np.float32)
+    used = total[:, :length]
+    for row in range(3):
+        for column in range(3):
+            start = row * width + column
+            if start:
+                used += np.matmul(taps[row, column], flat[:, start : start + length], out=product)
+            else:
+                np.matmul(taps[0, 0], flat[:, :length], out=used)
+    return total.reshape(-1, rows, width)[:, :, :-2]

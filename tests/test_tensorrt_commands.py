@@ -13,7 +13,7 @@ from device_stand_in import StandInDevice
 from library_stand_in import LibraryStandIn
 from onnx_engines import OnnxEngines, twin_spec, twins
 
-from zimage_export.engines.build import build as export_engines
+from zimage_export.engines import build as export_engines
 from zimage_rt.bench.cards import CARDS_GB, PLANNERS, RESERVED, TOKENS, answers, card_table
 from zimage_rt.commands import doctor
 from zimage_rt.commands.doctor import Verdict

@@ -12,7 +12,7 @@ from library_stand_in import LibraryStandIn
 from onnx_engines import OnnxEngines, twins
 from PIL import Image
 
-from zimage_export.engines.build import build as export_engines
+from zimage_export.engines import build as export_engines
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.executors import choose as choice
 from zimage_runtime.executors.tensorrt import cuda

@@ -11,7 +11,7 @@ import pytest
 from library_stand_in import LibraryStandIn
 
 from zimage_export.engines.build import add_engines
-from zimage_export.engines.build import build as export_engines
+from zimage_export.engines import build as export_engines
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.errors import BundleError, ExecutorError
 from zimage_runtime.executors.tensorrt.block_catalog import Catalog

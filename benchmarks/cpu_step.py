@@ -32,6 +32,8 @@ from common import (
     write_results,
 )
 
+from zimage_runtime.arrays import FloatArray
+
 OURS, EAGER, COMPILED, EAGER_BF16, COMPILED_BF16 = (
     "ours fp32",
     "diffusers eager fp32",
@@ -44,7 +46,6 @@ _PROMPT = "a lighthouse on a cliff at dusk, oil painting"
 _SEED = 7
 _PACKAGES = ("numpy", "onnxruntime", "torch", "diffusers", "transformers")
 
-Floats = np.ndarray[Any, np.dtype[np.float32]]
 Clock = Callable[[], float]
 
 
@@ -147,7 +148,7 @@ class Models:
         return cls(Pipeline.from_bundle(bundle), pipelines, transformers)
 
 
-def step_calls(models: Models, side: int) -> dict[str, Callable[[], Floats]]:
+def step_calls(models: Models, side: int) -> dict[str, Callable[[], FloatArray]]:
     """For every variant a call that gives the velocity of the first step, [1, channels, side / 8, side / 8].
 
     All take the same hidden states, which are ours. Refining the caption is part of diffusers' step, and not of ours.
@@ -163,14 +164,14 @@ def step_calls(models: Models, side: int) -> dict[str, Callable[[], Floats]]:
     hidden = torch.from_numpy(hidden_states[0])
     timestep = torch.from_numpy(request.schedule.timesteps[:1])
 
-    def with_torch(transformer: Any) -> Callable[[], Floats]:
+    def with_torch(transformer: Any) -> Callable[[], FloatArray]:
         dtype = next(transformer.parameters()).dtype
         image = torch.from_numpy(latents).to(dtype).transpose(0, 1)  # [channels, 1, h, w]
 
-        def call() -> Floats:
+        def call() -> FloatArray:
             with torch.no_grad():
                 (output,) = transformer([image], timestep, [hidden.to(dtype)], return_dict=False)[0]
-            velocity: Floats = (-output.transpose(0, 1)).float().numpy()
+            velocity: FloatArray = (-output.transpose(0, 1)).float().numpy()
             return velocity
 
         return call
@@ -179,16 +180,16 @@ def step_calls(models: Models, side: int) -> dict[str, Callable[[], Floats]]:
     return {OURS: lambda: denoiser(latents, 0), **calls}
 
 
-def picture_calls(models: Models, side: int, steps: int) -> dict[str, Callable[[], Floats]]:
+def picture_calls(models: Models, side: int, steps: int) -> dict[str, Callable[[], FloatArray]]:
     """For every variant a call that draws a whole picture and gives its pixels, 0 to 255."""
     import torch
 
-    def ours() -> Floats:
+    def ours() -> FloatArray:
         result = models.ours.generate(_PROMPT, (side, side), steps, _SEED)
         return np.asarray(result.images[0], np.float32)
 
-    def with_diffusers(pipeline: Any, transformer: Any) -> Callable[[], Floats]:
-        def call() -> Floats:
+    def with_diffusers(pipeline: Any, transformer: Any) -> Callable[[], FloatArray]:
+        def call() -> FloatArray:
             original, pipeline.transformer = pipeline.transformer, transformer
             try:
                 images = pipeline(
@@ -212,7 +213,7 @@ def picture_calls(models: Models, side: int, steps: int) -> dict[str, Callable[[
     return {OURS: ours, **calls}
 
 
-def measure(what: str, side: int, calls: dict[str, Callable[[], Floats]], rounds: int, clock: Clock) -> Measurement:
+def measure(what: str, side: int, calls: dict[str, Callable[[], FloatArray]], rounds: int, clock: Clock) -> Measurement:
     """Runs each call once to warm up and to judge its output, then all in turns."""
     measurement = Measurement(f"{side}x{side}", what)
     outputs = {}
@@ -232,9 +233,9 @@ def measure(what: str, side: int, calls: dict[str, Callable[[], Floats]], rounds
 def step_flops(config: Any, side: int, caption_tokens: int) -> float:
     """Multiplications and additions of one of our steps: matrix products and attention."""
     from zimage_rt.bench.operations import step_operations
-    from zimage_runtime.model.geometry import picture_geometry
+    from zimage_runtime.model.geometry import image_geometry
 
-    return step_operations(config, picture_geometry(side, side, config), caption_tokens).total
+    return step_operations(config, image_geometry(side, side, config), caption_tokens).total
 
 
 def matmul_rate(clock: Clock, side: int = 2048, repeats: int = 5) -> float:

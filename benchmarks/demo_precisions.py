@@ -133,8 +133,8 @@ def to_markdown(report: dict[str, Any]) -> str:
         f"{markdown_table(['precision', 'pictures', 'least', '10 %', 'median', '90 %', 'most'], psnr_rows)}\n\n"
         f"![Pictures side by side](demo_precisions.png)\n\nRows: {', '.join(report['scores'])}. Columns: int8's PSNR "
         f"rises from left to right (least, 1, 10, 25, 50, 75, 90 %, most).\n\n"
-        f"`PYTHONPATH=. python benchmarks/demo_precisions.py --work DIR --prompts {prompts}`; integer products with activations of "
-        f"{report['activation_bits']} bits; {describe(report['machine'])}\n"
+        f"`PYTHONPATH=. python benchmarks/demo_precisions.py --work DIR --prompts {prompts}`; "
+        f"integer products with activations of {report['activation_bits']} bits; {describe(report['machine'])}\n"
     )
 
 

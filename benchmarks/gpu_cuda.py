@@ -153,7 +153,7 @@ def one_line(error: Exception) -> str:
 
 def child_parity(options: Child) -> Child:
     """A reduced model on the CUDA executor against the CPU executor: latents after all steps, and the picture."""
-    from zimage_runtime.pipeline import PictureEvent, Pipeline
+    from zimage_runtime.pipeline import ImageEvent, Pipeline
 
     drawn = []
     for pipeline in (
@@ -161,7 +161,7 @@ def child_parity(options: Child) -> Child:
         Pipeline.from_bundle(options["bundle"], "cpu"),
     ):
         events = pipeline.stream(_PROMPT, (256, 256), options["steps"], _SEED)
-        drawn += [event for event in events if isinstance(event, PictureEvent)]
+        drawn += [event for event in events if isinstance(event, ImageEvent)]
     ours, reference = drawn
     pixels = [np.asarray(event.image, np.float64) for event in drawn]
     mean_square = float(np.mean((pixels[0] - pixels[1]) ** 2))

@@ -26,7 +26,7 @@ from zimage_runtime.errors import ZImageRuntimeError
 from zimage_runtime.executors.tensorrt.executor import TensorRtExecutor, open_executor
 from zimage_runtime.executors.tensorrt.plan import CONTEXT_BYTES, ResidencyPlan
 from zimage_runtime.model.programs import Program
-from zimage_runtime.pipeline import CaptionEvent, PictureEvent, Pipeline, StepEvent
+from zimage_runtime.pipeline import CaptionEvent, ImageEvent, Pipeline, StepEvent
 
 PROMPT = "a red fox in the snow, golden hour"
 PLAN_TOLERANCE = 0.05  # of the peak, between prediction and measurement
@@ -67,7 +67,7 @@ def draw(pipeline: Pipeline, settings: Settings) -> Drawn:
                 caption = event.seconds
             case StepEvent():
                 steps.append(event.seconds)
-            case PictureEvent():
+            case ImageEvent():
                 total = time.perf_counter() - start
                 return Drawn(event.latents, np.asarray(event.image), caption, steps, event.seconds, total)
     raise RuntimeError("no picture came")

@@ -35,6 +35,8 @@ from common import (
 )
 from cpu_step import COMPILED, COMPILED_BF16, EAGER, EAGER_BF16, OURS
 
+from zimage_runtime.arrays import FloatArray
+
 INT8, INT4 = "ours int8", "ours int4"
 VARIANTS = (OURS, INT8, INT4, EAGER, EAGER_BF16, COMPILED, COMPILED_BF16)
 _BOUNDS = {OURS: 1e-4, COMPILED: 1e-4, EAGER_BF16: 0.1, COMPILED_BF16: 0.1, INT8: 0.2, INT4: 0.5}
@@ -42,8 +44,7 @@ _PACKAGES = ("numpy", "onnxruntime", "torch", "diffusers")
 _PRODUCTS = ("MatMulIntegerToFloat", "MatMulInteger")
 _PROMPT, _SEED = "a lighthouse on a cliff at dusk, oil painting", 7
 
-Floats = np.ndarray[Any, np.dtype[np.float32]]
-Calls = dict[str, Callable[[], Floats]]
+Calls = dict[str, Callable[[], FloatArray]]
 
 
 def quantized_bundle(checkpoint: Path, fp32: Path, precision: str) -> Path:
@@ -59,7 +60,7 @@ def quantized_bundle(checkpoint: Path, fp32: Path, precision: str) -> Path:
     return out
 
 
-def our_step(bundle: Path, side: int) -> Callable[[], Floats]:
+def our_step(bundle: Path, side: int) -> Callable[[], FloatArray]:
     """A call that gives the velocity of the first step. Every bundle gets its own hidden states and modulation."""
     from zimage_runtime.pipeline import Pipeline
 
@@ -93,7 +94,7 @@ def torch_steps(checkpoint: Path, bundle: Path, side: int, wanted: Sequence[str]
 
 def judged(calls: Calls) -> tuple[dict[str, float], dict[str, str]]:
     """Runs each call once. Returns errors against fp32 (diffusers where it takes part, else ours), and failures."""
-    outputs: dict[str, Floats] = {}
+    outputs: dict[str, FloatArray] = {}
     failed: dict[str, str] = {}
     for name, call in list(calls.items()):
         start = time.perf_counter()
@@ -139,10 +140,10 @@ def integer_product_rate(tokens: int, dim: int, ffn_dim: int, clock: Callable[[]
 
 def integer_operations(config: Any, side: int, caption_tokens: int) -> float:
     """Multiplications and additions of a step's quantized linears; attention, which is float32, is not among them."""
-    from zimage_runtime.model.geometry import picture_geometry
+    from zimage_runtime.model.geometry import image_geometry
 
     c = config.transformer
-    image = picture_geometry(side, side, config).image_tokens
+    image = image_geometry(side, side, config).image_tokens
     weights = 4 * c.dim * c.dim + 3 * c.dim * c.ffn_dim
     return 2.0 * weights * (c.n_refiner_layers * image + c.n_layers * (image + caption_tokens))
 

@@ -115,9 +115,9 @@ def scale() -> Any:
 
 def feeds(config: Any, point: Point) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
     """Random inputs of the shapes in the program's contract."""
-    from zimage_runtime.model.geometry import padded, picture_geometry
+    from zimage_runtime.model.geometry import image_geometry, padded
 
-    geometry = picture_geometry(point.width, point.height, config)
+    geometry = image_geometry(point.width, point.height, config)
     text = point.program == Program.TEXT_ENCODER
     sizes = {
         "batch": point.batch,
@@ -165,9 +165,9 @@ def child(bundle_path: str, point: Point) -> None:
 def predicted(manifest: Any, point: Point) -> int:
     """What the plan says for the point's program alone: the base, weights and activations."""
     from zimage_runtime.executors.ort.cpu_plan import plan_memory
-    from zimage_runtime.model.geometry import picture_geometry
+    from zimage_runtime.model.geometry import image_geometry
 
-    geometry = picture_geometry(point.width, point.height, manifest.config)
+    geometry = image_geometry(point.width, point.height, manifest.config)
     plan = plan_memory(
         manifest,
         geometry,

@@ -2,7 +2,7 @@
 logic, not its speed nor a real device's arithmetic.
 
 Device memory is host memory behind made-up addresses. What is queued runs late, in an order that only streams and
-events constrain, drawn at random: whoever forgets to wait gets wrong values. And whatever the order turned out to be,
+events constrain, chosen at random: whoever forgets to wait gets wrong values. And whatever the order turned out to be,
 each access is compared with the earlier ones to the same bytes: two that conflict and that no stream, event or
 synchronization orders are an error (the happened-before relation, by vector clocks). So are reading what was never
 written, freeing what is in use, overwriting pinned memory that a copy still needs, copying beyond an allocation, and
@@ -29,7 +29,7 @@ _POISON = 0xC7  # of memory that nobody wrote; as float32, about -1e5
 
 
 class MisuseError(AssertionError):
-    """The executor did what a real device would answer with wrong pictures or a crash."""
+    """The executor did what a real device would answer with wrong images or a crash."""
 
 
 @dataclass

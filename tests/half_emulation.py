@@ -7,15 +7,15 @@ the casts apart: each operator's result is then an fp16 value, as on a GPU (whic
 
 import onnx
 
+from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import CUDA
-from zimage_runtime.executors.protocol import Floats
 from zimage_runtime.model.programs import SIGNATURES, Program
 
 
 def run_cuda_program_on_cpu(
-    bundle: Bundle, program: Program, feeds: dict[str, Floats], executor: str = CUDA
-) -> dict[str, Floats]:
+    bundle: Bundle, program: Program, feeds: dict[str, FloatArray], executor: str = CUDA
+) -> dict[str, FloatArray]:
     """The outputs of a program that was made for CUDA in fp32 or fp16."""
     import onnxruntime
 

@@ -1,4 +1,4 @@
-"""The fp32 quality gate, and the two ways of drawing that it compares.
+"""The fp32 quality gate, and the two ways of generating that it compares.
 
 The gate: with the same prompt, size, steps and seed, the latents after the last step are within 1e-4 of diffusers'
 (norm of the difference over the norm), and no channel of a pixel differs by more than 1 of 255.
@@ -11,17 +11,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from zimage_runtime.pipeline import PictureEvent, Pipeline
+from zimage_runtime.arrays import FloatArray
+from zimage_runtime.pipeline import ImageEvent, Pipeline
 
 LATENTS_TOLERANCE = 1e-4
 PIXEL_TOLERANCE = 1
 
-Floats = NDArray[np.float32]
-
 
 @dataclass(frozen=True)
 class Case:
-    """One picture to draw."""
+    """One image to generate."""
 
     prompt: str
     size: tuple[int, int] = (64, 64)  # width, height
@@ -33,14 +32,14 @@ class Case:
 class Drawing:
     """What came of it."""
 
-    latents: Floats  # [channels, height / 8, width / 8], after the last step
+    latents: FloatArray  # [channels, height / 8, width / 8], after the last step
     pixels: NDArray[np.uint8]  # [height, width, 3]
 
 
 def draw(pipeline: Pipeline, case: Case, count: int = 1, batch_size: int = 1) -> list[Drawing]:
-    """Draws `count` pictures with our pipeline, from the case's seed on."""
+    """Generates `count` images with our pipeline, from the case's seed on."""
     events = pipeline.stream(case.prompt, case.size, case.steps, case.seed, count, batch_size)
-    return [Drawing(e.latents, np.asarray(e.image)) for e in events if isinstance(e, PictureEvent)]
+    return [Drawing(e.latents, np.asarray(e.image)) for e in events if isinstance(e, ImageEvent)]
 
 
 def open_with_diffusers(checkpoint: Path) -> Any:
@@ -55,7 +54,7 @@ def open_with_diffusers(checkpoint: Path) -> Any:
 
 
 def draw_with_diffusers(pipeline: Any, case: Case) -> Drawing:
-    """Draws one picture with diffusers: its pipeline up to the latents, then the decoding that it would do."""
+    """Generates one image with diffusers: its pipeline up to the latents, then the decoding that it would do."""
     import torch
 
     width, height = case.size
@@ -89,7 +88,7 @@ def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> float:
 
 def check_parity(found: Drawing, expected: Drawing) -> None:
     """The gate. Raises `AssertionError`."""
-    assert np.ptp(expected.pixels) > 0, "the reference picture is blank and proves nothing"
+    assert np.ptp(expected.pixels) > 0, "the reference image is blank and proves nothing"
     error = relative_error(found.latents, expected.latents)
     assert error <= LATENTS_TOLERANCE, f"latents are {error:.2g} away from diffusers'"
     assert found.pixels.shape == expected.pixels.shape

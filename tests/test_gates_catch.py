@@ -18,13 +18,13 @@ from zimage_export.build import BuildOptions, build
 from zimage_export.graphs.layers import Layers
 from zimage_export.source.checkpoint import Checkpoint
 from zimage_runtime import pipeline
+from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.tensors import read_header
 from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
-from zimage_runtime.executors.protocol import Floats
 from zimage_runtime.model import geometry, schedule
 from zimage_runtime.model.config import TextEncoderConfig
-from zimage_runtime.model.geometry import PictureGeometry, Rotary
+from zimage_runtime.model.geometry import ImageGeometry, Rotary
 from zimage_runtime.model.schedule import Schedule
 from zimage_runtime.model.tokenizer import PromptTokenizer
 from zimage_runtime.pipeline import Pipeline
@@ -45,7 +45,7 @@ def assert_passes(bundle: Path, expected: Drawing) -> None:
 
 
 def assert_caught(bundle: Path, expected: Drawing, what: str = "away from diffusers'") -> None:
-    """Drawing still works; it is the gate that fails."""
+    """Generating still works; it is the gate that fails."""
     (drawing,) = draw(Pipeline.from_bundle(bundle), CASE)
     with pytest.raises(AssertionError, match=what):
         check_parity(drawing, expected)
@@ -107,7 +107,7 @@ def test_an_image_that_starts_where_the_caption_without_pads_ends(
 
 @pytest.mark.parametrize("kind", ["counting on", "at the image's time"])
 def test_image_pads_elsewhere(kind: str, bundle: Path, expected: Drawing, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(size: PictureGeometry, padded_caption: int) -> Positions:
+    def broken(size: ImageGeometry, padded_caption: int) -> Positions:
         positions = geometry.image_positions(size, padded_caption)
         count = size.rows * size.columns
         positions[count:, 0] = padded_caption + 1
@@ -159,7 +159,7 @@ def test_the_final_text_norm_applied(
     weight = Checkpoint.open(checkpoint).text_encoder.get("norm.weight").read()
     encode_text = OrtCpuExecutor.encode_text
 
-    def broken(self: OrtCpuExecutor, embeddings: Floats, rotary: Rotary) -> Floats:
+    def broken(self: OrtCpuExecutor, embeddings: FloatArray, rotary: Rotary) -> FloatArray:
         hidden = encode_text(self, embeddings, rotary)
         return hidden / np.sqrt(np.mean(hidden**2, axis=-1, keepdims=True) + np.float32(1e-6)) * weight
 
@@ -261,7 +261,7 @@ def test_latents_not_unscaled_rightly(key: str, value: float, copy: Path, expect
     assert_caught(copy, expected, "a pixel is .* away from diffusers'")
 
 
-def test_the_picture_upside_down(bundle: Path, expected: Drawing, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_image_upside_down(bundle: Path, expected: Drawing, monkeypatch: pytest.MonkeyPatch) -> None:
     decode = Pipeline.decode
     monkeypatch.setattr(Pipeline, "decode", lambda self, latents, **tiled: decode(self, latents, **tiled)[:, :, ::-1])
     assert_caught(bundle, expected, "a pixel is .* away from diffusers'")

@@ -137,9 +137,9 @@ def test_names_and_shapes_without_diffusers_are_diffusers_own() -> None:
 def test_the_work_of_a_step_is_as_published(benchmark: ModuleType) -> None:
     """453 TFLOP for 8 steps at 1024x1024 with a caption of 128 tokens."""
     from zimage_export.synthetic.checkpoint import FULL
-    from zimage_runtime.model.geometry import picture_geometry
+    from zimage_runtime.model.geometry import image_geometry
 
-    flops = benchmark.step_flops(FULL.config, picture_geometry(1024, 1024, FULL.config), 128)
+    flops = benchmark.step_flops(FULL.config, image_geometry(1024, 1024, FULL.config), 128)
     assert 8 * flops / 1e12 == pytest.approx(453, rel=0.02)
 
 

@@ -34,7 +34,7 @@ def wait_for_steps(process: "subprocess.Popen[str]") -> str:
 
 
 def stop_at_work(bundle: Path, folder: Path, number: signal.Signals) -> Outcome:
-    """Sends a signal to a command that is drawing, and returns what it left."""
+    """Sends a signal to a command that is generating, and returns what it left."""
     process = start_run(bundle, folder, *LONG)
     read = wait_for_steps(process)
     process.send_signal(number)
@@ -48,9 +48,9 @@ def test_ctrl_c_while_drawing(bundle: Path, tmp_path: Path) -> None:
     assert outcome.status == 130
     assert outcome.out == ""
     bar, *after = [line for line in outcome.err.splitlines() if line]
-    assert bar.startswith("drawing")
+    assert bar.startswith("generating")
     assert "256/256" not in outcome.err
-    assert [line for line in after if not line.startswith("drawing")] == ["interrupted"]
+    assert [line for line in after if not line.startswith("generating")] == ["interrupted"]
     assert outcome.err.endswith("interrupted\n")
 
 
@@ -63,7 +63,7 @@ def test_terminated_while_drawing(bundle: Path, tmp_path: Path) -> None:
     assert "256/256" not in outcome.err
 
 
-def test_pictures_drawn_before_an_interrupt_stay_whole(bundle: Path, tmp_path: Path) -> None:
+def test_images_drawn_before_an_interrupt_stay_whole(bundle: Path, tmp_path: Path) -> None:
     process = start_run(bundle, tmp_path, "--size", "64x64", "--steps", 8, "--seed", 1, "-n", 10_000, "--quiet")
     assert process.stdout is not None
     paths = [process.stdout.readline().strip() for _ in range(2)]
@@ -147,7 +147,7 @@ def test_reader_of_stdout_has_gone(bundle: Path, tmp_path: Path, options: tuple[
     outcome = finish(process)
     assert outcome.err == ""
     assert outcome.status == 1
-    assert len(os.listdir(tmp_path)) == 1  # what was drawn before anyone knew
+    assert len(os.listdir(tmp_path)) == 1  # what was generated before anyone knew
     assert not os.listdir(tmp_path)[0].startswith(".")
 
 

@@ -1,4 +1,4 @@
-"""What a process loads: never torch for a picture, and next to nothing for --help. Each runs in a fresh interpreter."""
+"""What a process loads: never torch for an image, and next to nothing for --help. Each runs in a fresh interpreter."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ def test_the_check_itself_sees_a_module() -> None:
     assert "numpy" in modules_after("import numpy.linalg")
 
 
-def test_a_picture_loads_no_torch(bundle: Path) -> None:
+def test_an_image_loads_no_torch(bundle: Path) -> None:
     code = (
         "import sys\n"
         "from zimage_rt import Pipeline\n"

@@ -1,4 +1,4 @@
-"""The same prompt and seed give the picture that diffusers gives, in fp32."""
+"""The same prompt and seed give the image that diffusers gives, in fp32."""
 
 import subprocess
 import sys
@@ -91,7 +91,7 @@ def test_low_memory_draws_the_same(bundle: Path, diffusers_pipeline: Any) -> Non
     check_parity(draw(pipeline, case)[0], draw_with_diffusers(diffusers_pipeline, case))
 
 
-def test_several_pictures_equal_single_runs(pipeline: Pipeline) -> None:
+def test_several_images_equal_single_runs(pipeline: Pipeline) -> None:
     case = Case(ENGLISH, (80, 112), 4, 2**32 - 2)
     result = pipeline.generate(case.prompt, case.size, case.steps, case.seed, count=3)
     assert result.seeds == [2**32 - 2, 2**32 - 1, 2**32]
@@ -131,7 +131,7 @@ def run(bundle: Path, folder: Path, *arguments: str) -> list[Path]:
     return [folder / line for line in done.stdout.splitlines()]
 
 
-def test_the_command_draws_several_pictures_equal_to_single_ones(
+def test_the_command_draws_several_images_equal_to_single_ones(
     bundle: Path, tmp_path: Path, diffusers_pipeline: Any
 ) -> None:
     together = run(bundle, tmp_path, EMOJI, "-n", "3", "--seed", "7")

@@ -1,4 +1,4 @@
-"""Starting from a picture, with and without a mask, gives what diffusers' two pipelines give, in fp32."""
+"""Starting from an image, with and without a mask, gives what diffusers' two pipelines give, in fp32."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,14 +9,14 @@ import pytest
 from parity import Drawing, check_parity, relative_error
 from PIL import Image
 
-from zimage_runtime.pipeline import EncodeEvent, PictureEvent, Pipeline, StepEvent
+from zimage_runtime.pipeline import EncodeEvent, ImageEvent, Pipeline, StepEvent
 
 PROMPT = "a red fox in the snow 雪"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One picture to draw from another."""
+    """One image to generate from another."""
 
     strength: float
     masked: bool
@@ -62,7 +62,7 @@ def draw(pipeline: Pipeline, case: Case, image: Image.Image, mask: Image.Image |
     events = pipeline.stream(
         PROMPT, case.size, case.steps, case.seed, count, image=image, strength=case.strength, mask=mask
     )
-    return [Drawing(e.latents, np.asarray(e.image)) for e in events if isinstance(e, PictureEvent)]
+    return [Drawing(e.latents, np.asarray(e.image)) for e in events if isinstance(e, ImageEvent)]
 
 
 def draw_with_diffusers(text_to_image: Any, case: Case, image: Image.Image, mask: Image.Image | None) -> Drawing:
@@ -86,8 +86,8 @@ def draw_with_diffusers(text_to_image: Any, case: Case, image: Image.Image, mask
         ).images
         config = pipeline.vae.config
         decoded = pipeline.vae.decode(latents / config.scaling_factor + config.shift_factor).sample
-        (picture,) = pipeline.image_processor.postprocess(decoded, output_type="pil")
-    return Drawing(latents[0].numpy(), np.asarray(picture))
+        (image,) = pipeline.image_processor.postprocess(decoded, output_type="pil")
+    return Drawing(latents[0].numpy(), np.asarray(image))
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -101,15 +101,15 @@ def test_draws_what_diffusers_draws(pipeline: Pipeline, diffusers_pipeline: Any,
     assert [event.step for event in steps] == list(range(1, case.taken + 1))
     assert {event.steps for event in steps} == {case.taken}
     last = events[-1]
-    assert isinstance(last, PictureEvent)
+    assert isinstance(last, ImageEvent)
     check_parity(Drawing(last.latents, np.asarray(last.image)), expected)
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_picture_of_any_size_is_resized_as_diffusers_resizes_it(
+def test_an_image_of_any_size_is_resized_as_diffusers_resizes_it(
     pipeline: Pipeline, diffusers_pipeline: Any, masked: bool
 ) -> None:
-    """Without a size, it is the picture's own, cut to multiples of 16."""
+    """Without a size, it is the image's own, cut to multiples of 16."""
     case = Case(0.6, masked, (80, 112), 2, taken=2)
     image, mask = photograph(93, 127), blot(93, 127) if masked else None
     expected = draw_with_diffusers(diffusers_pipeline, case, image, mask)
@@ -126,7 +126,7 @@ def test_default_strengths_are_diffusers_own(pipeline: Pipeline) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_several_pictures_equal_single_runs(pipeline: Pipeline, masked: bool) -> None:
+def test_several_images_equal_single_runs(pipeline: Pipeline, masked: bool) -> None:
     image, mask = photograph(64, 48), blot(64, 48) if masked else None
     case = Case(0.6, masked, (64, 48), 4, 2**32 - 2, taken=3)
     together = draw(pipeline, case, image, mask, count=3)
@@ -140,14 +140,14 @@ def test_several_pictures_equal_single_runs(pipeline: Pipeline, masked: bool) ->
 def test_a_batch_draws_what_diffusers_draws_one_by_one(pipeline: Pipeline, diffusers_pipeline: Any) -> None:
     image, mask = photograph(64, 64), blot(64, 64)
     events = pipeline.stream(PROMPT, None, 4, 11, 3, 2, image=image, strength=0.6, mask=mask)
-    found = [Drawing(e.latents, np.asarray(e.image)) for e in events if isinstance(e, PictureEvent)]
+    found = [Drawing(e.latents, np.asarray(e.image)) for e in events if isinstance(e, ImageEvent)]
     for index, one in enumerate(found):
         case = Case(0.6, True, (64, 64), 4, 11 + index, taken=3)
         check_parity(one, draw_with_diffusers(diffusers_pipeline, case, image, mask))
 
 
-def test_what_the_mask_keeps_is_the_picture(pipeline: Pipeline) -> None:
-    """To the last bit in the latents: there, nothing of what was drawn is left."""
+def test_what_the_mask_keeps_is_the_image(pipeline: Pipeline) -> None:
+    """To the last bit in the latents: there, nothing of what was generated is left."""
     image = photograph(64, 64)
     half = Image.new("L", (64, 64))
     half.paste(255, (32, 0, 64, 64))
@@ -158,14 +158,14 @@ def test_what_the_mask_keeps_is_the_picture(pipeline: Pipeline) -> None:
     assert relative_error(first[:, :, 4:], second[:, :, 4:]) > 0.01
 
 
-def test_the_less_strength_the_closer_to_the_picture(pipeline: Pipeline) -> None:
+def test_the_less_strength_the_closer_to_the_image(pipeline: Pipeline) -> None:
     image = photograph(64, 64)
     encoded = pipeline.encode(pipeline.request(PROMPT, image=image).source.pixels)  # type: ignore[union-attr]
     clean, _ = encoded.sample((5,), pipeline.bundle.manifest.config.vae)
-    drawn = [
+    generated = [
         draw(pipeline, Case(strength, False, (64, 64), 8, taken=0), image, None)[0].latents
         for strength in (0.1, 0.5, 1.0)
     ]
-    errors = [relative_error(latents, clean[0]) for latents in drawn]
+    errors = [relative_error(latents, clean[0]) for latents in generated]
     assert errors == sorted(errors)
     assert errors[0] < errors[2] / 2

@@ -21,7 +21,7 @@ from zimage_runtime.bundle.manifest import MANIFEST_NAME, Manifest, checked_path
 from zimage_runtime.bundle.tensors import DType, TensorFile, TensorFileError, encode_header, read_header
 from zimage_runtime.checked_json import Fields
 from zimage_runtime.errors import BundleError, ConfigError, RequestError
-from zimage_runtime.images.metadata import PictureInfo, encode_picture, read_picture_info
+from zimage_runtime.images.metadata import ImageInfo, encode_image, read_image_info
 from zimage_runtime.images.outputs import ImageFormat
 from zimage_runtime.pipeline import Pipeline
 
@@ -228,28 +228,28 @@ def test_fields_give_what_they_promise_or_name_the_key(document: dict[str, Any],
             assert isinstance(value, kind)
 
 
-INFO = PictureInfo("a fox", 7, 48, 32, 8, "model", "0" * 64, "cpu")
-PICTURES = {kind: encode_picture(Image.new("RGB", (16, 16)), kind, INFO) for kind in ImageFormat}
+INFO = ImageInfo("a fox", 7, 48, 32, 8, "model", "0" * 64, "cpu")
+IMAGES = {kind: encode_image(Image.new("RGB", (16, 16)), kind, INFO) for kind in ImageFormat}
 
 
-def read_info(path: Path, data: bytes) -> PictureInfo | None:
+def read_info(path: Path, data: bytes) -> ImageInfo | None:
     path.write_bytes(data)
     try:
-        return read_picture_info(path)
+        return read_image_info(path)
     except RequestError as error:
         assert_names(str(error), str(path))
         return None
 
 
-@given(data=st.sampled_from(list(PICTURES.values())).flatmap(altered_bytes))
+@given(data=st.sampled_from(list(IMAGES.values())).flatmap(altered_bytes))
 @settings(max_examples=150, **FIXED)
-def test_damaged_pictures(scratch: Path, data: bytes) -> None:
+def test_damaged_images(scratch: Path, data: bytes) -> None:
     read_info(scratch, data)
 
 
 @given(data=st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\x64\0\0\0WEBPVP8X"]), rest=SMALL_BYTES)
 @settings(max_examples=100, **FIXED)
-def test_any_bytes_as_picture(scratch: Path, data: bytes, rest: bytes) -> None:
+def test_any_bytes_as_image(scratch: Path, data: bytes, rest: bytes) -> None:
     assert read_info(scratch, data + rest) is None
 
 
@@ -257,18 +257,18 @@ def test_any_bytes_as_picture(scratch: Path, data: bytes, rest: bytes) -> None:
 @settings(max_examples=100, **FIXED)
 def test_altered_replay_documents(document: Any) -> None:
     try:
-        info = PictureInfo.from_replay(json.dumps(document), "cat.png")
+        info = ImageInfo.from_replay(json.dumps(document), "cat.png")
     except RequestError as error:
         assert_names(str(error), "cat.png: ")
     else:
-        assert PictureInfo.from_replay(info.replay(), "cat.png") == info
+        assert ImageInfo.from_replay(info.replay(), "cat.png") == info
 
 
 @given(prompt=st.text(st.characters(exclude_categories=["Cs"]), max_size=200), kind=st.sampled_from(ImageFormat))
 @settings(max_examples=150, **FIXED)
 def test_any_prompt_comes_back_from_any_format(scratch: Path, prompt: str, kind: ImageFormat) -> None:
-    info = PictureInfo(**{**vars(INFO), "prompt": prompt})
-    data = encode_picture(Image.new("RGB", (16, 16)), kind, info)
+    info = ImageInfo(**{**vars(INFO), "prompt": prompt})
+    data = encode_image(Image.new("RGB", (16, 16)), kind, info)
     assert read_info(scratch, data) == info
     with Image.open(io.BytesIO(data)) as image:
         image.load()
@@ -276,7 +276,7 @@ def test_any_prompt_comes_back_from_any_format(scratch: Path, prompt: str, kind:
 
 NUMBERS = st.sampled_from(["0", "1", "-1", "2", "7", "1e3", "0x10", "", "٣", "9" * 30, str(2**64 - 1), "9" * 5000])
 SIDES = st.sampled_from(["16", "32", "48", "0", "-16", "17", "8208", "9" * 20, "٣٢", ""])
-# steps stay few and sizes small, so that what is accepted is drawn in no time
+# steps stay few and sizes small, so that what is accepted is generated in no time
 OPTIONS = (
     st.tuples(st.just("--steps"), st.sampled_from(["0", "1", "2", "-1", "257", "two", "9" * 5000]))
     | st.tuples(st.just("--size"), st.builds("{}{}{}".format, SIDES, st.sampled_from("xX×,"), SIDES) | st.text())
@@ -297,7 +297,7 @@ OPTIONS = (
 @settings(max_examples=150, **FIXED)
 def test_any_command_line(bundle: Path, tmp_path: Path, words: list[tuple[str, ...]], small: bool) -> None:
     arguments = [word for option in words for word in option]
-    # help is no failure, and no picture; and a default size and step count would take long
+    # help is no failure, and no image; and a default size and step count would take long
     assume(not any(word.startswith(("-h", "--h", "-m", "--m")) for word in arguments))
     cheap = ["--size", "16x16", "--steps", "1"] if small and "--replay" not in arguments else []
     if not cheap and "--replay" not in arguments:
@@ -330,9 +330,9 @@ def test_any_order_of_commands(tmp_path: Path, words: list[str]) -> None:
         os.chdir(before)
     assert outcome.status in (0, 1, 2), outcome
     assert "Traceback" not in outcome.err
-    drawn = os.listdir(tmp_path)  # by `run` with a prompt, from the bundle that ships
-    assert all(name.startswith("zimage-") and name.endswith(".png") for name in drawn), drawn
-    for name in drawn:
+    generated = os.listdir(tmp_path)  # by `run` with a prompt, from the bundle that ships
+    assert all(name.startswith("zimage-") and name.endswith(".png") for name in generated), generated
+    for name in generated:
         (tmp_path / name).unlink()
 
 

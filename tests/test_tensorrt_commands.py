@@ -24,12 +24,12 @@ from zimage_runtime.executors.ort.device_plan import plan_vram
 from zimage_runtime.executors.tensorrt import cuda
 from zimage_runtime.executors.tensorrt import trt_api as library
 from zimage_runtime.executors.tensorrt.engine_store import read_catalog
-from zimage_runtime.executors.tensorrt.executor import TensorRtExecutor, tensorrt_obstacle
-from zimage_runtime.executors.tensorrt.gpu_targets import Gpu, Variant
+from zimage_runtime.executors.tensorrt.executor import TensorRtExecutor, why_no_tensorrt
+from zimage_runtime.executors.tensorrt.gpu_targets import GpuTarget, Variant
 from zimage_runtime.executors.tensorrt.plan import CONTEXT_BYTES, plan_residency
-from zimage_runtime.executors.tensorrt.stage_sizes import PictureSizes
+from zimage_runtime.executors.tensorrt.stage_sizes import ImageSizes
 from zimage_runtime.machine import gpus as nvidia
-from zimage_runtime.model.geometry import picture_geometry
+from zimage_runtime.model.geometry import image_geometry
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -79,7 +79,7 @@ def test_engines_of_a_bundle(copy: Path, stand_in: LibraryStandIn, capsys: Captu
     assert call_rt(capsys, "info", copy, "--verify").status == 0
     plain = call_export(capsys, "engines", copy, "--quiet")
     assert plain.out == f"{copy}\n"
-    assert {engine.gpu for engine in read_catalog(Bundle.open(copy)).engines} == {Gpu.PORTABLE, Gpu.SM75}
+    assert {engine.gpu for engine in read_catalog(Bundle.open(copy)).engines} == {GpuTarget.PORTABLE, GpuTarget.SM75}
 
 
 def test_build_with_engines(checkpoint: Path, tmp_path: Path, stand_in: LibraryStandIn, capsys: Capture) -> None:
@@ -87,7 +87,7 @@ def test_build_with_engines(checkpoint: Path, tmp_path: Path, stand_in: LibraryS
     options = ("--precision", "bf16", "--engines", "--gpu", "sm120", "--quiet")
     assert call_export(capsys, "build", checkpoint, out, *options).status == 0
     catalog = read_catalog(Bundle.open(out))
-    assert {engine.gpu for engine in catalog.engines} == {Gpu.SM120}
+    assert {engine.gpu for engine in catalog.engines} == {GpuTarget.SM120}
     weights = catalog.variants[Variant.AMPERE].programs["transformer_block"].weights
     assert weights["attention.to_q.weight"].dtype == "BF16"
     assert weights["attention_norm1.weight"].dtype == "F32"
@@ -123,12 +123,12 @@ def test_what_tensorrt_refuses_is_one_line(copy: Path, stand_in: LibraryStandIn,
 @pytest.mark.slow
 def test_engines_by_tensorrt_itself(copy: Path, capsys: Capture) -> None:
     """The whole set for every generation, at the small model's widths."""
-    gpus = [word for gpu in Gpu for word in ("--gpu", gpu.value)]
+    gpus = [word for gpu in GpuTarget for word in ("--gpu", gpu.value)]
     assert call_export(capsys, "engines", copy, *gpus, "--quiet").status == 0
     opened = Bundle.open(copy)
     opened.verify()
     catalog = read_catalog(opened)
-    assert len(catalog.engines) == 23 * len(Gpu)
+    assert len(catalog.engines) == 23 * len(GpuTarget)
     for engine in catalog.engines:
         assert opened.manifest.files[engine.path].size < 3_000_000, engine.path
     for spec in catalog.variants.values():
@@ -151,7 +151,7 @@ def test_plan_says_what_is_where(engined: Path, capsys: Capture) -> None:
     assert outcome.status == 0, outcome.err
     labels = [line.split()[0] for line in outcome.lines]
     stages = ["text_encoder", "caption", "denoiser", "decoder", "encoder"]
-    assert labels == ["picture", "executor", "budget", "peak", *stages, "step"]
+    assert labels == ["image", "executor", "budget", "peak", *stages, "step"]
     assert "all stages stay loaded" in outcome.lines[3]
     assert outcome.lines[-1].endswith("one CUDA graph")
 
@@ -197,7 +197,7 @@ def test_plan_says_what_the_cpu_does_and_from_which_budget_the_gpu_would(engined
     assert wide == "on the CPU, in tiles; no engine of the bundle takes maps of this size"
 
 
-def test_plan_grows_with_the_picture_and_the_batch(engined: Path, capsys: Capture) -> None:
+def test_plan_grows_with_the_image_and_the_batch(engined: Path, capsys: Capture) -> None:
     def peak(*options: object) -> int:
         return int(json.loads(call_rt(capsys, "plan", engined, "--json", *options).out)["peak"])
 
@@ -207,7 +207,7 @@ def test_plan_grows_with_the_picture_and_the_batch(engined: Path, capsys: Captur
 
 def test_plan_needs_engines(bundle: Path, engined: Path, stand_in: LibraryStandIn, capsys: Capture) -> None:
     assert_one_line_error(call_rt(capsys, "plan", bundle, "--executor", "tensorrt"), "zimage-export engines")
-    export_engines.add_engines(Bundle.open(engined), [Gpu.SM86])
+    export_engines.add_engines(Bundle.open(engined), [GpuTarget.SM86])
     assert_one_line_error(call_rt(capsys, "plan", engined, "--gpu", "sm75"), "sm75", "zimage-export engines")
 
 
@@ -215,10 +215,10 @@ def test_plan_for_cuda_is_the_executors_own(bundle: Path, capsys: Capture) -> No
     options = ("--size", "512x512", "--tokens", 40, "--json")
     found = json.loads(call_rt(capsys, "plan", bundle, *options).out)
     manifest = Bundle.open(bundle).manifest
-    expected = plan_vram(manifest, picture_geometry(512, 512, manifest.config), 40, 1 << 60)
+    expected = plan_vram(manifest, image_geometry(512, 512, manifest.config), 40, 1 << 60)
     assert (found["executor"], found["peak"]) == ("cuda", expected.peak)
     lines = call_rt(capsys, "plan", bundle, "--size", "512x512").lines
-    assert [line.split()[0] for line in lines][:4] == ["picture", "executor", "budget", "peak"]
+    assert [line.split()[0] for line in lines][:4] == ["image", "executor", "budget", "peak"]
     assert_one_line_error(call_rt(capsys, "plan", bundle, "--vram", "0.1GiB"), "0.1 GiB", "--vram")
 
 
@@ -226,8 +226,8 @@ def test_which_card_can_run_it_is_told_for_tensorrt_too(engined: Path, bundle: P
     opened = Bundle.open(engined)
     table = {row.executor: row for row in card_table([("m", opened)], [(512, 512)], [])}
     assert set(table) == {"tensorrt", "cuda", "cpu"}
-    spec, geometry = read_catalog(opened).variants[Variant.AMPERE], picture_geometry(512, 512, opened.manifest.config)
-    sizes = PictureSizes.of(geometry, TOKENS, 1)
+    spec, geometry = read_catalog(opened).variants[Variant.AMPERE], image_geometry(512, 512, opened.manifest.config)
+    sizes = ImageSizes.of(geometry, TOKENS, 1)
     for card, answer in zip(CARDS_GB, table["tensorrt"].answers, strict=True):
         budget = (card << 30) - RESERVED
         assert answer.peak == plan_residency(spec, opened.manifest.config, sizes, budget).peak
@@ -251,7 +251,7 @@ def test_run_without_a_gpu_is_one_line(engined: Path, executor: str, capsys: Cap
 
 
 def test_run_without_the_packages_is_one_line(engined: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    monkeypatch.setattr(choice, "_gpu", lambda: nvidia.Gpu("a GPU", (8, 9), 8 << 30, 8 << 30, "13.0"))
+    monkeypatch.setattr(choice, "_gpu", lambda: nvidia.GpuTarget("a GPU", (8, 9), 8 << 30, 8 << 30, "13.0"))
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     outcome = call_rt(capsys, "run", "x", "-m", engined, "--executor", "tensorrt")
     assert_one_line_error(outcome, "pip install 'zimage-rt[tensorrt]'")
@@ -285,13 +285,13 @@ def test_doctor_tells_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_obstacle_is_in_words(engined: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "NVIDIA GPU" in (tensorrt_obstacle(Bundle.open(engined)) or "")
+    assert "NVIDIA GPU" in (why_no_tensorrt(Bundle.open(engined)) or "")
     monkeypatch.setattr(cuda, "CudaDevice", Card)
     monkeypatch.setattr(Card, "capability", (8, 6))
-    assert tensorrt_obstacle(Bundle.open(engined)) is None
-    assert "zimage-export engines" in (tensorrt_obstacle(Bundle.open(bundle)) or "")
+    assert why_no_tensorrt(Bundle.open(engined)) is None
+    assert "zimage-export engines" in (why_no_tensorrt(Bundle.open(bundle)) or "")
     monkeypatch.setattr(Card, "capability", (7, 0))
-    assert "older" in (tensorrt_obstacle(Bundle.open(engined)) or "")
+    assert "older" in (why_no_tensorrt(Bundle.open(engined)) or "")
 
 
 # The benchmark for a machine with a GPU

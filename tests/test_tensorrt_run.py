@@ -1,4 +1,4 @@
-"""`run --executor tensorrt` from the command line, on the stand-in device: what is said, and what is drawn."""
+"""`run --executor tensorrt` from the command line, on the stand-in device: what is said, and what is generated."""
 
 import shutil
 from pathlib import Path
@@ -56,7 +56,7 @@ def later(engined: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run
     opened = Bundle.open(engined)
     device = StandInDevice(limit=1 << 30, capability=(8, 9))
     made = RunningLibrary(OnnxEngines(device, twins(opened), read_catalog(opened).variants[Variant.AMPERE]))
-    monkeypatch.setattr(choice, "find_gpu", lambda: nvidia.Gpu("a GPU", (8, 9), 1 << 30, 1 << 30, "13.0"))
+    monkeypatch.setattr(choice, "find_gpu", lambda: nvidia.GpuTarget("a GPU", (8, 9), 1 << 30, 1 << 30, "13.0"))
     monkeypatch.setattr(cuda, "CudaDevice", lambda: device)
     monkeypatch.setattr(library, "Library", lambda: made)
     monkeypatch.setattr(store, "cache_folder", lambda: tmp_path / "cache")
@@ -66,30 +66,30 @@ def later(engined: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run
 def test_engines_that_are_built_anew_are_told_once(
     engined: Path, later: RunningLibrary, tmp_path: Path, capsys: Capture
 ) -> None:
-    picture, again, expected = (tmp_path / f"{name}.png" for name in ("first", "second", "cpu"))
-    first = call_rt(capsys, "run", "a fox", "-m", engined, *DRAW, "--executor", "tensorrt", "-o", picture)
+    image, again, expected = (tmp_path / f"{name}.png" for name in ("first", "second", "cpu"))
+    first = call_rt(capsys, "run", "a fox", "-m", engined, *DRAW, "--executor", "tensorrt", "-o", image)
     assert first.status == 0, first.err
-    assert first.lines == [str(picture)], "what is told goes to stderr"
+    assert first.lines == [str(image)], "what is told goes to stderr"
     told = [line for line in first.err.splitlines() if "building the" in line]
     assert told == [f"building the {name} engine for this GPU and tensorrt_rtx 1.8.0, once" for name in later.built]
     blocks = read_catalog(Bundle.open(engined)).variants[Variant.AMPERE].blocks
     config = Bundle.open(engined).manifest.config
     encoding = {blocks[place.key].program for place in encoder_blocks(config)}
     others = [p for p in all_blocks(config) if p not in encoder_blocks(config) and p.kind is not BlockKind.DECODER_TILE]
-    drawing = {blocks[place.key].program for place in others}  # the decoder fits, and needs no tiles
-    assert drawing <= set(later.built) <= drawing | encoding, "each that a picture takes, and no other"
+    generating = {blocks[place.key].program for place in others}  # the decoder fits, and needs no tiles
+    assert generating <= set(later.built) <= generating | encoding, "each that an image takes, and no other"
     assert len(later.built) == len(set(later.built))
 
     second = call_rt(capsys, "run", "a fox", "-m", engined, *DRAW, "--executor", "tensorrt", "-o", again)
     assert "building" not in second.err, "the user's cache has them"
     assert call_rt(capsys, "run", "a fox", "-m", engined, *DRAW, "--executor", "cpu", "-o", expected).status == 0
-    for drawn in (picture, again):
-        difference = np.asarray(Image.open(drawn), np.int16) - np.asarray(Image.open(expected), np.int16)
+    for generated in (image, again):
+        difference = np.asarray(Image.open(generated), np.int16) - np.asarray(Image.open(expected), np.int16)
         assert np.abs(difference).max() <= 1
 
 
 def test_a_quiet_run_tells_nothing(engined: Path, later: RunningLibrary, tmp_path: Path, capsys: Capture) -> None:
-    options = ("-m", engined, *DRAW, "--executor", "tensorrt", "--quiet", "-o", tmp_path / "picture.png")
+    options = ("-m", engined, *DRAW, "--executor", "tensorrt", "--quiet", "-o", tmp_path / "image.png")
     outcome = call_rt(capsys, "run", "a fox", *options)
     assert (outcome.status, outcome.err) == (0, "")
     assert later.built

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from zimage_runtime.pipeline import (
         CaptionEvent,
         EncodeEvent,
+        ImageEvent,
         NoticeEvent,
-        PictureEvent,
         Pipeline,
         Result,
         StepEvent,
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 __all__ = [
     "CaptionEvent",
     "EncodeEvent",
+    "ImageEvent",
     "NoticeEvent",
-    "PictureEvent",
     "Pipeline",
     "Result",
     "StepEvent",
@@ -39,7 +39,7 @@ _HOMES = {
     "CaptionEvent": "zimage_runtime.pipeline",
     "EncodeEvent": "zimage_runtime.pipeline",
     "NoticeEvent": "zimage_runtime.pipeline",
-    "PictureEvent": "zimage_runtime.pipeline",
+    "ImageEvent": "zimage_runtime.pipeline",
     "Pipeline": "zimage_runtime.pipeline",
     "Result": "zimage_runtime.pipeline",
     "StepEvent": "zimage_runtime.pipeline",

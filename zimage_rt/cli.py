@@ -16,7 +16,7 @@ from .commands.run import run
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="zimage-rt", prog_name="zimage-rt")
 def cli() -> None:
-    """Draw pictures with Z-Image Turbo on the GPU or CPU you already have."""
+    """Generate images with Z-Image Turbo on the GPU or CPU you already have."""
 
 
 cli.add_command(run)

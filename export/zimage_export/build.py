@@ -18,14 +18,14 @@ from zimage_runtime.bundle.manifest import (
     Defaults,
     FileRecord,
     Manifest,
+    Origin,
     Precision,
     ProgramRecord,
-    Source,
     write_manifest,
 )
 from zimage_runtime.bundle.tensors import DType, read_header
 from zimage_runtime.command_line.progress import Progress
-from zimage_runtime.executors.tensorrt.gpu_targets import Gpu
+from zimage_runtime.executors.tensorrt.gpu_targets import GpuTarget
 from zimage_runtime.model.programs import COMPONENTS, Program
 from zimage_runtime.model.schedule import DEFAULT_STEPS
 from zimage_runtime.model.tokenizer import PromptTokenizer
@@ -56,7 +56,7 @@ class BuildOptions:
     files: SingleFiles = NO_FILES  # components that come from a file of their own
     calibrate: Path | None = None  # prompts to measure activation ranges with
     engines: bool = False  # write TensorRT's block programs and engines, too
-    gpus: tuple[Gpu, ...] = ()  # for which; none for the usual ones
+    gpus: tuple[GpuTarget, ...] = ()  # for which; none for the usual ones
 
 
 class Phases:
@@ -179,7 +179,7 @@ def _write(
     side = checkpoint.config.vae.sample_size
     return Manifest(
         precision=options.precision,
-        source=Source(checkpoint.name, options.revision),
+        source=Origin(checkpoint.name, options.revision),
         exporter=f"zimage-export {version('zimage-rt')}",
         config=checkpoint.config,
         defaults=Defaults(side, side, DEFAULT_STEPS),

@@ -42,7 +42,7 @@ def _single_files(command: Callable[..., None]) -> Callable[..., None]:
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="zimage-rt", prog_name="zimage-export")
 def cli() -> None:
-    """Export a Z-Image checkpoint to a bundle that zimage-rt draws from."""
+    """Export a Z-Image checkpoint to a bundle that zimage-rt generates from."""
 
 
 @cli.command()
@@ -92,7 +92,7 @@ def build(
     require_extra()
     if gpus and not engines:
         raise click.UsageError("--gpu is for --engines, which is missing")
-    from zimage_runtime.executors.tensorrt.gpu_targets import Gpu
+    from zimage_runtime.executors.tensorrt.gpu_targets import GpuTarget
 
     from .build import BuildOptions, build_reported
     from .source.single_files import SingleFiles
@@ -106,7 +106,7 @@ def build(
         files=files,
         calibrate=calibrate,
         engines=engines,
-        gpus=tuple(map(Gpu, gpus)),
+        gpus=tuple(map(GpuTarget, gpus)),
     )
     report = build_reported(model, out, options, progress)
     bundle = _verify(report.bundle, model, progress, None, files, revision).bundle if measure else report.bundle
@@ -141,11 +141,11 @@ def engines(bundle: Path, gpus: tuple[str, ...], as_json: bool, quiet: bool) -> 
     from zimage_runtime.bundle.bundle import Bundle
     from zimage_runtime.bundle.manifest import ENGINES_FOLDER
     from zimage_runtime.executors.tensorrt.engine_store import read_catalog
-    from zimage_runtime.executors.tensorrt.gpu_targets import Gpu
+    from zimage_runtime.executors.tensorrt.gpu_targets import GpuTarget
 
     from .engines.build import add_engines
 
-    renewed = add_engines(Bundle.open(bundle), tuple(map(Gpu, gpus)), Progress(quiet))
+    renewed = add_engines(Bundle.open(bundle), tuple(map(GpuTarget, gpus)), Progress(quiet))
     files = {path: record.size for path, record in renewed.manifest.files.items() if path.startswith(ENGINES_FOLDER)}
     built = [vars(engine) for engine in read_catalog(renewed).engines]
     _report({"path": str(bundle), "bytes": sum(files.values()), "engines": built}, as_json, str(bundle))
@@ -155,8 +155,10 @@ def engines(bundle: Path, gpus: tuple[str, ...], as_json: bool, quiet: bool) -> 
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--reference", required=True, help="The checkpoint that the bundle was made from, as for build.")
 @_single_files
-@click.option("--size", type=SizeType(), help="Of the pictures drawn.  [default: the bundle's own, at most 256 a side]")
-@click.option("--prompts", type=_FILE, help="Text file of prompts, one a line, each drawn once.  [default: two]")
+@click.option(
+    "--size", type=SizeType(), help="Of the images generated.  [default: the bundle's own, at most 256 a side]"
+)
+@click.option("--prompts", type=_FILE, help="Text file of prompts, one a line, each generated once.  [default: two]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the table.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 def verify(
@@ -172,7 +174,7 @@ def verify(
 ) -> None:
     """Measure BUNDLE against its checkpoint in float32 and write the result to its manifest.
 
-    Each component is compared on its own, then the final latents and the picture. The reference is diffusers, a
+    Each component is compared on its own, then the final latents and the image. The reference is diffusers, a
     block at a time, so that no checkpoint is too large. Fails if the bundle is further off than its precision allows.
     What each precision would cost each layer is printed with it, and its summary written too.
     """
@@ -205,14 +207,14 @@ def _verify(
     from .measure.calibrate import read_prompts
     from .measure.verify import PROMPTS, verify_reported
 
-    drawn = PROMPTS if prompts is None else read_prompts(prompts)
+    generated = PROMPTS if prompts is None else read_prompts(prompts)
     if name := hub_id(reference):
         source = bundle.manifest.source
         if source.name == name:
             revision = source.revision  # what the bundle was made from
         own_files = [part for part in COMPONENTS if files.get(part)]
         reference = str(Hub(progress=progress).checkpoint(name, revision, without=own_files).path)
-    return verify_reported(bundle, reference, progress, size, files, drawn)
+    return verify_reported(bundle, reference, progress, size, files, generated)
 
 
 @cli.command()

@@ -14,11 +14,11 @@ class BundleError(ZImageRuntimeError):
 
 
 class RequestError(ZImageRuntimeError):
-    """A picture was asked for that the model cannot draw (size, steps, seed, prompt)."""
+    """An image was asked for that the model cannot draw (size, steps, seed, prompt)."""
 
 
 class MemoryLimitError(RequestError):
-    """A picture was asked for that does not fit in the memory at hand."""
+    """An image was asked for that does not fit in the memory at hand."""
 
 
 class ExecutorError(ZImageRuntimeError):

@@ -1,11 +1,11 @@
-"""What is asked of the pipeline, and what it tells while it draws."""
+"""What is asked of the pipeline, and what it tells while it generates."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .executors.protocol import Floats
+from .arrays import FloatArray
 from .images.source_image import SourceImage
-from .model.geometry import PictureGeometry
+from .model.geometry import ImageGeometry
 from .model.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NoticeEvent:
-    """Something that the user should know of how the picture will be drawn."""
+    """Something that the user should know of how the image will be generated."""
 
     text: str  # one line
 
 
 @dataclass(frozen=True)
 class EncodeEvent:
-    """The picture to start from is encoded; only where there is one."""
+    """The image to start from is encoded; only where there is one."""
 
     seconds: float  # that encoding took
 
@@ -39,40 +39,40 @@ class CaptionEvent:
 class StepEvent:
     """A denoising step is done."""
 
-    seeds: tuple[int, ...]  # of the pictures in the batch
+    seeds: tuple[int, ...]  # of the images in the batch
     step: int  # counted from 1
-    steps: int  # that are taken: fewer than asked for where a picture is started from
-    latents: Floats  # [batch, channels, height / 8, width / 8]; the caller must not write to them
+    steps: int  # that are taken: fewer than asked for where an image is started from
+    latents: FloatArray  # [batch, channels, height / 8, width / 8]; the caller must not write to them
     seconds: float  # that the step took
 
 
 @dataclass(frozen=True)
-class PictureEvent:
-    """A picture is decoded."""
+class ImageEvent:
+    """An image is decoded."""
 
     seed: int
     image: "Image"
-    latents: Floats  # [channels, height / 8, width / 8], after the last step
+    latents: FloatArray  # [channels, height / 8, width / 8], after the last step
     seconds: float  # that decoding took
 
 
-Event = NoticeEvent | EncodeEvent | CaptionEvent | StepEvent | PictureEvent
+Event = NoticeEvent | EncodeEvent | CaptionEvent | StepEvent | ImageEvent
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds that each stage took, loading included; one entry a step and a picture."""
+    """Seconds that each stage took, loading included; one entry a step and an image."""
 
     caption: float
     steps: tuple[float, ...]
     decode: tuple[float, ...]
     total: float
-    encode: float = 0.0  # of the picture to start from
+    encode: float = 0.0  # of the image to start from
 
 
 @dataclass(frozen=True)
 class Result:
-    """What `generate` returns: as many pictures as seeds."""
+    """What `generate` returns: as many images as seeds."""
 
     images: list["Image"]
     seeds: list[int]
@@ -84,15 +84,15 @@ class Request:
     """A request whose values are checked and whose defaults are filled in."""
 
     prompt: str
-    geometry: PictureGeometry
+    geometry: ImageGeometry
     schedule: Schedule
     seeds: tuple[int, ...]
     batch_size: int = 1
-    source: SourceImage | None = None  # the picture to start from
+    source: SourceImage | None = None  # the image to start from
     strength: float | None = None  # how far from it, where there is one
     first_step: int = 0  # of the schedule; those before it are left out
 
     @property
     def steps(self) -> int:
-        """Steps that are taken for each picture."""
+        """Steps that are taken for each image."""
         return self.schedule.steps - self.first_step

@@ -1,6 +1,6 @@
-"""The way of a picture, from prompt to pixels, as a generator.
+"""The way of an image, from prompt to pixels, as a generator.
 
-The caller gets an event after the caption, after each step and with each picture, and so owns progress, previews,
+The caller gets an event after the caption, after each step and with each image, and so owns progress, previews,
 timing and cancelling. The latents live here, in float32 numpy, where the Euler step is one line.
 """
 
@@ -14,22 +14,23 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from .arrays import FloatArray
 from .bundle.bundle import Bundle
 from .bundle.hub import bundle_directory
 from .bundle.tensors import TensorFile, to_float32
 from .errors import BundleError, ExecutorError, RequestError
-from .events import CaptionEvent, EncodeEvent, Event, NoticeEvent, PictureEvent, Request, Result, StepEvent, Timings
+from .events import CaptionEvent, EncodeEvent, Event, ImageEvent, NoticeEvent, Request, Result, StepEvent, Timings
 from .executors.choose import choose, make_executor
-from .executors.protocol import Conditioning, Executor, Floats, Plan
+from .executors.protocol import Conditioning, Executor, Plan
 from .images.img2img import DEFAULT_MASKED_STRENGTH, DEFAULT_STRENGTH, Encoded, Start, steps_skipped
-from .images.source_image import PictureSource, open_given
+from .images.source_image import ImageInput, open_given
 from .model.geometry import (
-    PictureGeometry,
+    ImageGeometry,
     Rotary,
     caption_positions,
+    image_geometry,
     image_positions,
     padded,
-    picture_geometry,
     text_rotary,
     transformer_rotary,
 )
@@ -47,8 +48,8 @@ __all__ = [
     "CaptionEvent",
     "EncodeEvent",
     "Event",
+    "ImageEvent",
     "NoticeEvent",
-    "PictureEvent",
     "Pipeline",
     "Request",
     "Result",
@@ -58,7 +59,7 @@ __all__ = [
 ]
 
 MAX_COUNT = 10_000
-"""Pictures of one request."""
+"""Images of one request."""
 
 
 @dataclass
@@ -94,7 +95,7 @@ class Pipeline:
 
         `executor` is "tensorrt", "cuda", "cpu", or "auto": the best that can run here, and `why` says why. `vram` is a
         budget in bytes for executors on a GPU; by default it is what is free there now. With `low_memory`, weights on
-        the CPU stay mapped from the file. With `keep_loaded`, what fits in memory stays loaded between pictures;
+        the CPU stay mapped from the file. With `keep_loaded`, what fits in memory stays loaded between images;
         without it, each stage is freed when its last use is over. `note` is told, a line each, of what is done once
         and takes a while.
 
@@ -113,26 +114,26 @@ class Pipeline:
         seed: int | None = None,
         count: int = 1,
         batch_size: int = 1,
-        image: PictureSource | None = None,
+        image: ImageInput | None = None,
         strength: float | None = None,
-        mask: PictureSource | None = None,
+        mask: ImageInput | None = None,
     ) -> Request:
-        """Checks a request, fills in the bundle's defaults and reads the pictures. Raises `RequestError`."""
+        """Checks a request, fills in the bundle's defaults and reads the images. Raises `RequestError`."""
         manifest = self.bundle.manifest
         if image is None and (strength is not None or mask is not None):
-            raise RequestError("a strength or a mask is for a picture to start from, which is missing")
+            raise RequestError("a strength or a mask is for an image to start from, which is missing")
         given = None if image is None else open_given(image, mask)
         if size is None and given is not None:
             size = given.own_size(manifest.config.vae)
         width, height = size or (manifest.defaults.width, manifest.defaults.height)
         if not 1 <= count <= MAX_COUNT or batch_size < 1:
-            raise RequestError(f"the count of pictures must be 1 to {MAX_COUNT}, and the batch size at least 1")
+            raise RequestError(f"the count of images must be 1 to {MAX_COUNT}, and the batch size at least 1")
         first = secrets.randbelow(2**32 - count) if seed is None else seed
         if not 0 <= first <= MAX_SEED - count + 1:
             raise RequestError(f"seeds must be 0 to {MAX_SEED}, not {first} to {first + count - 1}")
         request = Request(
             prompt=prompt,
-            geometry=picture_geometry(width, height, manifest.config),
+            geometry=image_geometry(width, height, manifest.config),
             schedule=make_schedule(manifest.defaults.steps if steps is None else steps, manifest.config.scheduler),
             seeds=tuple(range(first, first + count)),
             batch_size=min(batch_size, count),
@@ -153,23 +154,23 @@ class Pipeline:
         seed: int | None = None,
         count: int = 1,
         batch_size: int = 1,
-        image: PictureSource | None = None,
+        image: ImageInput | None = None,
         strength: float | None = None,
-        mask: PictureSource | None = None,
+        mask: ImageInput | None = None,
     ) -> Result:
-        """Draws `count` pictures of `size` (width, height) in pixels with the seeds `seed`, `seed` + 1, ….
+        """Generates `count` images of `size` (width, height) in pixels with the seeds `seed`, `seed` + 1, ….
 
-        A seed gives the picture that diffusers draws with ``torch.Generator("cpu").manual_seed(seed)``; without
-        one, a seed is drawn. `image` (a file, or Pillow's) is a picture to start from, resized to `size`, which by
+        A seed gives the image that diffusers generates with ``torch.Generator("cpu").manual_seed(seed)``; without
+        one, a random seed is used. `image` (a file, or Pillow's) is an image to start from, resized to `size`, which by
         default is its own, cut to multiples of 16; the more `strength` (up to 1; by default 0.6, with a mask 1), the
-        less of it is left, and the more of the `steps` are taken. Where `mask` is black, the picture is kept.
+        less of it is left, and the more of the `steps` are taken. Where `mask` is black, the image is kept.
 
         Raises `RequestError`, `MemoryLimitError` (both before anything is loaded) or `ExecutorError`.
         """
         start = time.perf_counter()
         caption = 0.0
         steps_taken: list[float] = []
-        pictures: list[PictureEvent] = []
+        images: list[ImageEvent] = []
         encode = 0.0
         for event in self.stream(prompt, size, steps, seed, count, batch_size, image, strength, mask):
             match event:
@@ -179,12 +180,12 @@ class Pipeline:
                     caption = event.seconds
                 case StepEvent():
                     steps_taken.append(event.seconds)
-                case PictureEvent():
-                    pictures.append(event)
+                case ImageEvent():
+                    images.append(event)
         timings = Timings(
-            caption, tuple(steps_taken), tuple(p.seconds for p in pictures), time.perf_counter() - start, encode
+            caption, tuple(steps_taken), tuple(p.seconds for p in images), time.perf_counter() - start, encode
         )
-        return Result([p.image for p in pictures], [p.seed for p in pictures], timings)
+        return Result([p.image for p in images], [p.seed for p in images], timings)
 
     def stream(
         self,
@@ -194,15 +195,15 @@ class Pipeline:
         seed: int | None = None,
         count: int = 1,
         batch_size: int = 1,
-        image: PictureSource | None = None,
+        image: ImageInput | None = None,
         strength: float | None = None,
-        mask: PictureSource | None = None,
+        mask: ImageInput | None = None,
     ) -> Iterator[Event]:
         """The same as `generate`, event by event. The request is checked now, not at the first event."""
         return self.run(self.request(prompt, size, steps, seed, count, batch_size, image, strength, mask))
 
     def run(self, request: Request) -> Iterator[Event]:
-        """Draws a checked request. Raises `RequestError` at once where the prompt or the memory does not allow it."""
+        """Runs a checked request. Raises `RequestError` at once where the prompt or the memory does not allow it."""
         ids, cut = self._tokenizer.encode_counted(request.prompt)
         plan = self.executor.plan(request.geometry, len(ids), request.batch_size, encodes=request.source is not None)
         return self._events(request, ids, cut, plan)
@@ -245,16 +246,16 @@ class Pipeline:
             for seed, one in zip(seeds, latents, strict=True):
                 begin = time.perf_counter()
                 image = to_image(self.decode(one[None], tiled=plan.tiled)[0])
-                yield PictureEvent(seed, image, one, time.perf_counter() - begin)
+                yield ImageEvent(seed, image, one, time.perf_counter() - begin)
             if release_now:
                 self.executor.release(Program.DECODER)
 
-    def encode_prompt(self, ids: list[int]) -> Floats:
+    def encode_prompt(self, ids: list[int]) -> FloatArray:
         """The text encoder's hidden states of a prompt: [1, tokens, hidden_size]."""
         rotary = text_rotary(len(ids), self.bundle.manifest.config.text_encoder)
         return self.executor.encode_text(self.embed(ids), rotary)
 
-    def conditioning(self, geometry: PictureGeometry, schedule: Schedule, hidden_states: Floats) -> Conditioning:
+    def conditioning(self, geometry: ImageGeometry, schedule: Schedule, hidden_states: FloatArray) -> Conditioning:
         """What the executor is prepared with, for a prompt's hidden states [1, tokens, hidden_size]."""
         caption_tokens = padded(hidden_states.shape[1])
         return Conditioning(
@@ -271,7 +272,7 @@ class Pipeline:
     def _rotary(self, positions: NDArray[np.int64]) -> Rotary:
         return transformer_rotary(positions, self.bundle.manifest.config.transformer)
 
-    def embed(self, ids: list[int]) -> Floats:
+    def embed(self, ids: list[int]) -> FloatArray:
         """Rows of the embedding table, of which no other row is read: [1, tokens, hidden_size]."""
         name, config = "embed_tokens.weight", self.bundle.manifest.config.text_encoder
         table, dtype = self._embeddings.array(name)
@@ -287,22 +288,24 @@ class Pipeline:
             )
         return to_float32(table[ids], dtype)[None]
 
-    def initial_latents(self, geometry: PictureGeometry, seeds: tuple[int, ...]) -> Floats:
+    def initial_latents(self, geometry: ImageGeometry, seeds: tuple[int, ...]) -> FloatArray:
         """The noise that each seed starts from: [seeds, channels, height / 8, width / 8]."""
         channels = self.bundle.manifest.config.vae.latent_channels
         shape = (1, channels, geometry.latent_height, geometry.latent_width)
         return np.concatenate([TorchGenerator(seed).normals(shape) for seed in seeds])
 
-    def _start(self, request: Request, seeds: tuple[int, ...], encoded: Encoded | None) -> tuple[Floats, Start | None]:
-        """A batch's first latents: noise, or a picture with noise, which may be needed after each step."""
+    def _start(
+        self, request: Request, seeds: tuple[int, ...], encoded: Encoded | None
+    ) -> tuple[FloatArray, Start | None]:
+        """A batch's first latents: noise, or an image with noise, which may be needed after each step."""
         if request.source is None or encoded is None:
             return self.initial_latents(request.geometry, seeds), None
         clean, noise = encoded.sample(seeds, self.bundle.manifest.config.vae)
         start = Start(clean, noise, request.source.mask)
         return start.at(request.schedule.sigmas[request.first_step]), start
 
-    def encode(self, image: Floats, *, tiled: bool = False) -> Encoded:
-        """A picture [1, 3, height, width] in -1 to 1 → the distribution of its latents.
+    def encode(self, image: FloatArray, *, tiled: bool = False) -> Encoded:
+        """An image [1, 3, height, width] in -1 to 1 → the distribution of its latents.
 
         `tiled` takes less memory and more time, and gives the same.
         """
@@ -315,10 +318,10 @@ class Pipeline:
     def _vae_weights(self) -> TensorFile:
         return TensorFile(self.bundle.file(self.bundle.manifest.weights["vae"]))
 
-    def decode(self, latents: Floats, *, tiled: bool = False) -> Floats:
-        """Latents [batch, channels, h, w] → pictures [batch, 3, 8h, 8w], about -1 to 1.
+    def decode(self, latents: FloatArray, *, tiled: bool = False) -> FloatArray:
+        """Latents [batch, channels, h, w] → images [batch, 3, 8h, 8w], about -1 to 1.
 
-        `tiled` takes less memory and more time, and gives the same picture.
+        `tiled` takes less memory and more time, and gives the same image.
         """
         vae = self.bundle.manifest.config.vae
         unscaled = latents / np.float32(vae.scaling_factor) + np.float32(vae.shift_factor)
@@ -328,16 +331,16 @@ class Pipeline:
         return self.executor.decode(unscaled)
 
     def release(self) -> None:
-        """Frees all that is loaded; the next picture loads it again."""
+        """Frees all that is loaded; the next image loads it again."""
         self.executor.release()
 
 
-def to_image(picture: Floats) -> "Image":
+def to_image(values: FloatArray) -> "Image":
     """[3, height, width] in about -1 to 1 → 8-bit RGB, rounded as diffusers rounds. Raises `ExecutorError`."""
     from PIL import Image
 
-    if not np.isfinite(picture).all():
+    if not np.isfinite(values).all():
         raise ExecutorError("the decoder gave values that are not finite; verify the bundle")
-    unit = np.clip(picture * np.float32(0.5) + np.float32(0.5), 0, 1)
+    unit = np.clip(values * np.float32(0.5) + np.float32(0.5), 0, 1)
     pixels = np.rint(unit.transpose(1, 2, 0) * np.float32(255)).astype(np.uint8)
     return Image.fromarray(pixels)

@@ -14,7 +14,7 @@ from zimage_rt.bench.floor import Rates, floor_of, unknown_rates
 from zimage_rt.bench.matrix_rate import float_rate, integer_rate, product_model
 from zimage_rt.bench.operations import decode_operations, step_operations, text_operations
 from zimage_rt.bench.schema import Case, Reading
-from zimage_runtime.model.geometry import padded, picture_geometry
+from zimage_runtime.model.geometry import image_geometry, padded
 
 CONFIG = SMALL.config
 TOKENS = 20
@@ -29,7 +29,7 @@ def counted(call: Any) -> float:
 
 @pytest.mark.parametrize("size", [(64, 64), (80, 112)])
 def test_a_step_takes_what_torch_counts(diffusers_pipeline: Any, size: tuple[int, int]) -> None:
-    geometry = picture_geometry(*size, CONFIG)
+    geometry = image_geometry(*size, CONFIG)
     model = diffusers_pipeline.transformer
     latents = torch.randn(CONFIG.transformer.in_channels, 1, geometry.latent_height, geometry.latent_width)
     caption = torch.randn(TOKENS, CONFIG.transformer.cap_feat_dim)
@@ -60,7 +60,7 @@ def test_the_text_encoder_takes_what_torch_counts(diffusers_pipeline: Any) -> No
 
 @pytest.mark.parametrize("size", [(64, 64), (80, 112)])
 def test_decoding_takes_what_torch_counts(diffusers_pipeline: Any, size: tuple[int, int]) -> None:
-    geometry = picture_geometry(*size, CONFIG)
+    geometry = image_geometry(*size, CONFIG)
     shape = (1, CONFIG.vae.latent_channels, geometry.latent_height, geometry.latent_width)
     found = counted(lambda: diffusers_pipeline.vae.decode(torch.randn(shape)))
     assert decode_operations(CONFIG, geometry).total == pytest.approx(found, rel=0.001)
@@ -88,7 +88,7 @@ def case(precision: str) -> Case:
 
 
 def test_integers_speed_up_linear_layers_alone() -> None:
-    geometry = picture_geometry(64, 64, CONFIG)
+    geometry = image_geometry(64, 64, CONFIG)
     rates = Rates(Reading(1e9), Reading(4e9))
     floats, integers = (floor_of(case(p), CONFIG, geometry, TOKENS, rates, 1.0) for p in ("fp32", "int8"))
     step = step_operations(CONFIG, geometry, TOKENS)
@@ -99,6 +99,6 @@ def test_integers_speed_up_linear_layers_alone() -> None:
 
 
 def test_without_a_rate_there_is_no_floor() -> None:
-    floor = floor_of(case("fp32"), CONFIG, picture_geometry(64, 64, CONFIG), TOKENS, unknown_rates("no idea"), 1.0)
+    floor = floor_of(case("fp32"), CONFIG, image_geometry(64, 64, CONFIG), TOKENS, unknown_rates("no idea"), 1.0)
     assert floor.step.value is None
     assert floor.step_fraction.reason == "no idea"

@@ -23,7 +23,7 @@ from zimage_rt.bench.results import append_row
 from zimage_rt.bench.schema import Row, absent
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.errors import RequestError
-from zimage_runtime.model.geometry import picture_geometry
+from zimage_runtime.model.geometry import image_geometry
 
 GIB = 1 << 30
 ROWS = [
@@ -118,7 +118,7 @@ def test_without_matplotlib_the_report_says_what_to_install(bundle: Path, tmp_pa
 
 def test_cards_are_answered_from_the_plan_and_then_from_the_measurement(bundle: Path) -> None:
     opened = Bundle.open(bundle)
-    planner, geometry = PLANNERS["cpu"](opened), picture_geometry(64, 64, opened.manifest.config)
+    planner, geometry = PLANNERS["cpu"](opened), image_geometry(64, 64, opened.manifest.config)
     assert planner is not None
     for answer in answers(planner, geometry, None, cards=(1, 6)):
         assert (answer.fits, answer.source) == (True, Source.PREDICTED)
@@ -134,7 +134,7 @@ def test_a_card_that_is_too_small_cannot(bundle: Path) -> None:
     opened = Bundle.open(bundle)
     planner = PLANNERS["cpu"](opened)
     assert planner is not None
-    (answer,) = answers(planner, picture_geometry(4096, 4096, opened.manifest.config), None, cards=(1,))
+    (answer,) = answers(planner, image_geometry(4096, 4096, opened.manifest.config), None, cards=(1,))
     assert not answer.fits
     assert answer.peak is None
     assert answer.text == "no (predicted)"

@@ -1,6 +1,6 @@
 """The tensorrt executor on a stand-in device that runs the float32 twins of its block programs: no GPU.
 
-What it draws is compared with the `cpu` executor, so this is also the proof that the chain of block programs, fed with
+Its output is compared with the `cpu` executor, so this is also the proof that the chain of block programs, fed with
 the weights by name through all layers, is the model: text encoder, caption, denoiser and VAE.
 """
 
@@ -13,15 +13,15 @@ from device_stand_in import MisuseError, StandInDevice
 from executor_tools import CASE, EVERYTHING, TOLERANCE, Make, least, sizes_of
 from parity import Case, check_parity, draw, relative_error
 
+from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.errors import ExecutorError, MemoryLimitError, RequestError
 from zimage_runtime.events import NoticeEvent
-from zimage_runtime.executors.protocol import Floats
 from zimage_runtime.executors.tensorrt import weight_stream as stack
 from zimage_runtime.executors.tensorrt.block_catalog import VariantSpec
 from zimage_runtime.executors.tensorrt.plan import CONTEXT_BYTES, plan_residency
-from zimage_runtime.executors.tensorrt.stage_sizes import PictureSizes
-from zimage_runtime.model.geometry import picture_geometry
+from zimage_runtime.executors.tensorrt.stage_sizes import ImageSizes
+from zimage_runtime.model.geometry import image_geometry
 from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import Pipeline
 
@@ -34,7 +34,7 @@ def test_text_encoder_and_caption(make: Make, cpu: Pipeline, tokens: int) -> Non
     ids = np.random.default_rng(tokens).integers(0, 320, tokens).tolist()
     expected, found = cpu.encode_prompt(ids), pipeline.encode_prompt(ids)
     assert relative_error(found, expected) < TOLERANCE
-    geometry = picture_geometry(64, 64, cpu.bundle.manifest.config)
+    geometry = image_geometry(64, 64, cpu.bundle.manifest.config)
     schedule = cpu.request("x", (64, 64), 2).schedule
     captions = [p.executor.prepare(p.conditioning(geometry, schedule, expected)) for p in (pipeline, cpu)]
     assert relative_error(captions[0].caption, captions[1].fixed["caption"]) < TOLERANCE  # type: ignore[attr-defined]
@@ -43,7 +43,7 @@ def test_text_encoder_and_caption(make: Make, cpu: Pipeline, tokens: int) -> Non
 @pytest.mark.parametrize("size", [(64, 64), (80, 112), (16, 16), (256, 48)])
 def test_denoiser(make: Make, cpu: Pipeline, size: tuple[int, int]) -> None:
     _, pipeline = make()
-    geometry = picture_geometry(*size, cpu.bundle.manifest.config)
+    geometry = image_geometry(*size, cpu.bundle.manifest.config)
     hidden = np.random.default_rng(1).standard_normal((1, 40, 64), dtype=np.float32)
     schedule = cpu.request("x", size, 2).schedule
     latents = cpu.initial_latents(geometry, (1,))
@@ -56,13 +56,13 @@ def test_autoencoder(make: Make, cpu: Pipeline) -> None:
     _, pipeline = make()
     latents = np.random.default_rng(2).standard_normal((2, 16, 6, 10), dtype=np.float32)
     assert relative_error(pipeline.executor.decode(latents), cpu.executor.decode(latents)) < TOLERANCE
-    picture = np.tanh(np.random.default_rng(3).standard_normal((2, 3, 32, 48), dtype=np.float32))
-    for found, expected in zip(pipeline.executor.encode(picture), cpu.executor.encode(picture), strict=True):
+    image = np.tanh(np.random.default_rng(3).standard_normal((2, 3, 32, 48), dtype=np.float32))
+    for found, expected in zip(pipeline.executor.encode(image), cpu.executor.encode(image), strict=True):
         assert relative_error(found, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("case", [CASE, Case("", (16, 16), 1), Case("一只猫 " * 40, (48, 80), 2)])
-def test_the_picture_is_the_cpus(make: Make, cpu: Pipeline, case: Case) -> None:
+def test_the_image_is_the_cpus(make: Make, cpu: Pipeline, case: Case) -> None:
     _, pipeline = make()
     check_parity(draw(pipeline, case)[0], draw(cpu, case)[0])
 
@@ -115,17 +115,17 @@ def test_what_does_not_fit_of_the_autoencoder_runs_on_the_cpu(
     (found,) = draw(pipeline, CASE)
     assert Program.DECODER not in pipeline.executor.loaded  # type: ignore[attr-defined]
     check_parity(found, draw(cpu, CASE)[0])
-    picture = np.tanh(np.random.default_rng(3).standard_normal((1, 3, 96, 64), dtype=np.float32))
-    for one, other in zip(pipeline.executor.encode(picture), cpu.executor.encode(picture), strict=True):
+    image = np.tanh(np.random.default_rng(3).standard_normal((1, 3, 96, 64), dtype=np.float32))
+    for one, other in zip(pipeline.executor.encode(image), cpu.executor.encode(image), strict=True):
         assert relative_error(one, other) < TOLERANCE
 
 
 def test_sizes_that_the_engines_were_not_built_for(make: Make, spec: VariantSpec, opened: Bundle) -> None:
     _, pipeline = make()
-    with pytest.raises(RequestError, match=r"at most 16896 tokens, about a 20\d\dx20\d\d picture"):
+    with pytest.raises(RequestError, match=r"at most 16896 tokens, about a 20\d\dx20\d\d image"):
         pipeline.stream("x", (4096, 4096), 1, 0)
     config = opened.manifest.config
-    sizes = [PictureSizes.of(picture_geometry(*size, config), 10) for size in ((4096, 16), (16, 4096))]
+    sizes = [ImageSizes.of(image_geometry(*size, config), 10) for size in ((4096, 16), (16, 4096))]
     wide, tall = (plan_residency(spec, config, size, EVERYTHING) for size in sizes)
     assert Program.DENOISER in wide.stages
     assert wide.how_decoded == "on the CPU, in tiles; no engine of the bundle takes maps of this size"
@@ -143,7 +143,7 @@ def test_with_room_for_all_nothing_is_uploaded_twice(make: Make) -> None:
         Program.DECODER,
     }
     again = draw(pipeline, CASE)
-    assert device.uploaded - weights < weights / 4, "the second picture uploads activations only"
+    assert device.uploaded - weights < weights / 4, "the second image uploads activations only"
     np.testing.assert_array_equal(first[0].latents, again[0].latents)
 
 
@@ -160,7 +160,7 @@ def test_another_prompt_and_size_keep_the_weights(make: Make, cpu: Pipeline) -> 
 
 
 @pytest.mark.parametrize("pinnable", [0, 1 << 30])
-def test_a_batch_is_each_picture_and_streams_each_block_once_a_step(
+def test_a_batch_is_each_image_and_streams_each_block_once_a_step(
     make: Make, cpu: Pipeline, opened: Bundle, spec: VariantSpec, pinnable: int
 ) -> None:
     tokens = len(cpu.token_ids(CASE.prompt))
@@ -180,7 +180,7 @@ def test_a_step_is_captured_once_and_launched_after(make: Make) -> None:
     assert device.calls.count("begin_capture") == 1
     assert device.calls.count("launch") == 5, "the first step runs queued, the others from the graph"
     draw(pipeline, Case("y", (32, 32), steps=6))
-    assert device.calls.count("begin_capture") == 1, "what is captured serves the next picture"
+    assert device.calls.count("begin_capture") == 1, "what is captured serves the next image"
 
 
 def test_nothing_is_captured_while_blocks_are_streamed(
@@ -283,7 +283,7 @@ CALLS = ("allocate", "allocate_pinned", "create_event", "upload", "copy", "downl
 def test_whatever_fails_the_error_is_its_own_and_nothing_is_left(
     make: Make, cpu: Pipeline, opened: Bundle, spec: VariantSpec, call: str, streams: bool
 ) -> None:
-    """Fails the first, the second, … call of a kind, until all succeed; then the executor still draws right."""
+    """Fails the first, the second, … call of a kind, until all succeed; then the executor still generates right."""
     case = Case("x", (32, 32), 2)
     vram = least(opened, spec, sizes_of(opened, case, len(cpu.token_ids("x")))) if streams else EVERYTHING
     device, pipeline = make(vram)
@@ -325,8 +325,8 @@ def test_cancelling_between_steps_leaves_nothing_under_way(make: Make) -> None:
 def test_latents_are_not_views_of_pinned_memory(make: Make) -> None:
     """Pinned memory is freed with the stage; what was returned must outlive it."""
     device, pipeline = make()
-    geometry = picture_geometry(32, 32, pipeline.bundle.manifest.config)
-    hidden: Floats = np.ones((1, 8, 64), np.float32)
+    geometry = image_geometry(32, 32, pipeline.bundle.manifest.config)
+    hidden: FloatArray = np.ones((1, 8, 64), np.float32)
     conditioning = pipeline.conditioning(geometry, pipeline.request("x", (32, 32), 2).schedule, hidden)
     denoiser = pipeline.executor.prepare(conditioning)
     velocity = denoiser(pipeline.initial_latents(geometry, (0,)), 0)

@@ -1,4 +1,4 @@
-"""The decoder in tiles on the stand-in device, where its maps do not fit: the picture of the `cpu` executor."""
+"""The decoder in tiles on the stand-in device, where its maps do not fit: the image of the `cpu` executor."""
 
 import re
 
@@ -17,7 +17,7 @@ from zimage_runtime.executors.tensorrt import tile_kernels as device_tiles
 from zimage_runtime.executors.tensorrt.block_catalog import VariantSpec
 from zimage_runtime.executors.tensorrt.loaded_stage import LoadedStage
 from zimage_runtime.executors.tensorrt.plan import CONTEXT_BYTES, StagePlan, plan_residency, plan_stage
-from zimage_runtime.executors.tensorrt.stage_sizes import PictureSizes
+from zimage_runtime.executors.tensorrt.stage_sizes import ImageSizes
 from zimage_runtime.model.blocks import BlockPlace, block_tiles, decoder_blocks
 from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import Pipeline
@@ -32,7 +32,7 @@ def test_a_decoder_that_does_not_fit_works_in_tiles(
     for module in (tiles, device_tiles):
         monkeypatch.setattr(module, "TILE_VALUES", values)
     config = opened.manifest.config
-    sizes = PictureSizes(1, 1, 32, latent_height=14, latent_width=10)
+    sizes = ImageSizes(1, 1, 32, latent_height=14, latent_width=10)
     latents = np.random.default_rng(4).standard_normal((2, 16, 14, 10), dtype=np.float32)
     expected = cpu.executor.decode(latents)
     budgets = {
@@ -57,7 +57,7 @@ def test_a_decoder_that_does_not_fit_works_in_tiles(
     assert len(seen) > 3
 
 
-def test_it_is_said_that_a_picture_is_decoded_in_tiles(
+def test_it_is_said_that_an_image_is_decoded_in_tiles(
     make: Make, cpu: Pipeline, opened: Bundle, spec: VariantSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (tiles, device_tiles):
@@ -74,7 +74,7 @@ def test_it_is_said_that_a_picture_is_decoded_in_tiles(
         for e in pipeline.stream(case.prompt, case.size, 1, case.seed)
         if isinstance(e, NoticeEvent) and "decoded" in e.text
     ]
-    asked = re.search(r"the picture is decoded in tiles; as a whole from a budget of ([\d.]+) GiB", said)
+    asked = re.search(r"the image is decoded in tiles; as a whole from a budget of ([\d.]+) GiB", said)
     assert asked is not None
     layers: list[str] = []
     send_block = LoadedStage.send_block

@@ -148,7 +148,7 @@ def test_every_node_runs_on_cuda(checkpoint: Path, tmp_path: Path, precision: st
     from zimage_export.measure.self_check import fixed_inputs
     from zimage_runtime.command_line.progress import Progress
     from zimage_runtime.errors import ExecutorError
-    from zimage_runtime.executors.choose import cuda_obstacle
+    from zimage_runtime.executors.choose import why_no_cuda
     from zimage_runtime.machine.gpus import find_gpu
 
     try:
@@ -156,7 +156,7 @@ def test_every_node_runs_on_cuda(checkpoint: Path, tmp_path: Path, precision: st
     except ExecutorError as error:  # said before anything is built
         pytest.skip(str(error))
     bundle = build(checkpoint, tmp_path / "bundle", BuildOptions(Precision(precision)), Progress(quiet=True))
-    if reason := cuda_obstacle(bundle):
+    if reason := why_no_cuda(bundle):
         pytest.skip(reason)
     for program, feeds in fixed_inputs(bundle.manifest.config).items():
         for executor in bundle.manifest.programs[program].keys() - {CPU}:

@@ -25,7 +25,7 @@ from zimage_export.engines.types import EngineTypes
 from zimage_export.graphs.layers import Layers
 from zimage_export.graphs.tensorrt_layers import TensorRtLayers
 from zimage_runtime.bundle.tensors import DType
-from zimage_runtime.executors.tensorrt.gpu_targets import Gpu, Variant
+from zimage_runtime.executors.tensorrt.gpu_targets import GpuTarget, Variant
 from zimage_runtime.executors.tensorrt.trt_api import Built, Library
 from zimage_runtime.model.blocks import BlockKind, all_blocks
 
@@ -37,14 +37,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 ENDS = ("t_embedder.", "cap_embedder.", "all_x_embedder.", "all_final_layer.")
-TOKENS = 4224  # of a 1024 x 1024 picture and its caption
+TOKENS = 4224  # of a 1024 x 1024 image and its caption
 MOST_BYTES = 3_000_000  # of an engine, of every precision and generation
 MOST_SECONDS = 10.0  # of a set, for one generation
 
-GENERATIONS = [Gpu.SM80, Gpu.SM86, Gpu.SM89, Gpu.SM120, Gpu.PORTABLE]
+GENERATIONS = [GpuTarget.SM80, GpuTarget.SM86, GpuTarget.SM89, GpuTarget.SM120, GpuTarget.PORTABLE]
 COMBINATIONS = [
     *itertools.product(("bf16", "fp16", "int8"), GENERATIONS),
-    *itertools.product(("fp16", "int8"), [Gpu.SM75]),
+    *itertools.product(("fp16", "int8"), [GpuTarget.SM75]),
 ]
 
 
@@ -96,36 +96,36 @@ def kernels(built: Built) -> list[Kernel]:
     return found
 
 
-def build(program: BlockProgram, gpu: Gpu, most: int = TOKENS) -> Built:
+def build(program: BlockProgram, gpu: GpuTarget, most: int = TOKENS) -> Built:
     spec = program_spec(program, PUBLISHED, "", most)
     return Library().build(program.model.SerializeToString(), spec, [gpu], detailed=True)
 
 
 @functools.cache
-def block(precision: str, gpu: Gpu) -> Built:
+def block(precision: str, gpu: GpuTarget) -> Built:
     return build(programs(precision, gpu.variant)["transformer_block"], gpu)
 
 
 def score_buffers(built: Built) -> list[str]:
-    """Kernels that write something of [tokens, tokens]."""
+    """TileKernels that write something of [tokens, tokens]."""
     return [k.name for k in kernels(built) for dims, _ in k.outputs if dims.count(-1) > 1]
 
 
 def only_moves(built: Built) -> list[str]:
-    """Kernels that compute nothing: transposes and copies of whole activations."""
+    """TileKernels that compute nothing: transposes and copies of whole activations."""
     moves = {"Tran", "Move", "Resh", "Repl", "Conc", "Slic", "Spli", "Gath"}
     return [k.name for k in kernels(built) if k.kind == "kgen" and k.parts and set(k.parts) <= moves]
 
 
 def map_moves(built: Built) -> list[str]:
-    """Kernels that only bring a whole map into another layout."""
+    """TileKernels that only bring a whole map into another layout."""
     moves = {"Tran", "Move", "Cast", "Resh"}
     maps = [k for k in kernels(built) if any(len(dims) == 4 and dims.count(-1) > 1 for dims, _ in k.outputs)]
     return [k.name for k in maps if k.kind == "kgen" and set(k.parts) <= moves]
 
 
 @pytest.mark.parametrize(("precision", "gpu"), COMBINATIONS)
-def test_the_transformer_block(precision: str, gpu: Gpu) -> None:
+def test_the_transformer_block(precision: str, gpu: GpuTarget) -> None:
     built = block(precision, gpu)
     assert len(built.data) < MOST_BYTES
     names = [kernel.name for kernel in kernels(built)]
@@ -139,8 +139,8 @@ def test_the_transformer_block(precision: str, gpu: Gpu) -> None:
     assert memory < 450e6 < scores, "scores of all heads would take more than all that is allowed"
 
 
-@pytest.mark.parametrize("gpu", [*GENERATIONS, Gpu.SM75])
-def test_w8a8_multiplies_integers(gpu: Gpu) -> None:
+@pytest.mark.parametrize("gpu", [*GENERATIONS, GpuTarget.SM75])
+def test_w8a8_multiplies_integers(gpu: GpuTarget) -> None:
     """All seven linears; their weights are read as int8, and so are the activations, quantized in the kernel before."""
     products = [k for k in kernels(block("int8", gpu)) if k.kind == "gemm"]
     assert len(products) == 7
@@ -151,7 +151,7 @@ def test_w8a8_multiplies_integers(gpu: Gpu) -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_16_bit_products_are_of_the_precisions_own_type(precision: str) -> None:
     dtype = {"bf16": "BFloat16", "fp16": "Half"}[precision]
-    products = [k for k in kernels(block(precision, Gpu.PORTABLE)) if k.kind in ("gemm", "runtime_fusion")]
+    products = [k for k in kernels(block(precision, GpuTarget.PORTABLE)) if k.kind in ("gemm", "runtime_fusion")]
     assert len(products) == 7
     for product in products:
         weights = [found for dims, found in product.inputs if -1 not in dims and np.prod(dims) > 10**6]
@@ -159,7 +159,7 @@ def test_16_bit_products_are_of_the_precisions_own_type(precision: str) -> None:
 
 
 @pytest.mark.parametrize(("precision", "gpu"), COMBINATIONS)
-def test_the_text_layer(precision: str, gpu: Gpu) -> None:
+def test_the_text_layer(precision: str, gpu: GpuTarget) -> None:
     """Causal, and four queries share a key: fused all the same, mask and all, and nothing is only moved."""
     built = build(programs(precision, gpu.variant)["text_layer"], gpu, 512)
     assert len(built.data) < MOST_BYTES
@@ -168,13 +168,13 @@ def test_the_text_layer(precision: str, gpu: Gpu) -> None:
     assert len([kernel for kernel in found if "mha" in kernel.name]) == 1
     assert not score_buffers(built)
     assert only_moves(built) == []
-    assert len(found) == (16 if precision == "int8" else 15 if gpu is Gpu.SM75 else 13)
+    assert len(found) == (16 if precision == "int8" else 15 if gpu is GpuTarget.SM75 else 13)
     assert (built.activation_bytes or 0) < 45e6
 
 
-@pytest.mark.parametrize(("variant", "gpu"), [(Variant.AMPERE, Gpu.PORTABLE), (Variant.TURING, Gpu.SM75)])
+@pytest.mark.parametrize(("variant", "gpu"), [(Variant.AMPERE, GpuTarget.PORTABLE), (Variant.TURING, GpuTarget.SM75)])
 @pytest.mark.parametrize("name", ["caption_embedder", "image_embedder", "final_layer"])
-def test_the_ends(name: str, variant: Variant, gpu: Gpu) -> None:
+def test_the_ends(name: str, variant: Variant, gpu: GpuTarget) -> None:
     built = build(programs("fp16", variant)[name], gpu, 512)
     assert len(built.data) < MOST_BYTES
     assert len(kernels(built)) <= 4
@@ -188,8 +188,8 @@ AUTOENCODER = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("variant", "gpu"), [(Variant.AMPERE, Gpu.PORTABLE), (Variant.TURING, Gpu.SM75)])
-def test_the_autoencoder(variant: Variant, gpu: Gpu) -> None:
+@pytest.mark.parametrize(("variant", "gpu"), [(Variant.AMPERE, GpuTarget.PORTABLE), (Variant.TURING, GpuTarget.SM75)])
+def test_the_autoencoder(variant: Variant, gpu: GpuTarget) -> None:
     """Never fp16 but for the attention's products on Turing; no map is held in float32 where bf16 can be had."""
     found = programs("fp16", variant)
     scales = {place.key: place.scale for place in all_blocks(PUBLISHED)}
@@ -211,14 +211,14 @@ def test_the_autoencoder(variant: Variant, gpu: Gpu) -> None:
             assert maps.count("BFloat16") > 2 * maps.count("Float"), each
 
 
-ONE_SET = [("int8", Gpu.PORTABLE), ("fp16", Gpu.SM75)]  # the others take as long
+ONE_SET = [("int8", GpuTarget.PORTABLE), ("fp16", GpuTarget.SM75)]  # the others take as long
 
 
 @pytest.mark.parametrize(
     ("precision", "gpu"),
     [*ONE_SET, *(pytest.param(*each, marks=pytest.mark.slow) for each in COMBINATIONS if each not in ONE_SET)],
 )
-def test_a_set_of_engines_is_small_and_built_in_seconds(precision: str, gpu: Gpu) -> None:
+def test_a_set_of_engines_is_small_and_built_in_seconds(precision: str, gpu: GpuTarget) -> None:
     """As they are in a bundle, with their full profiles. Processor time: other work adds little to it."""
     found = programs(precision, gpu.variant)
     build(found["final_layer"], gpu, 512)  # what the library does once
@@ -233,7 +233,7 @@ def test_a_set_of_engines_is_small_and_built_in_seconds(precision: str, gpu: Gpu
 def test_scratch_of_attention_is_known_as_far_as_it_is_used() -> None:
     """It grows with the square of the positions, and TensorRT counts it in 32 bits."""
     program = programs("bf16", Variant.AMPERE)["middle_attention"]
-    points = measure_scratch(Library(), program, PUBLISHED, Gpu.PORTABLE, {})
+    points = measure_scratch(Library(), program, PUBLISHED, GpuTarget.PORTABLE, {})
     for positions, nbytes in points[1:]:
         assert 2 < nbytes / positions**2 < 6, "scores twice, in 16 bits, or wrongly counted"
     assert points[-1][0] ** 2 < 2**31
@@ -260,7 +260,7 @@ def test_an_attention_that_is_not_fused_is_noticed() -> None:
     for offset, node in ((0, half), (1, sort), (3, again)):
         model.graph.node.insert(place + offset, node)
     broken = BlockProgram(program.name, program.kind, model, program.scalars)
-    built = build(broken, Gpu.PORTABLE, 512)
+    built = build(broken, GpuTarget.PORTABLE, 512)
     assert score_buffers(built)
     assert not [k for k in kernels(built) if "mha" in k.name]
 
@@ -280,7 +280,7 @@ def test_scales_inside_the_dequantization_are_noticed(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(TensorRtLayers, "_w8a8", w8a16)
     broken = programs.__wrapped__("int8", Variant.AMPERE)["transformer_block"]
-    products = [k for k in kernels(build(broken, Gpu.PORTABLE, 512)) if k.kind in ("gemm", "runtime_fusion")]
+    products = [k for k in kernels(build(broken, GpuTarget.PORTABLE, 512)) if k.kind in ("gemm", "runtime_fusion")]
     assert not any([dtype for _, dtype in k.inputs][:2] == ["Int8", "Int8"] for k in products)
 
 
@@ -294,11 +294,11 @@ def test_weights_that_are_transposed_first_are_noticed(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(TensorRtLayers, "linear", linear)
     broken = programs.__wrapped__("bf16", Variant.AMPERE)["transformer_block"]
-    assert only_moves(build(broken, Gpu.PORTABLE, 512))
+    assert only_moves(build(broken, GpuTarget.PORTABLE, 512))
 
 
 def test_copies_around_the_attention_operator_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX's own operator is the natural thing to write: the values before it and the result after it are copied."""
     monkeypatch.setattr(TensorRtLayers, "causal_attention", Layers.causal_attention)
     broken = programs.__wrapped__("bf16", Variant.AMPERE)["text_layer"]
-    assert len(only_moves(build(broken, Gpu.PORTABLE, 512))) == 2
+    assert len(only_moves(build(broken, GpuTarget.PORTABLE, 512))) == 2

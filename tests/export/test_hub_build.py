@@ -31,7 +31,7 @@ def _files(checkpoint: Path) -> dict[str, bytes]:
 
 
 def _unwanted(checkpoint: Path) -> dict[str, bytes]:
-    """What else a published repository has: other formats, variants, pictures."""
+    """What else a published repository has: other formats, variants, images."""
     names = [
         "README.md",
         "assets/showcase.jpg",

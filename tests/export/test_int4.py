@@ -1,4 +1,4 @@
-"""int4 bundles: what is stored, which layers keep 8 bits, how far pictures are from diffusers'."""
+"""int4 bundles: what is stored, which layers keep 8 bits, how far images are from diffusers'."""
 
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ def int4(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_picture_is_within_the_gate_of_diffusers(int4: Path, diffusers_pipeline: Any, case: Case) -> None:
+def test_image_is_within_the_gate_of_diffusers(int4: Path, diffusers_pipeline: Any, case: Case) -> None:
     (ours,), theirs = draw(Pipeline.from_bundle(int4), case), draw_with_diffusers(diffusers_pipeline, case)
     assert relative_error(ours.latents, theirs.latents) <= LATENTS_GATE
     difference = ours.pixels.astype(np.float64) - theirs.pixels

@@ -1,4 +1,4 @@
-"""int8 bundles: what is stored, how far pictures are from diffusers', and which activations a processor gets."""
+"""int8 bundles: what is stored, how far images are from diffusers', and which activations a processor gets."""
 
 import json
 from collections.abc import Iterator
@@ -55,13 +55,11 @@ def seven_bits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("seven_bits")
 @pytest.mark.parametrize("case", CASES)
-def test_picture_is_within_the_gate_of_diffusers_with_seven_bits(
-    int8: Path, diffusers_pipeline: Any, case: Case
-) -> None:
+def test_image_is_within_the_gate_of_diffusers_with_seven_bits(int8: Path, diffusers_pipeline: Any, case: Case) -> None:
     check_gate(int8, diffusers_pipeline, case)
 
 
-def test_picture_is_within_the_gate_of_diffusers_with_this_processors_bits(int8: Path, diffusers_pipeline: Any) -> None:
+def test_image_is_within_the_gate_of_diffusers_with_this_processors_bits(int8: Path, diffusers_pipeline: Any) -> None:
     check_gate(int8, diffusers_pipeline, CASES[0])
 
 

@@ -40,7 +40,7 @@ def bundles(checkpoint: Path, bundle: Path, tmp_path_factory: pytest.TempPathFac
 
 
 @pytest.mark.parametrize("precision", HALVES)
-def test_picture_is_within_the_precisions_gate_of_diffusers(
+def test_image_is_within_the_precisions_gate_of_diffusers(
     bundles: dict[Precision, Path], diffusers_pipeline: Any, precision: Precision
 ) -> None:
     from parity import draw_with_diffusers

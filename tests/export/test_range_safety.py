@@ -21,12 +21,12 @@ from zimage_export.measure.calibrate import measure_peaks
 from zimage_export.measure.self_check import fixed_inputs
 from zimage_export.source.checkpoint import Checkpoint
 from zimage_export.weights.folding import FP16_MAX, BlockPeak, choose_folds
+from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import Precision
 from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
-from zimage_runtime.executors.protocol import Floats
-from zimage_runtime.model.geometry import caption_positions, image_positions, picture_geometry, transformer_rotary
+from zimage_runtime.model.geometry import caption_positions, image_geometry, image_positions, transformer_rotary
 from zimage_runtime.model.programs import Program
 
 FP16_GATE = 3e-3
@@ -35,7 +35,7 @@ QUIET = Progress(quiet=True)
 
 @pytest.fixture(scope="module")
 def loud_checkpoint(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose out-projections and SwiGLU products pass 65504; in float32 it draws as the original does."""
+    """A checkpoint whose out-projections and SwiGLU products pass 65504; in float32 it gives the original's image."""
 
     def louder(name: str, values: NDArray[np.float32]) -> NDArray[np.float32] | None:
         if name.startswith("layers.1.") and name.endswith(("attention.to_out.0.weight", "feed_forward.w3.weight")):
@@ -59,11 +59,11 @@ def loud_bundles(loud_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
     return found
 
 
-def denoiser_inputs(bundle: Bundle, side: int) -> dict[str, Floats]:
-    """A denoiser call at the token count of a `side` x `side` picture."""
+def denoiser_inputs(bundle: Bundle, side: int) -> dict[str, FloatArray]:
+    """A denoiser call at the token count of a `side` x `side` image."""
     config = bundle.manifest.config
     feeds = dict(fixed_inputs(config)[Program.DENOISER])
-    geometry = picture_geometry(side, side, config)
+    geometry = image_geometry(side, side, config)
     rng = np.random.default_rng(1)
     feeds["latents"] = rng.standard_normal((1, 16, geometry.latent_height, geometry.latent_width), dtype=np.float32)
     image = transformer_rotary(image_positions(geometry, 32), config.transformer)

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoint_tools import altered_copy
-from numpy.typing import NDArray
 from parity import Case, Drawing, check_parity, draw, draw_with_diffusers, relative_error
 
 import zimage_export.weights.rebalance as rebalance
@@ -16,8 +15,9 @@ from zimage_export.measure.calibrate import measure_peaks
 from zimage_export.source.checkpoint import Checkpoint
 from zimage_export.storage.precision import StoragePolicy
 from zimage_export.storage.stored import Factors
-from zimage_export.weights.folding import Loudness
+from zimage_export.weights.folding import ActivationRange
 from zimage_export.weights.rebalance import PLACES, Rebalancing, choose
+from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.manifest import Precision
 from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.pipeline import Pipeline
@@ -25,8 +25,6 @@ from zimage_runtime.pipeline import Pipeline
 CASE = Case("a red fox in the snow", (80, 112), 4, 3)
 QUIET = Progress(quiet=True)
 OUTLIERS, LOUDER = 4, 50.0
-
-Floats = NDArray[np.float32]
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +37,7 @@ def random_factors(monkeypatch: pytest.MonkeyPatch, only: int | None) -> None:
     calls = iter(range(10**9))
     rng = np.random.default_rng(0)
 
-    def factors(loudness: Loudness, readers: Any) -> Floats:
+    def factors(loudness: ActivationRange, readers: Any) -> FloatArray:
         place = next(calls) % 4
         chosen = (
             np.exp(rng.uniform(-3.4, 3.4, len(loudness.rms))) if only in (None, place) else np.ones(len(loudness.rms))
@@ -118,13 +116,13 @@ def loud(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     def channels(block: str, maker: str, width: int) -> Any:
         return np.random.default_rng([len(maker), sum(block.encode())]).permutation(width)[:OUTLIERS]
 
-    def louder(name: str, values: Floats) -> Floats | None:
+    def louder(name: str, values: FloatArray) -> FloatArray | None:
         block = ".".join(name.split(".")[:2])
         tail = name.removeprefix(f"{block}.")
         if tail not in makers and tail not in readers:
             return None
         values = values.copy()
-        if tail in readers:  # the columns make up for it, so that the model draws what it drew
+        if tail in readers:  # the columns make up for it, so that the model generates what it drew
             values[:, channels(block, readers[tail].maker, values.shape[1])] /= LOUDER
         if tail in makers:
             values[channels(block, tail, len(values))] *= LOUDER
@@ -159,7 +157,7 @@ def test_outliers_cost_an_eighth_with_rebalancing(
 
 
 def test_calibration_hears_what_the_linears_read(checkpoint: Path, diffusers_pipeline: Any) -> None:
-    """Against a hook of the test's own in diffusers' model, over the same picture."""
+    """Against a hook of the test's own in diffusers' model, over the same image."""
     import torch
 
     peaks = measure_peaks(Checkpoint.open(checkpoint), ["a red fox"], QUIET)["transformer"]
@@ -188,9 +186,9 @@ def test_factors_follow_what_is_loud() -> None:
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((64, 256)).astype(np.float32)
     even = np.ones(256, np.float32)
-    assert np.ptp(choose(Loudness(even, 4 * even), [np.sign(rows)])) == 0  # nothing to gain
+    assert np.ptp(choose(ActivationRange(even, 4 * even), [np.sign(rows)])) == 0  # nothing to gain
     loud = even.copy()
     loud[7] = 50
-    factors = choose(Loudness(loud, 4 * loud), [rows])
+    factors = choose(ActivationRange(loud, 4 * loud), [rows])
     assert factors[7] > 5 * np.delete(factors, 7).max()
-    assert np.isfinite(choose(Loudness(0 * even, 0 * even), [0 * rows])).all()
+    assert np.isfinite(choose(ActivationRange(0 * even, 0 * even), [0 * rows])).all()

@@ -1,6 +1,6 @@
 """Each stage alone against the class that it restates: transformers' Qwen3, diffusers' transformer and VAE, torch.
 
-The whole picture hides where a difference comes from, and forgives small ones; these do not.
+The whole image hides where a difference comes from, and forgives small ones; these do not.
 """
 
 import shutil
@@ -13,15 +13,16 @@ import pytest
 import torch
 from parity import relative_error
 
+from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.tensors import read_header
-from zimage_runtime.executors.protocol import Conditioning, Floats
+from zimage_runtime.executors.protocol import Conditioning
 from zimage_runtime.model.geometry import (
-    PictureGeometry,
+    ImageGeometry,
     Rotary,
     caption_positions,
+    image_geometry,
     image_positions,
     padded,
-    picture_geometry,
     text_rotary,
     transformer_rotary,
 )
@@ -39,18 +40,18 @@ def pipeline(bundle: Path) -> Pipeline:
     return Pipeline.from_bundle(bundle)
 
 
-def normal(*shape: int, seed: int = 0) -> Floats:
+def normal(*shape: int, seed: int = 0) -> FloatArray:
     return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
 
 
-def run(pipeline: Pipeline, program: Program, **feeds: Floats) -> dict[str, Floats]:
+def run(pipeline: Pipeline, program: Program, **feeds: FloatArray) -> dict[str, FloatArray]:
     return pipeline.executor.run(program, feeds)  # type: ignore[attr-defined]
 
 
 # Text encoder
 
 
-def reference_hidden_states(diffusers_pipeline: Any, ids: list[int]) -> Floats:
+def reference_hidden_states(diffusers_pipeline: Any, ids: list[int]) -> FloatArray:
     with torch.no_grad():
         outputs = diffusers_pipeline.text_encoder(input_ids=torch.tensor([ids]), output_hidden_states=True)
     return outputs.hidden_states[-2].numpy()
@@ -77,7 +78,7 @@ def caption_rotary(pipeline: Pipeline, tokens: int) -> Rotary:
     return transformer_rotary(caption_positions(padded(tokens)), pipeline.bundle.manifest.config.transformer)
 
 
-def reference_caption(transformer: Any, hidden: Floats) -> Floats:
+def reference_caption(transformer: Any, hidden: FloatArray) -> FloatArray:
     """What leaves the last context refiner in a whole forward."""
     caught = []
     hook = transformer.context_refiner[-1].register_forward_hook(lambda module, inputs, output: caught.append(output))
@@ -128,17 +129,17 @@ def test_modulation_table(pipeline: Pipeline, diffusers_pipeline: Any) -> None:
 # Denoiser
 
 
-def reference_velocity(transformer: Any, latents: Floats, timestep: float, hidden: Floats) -> Floats:
-    """diffusers' transformer takes lists of pictures with a frame axis; its pipeline negates what comes out."""
-    pictures = [torch.from_numpy(one)[:, None] for one in latents]
-    captions = [torch.from_numpy(hidden[0])] * len(pictures)
+def reference_velocity(transformer: Any, latents: FloatArray, timestep: float, hidden: FloatArray) -> FloatArray:
+    """diffusers' transformer takes lists of images with a frame axis; its pipeline negates what comes out."""
+    images = [torch.from_numpy(one)[:, None] for one in latents]
+    captions = [torch.from_numpy(hidden[0])] * len(images)
     with torch.no_grad():
-        outputs = transformer(pictures, torch.full((len(pictures),), timestep), captions, return_dict=False)[0]
+        outputs = transformer(images, torch.full((len(images),), timestep), captions, return_dict=False)[0]
     return -torch.stack(outputs).squeeze(2).numpy()
 
 
-def geometry_of(pipeline: Pipeline, width: int, height: int) -> PictureGeometry:
-    return picture_geometry(width, height, pipeline.bundle.manifest.config)
+def geometry_of(pipeline: Pipeline, width: int, height: int) -> ImageGeometry:
+    return image_geometry(width, height, pipeline.bundle.manifest.config)
 
 
 @pytest.mark.parametrize(
@@ -161,11 +162,11 @@ def test_one_step(pipeline: Pipeline, diffusers_pipeline: Any, size: tuple[int, 
 
 # Autoencoder
 
-# width and height of the picture, pictures in the batch
-PICTURES = [(64, 64, 1), (48, 112, 1), (176, 16, 2)]
+# width and height of the image, images in the batch
+IMAGES = [(64, 64, 1), (48, 112, 1), (176, 16, 2)]
 
 
-@pytest.mark.parametrize(("width", "height", "batch"), PICTURES)
+@pytest.mark.parametrize(("width", "height", "batch"), IMAGES)
 def test_decode(pipeline: Pipeline, diffusers_pipeline: Any, width: int, height: int, batch: int) -> None:
     vae = diffusers_pipeline.vae
     latents = normal(batch, vae.config.latent_channels, height // 8, width // 8)
@@ -176,7 +177,7 @@ def test_decode(pipeline: Pipeline, diffusers_pipeline: Any, width: int, height:
     assert relative_error(found, expected) < TOLERANCE
 
 
-@pytest.mark.parametrize(("width", "height", "batch"), PICTURES)
+@pytest.mark.parametrize(("width", "height", "batch"), IMAGES)
 def test_encode(pipeline: Pipeline, diffusers_pipeline: Any, width: int, height: int, batch: int) -> None:
     image = np.tanh(normal(batch, 3, height, width))
     mean, logvar = pipeline.executor.encode(image)
@@ -188,7 +189,7 @@ def test_encode(pipeline: Pipeline, diffusers_pipeline: Any, width: int, height:
 
 
 def test_encode_clamps_the_log_variance(bundle: Path, diffusers_pipeline: Any, tmp_path: Path) -> None:
-    """No picture drives random weights that far, so the last bias does, on both sides."""
+    """No image drives random weights that far, so the last bias does, on both sides."""
     bias = np.tile(np.linspace(-60, 60, 16, dtype=np.float32), 2)
     copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
     path = copy / "vae" / "weights.safetensors"

@@ -1,4 +1,4 @@
-"""Bundles that cannot be drawn with: one line that names the file, before anything is loaded."""
+"""Bundles that cannot be generated with: one line that names the file, before anything is loaded."""
 
 import json
 import shutil
@@ -30,8 +30,8 @@ def damaged(bundle: Path, tmp_path: Path) -> Path:
 
 
 def refuse(capsys: Capture, path: Path, *named: object) -> str:
-    """Asks for a picture, asserts that there is none and that nothing was written, and returns the error."""
-    output = path.parent / "picture.png"
+    """Asks for an image, asserts that there is none and that nothing was written, and returns the error."""
+    output = path.parent / "image.png"
     with unchanged(path.parent):
         outcome = call_rt(capsys, "run", "a fox", "-m", path, "-o", output, "--size", "32x32", "--steps", 1, "--quiet")
     return assert_one_line_error(outcome, *named)

@@ -1,4 +1,4 @@
-"""Requests that cannot be drawn: one line that names the value and what would do, and nothing written."""
+"""Requests that cannot be generated: one line that names the value and what would do, and nothing written."""
 
 import os
 import resource
@@ -11,7 +11,7 @@ from cli_tools import Capture, Outcome, assert_one_line_error, call_rt, finish, 
 
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.executors.ort import cpu_plan as memory
-from zimage_runtime.model.geometry import picture_geometry
+from zimage_runtime.model.geometry import image_geometry
 from zimage_runtime.model.tokenizer import PromptTokenizer
 
 GIB = 1 << 30
@@ -73,7 +73,7 @@ def test_largest_seed_is_drawn(bundle: Path, capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize("count", [0, -1, 10**10, 2**64])
-def test_impossible_number_of_pictures(bundle: Path, capsys: Capture, count: int) -> None:
+def test_impossible_number_of_images(bundle: Path, capsys: Capture, count: int) -> None:
     assert_one_line_error(request(capsys, bundle, "-n", count), count, status=2)
 
 
@@ -96,7 +96,7 @@ def test_more_memory_than_there_is(
     width, height = map(int, largest.split("x"))
     larger = f"{width + 16}x{round((width + 16) / 2 / 16) * 16}"
     assert_one_line_error(request(capsys, bundle, size=larger), larger, "largest size")
-    # what it names is accepted, and really drawn where that takes no minutes
+    # what it names is accepted, and really generated where that takes no minutes
     if width <= 512:
         outcome = call_rt(capsys, "run", "x", "-m", bundle, "--size", largest, "--steps", 1, "--quiet", "-o", "a.png")
         assert outcome.lines == ["a.png"]
@@ -108,7 +108,7 @@ def test_more_memory_than_there_is(
 
 
 @pytest.mark.parametrize("size", ["16x8192", "8192x16", "1024x1024"])
-def test_narrow_pictures_are_told_what_fits_too(
+def test_narrow_images_are_told_what_fits_too(
     bundle: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, size: str
 ) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda: 172 << 20)
@@ -117,7 +117,7 @@ def test_narrow_pictures_are_told_what_fits_too(
 
 def test_low_memory_fits_more(bundle: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = Bundle.open(bundle)
-    geometry = picture_geometry(32, 32, opened.manifest.config)
+    geometry = image_geometry(32, 32, opened.manifest.config)
     tokens = len(PromptTokenizer(opened.file(opened.manifest.tokenizer)).encode("a fox"))
     least = memory.plan_memory(opened.manifest, geometry, tokens, low_memory=True, available=1 << 60).peak
     monkeypatch.setattr(memory, "available_memory", lambda: least)
@@ -142,8 +142,8 @@ def test_prompt_that_is_not_utf8(bundle: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["cat", "cat.gif", "cat.png.txt", "cat.", ".png", "", "cat.tiff"])
-def test_output_that_is_no_picture_format(bundle: Path, capsys: Capture, name: str) -> None:
-    assert_one_line_error(request(capsys, bundle, "-o", name), name, "picture format", ".png", ".jpg", ".webp")
+def test_output_that_is_no_image_format(bundle: Path, capsys: Capture, name: str) -> None:
+    assert_one_line_error(request(capsys, bundle, "-o", name), name, "image format", ".png", ".jpg", ".webp")
 
 
 def test_output_folder_that_does_not_exist(bundle: Path, capsys: Capture) -> None:
@@ -171,7 +171,7 @@ def test_read_only_folder(bundle: Path, tmp_path: Path, capsys: Capture, named: 
     try:
         os.chdir(folder if not named else tmp_path)
         options = ("-o", folder / "cat.png") if named else ()
-        # refused before it is drawn: 256 steps of a large picture would take minutes
+        # refused before it is generated: 256 steps of a large image would take minutes
         outcome = request(capsys, bundle, *options, size="2048x2048", steps=256)
         assert_one_line_error(outcome, folder)
     finally:

@@ -27,9 +27,9 @@ def _no_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_says_which_and_why(bundle: Path, capsys: Capture) -> None:
     outcome = call_rt(capsys, "run", "a fox", "-m", bundle, *TINY)
     assert outcome.lines == ["zimage-1.png"]
-    assert "drawing on cpu: no NVIDIA GPU: no NVIDIA driver is installed" in outcome.err
+    assert "generating on cpu: no NVIDIA GPU: no NVIDIA driver is installed" in outcome.err
     asked = call_rt(capsys, "run", "a fox", "-m", bundle, *TINY, "--executor", "cpu")
-    assert "drawing on" not in asked.err
+    assert "generating on" not in asked.err
     assert call_rt(capsys, "run", "a fox", "-m", bundle, *TINY, "--quiet").err == ""
 
 

@@ -65,12 +65,12 @@ def test_info_shows_the_revision_and_nested_parity(own_bundle: Path, capsys: pyt
     edit_manifest(
         own_bundle,
         source={"name": "Tongyi-MAI/Z-Image-Turbo", "revision": "abc123"},
-        parity={"latents": {"relative_error": 0.000012345}, "pictures": 2},
+        parity={"latents": {"relative_error": 0.000012345}, "images": 2},
     )
     assert run_command(cli, ["info", str(own_bundle)]) == 0
     out = capsys.readouterr().out
     assert lines_of(out)["source"] == "Tongyi-MAI/Z-Image-Turbo, revision abc123"
-    assert "parity\n  latents:\n    relative_error: 1.234e-05\n  pictures: 2\n" in out
+    assert "parity\n  latents:\n    relative_error: 1.234e-05\n  images: 2\n" in out
 
 
 def test_info_prints_no_control_characters_of_a_manifest(own_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -47,13 +47,13 @@ def test_random_seed_is_in_the_name(bundle: Path, capsys: Capture) -> None:
 
 
 def test_named_output_is_replaced(bundle: Path, capsys: Capture) -> None:
-    Path("cat.png").write_text("not a picture")
+    Path("cat.png").write_text("not an image")
     assert draw(capsys, bundle, "-o", "cat.png").out == "cat.png\n"
     assert pixels("cat.png").shape == (32, 48, 3)
     assert os.listdir() == ["cat.png"]
 
 
-def test_several_pictures_bear_their_seeds_and_replace_nothing(bundle: Path, capsys: Capture) -> None:
+def test_several_images_bear_their_seeds_and_replace_nothing(bundle: Path, capsys: Capture) -> None:
     Path("cat-8.png").write_text("mine")
     outcome = draw(capsys, bundle, "-n", 3, "-o", "cat.png")
     assert outcome.lines == ["cat-7.png", "cat-8-2.png", "cat-9.png"]
@@ -63,7 +63,7 @@ def test_several_pictures_bear_their_seeds_and_replace_nothing(bundle: Path, cap
         assert Path(path).read_bytes() == Path(single.lines[0]).read_bytes()
 
 
-def test_several_pictures_without_a_name(bundle: Path, capsys: Capture) -> None:
+def test_several_images_without_a_name(bundle: Path, capsys: Capture) -> None:
     assert draw(capsys, bundle, "-n", 2).lines == ["zimage-7.png", "zimage-8.png"]
 
 
@@ -83,7 +83,7 @@ def test_lossy_formats_are_close_to_the_png(bundle: Path, capsys: Capture, name:
     draw(capsys, bundle, "-o", "a.png")
     draw(capsys, bundle, "-o", name)
     difference = np.abs(pixels("a.png").astype(int) - pixels(name).astype(int))
-    assert 0 < difference.mean() < 16  # the pictures are noise; unrelated ones differ by 60
+    assert 0 < difference.mean() < 16  # the images are noise; unrelated ones differ by 60
 
 
 def test_output_in_another_folder(bundle: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -103,7 +103,7 @@ def test_json_is_one_document(bundle: Path, capsys: Capture) -> None:
 def test_progress_goes_to_stderr(bundle: Path, capsys: Capture) -> None:
     outcome = call_rt(capsys, "run", "a fox", "-m", bundle, "--size", "32x32", "--steps", 2, "--seed", 7)
     assert outcome.out == "zimage-7.png\n"
-    assert "drawing" in outcome.err
+    assert "generating" in outcome.err
     assert "2/2" in outcome.err
 
 

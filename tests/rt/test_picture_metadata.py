@@ -1,4 +1,4 @@
-"""What a picture file says about itself, read back with Pillow, ElementTree and another project's A1111 parser."""
+"""What an image file says about itself, read back with Pillow, ElementTree and another project's A1111 parser."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from sd_parsers.data import Generators
 
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.errors import RequestError
-from zimage_runtime.images.metadata import REPLAY_VERSION, PictureInfo, encode_picture, read_picture_info
+from zimage_runtime.images.metadata import REPLAY_VERSION, ImageInfo, encode_image, read_image_info
 from zimage_runtime.images.outputs import ImageFormat
 
 FORMATS = {".png": ImageFormat.PNG, ".jpg": ImageFormat.JPEG, ".webp": ImageFormat.WEBP}
@@ -42,8 +42,8 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.fixture
-def info() -> PictureInfo:
-    return PictureInfo(
+def info() -> ImageInfo:
+    return ImageInfo(
         prompt="a fox",
         seed=7,
         width=48,
@@ -63,7 +63,7 @@ def draw(capsys: Capture, bundle: Path, prompt: str, output: str, *options: obje
 
 
 def parameters(path: Path) -> str:
-    """The A1111 text of a picture: a PNG chunk, or the EXIF user comment in big-endian UTF-16."""
+    """The A1111 text of an image: a PNG chunk, or the EXIF user comment in big-endian UTF-16."""
     with Image.open(path) as image:
         if image.format == "PNG":
             return str(image.info["parameters"])
@@ -86,11 +86,11 @@ def pixels(path: Path) -> Any:
 
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
-def test_prompts_come_back_as_they_were(info: PictureInfo, suffix: str, prompt: str) -> None:
-    info = PictureInfo(**{**vars(info), "prompt": prompt})
-    path = Path(f"picture{suffix}")
-    path.write_bytes(encode_picture(Image.new("RGB", (48, 32)), FORMATS[suffix], info))
-    assert read_picture_info(path) == info
+def test_prompts_come_back_as_they_were(info: ImageInfo, suffix: str, prompt: str) -> None:
+    info = ImageInfo(**{**vars(info), "prompt": prompt})
+    path = Path(f"image{suffix}")
+    path.write_bytes(encode_image(Image.new("RGB", (48, 32)), FORMATS[suffix], info))
+    assert read_image_info(path) == info
     assert parameters(path) == (
         f"{prompt}\nSteps: 8, Sampler: Euler, CFG scale: 1, Seed: 7, Size: 48x32, Model: Z-Image-Turbo-fp32"
     )
@@ -99,28 +99,26 @@ def test_prompts_come_back_as_they_were(info: PictureInfo, suffix: str, prompt: 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_command_describes_what_it_drew(bundle: Path, capsys: Capture, suffix: str) -> None:
     manifest = Bundle.open(bundle).manifest
-    path = draw(capsys, bundle, "a fox,\na hen", f"picture{suffix}")
-    assert read_picture_info(path) == PictureInfo(
-        "a fox,\na hen", 7, 48, 32, 2, manifest.name, manifest.fingerprint, "cpu"
-    )
+    path = draw(capsys, bundle, "a fox,\na hen", f"image{suffix}")
+    assert read_image_info(path) == ImageInfo("a fox,\na hen", 7, 48, 32, 2, manifest.name, manifest.fingerprint, "cpu")
     assert parameters(path).splitlines()[:2] == ["a fox,", "a hen"]
 
 
-def test_each_of_several_pictures_bears_its_own_seed(bundle: Path, capsys: Capture) -> None:
-    draw(capsys, bundle, "a fox", "picture.png", "-n", 2)
-    assert [read_picture_info(Path(f"picture-{seed}.png")).seed for seed in (7, 8)] == [7, 8]
+def test_each_of_several_images_bears_its_own_seed(bundle: Path, capsys: Capture) -> None:
+    draw(capsys, bundle, "a fox", "image.png", "-n", 2)
+    assert [read_image_info(Path(f"image-{seed}.png")).seed for seed in (7, 8)] == [7, 8]
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_source_type_says_that_a_model_made_it(bundle: Path, capsys: Capture, suffix: str) -> None:
-    path = draw(capsys, bundle, "a fox", f"picture{suffix}")
+    path = draw(capsys, bundle, "a fox", f"image{suffix}")
     assert [e.get(SOURCE_TYPE_NAME) for e in xmp(path).iter() if e.get(SOURCE_TYPE_NAME)] == [SOURCE_TYPE]
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("prompt", ["a red fox, 35mm: grain", "two\nlines", "雪地里的红狐狸"])
 def test_another_projects_parser_reads_it(bundle: Path, capsys: Capture, suffix: str, prompt: str) -> None:
-    found = ParserManager().parse(draw(capsys, bundle, prompt, f"picture{suffix}"))
+    found = ParserManager().parse(draw(capsys, bundle, prompt, f"image{suffix}"))
     assert found is not None
     assert found.generator == Generators.AUTOMATIC1111
     (sampler,) = found.samplers
@@ -144,8 +142,8 @@ def test_another_projects_parser_reads_it(bundle: Path, capsys: Capture, suffix:
         ("红狐,1", '"红狐,1"'),
     ],
 )
-def test_values_are_quoted_where_the_grammar_needs_it(info: PictureInfo, model: str, written: str) -> None:
-    text = PictureInfo(**{**vars(info), "model": model}).parameters()
+def test_values_are_quoted_where_the_grammar_needs_it(info: ImageInfo, model: str, written: str) -> None:
+    text = ImageInfo(**{**vars(info), "model": model}).parameters()
     assert text.count("\n") == 1
     assert text.endswith(f", Model: {written}")
     if written != model:
@@ -153,7 +151,7 @@ def test_values_are_quoted_where_the_grammar_needs_it(info: PictureInfo, model: 
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_no_metadata_leaves_nothing_but_the_picture(bundle: Path, capsys: Capture, suffix: str) -> None:
+def test_no_metadata_leaves_nothing_but_the_image(bundle: Path, capsys: Capture, suffix: str) -> None:
     bare = draw(capsys, bundle, "a fox", f"bare{suffix}", "--no-metadata")
     described = draw(capsys, bundle, "a fox", f"described{suffix}")
     with Image.open(bare) as image:
@@ -166,8 +164,8 @@ def test_no_metadata_leaves_nothing_but_the_picture(bundle: Path, capsys: Captur
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_replay_draws_the_same_picture(bundle: Path, capsys: Capture, suffix: str) -> None:
-    path = draw(capsys, bundle, "a 🦊,\n“red”", f"picture{suffix}")
+def test_replay_draws_the_same_image(bundle: Path, capsys: Capture, suffix: str) -> None:
+    path = draw(capsys, bundle, "a 🦊,\n“red”", f"image{suffix}")
     outcome = call_rt(capsys, "run", "-m", bundle, "--replay", path, "-o", f"again{suffix}", "--quiet")
     assert (outcome.lines, outcome.err) == ([f"again{suffix}"], "")
     assert Path(f"again{suffix}").read_bytes() == path.read_bytes()
@@ -175,7 +173,7 @@ def test_replay_draws_the_same_picture(bundle: Path, capsys: Capture, suffix: st
 
 def test_replay_of_a_jpeg_as_png_is_what_was_drawn(bundle: Path, capsys: Capture) -> None:
     png = draw(capsys, bundle, "a fox", "original.png")
-    jpeg = draw(capsys, bundle, "a fox", "picture.jpg")
+    jpeg = draw(capsys, bundle, "a fox", "image.jpg")
     outcome = call_rt(capsys, "run", "-m", bundle, "--replay", jpeg, "--quiet")
     assert outcome.lines == ["zimage-7.png"]
     assert Path("zimage-7.png").read_bytes() == png.read_bytes()
@@ -203,13 +201,13 @@ def test_replay_of_a_folder(bundle: Path, capsys: Capture) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"a fox", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"RIFF\0\0\0\0WEBP"])
-def test_replay_of_what_is_no_picture(bundle: Path, capsys: Capture, data: bytes) -> None:
+def test_replay_of_what_is_no_image(bundle: Path, capsys: Capture, data: bytes) -> None:
     Path("cat.png").write_bytes(data)
     refuse_replay(capsys, bundle, Path("cat.png"))
 
 
 @pytest.mark.parametrize("suffix", [*FORMATS, ".gif"])
-def test_replay_of_a_picture_without_metadata(bundle: Path, capsys: Capture, suffix: str) -> None:
+def test_replay_of_an_image_without_metadata(bundle: Path, capsys: Capture, suffix: str) -> None:
     path = Path(f"holiday{suffix}")
     Image.new("RGB", (48, 32)).save(path)
     refuse_replay(capsys, bundle, path)
@@ -244,7 +242,7 @@ def write_png(path: Path, document: str) -> None:
     ],
 )
 def test_replay_of_a_document_with_a_wrong_value(bundle: Path, capsys: Capture, change: dict[str, object]) -> None:
-    info = read_picture_info(draw(capsys, bundle, "a fox", "picture.png"))
+    info = read_image_info(draw(capsys, bundle, "a fox", "image.png"))
     write_png(Path("changed.png"), json.dumps({**json.loads(info.replay()), **change}))
     with unchanged(Path()):
         outcome = call_rt(capsys, "run", "-m", bundle, "--replay", "changed.png", "--quiet")
@@ -258,7 +256,7 @@ def test_replay_of_a_damaged_document(bundle: Path, capsys: Capture, document: s
 
 
 def test_replay_of_a_prompt_that_is_not_unicode(bundle: Path, capsys: Capture) -> None:
-    info = read_picture_info(draw(capsys, bundle, "a fox", "picture.png"))
+    info = read_image_info(draw(capsys, bundle, "a fox", "image.png"))
     write_png(Path("changed.png"), json.dumps({**json.loads(info.replay()), "prompt": "\ud83e"}))
     outcome = call_rt(capsys, "run", "-m", bundle, "--replay", "changed.png", "--quiet")
     assert_one_line_error(outcome, "prompt", "UTF-8")
@@ -267,13 +265,13 @@ def test_replay_of_a_prompt_that_is_not_unicode(bundle: Path, capsys: Capture) -
 @pytest.mark.parametrize("encoding", ["nonsense", "utf-32", "base64", "utf-8"])
 def test_damaged_xmp_holds_nothing(encoding: str) -> None:
     packet = f'<?xml version="1.0" encoding="{encoding}"?><x:xmpmeta'.encode()
-    Image.new("RGB", (16, 16)).save("picture.jpg", xmp=packet)
+    Image.new("RGB", (16, 16)).save("image.jpg", xmp=packet)
     with pytest.raises(RequestError, match="no zimage metadata"):
-        read_picture_info(Path("picture.jpg"))
+        read_image_info(Path("image.jpg"))
 
 
-def test_replay_of_another_bundles_picture(bundle: Path, qwen_bundle: Path, capsys: Capture) -> None:
-    path = draw(capsys, bundle, "a fox", "picture.png")
+def test_replay_of_another_bundles_image(bundle: Path, qwen_bundle: Path, capsys: Capture) -> None:
+    path = draw(capsys, bundle, "a fox", "image.png")
     refuse_replay(capsys, qwen_bundle, path, Bundle.open(bundle).manifest.name, "another bundle", "-m")
 
 
@@ -282,27 +280,27 @@ def test_replay_of_another_bundles_picture(bundle: Path, qwen_bundle: Path, caps
 def test_prompt_too_long_for_the_format_fails_before_drawing(
     bundle: Path, capsys: Capture, suffix: str, prompt: str
 ) -> None:
-    path = Path(f"picture{suffix}")
+    path = Path(f"image{suffix}")
     with unchanged(Path()):
-        # drawing this one would take minutes
+        # generating this one would take minutes
         size = ("--size", "2048x2048", "--steps", 256)
         outcome = call_rt(capsys, "run", prompt, "-m", bundle, *size, "-o", path, "--quiet")
     assert_one_line_error(outcome, "too long", "PNG", "--no-metadata")
 
 
-def test_longest_prompt_that_fits_is_written(info: PictureInfo, bundle: Path, capsys: Capture) -> None:
+def test_longest_prompt_that_fits_is_written(info: ImageInfo, bundle: Path, capsys: Capture) -> None:
     """Whether a prompt fits does not depend on the seed, so what is accepted is written in the end."""
 
     def fits(length: int) -> bool:
-        longest = PictureInfo(**{**vars(info), "prompt": "狐" * length, "seed": 2**64 - 1})
+        longest = ImageInfo(**{**vars(info), "prompt": "狐" * length, "seed": 2**64 - 1})
         try:
-            encode_picture(Image.new("RGB", (1, 1)), ImageFormat.JPEG, longest)
+            encode_image(Image.new("RGB", (1, 1)), ImageFormat.JPEG, longest)
         except RequestError:
             return False
         return True
 
     length = max(length for length in range(10_000, 11_000) if fits(length))
-    path = draw(capsys, bundle, "狐" * (length - 100), "picture.jpg")
-    assert read_picture_info(path).prompt == "狐" * (length - 100)
-    png = draw(capsys, bundle, "狐" * 20_000, "picture.png")
-    assert read_picture_info(png).prompt == "狐" * 20_000
+    path = draw(capsys, bundle, "狐" * (length - 100), "image.jpg")
+    assert read_image_info(path).prompt == "狐" * (length - 100)
+    png = draw(capsys, bundle, "狐" * 20_000, "image.png")
+    assert read_image_info(png).prompt == "狐" * 20_000

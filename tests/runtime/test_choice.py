@@ -1,4 +1,4 @@
-"""Which executor draws, and why: never a silent one. The driver is a stand-in that answers as NVIDIA's does."""
+"""Which executor generates, and why: never a silent one. The driver is a stand-in that answers as NVIDIA's does."""
 
 import ctypes
 from pathlib import Path

@@ -27,7 +27,7 @@ DRAW = ("--size", "64x64", "--steps", 1, "--seed", 7, "--quiet")
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bundle: Path) -> Iterator[HubServer]:
     with hub_in_use(monkeypatch, tmp_path / "cache") as server:
         files = {p.relative_to(bundle).as_posix(): p.read_bytes() for p in bundle.rglob("*") if p.is_file()}
-        server.add(NAME, {**files, "README.md": b"read me", "pictures/example.png": b"png", "old.bin": b"0"})
+        server.add(NAME, {**files, "README.md": b"read me", "images/example.png": b"png", "old.bin": b"0"})
         yield server
 
 

@@ -9,7 +9,7 @@ import pytest
 from zimage_export.synthetic.checkpoint import SMALL
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.files import hash_file
-from zimage_runtime.bundle.manifest import FileRecord, Manifest, Source, checked_path
+from zimage_runtime.bundle.manifest import FileRecord, Manifest, Origin, checked_path
 from zimage_runtime.errors import BundleError
 from zimage_runtime.model.programs import COMPONENTS, Program
 
@@ -28,7 +28,7 @@ def test_round_trip(manifest: Manifest) -> None:
 def test_round_trip_of_what_a_build_leaves_empty(manifest: Manifest) -> None:
     full = dataclasses.replace(
         manifest,
-        source=Source("Tongyi-MAI/Z-Image-Turbo", "0123abc"),
+        source=Origin("Tongyi-MAI/Z-Image-Turbo", "0123abc"),
         parity={"latents": 1e-6, "psnr": 60.0},
         self_check={"decoder": {"image": 0.5}},
     )
@@ -59,7 +59,7 @@ def test_the_bundle_names_no_place_on_this_machine(bundle: Path, checkpoint: Pat
 
 
 def test_the_fingerprint_is_of_the_files_alone(manifest: Manifest) -> None:
-    renamed = dataclasses.replace(manifest, source=Source("another"), parity={"latents": 0.0})
+    renamed = dataclasses.replace(manifest, source=Origin("another"), parity={"latents": 0.0})
     assert renamed.fingerprint == manifest.fingerprint
     reordered = dataclasses.replace(manifest, files=dict(reversed(list(manifest.files.items()))))
     assert reordered.fingerprint == manifest.fingerprint

@@ -1,4 +1,4 @@
-"""What a picture will take is known before anything is loaded, and is about what it then takes."""
+"""What an image will take is known before anything is loaded, and is about what it then takes."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import Manifest, Precision
 from zimage_runtime.errors import MemoryLimitError
 from zimage_runtime.executors.ort.cpu_plan import MemoryPlan, _control_group_left, available_memory, plan_memory
-from zimage_runtime.model.geometry import picture_geometry
+from zimage_runtime.model.geometry import image_geometry
 from zimage_runtime.model.programs import Program
 
 PLENTY = 1 << 50
@@ -33,7 +33,7 @@ def plan(
     low_memory: bool = False,
     available: int = PLENTY,
 ) -> MemoryPlan:
-    geometry = picture_geometry(width, height, manifest.config)
+    geometry = image_geometry(width, height, manifest.config)
     return plan_memory(manifest, geometry, tokens, batch, low_memory=low_memory, available=available)
 
 
@@ -94,18 +94,18 @@ def test_every_part_of_a_request_counts(manifest: Manifest) -> None:
         assert longer[program] > base[program]
     assert longer[Program.DECODER] == base[Program.DECODER]
     assert plan(manifest, 256, 256, batch=2).programs[Program.DENOISER] > base[Program.DENOISER]
-    # pictures of a batch are decoded one by one
+    # images of a batch are decoded one by one
     assert plan(manifest, 256, 256, batch=2).programs[Program.DECODER] == base[Program.DECODER]
 
 
-def test_a_picture_to_start_from_counts(manifest: Manifest) -> None:
-    geometry = picture_geometry(512, 512, manifest.config)
+def test_an_image_to_start_from_counts(manifest: Manifest) -> None:
+    geometry = image_geometry(512, 512, manifest.config)
     without = plan_memory(manifest, geometry, 32, available=PLENTY)
     encodes = plan_memory(manifest, geometry, 32, encodes=True, available=PLENTY)
     assert Program.ENCODER not in without.programs
     assert encodes.programs[Program.ENCODER] > 0
     assert {p: size for p, size in encodes.programs.items() if p is not Program.ENCODER} == without.programs
-    wider = plan_memory(manifest, picture_geometry(1024, 512, manifest.config), 32, encodes=True, available=PLENTY)
+    wider = plan_memory(manifest, image_geometry(1024, 512, manifest.config), 32, encodes=True, available=PLENTY)
     assert wider.programs[Program.ENCODER] > encodes.programs[Program.ENCODER]
 
 

@@ -15,8 +15,8 @@ from zimage_runtime.executors.ort import cpu_plan as memory
 from zimage_runtime.executors.ort import device as ort_cuda
 from zimage_runtime.executors.ort.device import Device, OrtCudaExecutor, explained
 from zimage_runtime.executors.ort.device_plan import plan_vram
-from zimage_runtime.executors.ort.tile_kernels import NORMED_MODEL, PLAIN_MODEL, OrtKernels
-from zimage_runtime.model.geometry import PictureGeometry
+from zimage_runtime.executors.ort.tile_kernels import NORMED_MODEL, PLAIN_MODEL, OrtTileKernels
+from zimage_runtime.model.geometry import ImageGeometry
 from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import NoticeEvent, Pipeline
 from zimage_runtime.tiles.tiling import TiledDecoder, TiledEncoder
@@ -56,7 +56,7 @@ def test_every_program_gives_what_the_cpus_gives(bundle: Path) -> None:
             assert relative_error(found[name], values) < 1e-5, (program, name)
 
 
-def test_a_picture_may_be_started_from(pipeline: Pipeline, bundle: Path) -> None:
+def test_an_image_may_be_started_from(pipeline: Pipeline, bundle: Path) -> None:
     image = np.random.default_rng(0).integers(0, 256, (48, 64, 3)).astype(np.uint8)
     from PIL import Image
 
@@ -113,7 +113,7 @@ def test_what_a_step_returns_is_the_callers_own(pipeline: Pipeline) -> None:
     kept = latents.copy()
     first = denoiser(latents, 0)
     copy = first.copy()
-    pipeline.executor.release()  # as happens between pictures that do not fit together
+    pipeline.executor.release()  # as happens between images that do not fit together
     second = denoiser(latents, 1)
     np.testing.assert_array_equal(first, copy)
     np.testing.assert_array_equal(latents, kept)
@@ -149,13 +149,13 @@ def test_stages_are_loaded_in_turn_where_they_do_not_fit_together(
         assert not pipeline.executor.loaded  # type: ignore[attr-defined]
 
 
-def tight_budget(bundle: Bundle, geometry: PictureGeometry, *programs: Program) -> int:
+def tight_budget(bundle: Bundle, geometry: ImageGeometry, *programs: Program) -> int:
     """Enough for all stages but the decoder (or those named) as a whole."""
     stages = plan_vram(bundle.manifest, geometry, 32, PLENTY, encodes=True).stages
     return ort_cuda.CONTEXT + min(stages[program].total for program in programs or (Program.DECODER,)) - 1
 
 
-def test_a_picture_that_the_gpu_has_no_room_for_is_decoded_in_tiles(
+def test_an_image_that_the_gpu_has_no_room_for_is_decoded_in_tiles(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from PIL import Image
@@ -184,11 +184,11 @@ def test_a_picture_that_the_gpu_has_no_room_for_is_decoded_in_tiles(
 
 
 @pytest.mark.parametrize("values", [1, 5000, 1 << 20])
-def test_tiles_on_the_device_are_the_whole_picture(pipeline: Pipeline, values: int) -> None:
+def test_tiles_on_the_device_are_the_whole_image(pipeline: Pipeline, values: int) -> None:
     """Against the decoder and encoder programs, with tiles of a row, of several, and of everything."""
     weights, config = pipeline._vae_weights(), pipeline.bundle.manifest.config.vae
     made = pipeline.executor.tile_kernels()
-    assert isinstance(made, OrtKernels)
+    assert isinstance(made, OrtTileKernels)
     kernels = replace(made, tile_values=values)
     latents = np.random.default_rng(1).standard_normal((2, 16, 6, 10), dtype=np.float32)
     image = np.random.default_rng(2).uniform(-1, 1, (1, 3, 32, 48)).astype(np.float32)
@@ -295,7 +295,7 @@ def test_a_lost_gpu_is_told_from_other_failures(text: str) -> None:
     assert not isinstance(explained("denoiser failed", RuntimeError("Invalid argument")), DeviceLostError)
 
 
-def test_a_failure_in_mid_picture_is_one_error(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_in_mid_image_is_one_error(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = Pipeline(Bundle.open(bundle), executor(bundle))
     events = pipeline.stream("a fox", (32, 32), 3, 0)
     next(events)

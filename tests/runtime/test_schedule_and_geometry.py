@@ -6,7 +6,7 @@ import pytest
 from zimage_export.synthetic.checkpoint import SMALL
 from zimage_runtime.errors import RequestError
 from zimage_runtime.model.config import SchedulerConfig
-from zimage_runtime.model.geometry import caption_positions, image_positions, padded, picture_geometry
+from zimage_runtime.model.geometry import caption_positions, image_geometry, image_positions, padded
 from zimage_runtime.model.noise import TorchGenerator
 from zimage_runtime.model.schedule import MAX_STEPS, make_schedule
 
@@ -14,7 +14,7 @@ TURBO = SchedulerConfig(shift=3.0, num_train_timesteps=1000)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 8, MAX_STEPS])
-def test_a_schedule_runs_from_noise_to_the_picture(steps: int) -> None:
+def test_a_schedule_runs_from_noise_to_the_image(steps: int) -> None:
     schedule = make_schedule(steps, TURBO)
     assert schedule.steps == steps
     assert schedule.sigmas.dtype == schedule.timesteps.dtype == np.float32
@@ -42,15 +42,15 @@ def test_padding(tokens: int, expected: int) -> None:
     assert padded(tokens) == expected
 
 
-def test_a_picture_in_latents_and_tokens() -> None:
-    geometry = picture_geometry(112, 80, SMALL.config)
+def test_an_image_in_latents_and_tokens() -> None:
+    geometry = image_geometry(112, 80, SMALL.config)
     assert (geometry.latent_width, geometry.latent_height) == (14, 10)
     assert (geometry.columns, geometry.rows) == (7, 5)
     assert geometry.image_tokens == 64
 
 
-def test_positions_of_a_small_picture() -> None:
-    geometry = picture_geometry(48, 32, SMALL.config)
+def test_positions_of_a_small_image() -> None:
+    geometry = image_geometry(48, 32, SMALL.config)
     positions = image_positions(geometry, 64)
     expected = [(65, 0, 0), (65, 0, 1), (65, 0, 2), (65, 1, 0), (65, 1, 1), (65, 1, 2)]
     assert positions.tolist() == [*map(list, expected), *[[0, 0, 0]] * 26]
@@ -69,11 +69,11 @@ def test_positions_of_a_small_picture() -> None:
 )
 def test_sizes_that_the_model_cannot_draw(size: tuple[int, int], message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        picture_geometry(*size, SMALL.config)
+        image_geometry(*size, SMALL.config)
 
 
 def test_the_longest_side() -> None:
-    assert picture_geometry(8192, 16, SMALL.config).columns == 512
+    assert image_geometry(8192, 16, SMALL.config).columns == 512
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from library_stand_in import LibraryStandIn
 
-from zimage_export.engines.build import add_engines
 from zimage_export.engines import build as export_engines
+from zimage_export.engines.build import add_engines
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.errors import BundleError, ExecutorError
 from zimage_runtime.executors.tensorrt.block_catalog import Catalog
@@ -22,7 +22,7 @@ from zimage_runtime.executors.tensorrt.engine_store import (
     read_hashed,
     variant_spec,
 )
-from zimage_runtime.executors.tensorrt.gpu_targets import Gpu, Variant, gpu_of, variant_of
+from zimage_runtime.executors.tensorrt.gpu_targets import GpuTarget, Variant, gpu_of, variant_of
 from zimage_runtime.executors.tensorrt.trt_api import Built
 
 
@@ -39,7 +39,7 @@ def engined_once(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     shutil.copytree(bundle, copy)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export_engines, "Library", LibraryStandIn)
-        add_engines(Bundle.open(copy), [Gpu.SM86, Gpu.SM75])
+        add_engines(Bundle.open(copy), [GpuTarget.SM86, GpuTarget.SM75])
     return copy
 
 
@@ -63,11 +63,11 @@ def store(
 
 
 def test_generations() -> None:
-    assert gpu_of((8, 6)) is Gpu.SM86
-    assert gpu_of((12, 0)) is Gpu.SM120
-    assert gpu_of((9, 0)) is Gpu.PORTABLE, "what has no engine of its own runs the portable one"
+    assert gpu_of((8, 6)) is GpuTarget.SM86
+    assert gpu_of((12, 0)) is GpuTarget.SM120
+    assert gpu_of((9, 0)) is GpuTarget.PORTABLE, "what has no engine of its own runs the portable one"
     assert [variant_of(c) for c in ((7, 5), (8, 0), (12, 1))] == [Variant.TURING, Variant.AMPERE, Variant.AMPERE]
-    assert not Gpu.PORTABLE.runs_on((7, 5))
+    assert not GpuTarget.PORTABLE.runs_on((7, 5))
 
 
 def test_an_engine_of_the_bundle_is_loaded_as_it_is(
@@ -113,7 +113,7 @@ def test_what_does_not_fit_is_built_once_and_kept(
 def test_an_engine_that_the_library_refuses_is_built_anew(
     engined: Bundle, library: LibraryStandIn, cache: HashedCache
 ) -> None:
-    path = next(e.path for e in read_catalog(engined).engines if e.program == "final_layer" and e.gpu is Gpu.SM86)
+    path = next(e.path for e in read_catalog(engined).engines if e.program == "final_layer" and e.gpu is GpuTarget.SM86)
     library.refused.add(engined.file(path).read_bytes())
     with pytest.raises(ExecutorError, match="cannot load its own engine for final_layer: because"):
         store(engined, library, cache).context("final_layer")  # what is built is the same text, refused again
@@ -121,7 +121,7 @@ def test_an_engine_that_the_library_refuses_is_built_anew(
 
 
 def test_an_altered_engine_is_not_loaded(engined: Bundle, library: LibraryStandIn, cache: HashedCache) -> None:
-    path = next(e.path for e in read_catalog(engined).engines if e.program == "text_layer" and e.gpu is Gpu.SM86)
+    path = next(e.path for e in read_catalog(engined).engines if e.program == "text_layer" and e.gpu is GpuTarget.SM86)
     data = bytearray(engined.file(path).read_bytes())
     data[0] ^= 1
     engined.file(path).write_bytes(data)
@@ -208,7 +208,7 @@ def test_gpus_that_cannot_are_told_so(engined: Bundle) -> None:
 def test_the_catalog_comes_back_as_it_was(engined: Bundle) -> None:
     catalog = read_catalog(engined)
     assert Catalog.from_json(catalog.to_json(), "here") == catalog
-    assert {engine.gpu for engine in catalog.engines} == {Gpu.SM86, Gpu.SM75}
+    assert {engine.gpu for engine in catalog.engines} == {GpuTarget.SM86, GpuTarget.SM75}
     for engine in catalog.engines:
         for part in (engine.program, "fp32", engine.gpu.value, "max", "tensorrt_rtx1.7.1.116"):
             assert part in engine.path
@@ -260,7 +260,7 @@ def test_engines_are_renewed_without_changing_what_the_bundle_draws(
     assert engined.manifest.fingerprint == Bundle.open(bundle).manifest.fingerprint
     (engined.root / "engines" / "left-behind.part").write_bytes(b"of a run that was killed")
     library.version = "1.8.0"
-    renewed = add_engines(engined, [Gpu.PORTABLE])
+    renewed = add_engines(engined, [GpuTarget.PORTABLE])
     assert renewed.manifest.fingerprint == engined.manifest.fingerprint
     on_disk = {f"engines/{path.name}" for path in (renewed.root / "engines").iterdir()}
     assert on_disk == {path for path in renewed.manifest.files if path.startswith("engines/")}
@@ -277,7 +277,7 @@ def test_a_run_that_fails_leaves_the_engines_as_they_were(
 
     monkeypatch.setattr(library, "build", refuse)
     with pytest.raises(ExecutorError):
-        add_engines(engined, [Gpu.SM89])
+        add_engines(engined, [GpuTarget.SM89])
     again = Bundle.open(engined.root)
     assert again.manifest == engined.manifest
     again.verify()

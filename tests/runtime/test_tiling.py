@@ -1,4 +1,4 @@
-"""Decoding in tiles: the same picture in less memory, chosen only where the decoder as one program does not fit."""
+"""Decoding in tiles: the same image in less memory, chosen only where the decoder as one program does not fit."""
 
 import tracemalloc
 from collections.abc import Iterator
@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.tensors import TensorFile
 from zimage_runtime.errors import MemoryLimitError
 from zimage_runtime.executors.ort import cpu_plan as memory
 from zimage_runtime.executors.ort.cpu_plan import MemoryPlan, plan_memory
-from zimage_runtime.executors.protocol import Floats
-from zimage_runtime.model.geometry import PictureGeometry, picture_geometry
+from zimage_runtime.model.geometry import ImageGeometry, image_geometry
 from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import Pipeline, to_image
-from zimage_runtime.tiles.kernels import NumpyKernels
+from zimage_runtime.tiles.kernels import NumpyTileKernels
 from zimage_runtime.tiles.tiling import TiledDecoder, TiledEncoder, tile_rows, tiled_bytes, tiled_encoder_bytes
 
-TILE_VALUES = 1 << 13  # 2 rows of the largest map of a 128-pixel picture of the small model: dozens of tiles
+TILE_VALUES = 1 << 13  # 2 rows of the largest map of a 128-pixel image of the small model: dozens of tiles
 
 
 @pytest.fixture(scope="module")
@@ -31,20 +31,20 @@ def pipeline(bundle: Path) -> Pipeline:
 def decoder(pipeline: Pipeline) -> TiledDecoder:
     manifest = pipeline.bundle.manifest
     weights = TensorFile(pipeline.bundle.file(manifest.weights["vae"]))
-    return TiledDecoder(manifest.config.vae, weights, NumpyKernels(TILE_VALUES))
+    return TiledDecoder(manifest.config.vae, weights, NumpyTileKernels(TILE_VALUES))
 
 
 @pytest.fixture(scope="module")
-def pictures(pipeline: Pipeline, decoder: TiledDecoder) -> tuple[Floats, Floats]:
-    """One picture [3, 128, 128] decoded as a whole and in tiles. Its latents are those of a picture with edges."""
+def images(pipeline: Pipeline, decoder: TiledDecoder) -> tuple[FloatArray, FloatArray]:
+    """One image [3, 128, 128] decoded as a whole and in tiles. Its latents are those of an image with edges."""
     y, x = np.mgrid[0:128, 0:128] / 128
     waves = [np.sin(7 * x + 3 * y), np.cos(5 * y - 2 * x), np.where((x - 0.4) ** 2 + (y - 0.6) ** 2 < 0.06, 0.8, -0.5)]
     latents, _ = pipeline.executor.encode(np.stack(waves)[None].astype(np.float32))
     return pipeline.executor.decode(latents)[0], decoder(latents)[0]
 
 
-def psnr(found: Floats, expected: Floats) -> float:
-    """In dB, of pictures in -1 to 1."""
+def psnr(found: FloatArray, expected: FloatArray) -> float:
+    """In dB, of images in -1 to 1."""
     return float(10 * np.log10(4 / np.mean(np.square(found - expected, dtype=np.float64))))
 
 
@@ -55,19 +55,19 @@ def rows_between_tiles(pipeline: Pipeline) -> Iterator[int]:
     return iter(range(step - 1, 127, step))
 
 
-def test_the_picture_is_the_whole_decoders(pictures: tuple[Floats, Floats]) -> None:
-    whole, tiled = pictures
+def test_the_image_is_the_whole_decoders(images: tuple[FloatArray, FloatArray]) -> None:
+    whole, tiled = images
     assert whole.std() > 0.1
     assert psnr(tiled, whole) > 100  # the requirement is 45; a statistic of one tile instead of the map gives 20
 
 
-def test_no_step_at_the_borders_of_tiles(pipeline: Pipeline, pictures: tuple[Floats, Floats]) -> None:
-    whole, tiled = pictures
+def test_no_step_at_the_borders_of_tiles(pipeline: Pipeline, images: tuple[FloatArray, FloatArray]) -> None:
+    whole, tiled = images
     borders = list(rows_between_tiles(pipeline))
     assert len(borders) > 10
-    steps, own = (np.abs(np.diff(picture, axis=1)) for picture in (tiled, whole))
+    steps, own = (np.abs(np.diff(image, axis=1)) for image in (tiled, whole))
     assert steps[:, borders].max() <= own.max()
-    assert np.abs(steps - own)[:, borders].max() < 1e-4  # the picture's own gradient, and nothing added
+    assert np.abs(steps - own)[:, borders].max() < 1e-4  # the image's own gradient, and nothing added
 
 
 @pytest.mark.parametrize(("batch", "height", "width"), [(1, 2, 22), (2, 6, 4), (1, 14, 2)])
@@ -78,7 +78,7 @@ def test_any_shape_batch_and_tile_size(
     channels = pipeline.bundle.manifest.config.vae.latent_channels
     latents = np.random.default_rng(3).standard_normal((batch, channels, height, width), dtype=np.float32)
     kept = latents.copy()
-    found, expected = replace(decoder, kernels=NumpyKernels(values))(latents), pipeline.executor.decode(latents)
+    found, expected = replace(decoder, kernels=NumpyTileKernels(values))(latents), pipeline.executor.decode(latents)
     assert found.shape == expected.shape
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=1e-4)
@@ -94,7 +94,7 @@ def test_the_encoder_in_tiles_is_the_whole_encoder(
 ) -> None:
     image = np.random.default_rng(5).uniform(-1, 1, (batch, 3, height, width)).astype(np.float32)
     kept = image.copy()
-    found = TiledEncoder(decoder.config, decoder.weights, NumpyKernels(values))(image)
+    found = TiledEncoder(decoder.config, decoder.weights, NumpyTileKernels(values))(image)
     for one, other in zip(found, pipeline.executor.encode(image), strict=True):
         assert one.shape == other.shape
         assert one.dtype == np.float32
@@ -103,7 +103,7 @@ def test_the_encoder_in_tiles_is_the_whole_encoder(
 
 
 def test_memory_of_the_encoder_is_what_the_plan_says(decoder: TiledDecoder) -> None:
-    encoder = TiledEncoder(decoder.config, decoder.weights, NumpyKernels(TILE_VALUES))
+    encoder = TiledEncoder(decoder.config, decoder.weights, NumpyTileKernels(TILE_VALUES))
     image = np.random.default_rng(3).uniform(-1, 1, (1, 3, 320, 320)).astype(np.float32)
     tracemalloc.start()
     try:
@@ -129,13 +129,13 @@ def test_memory_is_what_the_plan_says(pipeline: Pipeline, decoder: TiledDecoder)
     assert 0.5 * maps < peak < maps + 40 * TILE_VALUES * 4
 
 
-def plan(pipeline: Pipeline, geometry: PictureGeometry, available: int) -> MemoryPlan:
+def plan(pipeline: Pipeline, geometry: ImageGeometry, available: int) -> MemoryPlan:
     return plan_memory(pipeline.bundle.manifest, geometry, 20, available=available)
 
 
 def test_the_plan_tiles_before_it_refuses(pipeline: Pipeline) -> None:
     manifest = pipeline.bundle.manifest
-    geometry = picture_geometry(4096, 4096, manifest.config)
+    geometry = image_geometry(4096, 4096, manifest.config)
     roomy = plan(pipeline, geometry, 1 << 50)
     assert not roomy.tiled
     decode = roomy.programs[Program.DECODER]
@@ -149,36 +149,34 @@ def test_the_plan_tiles_before_it_refuses(pipeline: Pipeline) -> None:
         plan(pipeline, geometry, tight.peak - 1)
 
 
-def test_a_picture_drawn_in_tiles_is_the_same(
-    bundle: Path, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_image_drawn_in_tiles_is_the_same(bundle: Path, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     request = pipeline.request("a fox", (512, 512), 1, seed=4)
     roomy = plan(pipeline, request.geometry, 1 << 50)
     expected = pipeline.decode(pipeline.initial_latents(request.geometry, (4,)))
-    drawn = Pipeline.from_bundle(bundle)
+    generated = Pipeline.from_bundle(bundle)
     used: list[bool] = []
     whole = Pipeline.decode
 
-    def decode(self: Pipeline, latents: Floats, *, tiled: bool = False) -> Floats:
+    def decode(self: Pipeline, latents: FloatArray, *, tiled: bool = False) -> FloatArray:
         used.append(tiled)
-        return whole(self, drawn.initial_latents(request.geometry, (4,)), tiled=tiled)
+        return whole(self, generated.initial_latents(request.geometry, (4,)), tiled=tiled)
 
     monkeypatch.setattr(Pipeline, "decode", decode)
     monkeypatch.setattr(memory, "available_memory", lambda: roomy.peak - 1)
-    image = drawn.generate("a fox", (512, 512), 1, seed=4).images[0]
+    image = generated.generate("a fox", (512, 512), 1, seed=4).images[0]
     assert used == [True]
     difference = np.abs(np.asarray(image, np.int16) - np.asarray(to_image(expected[0]), np.int16))
     assert difference.max() <= 1
 
 
-def test_a_picture_to_start_from_is_encoded_in_tiles_before_it_is_refused(
+def test_an_image_to_start_from_is_encoded_in_tiles_before_it_is_refused(
     bundle: Path, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from PIL import Image
 
     image = Image.fromarray(np.random.default_rng(6).integers(0, 256, (512, 512, 3)).astype(np.uint8))
     manifest = pipeline.bundle.manifest
-    geometry = picture_geometry(512, 512, manifest.config)
+    geometry = image_geometry(512, 512, manifest.config)
     assert Program.ENCODER not in plan_memory(manifest, geometry, 20, available=1 << 50).programs
     roomy = plan_memory(manifest, geometry, 20, encodes=True, available=1 << 50)
     assert not roomy.encodes_tiled
@@ -191,7 +189,7 @@ def test_a_picture_to_start_from_is_encoded_in_tiles_before_it_is_refused(
     used: list[bool] = []
     encode = Pipeline.encode
 
-    def watched(self: Pipeline, image: Floats, *, tiled: bool = False) -> object:
+    def watched(self: Pipeline, image: FloatArray, *, tiled: bool = False) -> object:
         used.append(tiled)
         return encode(self, image, tiled=tiled)
 
@@ -201,6 +199,6 @@ def test_a_picture_to_start_from_is_encoded_in_tiles_before_it_is_refused(
     assert used == [True]
     assert np.abs(np.asarray(found, np.int16) - np.asarray(expected, np.int16)).max() <= 1
     monkeypatch.setattr(memory, "available_memory", lambda: base)
-    drawn = Pipeline.from_bundle(bundle)
+    generated = Pipeline.from_bundle(bundle)
     with pytest.raises(MemoryLimitError, match="512x512"):
-        drawn.run(drawn.request("a fox", None, 1, 4, image=image))
+        generated.run(generated.request("a fox", None, 1, 4, image=image))

@@ -1,4 +1,4 @@
-"""What a picture takes of a GPU's memory is planned before anything is loaded, and the plan keeps its word."""
+"""What an image takes of a GPU's memory is planned before anything is loaded, and the plan keeps its word."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import Manifest
 from zimage_runtime.errors import MemoryLimitError
 from zimage_runtime.executors.ort.device_plan import CONTEXT, VramPlan, plan_vram, tile_values
-from zimage_runtime.model.geometry import picture_geometry
+from zimage_runtime.model.geometry import image_geometry
 from zimage_runtime.model.programs import Program
 from zimage_runtime.tiles.tiling import tiled_bytes, tiled_encoder_bytes
 
@@ -32,7 +32,7 @@ def plan(
     batch: int = 1,
     encodes: bool = False,
 ) -> VramPlan:
-    geometry = picture_geometry(width, height, manifest.config)
+    geometry = image_geometry(width, height, manifest.config)
     return plan_vram(manifest, geometry, tokens, budget, batch, encodes=encodes)
 
 
@@ -58,9 +58,7 @@ def test_a_smaller_budget_changes_the_plan_step_by_step(manifest: Manifest) -> N
     assert in_tiles.stages[Program.DECODER].total < in_turn.stages[Program.DECODER].total
     assert in_tiles.peak <= in_tiles.budget
     assert in_tiles.host >= tiled_bytes(manifest.config.vae, 512, 512)
-    assert in_tiles.notes == (
-        "the picture is decoded in tiles, which is slower: the GPU has no room for it as a whole",
-    )
+    assert in_tiles.notes == ("the image is decoded in tiles, which is slower: the GPU has no room for it as a whole",)
     with pytest.raises(MemoryLimitError):
         plan(manifest, budget=CONTEXT + max(stage.total for p, stage in in_turn.stages.items() if p != "decoder") - 1)
 
@@ -109,12 +107,12 @@ def test_every_part_of_a_request_counts(manifest: Manifest) -> None:
     assert Program.ENCODER not in base
 
 
-def test_the_picture_to_start_from_may_be_encoded_in_tiles(manifest: Manifest) -> None:
+def test_the_image_to_start_from_may_be_encoded_in_tiles(manifest: Manifest) -> None:
     stages = plan(manifest, 2048, 2048, encodes=True).stages
     found = plan(manifest, 2048, 2048, CONTEXT + stages[Program.ENCODER].total - 1, encodes=True)
     assert found.encodes_tiled
     assert found.tiled
-    assert found.notes[0].startswith("the picture is encoded and decoded in tiles")
+    assert found.notes[0].startswith("the image is encoded and decoded in tiles")
     vae = manifest.config.vae
     assert found.host >= max(tiled_bytes(vae, 2048, 2048), tiled_encoder_bytes(vae, 2048, 2048))
 
@@ -132,7 +130,7 @@ def test_the_published_model_on_common_cards() -> None:
     from zimage_export.graphs import Target, build_graphs
     from zimage_export.storage.precision import StoragePolicy
     from zimage_export.synthetic.checkpoint import FULL
-    from zimage_runtime.bundle.manifest import Defaults, Precision, ProgramRecord, Source
+    from zimage_runtime.bundle.manifest import Defaults, Origin, Precision, ProgramRecord
     from zimage_runtime.bundle.tensors import DType
 
     policy = StoragePolicy(Precision.BF16, DType.BF16)
@@ -145,7 +143,7 @@ def test_the_published_model_on_common_cards() -> None:
         programs[graph.program]["cuda"] = ProgramRecord("x", sum(sizes))
     manifest = Manifest(
         precision=Precision.BF16,
-        source=Source("full"),
+        source=Origin("full"),
         exporter="test",
         config=FULL.config,
         defaults=Defaults(1024, 1024, 8),

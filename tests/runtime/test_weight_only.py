@@ -21,21 +21,21 @@ from zimage_runtime.bundle.manifest import (
     CUDA_WEIGHT_ONLY,
     Defaults,
     Manifest,
+    Origin,
     Precision,
     ProgramRecord,
-    Source,
 )
 from zimage_runtime.bundle.tensors import DType
 from zimage_runtime.errors import ExecutorError, MemoryLimitError
 from zimage_runtime.executors.ort import device as ort_cuda
 from zimage_runtime.executors.ort.device import Device, OrtCudaExecutor
 from zimage_runtime.executors.ort.device_plan import VramPlan, other_peaks, plan_vram
-from zimage_runtime.executors.ort.int8_denoiser import int8_obstacle
+from zimage_runtime.executors.ort.int8_denoiser import why_no_int8
 from zimage_runtime.executors.ort.other_precisions import advised, as_precision, candidates
 from zimage_runtime.machine.gpus import Gpu
-from zimage_runtime.model.geometry import picture_geometry
+from zimage_runtime.model.geometry import image_geometry
 from zimage_runtime.model.programs import Program
-from zimage_runtime.pipeline import NoticeEvent, PictureEvent, Pipeline
+from zimage_runtime.pipeline import ImageEvent, NoticeEvent, Pipeline
 
 GIB = 1 << 30
 ADA, HOPPER, TURING, PASCAL = (8, 9), (9, 0), (7, 5), (6, 1)
@@ -52,7 +52,7 @@ def published(precision: Precision) -> Manifest:
         programs[graph.program][graph.executor] = ProgramRecord("x", size)
     return Manifest(
         precision=precision,
-        source=Source("full"),
+        source=Origin("full"),
         exporter="test",
         config=FULL.config,
         defaults=Defaults(1024, 1024, 8),
@@ -65,7 +65,7 @@ def published(precision: Precision) -> Manifest:
 
 
 def plan(precision: Precision, budget: float, capability: tuple[int, int] | None = None, side: int = 1024) -> VramPlan:
-    geometry = picture_geometry(side, side, FULL.config)
+    geometry = image_geometry(side, side, FULL.config)
     return plan_vram(published(precision), geometry, 128, int(budget * GIB), capability=capability)
 
 
@@ -105,7 +105,7 @@ def test_a_budget_that_products_of_bytes_do_not_fit_in_is_for_the_other_program(
     assert tight.peak <= 8 * GIB
     assert tight.notes[0] == "weights are widened to fp16 for each product, for int8 products do not fit"
     assert plan(Precision.INT8, 8, ADA).denoiser == CUDA
-    geometry = picture_geometry(1536, 1536, FULL.config)
+    geometry = image_geometry(1536, 1536, FULL.config)
     with pytest.raises(MemoryLimitError):
         plan_vram(published(Precision.INT8), geometry, 128, 8 * GIB, capability=ADA, denoiser=CUDA)
 
@@ -124,7 +124,7 @@ def test_a_refusal_names_the_bundle_that_would_fit() -> None:
 
 
 def test_the_nearest_to_the_original_that_fits_is_advised() -> None:
-    geometry = picture_geometry(1024, 1024, FULL.config)
+    geometry = image_geometry(1024, 1024, FULL.config)
 
     def best(budget: float, capability: tuple[int, int] | None) -> Precision | None:
         manifest, size = published(Precision.INT4), int(budget * GIB)
@@ -136,8 +136,8 @@ def test_the_nearest_to_the_original_that_fits_is_advised() -> None:
     assert best(16, TURING) is Precision.FP16
     assert best(1, ADA) is None
     assert candidates((6, 0)) == (Precision.FP16, Precision.INT4)
-    assert [int8_obstacle(Precision.INT8, c) is None for c in (PASCAL, (6, 0), (5, 2))] == [True, False, False]
-    assert int8_obstacle(Precision.FP16, (5, 2)) is None
+    assert [why_no_int8(Precision.INT8, c) is None for c in (PASCAL, (6, 0), (5, 2))] == [True, False, False]
+    assert why_no_int8(Precision.FP16, (5, 2)) is None
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def int8(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 def test_the_executor_runs_the_program_of_the_plan(int8: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU provider: a picture with each program, the same picture but for how activations are rounded."""
+    """On the CPU provider: an image with each program, the same image but for how activations are rounded."""
     opened: list[str] = []
     find = Bundle.program
 
@@ -166,13 +166,13 @@ def test_the_executor_runs_the_program_of_the_plan(int8: Bundle, monkeypatch: py
         events = list(Pipeline(int8, executor).stream("a red fox", (64, 64), 2, 7))
         assert [name for name in opened if name.startswith("denoiser")] == [f"denoiser.{wanted}"]
         assert any(isinstance(event, NoticeEvent) for event in events) == (capability is HOPPER)
-        latents += [event.latents for event in events if isinstance(event, PictureEvent)]
+        latents += [event.latents for event in events if isinstance(event, ImageEvent)]
     assert 0 < relative_error(latents[0], latents[1]) < 0.05
 
 
 def test_a_plan_that_changes_the_program_lets_go_of_the_other(int8: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     executor = OrtCudaExecutor(int8, budget=1 << 40, device=Device("cpu"))
-    geometry = picture_geometry(64, 64, int8.manifest.config)
+    geometry = image_geometry(64, 64, int8.manifest.config)
     executor._load(Program.DENOISER)
     executor.plan(geometry, 32)
     assert executor.loaded == {Program.DENOISER}

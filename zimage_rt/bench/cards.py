@@ -13,7 +13,7 @@ from zimage_runtime.bundle.manifest import CPU, CUDA, TENSORRT
 from zimage_runtime.errors import MemoryLimitError, RequestError
 from zimage_runtime.executors.ort.cpu_plan import plan_memory
 from zimage_runtime.executors.ort.device_plan import plan_vram
-from zimage_runtime.model.geometry import PictureGeometry, picture_geometry
+from zimage_runtime.model.geometry import ImageGeometry, image_geometry
 
 from .schema import OURS, Row
 from .tables import gibibytes
@@ -27,7 +27,7 @@ RESERVED = 512 << 20
 TOKENS = 64
 """Of a prompt of a few sentences."""
 
-Planner = Callable[[PictureGeometry, int], int]
+Planner = Callable[[ImageGeometry, int], int]
 
 
 def _cpu(bundle: Bundle) -> Planner | None:
@@ -48,13 +48,13 @@ def _tensorrt(bundle: Bundle) -> Planner | None:
     from zimage_runtime.executors.tensorrt.engine_store import read_catalog
     from zimage_runtime.executors.tensorrt.gpu_targets import Variant
     from zimage_runtime.executors.tensorrt.plan import plan_residency
-    from zimage_runtime.executors.tensorrt.stage_sizes import PictureSizes
+    from zimage_runtime.executors.tensorrt.stage_sizes import ImageSizes
 
     variants, config = read_catalog(bundle).variants, bundle.manifest.config
     spec = variants.get(Variant.AMPERE) or variants.get(Variant.TURING)
     if spec is None:
         return None
-    return lambda geometry, budget: plan_residency(spec, config, PictureSizes.of(geometry, TOKENS, 1), budget).peak
+    return lambda geometry, budget: plan_residency(spec, config, ImageSizes.of(geometry, TOKENS, 1), budget).peak
 
 
 PLANNERS: Mapping[str, Callable[[Bundle], Planner | None]] = {TENSORRT: _tensorrt, CUDA: _cuda, CPU: _cpu}
@@ -96,7 +96,7 @@ class CardRow:
 
 
 def answers(
-    planner: Planner, geometry: PictureGeometry, measured: int | None, cards: Iterable[int] = CARDS_GB
+    planner: Planner, geometry: ImageGeometry, measured: int | None, cards: Iterable[int] = CARDS_GB
 ) -> tuple[Answer, ...]:
     """One answer a card. `measured` is the peak of a run with memory to spare: where it fits, that is known."""
     found = []
@@ -128,7 +128,7 @@ def card_table(
                 size = f"{width}x{height}"
                 peak = peaks.get((manifest.fingerprint, executor, size))
                 try:
-                    geometry = picture_geometry(width, height, manifest.config)
+                    geometry = image_geometry(width, height, manifest.config)
                     found.append(CardRow(name, executor, size, answers(planner, geometry, peak)))
                 except RequestError:  # a size that this model has no positions for
                     continue

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from zimage_runtime.model.config import ModelConfig
-from zimage_runtime.model.geometry import PictureGeometry
+from zimage_runtime.model.geometry import ImageGeometry
 
 from .operations import Operations, decode_operations, step_operations, text_operations
 from .schema import Case, Floor, Reading, absent
@@ -35,7 +35,7 @@ def unknown_rates(reason: str = NOT_MEASURED) -> Rates:
 
 
 def floor_of(
-    case: Case, config: ModelConfig, geometry: PictureGeometry, tokens: int, rates: Rates, median_step: float | None
+    case: Case, config: ModelConfig, geometry: ImageGeometry, tokens: int, rates: Rates, median_step: float | None
 ) -> Floor:
     """A case's floor. `tokens` are the prompt's; `median_step` is in seconds, None where steps are not shown."""
     integers = case.precision in _INTEGER_LINEAR

@@ -9,7 +9,7 @@ from typing import Any
 from zimage_runtime.bundle.manifest import CPU, Manifest
 from zimage_runtime.errors import RequestError
 from zimage_runtime.executors.ort.cpu_plan import plan_memory
-from zimage_runtime.model.geometry import PictureGeometry
+from zimage_runtime.model.geometry import ImageGeometry
 
 from .nvidia import Untold
 from .sampling import Border, bands, device_delta, gaps, gpu_peak, host_peak, stage_peaks, thinned
@@ -92,7 +92,7 @@ def memory_of(watched: Watched, interval: float, planned: dict[str, int], planne
 
 
 def planned_memory(
-    case: Case, manifest: Manifest, geometry: PictureGeometry, tokens: int
+    case: Case, manifest: Manifest, geometry: ImageGeometry, tokens: int
 ) -> tuple[dict[str, int], Reading]:
     """What the memory plan says of the host, by program and at its peak, stage after stage."""
     if case.system != OURS:

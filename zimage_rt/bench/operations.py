@@ -7,7 +7,7 @@ the caption once, no last text layer, causal attention in full (as every impleme
 from dataclasses import dataclass
 
 from zimage_runtime.model.config import ModelConfig
-from zimage_runtime.model.geometry import PictureGeometry, padded
+from zimage_runtime.model.geometry import ImageGeometry, padded
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ def text_operations(config: ModelConfig, tokens: int) -> Operations:
     return _times(encoder, text.used_layers) + embedder + _times(_block(config, caption), model.n_refiner_layers)
 
 
-def step_operations(config: ModelConfig, geometry: PictureGeometry, tokens: int) -> Operations:
+def step_operations(config: ModelConfig, geometry: ImageGeometry, tokens: int) -> Operations:
     """One denoising step of one picture."""
     model, image = config.transformer, geometry.image_tokens
     embedders = Operations(4.0 * image * model.dim * model.patch_dim, 0.0)  # the first layer and the last
@@ -52,7 +52,7 @@ def _block(config: ModelConfig, tokens: int) -> Operations:
     return Operations(2.0 * tokens * weights, 4.0 * tokens * tokens * model.dim)
 
 
-def decode_operations(config: ModelConfig, geometry: PictureGeometry) -> Operations:
+def decode_operations(config: ModelConfig, geometry: ImageGeometry) -> Operations:
     """The VAE's decoder. Its attention's linear layers are float in every precision, and count as other."""
     vae = config.vae
     pixels = geometry.latent_width * geometry.latent_height

@@ -11,7 +11,7 @@ from typing import Any
 
 from zimage_runtime.bundle.manifest import CPU
 from zimage_runtime.executors.ort.cpu_plan import available_memory
-from zimage_runtime.model.geometry import picture_geometry
+from zimage_runtime.model.geometry import image_geometry
 from zimage_runtime.model.tokenizer import PromptTokenizer
 
 from .accuracy import Reference, judge, read_pixels
@@ -91,7 +91,7 @@ class Runner:
         if failure and watched.done is None and case.system != OURS and (last := log_tail(log)):
             failure = f"{failure} ({last})" if last not in failure else failure
         config = planned.opened.bundle.manifest.config
-        geometry = picture_geometry(case.width, case.height, config)
+        geometry = image_geometry(case.width, case.height, config)
         tokens = _tokens(planned)
         versions = watched.done.versions if watched.done else {}
         return Row(

@@ -21,18 +21,18 @@ _PROMPT = "a red fox in the snow, golden hour"
 @click.option("--size", "sizes", type=SizeType(), multiple=True, help="May be repeated.  [default: the bundle's own]")
 @click.option("--executor", "executors", multiple=True, help="May be repeated.  [default: auto]")
 @click.option("--steps", type=click.IntRange(1), help="Denoising steps.  [default: the bundle's own]")
-@click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Pictures that count.")
+@click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Images that count.")
 @click.option(
     "--warmup", type=click.IntRange(1), default=1, show_default=True, help="Before them; the first is the cold start."
 )
 @click.option("--prompt", default=_PROMPT, show_default=True)
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=7, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("bench"), show_default=True, help="The folder.")
-@click.option("--reference", type=click.Path(), help="An fp32 bundle of the same model, to compare pictures with.")
+@click.option("--reference", type=click.Path(), help="An fp32 bundle of the same model, to compare images with.")
 @click.option(
     "--checkpoint",
     type=click.Path(path_type=Path),
-    help="What the bundles were made from: baselines draw from it, and diffusers in float32 is the reference.",
+    help="What the bundles were made from: baselines generate from it, and diffusers in float32 is the reference.",
 )
 @click.option("--baseline", "baselines", multiple=True, help="Another system to measure; may be repeated, or 'all'.")
 @click.option("--vram", type=MemoryType(), help="Budget of GPU memory, like 8GiB.  [default: what is free]")
@@ -72,8 +72,8 @@ def bench(
     """Measure every BUNDLE at every size on every executor, each combination in a fresh process.
 
     Without a BUNDLE, the demo bundle that ships. Writes results.jsonl, report.md and report.html into the folder
-    --out; run again after an interrupt, it goes on where it was. Pictures are compared with the float32 reference's:
-    a wrong picture is marked failed, however fast it came. The exit status is 1 if a case failed.
+    --out; run again after an interrupt, it goes on where it was. Images are compared with the float32 reference's:
+    a wrong image is marked failed, however fast it came. The exit status is 1 if a case failed.
     """
     if compare:
         if bundles or report_only:

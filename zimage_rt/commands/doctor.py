@@ -1,4 +1,4 @@
-"""`zimage-rt doctor`: what this machine has, and what keeps it from drawing.
+"""`zimage-rt doctor`: what this machine has, and what keeps it from generating.
 
 A check looks at one thing and returns one finding; add it to `CHECKS`. A check that fails to look is itself a
 problem that is reported, since broken installations are what this command is for.
@@ -25,7 +25,7 @@ class Verdict(StrEnum):
     """How much a finding matters."""
 
     OK = "ok"
-    NOTE = "note"  # worth knowing; pictures can be drawn
+    NOTE = "note"  # worth knowing; images can be generated
     PROBLEM = "problem"  # something is broken, and the text says what to do
 
 
@@ -267,17 +267,17 @@ def _is_right(answer: Any, expected: Any) -> bool:
 def check_nvidia(name: str) -> Finding:
     """The GPU and its driver, and whether the ONNX Runtime that is installed computes on it."""
     from zimage_runtime.errors import ExecutorError
-    from zimage_runtime.executors.choose import package_obstacle
+    from zimage_runtime.executors.choose import why_no_package
     from zimage_runtime.machine.gpus import find_gpu
 
     try:
         gpu = find_gpu()
     except ExecutorError as error:
-        return Finding(name, Verdict.OK, f"{error}; pictures are drawn on the CPU", {"gpu": None})
+        return Finding(name, Verdict.OK, f"{error}; images are generated on the CPU", {"gpu": None})
     free = "unknown" if gpu.free is None else _gib(gpu.free)
     text = f"{gpu}, {_gib(gpu.total)}, {free} free, driver for CUDA {gpu.driver}"
     values = {"gpu": gpu.name, "capability": list(gpu.capability), "total": gpu.total, "free": gpu.free}
-    if reason := package_obstacle():
+    if reason := why_no_package():
         return Finding(name, Verdict.NOTE, f"{text}; {reason}", values)
     if reason := _cuda_fault():
         return Finding(name, Verdict.PROBLEM, f"{text}; {reason}", values)

@@ -1,4 +1,4 @@
-"""`zimage-rt plan`: what a picture will take on a GPU, and what will be where, without one."""
+"""`zimage-rt plan`: what an image will take on a GPU, and what will be where, without one."""
 
 import json
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from zimage_runtime.bundle.manifest import Precision
     from zimage_runtime.executors.ort.device_plan import VramPlan
     from zimage_runtime.executors.tensorrt.plan import ResidencyPlan
-    from zimage_runtime.model.geometry import PictureGeometry
+    from zimage_runtime.model.geometry import ImageGeometry
 
 _UNLIMITED = 1 << 60
 
@@ -21,18 +21,18 @@ _LABEL_WIDTH = 16
 _GPUS = ("sm75", "sm80", "sm86", "sm89", "sm120", "portable")
 
 
-@click.command(short_help="Predict the VRAM that a picture takes.")
+@click.command(short_help="Predict the VRAM that an image takes.")
 @click.argument("bundle", type=click.Path())
-@click.option("--size", type=SizeType(), help="Of the picture.  [default: the bundle's own]")
+@click.option("--size", type=SizeType(), help="Of the image.  [default: the bundle's own]")
 @click.option("--vram", type=MemoryType(), help="The budget, like 4GiB.  [default: enough for everything]")
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Pictures in one step.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Images in one step.")
 @click.option("--tokens", type=click.IntRange(1, 512), default=128, show_default=True, help="Of the prompt.")
 @click.option(
     "--executor",
     type=click.Choice(["tensorrt", "cuda"]),
-    help="What is to draw.  [default: tensorrt where BUNDLE has its block programs, otherwise cuda]",
+    help="What is to generate.  [default: tensorrt where BUNDLE has its block programs, otherwise cuda]",
 )
-@click.option("--gpu", type=click.Choice(_GPUS), default="portable", show_default=True, help="What is to draw on.")
+@click.option("--gpu", type=click.Choice(_GPUS), default="portable", show_default=True, help="What is to generate on.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of lines.")
 def plan(
     bundle: str,
@@ -44,7 +44,7 @@ def plan(
     gpu: str,
     as_json: bool,
 ) -> None:
-    """Predict what a picture drawn from BUNDLE takes of a GPU's memory.
+    """Predict what an image generated from BUNDLE takes of a GPU's memory.
 
     BUNDLE is a directory, or the name of a bundle on the Hub, ORG/NAME. No GPU is needed: what TensorRT's engines take
     beside weights was measured when they were built, and what ONNX Runtime takes follows from the programs. A budget
@@ -54,12 +54,12 @@ def plan(
     from zimage_runtime.bundle.bundle import Bundle
     from zimage_runtime.bundle.hub import bundle_directory
     from zimage_runtime.executors.tensorrt.plan import gib
-    from zimage_runtime.model.geometry import picture_geometry
+    from zimage_runtime.model.geometry import image_geometry
 
     opened = Bundle.open(bundle_directory(bundle))
     manifest = opened.manifest
     width, height = size or (manifest.defaults.width, manifest.defaults.height)
-    geometry = picture_geometry(width, height, manifest.config)
+    geometry = image_geometry(width, height, manifest.config)
     budget = vram if vram is not None else _UNLIMITED
     chosen = executor or ("cuda" if manifest.engines is None else "tensorrt")
     if chosen == "tensorrt":
@@ -67,9 +67,9 @@ def plan(
         lines, document = _lines(made), _document(made, vram)
     else:
         from zimage_runtime.executors.ort.device_plan import other_peaks, plan_vram
-        from zimage_runtime.executors.tensorrt.gpu_targets import Gpu
+        from zimage_runtime.executors.tensorrt.gpu_targets import GpuTarget
 
-        capability = Gpu(gpu).capability
+        capability = GpuTarget(gpu).capability
         planned = plan_vram(manifest, geometry, tokens, budget, batch, capability=capability)
         others = other_peaks(manifest, geometry, tokens, budget, batch, capability=capability)
         lines, document = _lines_of_cuda(planned), _document_of_cuda(planned, vram)
@@ -79,7 +79,7 @@ def plan(
         click.echo(json.dumps({"executor": chosen, **document}, indent=2))
         return
     said = [
-        ("picture", f"{width}x{height}, {batch} at once, a prompt of {tokens} tokens"),
+        ("image", f"{width}x{height}, {batch} at once, a prompt of {tokens} tokens"),
         ("executor", chosen),
         ("budget", "as much as it takes" if vram is None else gib(vram)),
     ]
@@ -88,17 +88,17 @@ def plan(
 
 
 def _plan_tensorrt(
-    bundle: "Bundle", geometry: "PictureGeometry", tokens: int, budget: int, batch: int, gpu: str
+    bundle: "Bundle", geometry: "ImageGeometry", tokens: int, budget: int, batch: int, gpu: str
 ) -> "ResidencyPlan":
     from zimage_runtime.executors.tensorrt.engine_store import read_catalog
-    from zimage_runtime.executors.tensorrt.gpu_targets import Gpu
+    from zimage_runtime.executors.tensorrt.gpu_targets import GpuTarget
     from zimage_runtime.executors.tensorrt.plan import plan_residency
-    from zimage_runtime.executors.tensorrt.stage_sizes import PictureSizes
+    from zimage_runtime.executors.tensorrt.stage_sizes import ImageSizes
 
-    spec = read_catalog(bundle).variants.get(Gpu(gpu).variant)
+    spec = read_catalog(bundle).variants.get(GpuTarget(gpu).variant)
     if spec is None:
         raise BundleError(f"{bundle.root}: has no block programs for {gpu}; add them with zimage-export engines")
-    return plan_residency(spec, bundle.manifest.config, PictureSizes.of(geometry, tokens, batch), budget)
+    return plan_residency(spec, bundle.manifest.config, ImageSizes.of(geometry, tokens, batch), budget)
 
 
 def _lines_of_others(

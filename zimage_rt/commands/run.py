@@ -1,4 +1,4 @@
-"""`zimage-rt run`: a prompt goes in, paths of pictures come out."""
+"""`zimage-rt run`: a prompt goes in, paths of images come out."""
 
 import json
 import time
@@ -15,41 +15,44 @@ from zimage_runtime.errors import RequestError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from zimage_runtime.images.metadata import PictureInfo
+    from zimage_runtime.images.metadata import ImageInfo
     from zimage_runtime.pipeline import Pipeline, Request
 
 
-@click.command(short_help="Draw pictures from a prompt.")
+@click.command(short_help="Generate images from a prompt.")
 @click.argument("prompt", required=False)
 @click.option(
-    "-m", "--model", type=click.Path(), help="The bundle to draw with: a directory, or its name on the Hub, ORG/NAME."
+    "-m",
+    "--model",
+    type=click.Path(),
+    help="The bundle to generate with: a directory, or its name on the Hub, ORG/NAME.",
 )
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="PNG, JPEG or WebP file.  [default: zimage-SEED.png]"
 )
 @click.option("--size", type=SizeType(), help="Multiples of 16.  [default: the bundle's own]")
 @click.option("--steps", type=int, help="Denoising steps.  [default: the bundle's own, 8 for Turbo]")
-@click.option("--seed", type=int, help="The same seed draws the same picture.  [default: random]")
+@click.option("--seed", type=int, help="The same seed generates the same image.  [default: random]")
 @click.option(
     "-n",
     "--count",
     type=click.IntRange(1, 10_000),
     default=1,
     show_default=True,
-    help="Pictures, with seeds SEED, SEED+1, …",
+    help="Images, with seeds SEED, SEED+1, …",
 )
 @click.option(
     "--replay",
     type=click.Path(path_type=Path),
-    help="Draw the picture in this file again: prompt, size, steps and seed come from its metadata.",
+    help="Generate the image in this file again: prompt, size, steps and seed come from its metadata.",
 )
 @click.option(
     "--image",
     type=click.Path(path_type=Path),
-    help="A picture to start from, resized to --size.  [default size: its own, cut to multiples of 16]",
+    help="An image to start from, resized to --size.  [default size: its own, cut to multiples of 16]",
 )
 @click.option("--strength", type=float, help="How far from it, 0 to 1.  [default: 0.6; with --mask 1]")
-@click.option("--mask", type=click.Path(path_type=Path), help="What is white in this picture is painted anew.")
+@click.option("--mask", type=click.Path(path_type=Path), help="What is white in this image is painted anew.")
 @click.option("--executor", type=click.Choice(["auto", "cpu", "cuda", "tensorrt"]), default="auto", show_default=True)
 @click.option("--vram", type=MemoryType(), help="GPU memory to use at most, like 8GiB.  [default: what is free]")
 @click.option("--low-memory", is_flag=True, help="Keep weights on disk, mapped: slower, far less memory.")
@@ -75,7 +78,7 @@ def run(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Draw pictures of PROMPT and print the path of each file written."""
+    """Generate images of PROMPT and print the path of each file written."""
     from zimage_runtime.bundle.hub import bundle_directory
     from zimage_runtime.images.outputs import check_output
     from zimage_runtime.pipeline import Pipeline
@@ -89,7 +92,7 @@ def run(
     if replay and strength is not None:
         raise click.UsageError("--replay takes the strength from the file; leave --strength out")
     if image is None and not replay and (strength is not None or mask is not None):
-        raise click.UsageError("--strength and --mask are for a picture to start from: give it with --image")
+        raise click.UsageError("--strength and --mask are for an image to start from: give it with --image")
     start = time.perf_counter()
     check_output(output)
     recorded = _recorded(replay) if replay else None
@@ -99,50 +102,50 @@ def run(
         bundle, executor, vram, low_memory=low_memory, keep_loaded=False, note=progress.note
     )
     if executor == "auto":
-        progress.note(f"drawing on {pipeline.executor.name}: {pipeline.why}")
+        progress.note(f"generating on {pipeline.executor.name}: {pipeline.why}")
     if recorded:
         _check_same_bundle(recorded, pipeline, replay)
-        _check_pictures_given(recorded, image, mask, replay)
+        _check_images_given(recorded, image, mask, replay)
         prompt, size = recorded.prompt, (recorded.width, recorded.height)
         steps, seed, strength = recorded.steps, recorded.seed, recorded.strength
     request = pipeline.request(prompt or "", size, steps, seed, count, 1, image, strength, mask)
     if recorded:
-        _check_same_pictures(recorded, request, image, mask, replay)
+        _check_same_images(recorded, request, image, mask, replay)
     info = None if no_metadata else _describe(pipeline, request)
     report = _Report(as_json)
     _draw(pipeline, request, _Writer(output, info, len(request.seeds), report), progress)
     report.finish(time.perf_counter() - start)
 
 
-def _recorded(replay: Path) -> "PictureInfo":
-    from zimage_runtime.images.metadata import read_picture_info
+def _recorded(replay: Path) -> "ImageInfo":
+    from zimage_runtime.images.metadata import read_image_info
 
-    return read_picture_info(replay)
+    return read_image_info(replay)
 
 
-def _check_same_bundle(recorded: "PictureInfo", pipeline: "Pipeline", replay: Path | None) -> None:
-    """Another bundle would draw another picture, which is not what a replay promises."""
+def _check_same_bundle(recorded: "ImageInfo", pipeline: "Pipeline", replay: Path | None) -> None:
+    """Another bundle would generate another image, which is not what a replay promises."""
     manifest = pipeline.bundle.manifest
     if recorded.fingerprint != manifest.fingerprint:
         raise RequestError(
-            f"{replay}: was drawn with another bundle, {recorded.model} ({recorded.fingerprint[:12]}); "
+            f"{replay}: was generated with another bundle, {recorded.model} ({recorded.fingerprint[:12]}); "
             f"this one is {manifest.name} ({manifest.fingerprint[:12]}): give that bundle with -m"
         )
 
 
-def _check_pictures_given(recorded: "PictureInfo", image: Path | None, mask: Path | None, replay: Path | None) -> None:
-    """A picture file holds only the hashes of the pictures that it was drawn from."""
+def _check_images_given(recorded: "ImageInfo", image: Path | None, mask: Path | None, replay: Path | None) -> None:
+    """An image file holds only the hashes of the images that it was generated from."""
     for option, given, wanted in (("--image", image, recorded.image), ("--mask", mask, recorded.mask)):
         if wanted and given is None:
             raise RequestError(
-                f"{replay}: was drawn from another picture, which is needed again; give it with {option}"
+                f"{replay}: was generated from another image, which is needed again; give it with {option}"
             )
         if given is not None and not wanted:
-            raise RequestError(f"{replay}: was drawn without {option}; leave it out")
+            raise RequestError(f"{replay}: was generated without {option}; leave it out")
 
 
-def _check_same_pictures(
-    recorded: "PictureInfo", request: "Request", image: Path | None, mask: Path | None, replay: Path | None
+def _check_same_images(
+    recorded: "ImageInfo", request: "Request", image: Path | None, mask: Path | None, replay: Path | None
 ) -> None:
     if request.source is None:
         return
@@ -151,14 +154,14 @@ def _check_same_pictures(
         (mask, recorded.mask, request.source.mask_hash),
     ):
         if wanted != found:
-            raise RequestError(f"{given}: is not the picture that {replay} was drawn from; its pixels differ")
+            raise RequestError(f"{given}: is not the image that {replay} was generated from; its pixels differ")
 
 
-def _describe(pipeline: "Pipeline", request: "Request") -> "PictureInfo":
-    from zimage_runtime.images.metadata import PictureInfo
+def _describe(pipeline: "Pipeline", request: "Request") -> "ImageInfo":
+    from zimage_runtime.images.metadata import ImageInfo
 
     manifest = pipeline.bundle.manifest
-    return PictureInfo(
+    return ImageInfo(
         prompt=request.prompt,
         seed=request.seeds[0],
         width=request.geometry.width,
@@ -175,28 +178,28 @@ def _describe(pipeline: "Pipeline", request: "Request") -> "PictureInfo":
 
 @dataclass
 class _Report:
-    """What is said on stdout: a path as each picture is written, or one document at the end."""
+    """What is said on stdout: a path as each image is written, or one document at the end."""
 
     as_json: bool
-    pictures: list[dict[str, Any]] = field(default_factory=list)
+    images: list[dict[str, Any]] = field(default_factory=list)
 
-    def picture(self, path: Path, seed: int) -> None:
-        self.pictures.append({"path": str(path), "seed": seed})
+    def image(self, path: Path, seed: int) -> None:
+        self.images.append({"path": str(path), "seed": seed})
         if not self.as_json:
             click.echo(str(path))
 
     def finish(self, seconds: float) -> None:
         if self.as_json:
-            document = {"images": self.pictures, "seconds": round(seconds, 3)}
+            document = {"images": self.images, "seconds": round(seconds, 3)}
             click.echo(json.dumps(document, indent=2))  # ASCII, so that any path can be printed
 
 
 @dataclass(frozen=True)
 class _Writer:
-    """Encodes and writes pictures, each with its own seed in its metadata."""
+    """Encodes and writes images, each with its own seed in its metadata."""
 
     output: Path | None
-    info: "PictureInfo | None"
+    info: "ImageInfo | None"
     count: int
     report: _Report
 
@@ -209,26 +212,26 @@ class _Writer:
         self._encode(Image.new("RGB", (1, 1)), MAX_SEED)  # whose metadata is the longest
 
     def write(self, image: "Image", seed: int) -> None:
-        from zimage_runtime.images.outputs import write_picture
+        from zimage_runtime.images.outputs import write_image
 
-        path = write_picture(self._encode(image, seed), self.output, seed, self.count)
-        self.report.picture(path, seed)
+        path = write_image(self._encode(image, seed), self.output, seed, self.count)
+        self.report.image(path, seed)
 
     def _encode(self, image: "Image", seed: int) -> bytes:
-        from zimage_runtime.images.metadata import encode_picture
+        from zimage_runtime.images.metadata import encode_image
         from zimage_runtime.images.outputs import ImageFormat, image_format
 
         kind = image_format(self.output) if self.output else ImageFormat.PNG
-        return encode_picture(image, kind, replace(self.info, seed=seed) if self.info else None)
+        return encode_image(image, kind, replace(self.info, seed=seed) if self.info else None)
 
 
 def _draw(pipeline: "Pipeline", request: "Request", writer: _Writer, progress: Progress) -> None:
-    """Draws and writes each picture as soon as it is decoded, so that an interrupt loses only the one at work."""
-    from zimage_runtime.pipeline import CaptionEvent, NoticeEvent, PictureEvent, StepEvent
+    """Generates and writes each image as soon as it is decoded, so that an interrupt loses only the one at work."""
+    from zimage_runtime.pipeline import CaptionEvent, ImageEvent, NoticeEvent, StepEvent
 
     events = pipeline.run(request)
     writer.check()
-    with progress.task("drawing", request.steps * len(request.seeds)) as advance:
+    with progress.task("generating", request.steps * len(request.seeds)) as advance:
         for event in events:
             match event:
                 case NoticeEvent():
@@ -237,5 +240,5 @@ def _draw(pipeline: "Pipeline", request: "Request", writer: _Writer, progress: P
                     progress.note(f"the prompt is too long: its last {cut} tokens were cut off")
                 case StepEvent():
                     advance(len(event.seeds))
-                case PictureEvent():
+                case ImageEvent():
                     writer.write(event.image, event.seed)

@@ -2,7 +2,7 @@
 
 Needs neither GPU nor weights in memory: what the weights are stored as is read from their files' headers, and an
 engine holds none. How much scratch memory a program takes at several sizes is read from TensorRT's own build log, so
-that a picture can be planned without a GPU.
+that an image can be planned without a GPU.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from zimage_runtime.executors.tensorrt.block_catalog import (
     ProgramSpec,
     VariantSpec,
 )
-from zimage_runtime.executors.tensorrt.gpu_targets import Gpu, Variant
+from zimage_runtime.executors.tensorrt.gpu_targets import GpuTarget, Variant
 from zimage_runtime.executors.tensorrt.trt_api import Library
 from zimage_runtime.model.blocks import BLOCK_SIGNATURES, MAP, MAP_OUT, BlockKind, all_blocks
 from zimage_runtime.model.config import ModelConfig
@@ -39,7 +39,7 @@ from .block_graphs import BlockProgram, build_blocks
 from .types import EngineTypes
 
 IMAGE_TOKENS = 128 * 128
-"""The most image tokens that engines take: those of a 2048 x 2048 picture."""
+"""The most image tokens that engines take: those of a 2048 x 2048 image."""
 
 LATENT_SIDE = 256
 """The most rows or columns of latents that the autoencoder's engines take: those of 2048 pixels."""
@@ -50,7 +50,7 @@ _USUAL_SIDE = 128
 _SIDES_MEASURED = (64,)
 _SIDES_OF_ATTENTION = (64, 128, 208)
 """Its scratch memory grows with the square of the positions, which TensorRT for RTX 1.7 counts in 32 bits: 5.6 GB for
-192 x 192 latents, 0.3 for 256 x 256. Pictures of more latents than the last of these are not decoded as a whole."""
+192 x 192 latents, 0.3 for 256 x 256. Images of more latents than the last of these are not decoded as a whole."""
 _TILE_COLUMNS = (64, 512)
 
 
@@ -64,7 +64,7 @@ class Sizes:
     measured: tuple[int, ...]  # where scratch memory is measured
 
 
-def add_engines(bundle: Bundle, gpus: Sequence[Gpu] = (), progress: Progress | None = None) -> Bundle:
+def add_engines(bundle: Bundle, gpus: Sequence[GpuTarget] = (), progress: Progress | None = None) -> Bundle:
     """Writes or renews a bundle's block programs and engines and returns the bundle opened anew.
 
     Without `gpus`: portable and Turing. Files get names that hold their content's
@@ -72,7 +72,7 @@ def add_engines(bundle: Bundle, gpus: Sequence[Gpu] = (), progress: Progress | N
     next one removes. Raises `ExportError`, or `ExecutorError` where TensorRT is missing or refuses a program.
     """
     library = Library()
-    targets = list(dict.fromkeys(gpus)) or [Gpu.PORTABLE, Gpu.SM75]
+    targets = list(dict.fromkeys(gpus)) or [GpuTarget.PORTABLE, GpuTarget.SM75]
     writer = _Writer(bundle.root)
     specs: dict[Variant, VariantSpec] = {}
     engines: list[EngineSpec] = []
@@ -194,7 +194,7 @@ def _build(
     library: Library,
     programs: Iterable[BlockProgram],
     variant: Variant,
-    gpus: Sequence[Gpu],
+    gpus: Sequence[GpuTarget],
     bundle: Bundle,
     writer: "_Writer",
 ) -> tuple[VariantSpec, list[EngineSpec]]:
@@ -221,11 +221,11 @@ def _build(
 
 
 def measure_scratch(
-    library: Library, program: BlockProgram, config: ModelConfig, gpu: Gpu, known: Mapping[int, int | None]
+    library: Library, program: BlockProgram, config: ModelConfig, gpu: GpuTarget, known: Mapping[int, int | None]
 ) -> tuple[tuple[int, int], ...]:
     """Scratch memory at several sizes: (tokens, or rows times columns; bytes). `known` is by size, from other builds.
 
-    Never falling, for larger pictures run in the same engine.
+    Never falling, for larger images run in the same engine.
     """
     onnx = program.model.SerializeToString(deterministic=True)
     found: list[tuple[int, int]] = []

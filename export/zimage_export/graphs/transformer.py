@@ -158,7 +158,7 @@ class TransformerGraphs:
         caption = b.op(
             "Expand",
             "caption",
-            b.op("Concat", batch, b.integers(1, 1), name="per_picture", axis=0),
+            b.op("Concat", batch, b.integers(1, 1), name="per_image", axis=0),
             name="captions",
         )
         x = b.op("Concat", x, caption, name="unified", axis=1)
@@ -188,13 +188,13 @@ class TransformerGraphs:
         return [Norms(*rows[start : start + 4]) for start in range(0, count, 4)]
 
     def _tables(self, b: GraphBuilder, batch: str) -> tuple[Tables, Tables]:
-        """Rotary tables of the image and of [image, caption], for each picture of the batch."""
-        per_picture = b.op("Concat", batch, b.integers(1, 1), name="rotary.per_picture", axis=0)
+        """Rotary tables of the image and of [image, caption], for each image of the batch."""
+        per_image = b.op("Concat", batch, b.integers(1, 1), name="rotary.per_image", axis=0)
         image, unified = [], []
         for kind in ("cos", "sin"):
             both = b.op("Concat", f"image_{kind}", f"caption_{kind}", name=f"rotary.{kind}", axis=1)
-            image.append(b.op("Expand", f"image_{kind}", per_picture, name=f"rotary.image_{kind}"))
-            unified.append(b.op("Expand", both, per_picture, name=f"rotary.unified_{kind}"))
+            image.append(b.op("Expand", f"image_{kind}", per_image, name=f"rotary.image_{kind}"))
+            unified.append(b.op("Expand", both, per_image, name=f"rotary.unified_{kind}"))
         return Tables(*image), Tables(*unified)
 
     def _patchify(self, b: GraphBuilder, layers: Layers, batch: str) -> tuple[str, list[str]]:
@@ -223,7 +223,7 @@ class TransformerGraphs:
         shape = b.op("Concat", batch, rows, columns, two, two, channels, name="unpatchify.split", axis=0)
         x = b.op("Transpose", layers.reshape(x, shape, "patches"), name="unpatchify", perm=[0, 5, 1, 3, 2, 4])
         x = layers.reshape(x, b.op("Shape", "latents", name="latents.shape"), "model_output")
-        # the model predicts the direction towards the picture; sigma runs the other way
+        # the model predicts the direction towards the image; sigma runs the other way
         b.output(b.op("Neg", x, name="negated"), "velocity")
 
     def _pad(self, b: GraphBuilder, x: str, token: str, table: str, name: str, batch: str | None = None) -> str:

@@ -33,7 +33,7 @@ class VaeGraphs:
         return [self.decoder(), self.encoder()]
 
     def decoder(self) -> Graph:
-        """Latents → picture."""
+        """Latents → image."""
         b = self.target.builder(Program.DECODER, {"latent_channels": self.config.latent_channels})
         with b.scope("decoder"):
             x = self._middle(b, self.decoder_in(b, "latents"))
@@ -61,12 +61,12 @@ class VaeGraphs:
             return self.upsample(b, x, width)
 
     def decoder_out(self, b: GraphBuilder, x: str) -> str:
-        """The last map → picture."""
+        """The last map → image."""
         width = self.config.block_out_channels[0]
         return self._conv(b, self._norm_silu(b, x, "conv_norm_out", width), "conv_out", self.config.out_channels, width)
 
     def encoder(self) -> Graph:
-        """Picture → mean and log-variance of the latents."""
+        """Image → mean and log-variance of the latents."""
         b = self.target.builder(Program.ENCODER, {"latent_channels": self.config.latent_channels})
         with b.scope("encoder"):
             x = self.encoder_in(b, "image")
@@ -79,7 +79,7 @@ class VaeGraphs:
         return b.build()
 
     def encoder_in(self, b: GraphBuilder, x: str) -> str:
-        """Picture → the first map."""
+        """Image → the first map."""
         return self._conv(b, x, "conv_in", self.config.block_out_channels[0], self.config.in_channels)
 
     def _down(self, b: GraphBuilder, x: str, level: int) -> str:

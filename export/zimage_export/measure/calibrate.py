@@ -17,7 +17,7 @@ from zimage_runtime.model.schedule import DEFAULT_STEPS
 
 from ..errors import ExportError
 from ..source.checkpoint import Checkpoint
-from ..weights.folding import BlockPeak, Loudness, blocks
+from ..weights.folding import ActivationRange, BlockPeak, blocks
 from ..weights.rebalance import PLACES
 from .reference import reference_pipeline
 
@@ -40,7 +40,7 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def measure_peaks(checkpoint: Checkpoint, prompts: list[str], progress: Progress) -> dict[str, dict[str, BlockPeak]]:
-    """The largest magnitudes in every block while each prompt is drawn once."""
+    """The largest magnitudes in every block while each prompt is generated once."""
     pipeline = reference_pipeline(checkpoint)
     peaks = {component: {name: BlockPeak() for name in names} for component, names in blocks(checkpoint.config).items()}
     listeners = []
@@ -87,9 +87,9 @@ class _Listener:
         self._peaks = torch.maximum(self._peaks, peaks) if self.count else peaks
         self.count += len(rows)
 
-    def loudness(self) -> Loudness:
+    def loudness(self) -> ActivationRange:
         """What was heard so far."""
-        return Loudness((self._squares / self.count).sqrt().float().numpy(), self._peaks.float().numpy())
+        return ActivationRange((self._squares / self.count).sqrt().float().numpy(), self._peaks.float().numpy())
 
 
 def _watch(block: Any, peak: BlockPeak, diffusion: bool) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.manifest import Manifest, Precision
-from zimage_runtime.executors.protocol import Floats
 from zimage_runtime.model.programs import Program
 
 from ..errors import ExportError
@@ -20,13 +20,13 @@ class Gate:
     """What a precision may be off by."""
 
     latents: float  # relative error after the last step
-    psnr_db: float  # of the picture
+    psnr_db: float  # of the image
     max_difference: int = 255  # of a pixel's channel, in 255ths
 
 
 GATES = {
     Precision.FP32: Gate(latents=1e-4, psnr_db=48.0, max_difference=1),
-    # twenty times what a small model shows: errors grow with depth, and few-step pictures with them
+    # twenty times what a small model shows: errors grow with depth, and few-step images with them
     Precision.BF16: Gate(latents=0.1, psnr_db=25.0),
     Precision.FP16: Gate(latents=0.02, psnr_db=35.0),
     # a small model shows 0.017 and 50 dB, 0.08 and 38 dB; saturated integer products, 0.14 and 32 dB
@@ -35,14 +35,14 @@ GATES = {
 }
 
 
-def relative_error(value: Floats, expected: Floats) -> float:
+def relative_error(value: FloatArray, expected: FloatArray) -> float:
     """The norm of the difference over the norm of what was expected."""
     difference = np.linalg.norm(value.astype(np.float64) - expected.astype(np.float64))
     return float(difference / np.linalg.norm(expected.astype(np.float64)))
 
 
 def summarize(measured: Sequence[dict[str, float]], name: str, size: str, steps: int) -> dict[str, Any]:
-    """The worst over the prompts. A PSNR of null stands for identical pictures."""
+    """The worst over the prompts. A PSNR of null stands for identical images."""
     worst = {key: max(m[key] for m in measured) for key in measured[0]}
     components = {p.value: _rounded(worst[p.value]) for p in Program}
     return {
@@ -80,21 +80,21 @@ def check_gate(parity: dict[str, Any], manifest: Manifest) -> None:
     if not (latents <= gate.latents and difference <= gate.max_difference and psnr >= gate.psnr_db):
         raise ExportError(
             f"the bundle is further from its checkpoint than {manifest.precision} allows: latents {latents} "
-            f"(at most {gate.latents}), picture {psnr} dB (at least {gate.psnr_db}), pixels {difference}/255 "
+            f"(at most {gate.latents}), image {psnr} dB (at least {gate.psnr_db}), pixels {difference}/255 "
             f"(at most {gate.max_difference}/255)"
         )
 
 
 def parity_table(parity: dict[str, Any]) -> str:
     """The parity document as a table for people."""
-    picture = parity["picture"]
-    psnr = "identical" if picture["psnr_db"] is None else f"{picture['psnr_db']} dB"
-    if parity["prompts"] > 1 and picture["psnr_db_median"] is not None:
-        psnr += f" (median {picture['psnr_db_median']})"
+    image = parity["picture"]
+    psnr = "identical" if image["psnr_db"] is None else f"{image['psnr_db']} dB"
+    if parity["prompts"] > 1 and image["psnr_db_median"] is not None:
+        psnr += f" (median {image['psnr_db_median']})"
     rows = [*((name, f"{error:.2e}") for name, error in parity["relative_error"].items())]
     rows += [
         ("latents", f"{parity['latents']:.2e}"),
-        ("picture", f"{psnr}, at most {picture['max_difference']}/255 off"),
+        ("picture", f"{psnr}, at most {image['max_difference']}/255 off"),
     ]
     title = f"against {parity['reference']}, {parity['size']}, {parity['steps']} steps, {parity['prompts']} prompts"
     return "\n".join([title, *(f"  {name:<14}{value}" for name, value in rows)])

@@ -4,15 +4,15 @@ from typing import Any
 
 import numpy as np
 
+from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
-from zimage_runtime.executors.protocol import Floats
 from zimage_runtime.model.config import ModelConfig
 from zimage_runtime.model.geometry import (
     SEQUENCE_MULTIPLE,
     caption_positions,
+    image_geometry,
     image_positions,
-    picture_geometry,
     text_rotary,
     transformer_rotary,
 )
@@ -48,15 +48,15 @@ def self_check(bundle: Bundle) -> dict[str, Any]:
     return results
 
 
-def fixed_inputs(config: ModelConfig) -> dict[Program, dict[str, Floats]]:
+def fixed_inputs(config: ModelConfig) -> dict[Program, dict[str, FloatArray]]:
     """One input for every program, the same for every bundle of the same dimensions."""
     rng = np.random.default_rng(0)
 
-    def normal(*shape: int) -> Floats:
+    def normal(*shape: int) -> FloatArray:
         return rng.standard_normal(shape, dtype=np.float32)
 
     t, unit = config.transformer, config.vae.scale * 2
-    geometry = picture_geometry(-(-_SIDE // unit) * unit, -(-_SIDE // unit) * unit, config)
+    geometry = image_geometry(-(-_SIDE // unit) * unit, -(-_SIDE // unit) * unit, config)
     text = text_rotary(_TOKENS, config.text_encoder)
     caption = transformer_rotary(caption_positions(SEQUENCE_MULTIPLE), t)
     image = transformer_rotary(image_positions(geometry, SEQUENCE_MULTIPLE), t)
@@ -81,5 +81,5 @@ def fixed_inputs(config: ModelConfig) -> dict[Program, dict[str, Floats]]:
     }
 
 
-def _rms(value: Floats) -> float:
+def _rms(value: FloatArray) -> float:
     return float(np.sqrt(np.mean(np.square(value, dtype=np.float64))))

@@ -1,6 +1,6 @@
 """What each precision costs each layer: the error that it adds to a linear's output, on the reference's activations.
 
-While the reference draws, every linear of every block is looked at twice: some of the rows that it reads, and some of
+While the reference runs, every linear of every block is looked at twice: some of the rows that it reads, and some of
 the rows of its weight, are stored as each precision would store them and multiplied again. So an error is counted
 where it arises, whatever precision the bundle has; nothing is kept but sums.
 """
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.tensors import DType, to_float32
 from zimage_runtime.machine.int8_products import EXACT_LEVELS, SAFE_LEVELS
 
@@ -21,13 +22,12 @@ from ..source.checkpoint import Checkpoint
 from ..storage.casts import encode
 from ..storage.precision import BLOCK_SIZE, Encoding
 from ..storage.quantize import rounded
-from ..storage.stored import Floats
 from ..weights.folding import blocks
 from ..weights.rebalance import PLACES, Rebalancing
 
 _ROWS = 64  # of activations, and
 _OUTPUTS = 128  # of weights that are looked at, evenly spread
-_LOOKS = 2  # at each linear: the first steps, where the picture is laid out
+_LOOKS = 2  # at each linear: the first steps, where the image is laid out
 
 BF16, INT8, INT8_OF_7, INT4 = "bf16", "int8", "int8 (7-bit)", "int4"
 PRECISIONS = (BF16, INT8, INT8_OF_7, INT4)
@@ -79,14 +79,14 @@ class LayerErrors:
         return found
 
 
-def _some(tensor: Any, count: int) -> Floats:
+def _some(tensor: Any, count: int) -> FloatArray:
     """A few rows of a tensor, evenly spread."""
     rows = tensor.detach().reshape(-1, tensor.shape[-1])
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(np.int64))
     return np.asarray(rows[chosen].numpy(), np.float32)
 
 
-def _squares(x: Floats, weights: Floats, columns: Floats | None) -> dict[str, tuple[float, float]]:
+def _squares(x: FloatArray, weights: FloatArray, columns: FloatArray | None) -> dict[str, tuple[float, float]]:
     """By precision: the squared error of x @ weights.T, and its own square."""
     exact = x.astype(np.float64) @ weights.astype(np.float64).T
     whole = float(np.sum(exact**2))
@@ -105,7 +105,7 @@ def _squares(x: Floats, weights: Floats, columns: Floats | None) -> dict[str, tu
     }
 
 
-def _tokens(x: Floats, levels: float) -> Floats:
+def _tokens(x: FloatArray, levels: float) -> FloatArray:
     """Activations as quantization leaves them, with a scale for each row of the last axis."""
     scale = np.maximum(np.abs(x).max(axis=-1, keepdims=True), np.float32(1e-30)) / np.float32(levels)
     return np.asarray(np.rint(x / scale) * scale, np.float32)

@@ -218,7 +218,7 @@ def _rename_vae(entries: Entries, path: Path) -> dict[str, TensorEntry]:
 
 
 def _level_name(match: re.Match[str], levels: int) -> str:
-    """A level of the encoder or decoder; the file counts the decoder's from the picture, diffusers from the latents."""
+    """A level of the encoder or decoder; the file counts the decoder's from the image, diffusers from the latents."""
     level, rest = int(match["level"]), match["rest"]
     if match["coder"] == "decoder.up":
         level = levels - 1 - level

@@ -2,7 +2,7 @@
 
 Linear layers hold nearly all parameters and are stored in 16 bits; norms, biases, pad tokens and the small linears
 at the model's ends stay float32, and so do the residual stream and every norm's arithmetic. The VAE is never fp16,
-whose range it leaves (white or black pictures); it keeps the checkpoint's own type where that is bf16. In a 16-bit
+whose range it leaves (white or black images); it keeps the checkpoint's own type where that is bf16. In a 16-bit
 bundle the CPU's programs widen the weights to float32, the CUDA programs multiply in 16 bits.
 
 In an int8 or int4 bundle the linears of the blocks are integers with float32 scales; modulation is bf16, and all that

@@ -12,12 +12,13 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.tensors import DType
 
 from ..errors import ExportError
 from ..source.checkpoint import TensorSource
 from .precision import BLOCK_SIZE, Encoding, scale_of
-from .stored import NO_FACTORS, Factors, Floats, LazyFactors, StoredTensor, row_chunks
+from .stored import NO_FACTORS, Factors, LazyFactors, StoredTensor, row_chunks
 
 Integers = NDArray[np.generic]
 
@@ -33,7 +34,7 @@ def quantized(
     """A linear layer's weight, times its factors and 2**exponent, and its scales, as the bundle stores them."""
 
     @functools.cache
-    def both() -> tuple[Integers, Floats]:
+    def both() -> tuple[Integers, FloatArray]:
         given = factors() if factors else NO_FACTORS
         return _stored(source, encoding, _with_exponent(given, exponent, source.shape[0]))
 
@@ -73,7 +74,7 @@ def _layout(shape: tuple[int, ...], encoding: Encoding) -> tuple[tuple[int, ...]
     return (out_width, blocks, inner), DType.U8, (out_width, blocks)
 
 
-def _stored(source: TensorSource, encoding: Encoding, factors: Factors) -> tuple[Integers, Floats]:
+def _stored(source: TensorSource, encoding: Encoding, factors: Factors) -> tuple[Integers, FloatArray]:
     """The whole weight: one tensor in memory, as integers."""
     shape, dtype, scale_shape = _layout(source.shape, encoding)
     integers, scales = np.empty(shape, dtype.storage), np.empty(scale_shape, np.float32)
@@ -91,7 +92,7 @@ def _stored(source: TensorSource, encoding: Encoding, factors: Factors) -> tuple
     return integers, scales
 
 
-def int8_rows(weights: Floats) -> tuple[NDArray[np.int8], Floats]:
+def int8_rows(weights: FloatArray) -> tuple[NDArray[np.int8], FloatArray]:
     """Rows [rows, width] → int8 values of the same shape, and a scale a row."""
     scales = int8_scales(weights)
     values = weights * (np.float32(1) / scales)[:, None]
@@ -100,7 +101,7 @@ def int8_rows(weights: Floats) -> tuple[NDArray[np.int8], Floats]:
     return values.astype(np.int8), scales
 
 
-def int8_scales(weights: Floats) -> Floats:
+def int8_scales(weights: FloatArray) -> FloatArray:
     """The scale of each row with the least squared error.
 
     Rounding to steps of size d costs d²/12 a value, which at 255 steps a row is as good as counting; what a cut costs
@@ -115,11 +116,11 @@ def int8_scales(weights: Floats) -> Floats:
         excess = np.square(np.maximum(beyond - cut, 0), dtype=np.float64)
         rounding = weights.shape[1] * (float(cut) / INT8_MOST) ** 2 / 12
         errors[index] = rounding + np.bincount(rows, weights=excess, minlength=len(weights))
-    scales: Floats = peaks * _INT8_CUTS[errors.argmin(axis=0)] / np.float32(INT8_MOST)
+    scales: FloatArray = peaks * _INT8_CUTS[errors.argmin(axis=0)] / np.float32(INT8_MOST)
     return scales
 
 
-def blocks4(weights: Floats) -> tuple[NDArray[np.uint8], Floats]:
+def blocks4(weights: FloatArray) -> tuple[NDArray[np.uint8], FloatArray]:
     """Rows [rows, width] → bytes [rows, width / 32, 16], the first value in the low four bits, and scales."""
     blocks = weights.reshape(len(weights), -1, BLOCK_SIZE)
     # -8 can be stored and 8 cannot, so the value of the largest magnitude is the one that becomes -8
@@ -143,14 +144,14 @@ def blocks4(weights: Floats) -> tuple[NDArray[np.uint8], Floats]:
     return packed, scales.astype(np.float32)
 
 
-def _steps(blocks: Floats, scales: Floats) -> Floats:
-    values: Floats = blocks * (np.float32(1) / scales)[..., None]
+def _steps(blocks: FloatArray, scales: FloatArray) -> FloatArray:
+    values: FloatArray = blocks * (np.float32(1) / scales)[..., None]
     np.rint(values, out=values)
     np.clip(values, -8, 7, out=values)
     return values
 
 
-def blocks8(weights: Floats) -> tuple[NDArray[np.uint8], Floats]:
+def blocks8(weights: FloatArray) -> tuple[NDArray[np.uint8], FloatArray]:
     """Rows [rows, width] → bytes [rows, width / 32, 32] around 128, and scales; at 8 bits no cut is worth it."""
     blocks = weights.reshape(len(weights), -1, BLOCK_SIZE)
     peaks = np.abs(blocks).max(axis=-1)
@@ -158,7 +159,7 @@ def blocks8(weights: Floats) -> tuple[NDArray[np.uint8], Floats]:
     return (np.rint(blocks / scales[..., None]) + 128).astype(np.uint8), scales
 
 
-def dequantized(integers: Integers, scales: Floats, encoding: Encoding) -> Floats:
+def dequantized(integers: Integers, scales: FloatArray, encoding: Encoding) -> FloatArray:
     """The weight [out, in] that stored integers stand for."""
     if encoding is Encoding.INT8:
         return integers.T.astype(np.float32) * scales[:, None]
@@ -171,7 +172,7 @@ def dequantized(integers: Integers, scales: Floats, encoding: Encoding) -> Float
     return (values * scales[..., None]).reshape(len(integers), -1)
 
 
-def rounded(weights: Floats, encoding: Encoding) -> Floats:
+def rounded(weights: FloatArray, encoding: Encoding) -> FloatArray:
     """What is left of rows [rows, width] once they are stored."""
     if encoding is Encoding.INT8:
         values, scales = int8_rows(weights)

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.tensors import DType, to_float32
 
 from ..source.checkpoint import TensorSource
 
 _ROWS_BYTES = 4 << 20  # of float32: what a processor's cache holds
-
-Floats = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,10 @@ def total_bytes(tensors: Iterable[StoredTensor]) -> int:
 class Factors:
     """What a weight [out, in] or a vector is multiplied by before it is stored; None is one everywhere."""
 
-    rows: Floats | None = None  # [out]
-    columns: Floats | None = None  # [in], or a vector's elements
+    rows: FloatArray | None = None  # [out]
+    columns: FloatArray | None = None  # [in], or a vector's elements
 
-    def apply(self, values: Floats, first: int = 0) -> Floats:
+    def apply(self, values: FloatArray, first: int = 0) -> FloatArray:
         """The product, for a vector or for the rows from `first` on."""
         if self.columns is not None:
             values = values * self.columns
@@ -58,7 +57,7 @@ LazyFactors = Callable[[], Factors]
 """Factors that are computed from the checkpoint when they are first needed."""
 
 
-def row_chunks(source: TensorSource, factors: Factors = NO_FACTORS) -> Iterator[tuple[int, Floats]]:
+def row_chunks(source: TensorSource, factors: Factors = NO_FACTORS) -> Iterator[tuple[int, FloatArray]]:
     """A weight's rows in float32, times its factors, in pieces of a few: the first row's number, and the rows."""
     width = source.shape[1]
     rows = max(_ROWS_BYTES // (4 * width), 1)

@@ -83,7 +83,7 @@ SMALL = Scale(
         scheduler=SchedulerConfig(shift=3.0, num_train_timesteps=1000),
     )
 )
-"""Every part of the architecture in a megabyte: seconds to export, fractions of a second to draw."""
+"""Every part of the architecture in a megabyte: seconds to export, fractions of a second to generate."""
 
 
 FULL = Scale(
@@ -260,7 +260,7 @@ def _distribution(name: str, shape: tuple[int, ...]) -> tuple[float, float]:
     if "adaLN_modulation" in name:
         gain = 1.5  # the timestep embedding is about 0.3
     elif name in ("decoder.conv_out.weight", "encoder.conv_out.weight"):
-        gain = 0.5  # pictures between -1 and 1, most of them not clipped
+        gain = 0.5  # images between -1 and 1, most of them not clipped
     return 0.0, gain / math.sqrt(math.prod(shape[1:]))
 
 

@@ -31,7 +31,7 @@ Peaks = Mapping[str, Mapping[str, "BlockPeak"]]
 
 
 @dataclass(frozen=True)
-class Loudness:
+class ActivationRange:
     """How large the activations are that a linear reads, by channel."""
 
     rms: NDArray[np.float32]  # [width]
@@ -45,7 +45,7 @@ class BlockPeak:
         self.attention = 0.0  # the out-projection's result (Qwen3: o_proj's input and result)
         self.product = 0.0  # the SwiGLU product
         self.ffn = 0.0  # w2's result
-        self.places: dict[str, Loudness] = {}  # by the linear that reads, as in `rebalance.PLACES`
+        self.places: dict[str, ActivationRange] = {}  # by the linear that reads, as in `rebalance.PLACES`
 
 
 def blocks(config: ModelConfig) -> dict[str, list[str]]:

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from zimage_runtime.arrays import FloatArray
+
 from ..errors import ExportError
 from ..source.checkpoint import Checkpoint
 from ..storage.precision import BLOCK_SIZE, Encoding
 from ..storage.quantize import rounded
-from ..storage.stored import Floats
 from .folding import blocks
 from .rebalance import PLACES, Rebalancing, sample_rows
 
@@ -50,7 +51,7 @@ def _losses(
             yield output_loss(sample_rows(source), rms, Encoding.BLOCKS4), source.name, math.prod(source.shape)
 
 
-def output_loss(rows: Floats, rms: Floats, encoding: Encoding) -> float:
+def output_loss(rows: FloatArray, rms: FloatArray, encoding: Encoding) -> float:
     """The relative error of what rows [rows, width] give for independent inputs of these magnitudes [width]."""
     error = np.sum(np.square((rounded(rows, encoding) - rows) * rms, dtype=np.float64))
     whole = np.sum(np.square(rows * rms, dtype=np.float64))

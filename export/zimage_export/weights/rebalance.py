@@ -18,13 +18,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.tensors import to_float32
 from zimage_runtime.model.config import ModelConfig
 
 from ..source.checkpoint import Checkpoint, TensorSource, Weights
 from ..storage.folds import block_of
-from ..storage.stored import Factors, Floats, LazyFactors, row_chunks
-from .folding import Loudness, Peaks
+from ..storage.stored import Factors, LazyFactors, row_chunks
+from .folding import ActivationRange, Peaks
 
 _STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _SAMPLE_ROWS = 192  # of each weight that reads a channel
@@ -33,7 +34,7 @@ _LEAST = 1e-4  # of the median: a channel that is silent, or that nobody reads, 
 _LEVELS = 127.0
 
 
-Ranges = Mapping[str, Mapping[str, Mapping[str, Loudness]]]
+Ranges = Mapping[str, Mapping[str, Mapping[str, ActivationRange]]]
 """By component, block and place."""
 
 
@@ -91,7 +92,7 @@ class Rebalancing:
             return None
         return lambda: self._block(component, block)[tail]
 
-    def loudness(self, component: str, block: str) -> dict[str, Loudness]:
+    def loudness(self, component: str, block: str) -> dict[str, ActivationRange]:
         """How loud the activations of each place of a block are, by its first reader."""
         weights, heads = self._checkpoint.weights(component), _Heads.of(self._checkpoint.config, component)
         measured = self._ranges.get(component, {}).get(block, {})
@@ -104,8 +105,8 @@ class Rebalancing:
         weights = self._checkpoint.weights(component)
         spread = _Heads.of(self._checkpoint.config, component)
         told = self.loudness(component, block)
-        columns: dict[str, Floats] = {}
-        rows: dict[str, Floats] = {}
+        columns: dict[str, FloatArray] = {}
+        rows: dict[str, FloatArray] = {}
         for index, place in enumerate(PLACES[component]):
             loudness = told[place.readers[0]]
             samples = [sample_rows(weights.get(f"{block}.{reader}")) for reader in place.readers]
@@ -121,7 +122,7 @@ class Rebalancing:
         return found
 
 
-def choose(loudness: Loudness, readers: Sequence[Floats]) -> Floats:
+def choose(loudness: ActivationRange, readers: Sequence[FloatArray]) -> FloatArray:
     """What to multiply the readers' columns by, [width]: the choice of least expected error.
 
     `readers` are rows of each weight that reads the channels.
@@ -167,23 +168,23 @@ class _Heads:
         text = config.text_encoder
         return cls(text.num_attention_heads // text.num_key_value_heads, text.head_dim)
 
-    def repeat(self, values: Floats) -> Floats:
+    def repeat(self, values: FloatArray) -> FloatArray:
         """[shared channels] → [channels of all heads]"""
         if self.groups == 1:
             return values
         return np.repeat(values.reshape(-1, self.width), self.groups, axis=0).reshape(-1)
 
-    def gather(self, loudness: Loudness) -> Loudness:
+    def gather(self, loudness: ActivationRange) -> ActivationRange:
         """Of all heads → of the shared channels: the loudest of those that share."""
         if self.groups == 1:
             return loudness
         shape = (-1, self.groups, self.width)
-        return Loudness(
+        return ActivationRange(
             np.sqrt(np.square(loudness.rms).reshape(shape).mean(axis=1)).reshape(-1),
             loudness.peak.reshape(shape).max(axis=1).reshape(-1),
         )
 
-    def stack(self, samples: Sequence[Floats]) -> list[Floats]:
+    def stack(self, samples: Sequence[FloatArray]) -> list[FloatArray]:
         """Columns of all heads → of the shared channels, with more rows instead."""
         if self.groups == 1:
             return list(samples)
@@ -194,8 +195,8 @@ class _Heads:
 _NO_HEADS = _Heads(1, 1)
 
 
-def _tell(weights: Weights, component: str, block: str, heads: _Heads) -> dict[str, Loudness]:
-    """Loudness from the weights alone, by place: behind a norm, channels are as loud as its weight says, and a linear
+def _tell(weights: Weights, component: str, block: str, heads: _Heads) -> dict[str, ActivationRange]:
+    """Ranges from the weights alone, by place: behind a norm, channels are as loud as its weight says, and a linear
     of inputs that know nothing of each other is as loud as its row."""
     attention, value, ffn, product = PLACES[component]
     found = {}
@@ -211,27 +212,27 @@ def _tell(weights: Weights, component: str, block: str, heads: _Heads) -> dict[s
     return found
 
 
-def _normal(rms: Floats) -> Loudness:
-    return Loudness(rms, rms * np.float32(_PEAK))
+def _normal(rms: FloatArray) -> ActivationRange:
+    return ActivationRange(rms, rms * np.float32(_PEAK))
 
 
-def _row_rms(source: TensorSource, entering: Floats) -> Floats:
+def _row_rms(source: TensorSource, entering: FloatArray) -> FloatArray:
     """[out]: the root mean square of each output, for independent inputs of these."""
     squares = np.square(entering)
-    rms: Floats = np.sqrt(np.concatenate([np.square(rows) @ squares for _, rows in row_chunks(source)]))
+    rms: FloatArray = np.sqrt(np.concatenate([np.square(rows) @ squares for _, rows in row_chunks(source)]))
     return rms
 
 
-def _silu_rms(deviation: Floats) -> Floats:
+def _silu_rms(deviation: FloatArray) -> FloatArray:
     """The root mean square of silu(z) for normal z of these deviations, by Gauss-Hermite quadrature."""
     nodes, node_weights = np.polynomial.hermite_e.hermegauss(21)
     z = deviation.astype(np.float64)[:, None] * nodes
     silu = z / (1 + np.exp(-np.clip(z, -500, 500)))
-    rms: Floats = np.sqrt(silu**2 @ node_weights / node_weights.sum()).astype(np.float32)
+    rms: FloatArray = np.sqrt(silu**2 @ node_weights / node_weights.sum()).astype(np.float32)
     return rms
 
 
-def sample_rows(source: TensorSource) -> Floats:
+def sample_rows(source: TensorSource) -> FloatArray:
     """Some of a weight's rows, evenly spread."""
     table = np.memmap(source.path, dtype=source.dtype.storage, mode="r", offset=source.entry.offset, shape=source.shape)
     chosen = np.unique(np.linspace(0, len(table) - 1, min(_SAMPLE_ROWS, len(table))).astype(np.int64))

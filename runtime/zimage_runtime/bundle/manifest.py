@@ -58,7 +58,7 @@ class ProgramRecord:
 
 
 @dataclass(frozen=True)
-class Source:
+class Origin:
     """The checkpoint that a bundle was made from."""
 
     name: str  # the directory's name or the Hub id; never a path
@@ -67,7 +67,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a picture gets when the user does not say."""
+    """What an image gets when the user does not say."""
 
     width: int  # pixels
     height: int
@@ -79,7 +79,7 @@ class Manifest:
     """Everything that ``manifest.json`` says, checked."""
 
     precision: Precision
-    source: Source
+    source: Origin
     exporter: str  # name and version of the program that wrote the bundle
     config: ModelConfig
     defaults: Defaults
@@ -95,14 +95,14 @@ class Manifest:
 
     @property
     def name(self) -> str:
-        """What to call the model in a picture's metadata."""
+        """What to call the model in an image's metadata."""
         return f"{self.source.name.rpartition('/')[2]}-{self.precision.value}"
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all files' hashes: two bundles that draw with the same bytes share it.
+        """A hash of all files' hashes: two bundles that generate with the same bytes share it.
 
-        Engines are left out: they are made from the rest, and renewed without changing what is drawn.
+        Engines are left out: they are made from the rest, and renewed without changing what is generated.
         """
         digest = hashlib.sha256()
         for path in sorted(path for path in self.files if not path.startswith(ENGINES_FOLDER)):
@@ -179,7 +179,7 @@ class Manifest:
         source, defaults = fields.object("source"), fields.object("defaults")
         return cls(
             precision=Precision(precision),
-            source=Source(source.text("name"), source.optional_text("revision")),
+            source=Origin(source.text("name"), source.optional_text("revision")),
             exporter=fields.text("exporter"),
             config=ModelConfig.read(
                 {part: config.raw(part) for part in PARTS},

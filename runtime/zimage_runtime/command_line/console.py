@@ -140,7 +140,7 @@ class SizeType(_SizeParam):
     name = "WxH"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        """Parses the text; whether the model can draw that size is the pipeline's to say."""
+        """Parses the text; whether the model can generate that size is the pipeline's to say."""
         match = _SIZE.fullmatch(value)
         if not match or len(value) > 40:
             self.fail(f"{value[:40]!r} is no size; write it like 1024x768", param, ctx)

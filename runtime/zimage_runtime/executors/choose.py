@@ -1,4 +1,4 @@
-"""Which executor draws, and why: the one that is asked for, or the best that can run here. Never a silent one.
+"""Which executor generates, and why: the one that is asked for, or the best that can run here. Never a silent one.
 
 An *obstacle* is a reason why an executor cannot run a bundle here, in words that say what to do; None where it can.
 """
@@ -10,7 +10,7 @@ from ..bundle.bundle import Bundle
 from ..bundle.manifest import CPU, CUDA, TENSORRT, Precision
 from ..errors import ExecutorError, RequestError
 from ..machine.gpus import Gpu, find_gpu
-from .ort.int8_denoiser import int8_obstacle
+from .ort.int8_denoiser import why_no_int8
 from .protocol import Executor
 
 AUTO = "auto"
@@ -97,7 +97,7 @@ def budget(vram: int | None) -> int:
     return max((gpu.total if gpu.free is None else gpu.free) - _MARGIN, 0)
 
 
-def cuda_obstacle(bundle: Bundle) -> str | None:
+def why_no_cuda(bundle: Bundle) -> str | None:
     """Why the `cuda` executor cannot run a bundle here."""
     gpu = _gpu()
     if isinstance(gpu, str):
@@ -106,22 +106,22 @@ def cuda_obstacle(bundle: Bundle) -> str | None:
         return "the bundle holds no programs for it; export it again"
     if bundle.manifest.precision is Precision.BF16 and not gpu.has_bf16:
         return f"{gpu} does not compute in bf16; use a bundle in fp16"
-    if reason := int8_obstacle(bundle.manifest.precision, gpu.capability):
+    if reason := why_no_int8(bundle.manifest.precision, gpu.capability):
         return f"{gpu}: {reason}"
-    return package_obstacle()
+    return why_no_package()
 
 
-def tensorrt_obstacle(bundle: Bundle) -> str | None:
+def why_no_tensorrt(bundle: Bundle) -> str | None:
     """Why the `tensorrt` executor cannot run a bundle here."""
     gpu = _gpu()
     if isinstance(gpu, str):
         return gpu
-    from .tensorrt.executor import tensorrt_obstacle as obstacle
+    from .tensorrt.executor import why_no_tensorrt as obstacle
 
     return obstacle(bundle)
 
 
-def package_obstacle() -> str | None:
+def why_no_package() -> str | None:
     """Why the ONNX Runtime that is installed cannot use CUDA."""
     import onnxruntime
 
@@ -135,7 +135,7 @@ def package_obstacle() -> str | None:
     return None
 
 
-_OBSTACLES: dict[str, Callable[[Bundle], str | None]] = {TENSORRT: tensorrt_obstacle, CUDA: cuda_obstacle}
+_OBSTACLES: dict[str, Callable[[Bundle], str | None]] = {TENSORRT: why_no_tensorrt, CUDA: why_no_cuda}
 """The executors on a GPU, the best one first."""
 
 _MACHINE = "no NVIDIA GPU: "

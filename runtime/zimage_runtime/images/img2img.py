@@ -1,6 +1,6 @@
-"""Starting from a picture instead of noise, and keeping what a mask keeps.
+"""Starting from an image instead of noise, and keeping what a mask keeps.
 
-The picture's latents are drawn from the encoder's distribution with the seed's generator, and the noise after them
+The image's latents are sampled from the encoder's distribution with the seed's generator, and the noise after them
 from the same one. They are mixed at the sigma of the first step that is taken: the less the strength, the later.
 With a mask, what is kept is put back after each step, with the same noise at the sigma that the step led to.
 Source: ``pipeline_z_image_img2img.py`` and ``pipeline_z_image_inpaint.py`` in diffusers. Latents are
@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..arrays import FloatArray
 from ..errors import RequestError
-from ..executors.protocol import Floats
 from ..model.config import VaeConfig
 from ..model.noise import TorchGenerator
 
@@ -33,19 +33,19 @@ def steps_skipped(steps: int, strength: float) -> int:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A picture as the encoder sees it: a normal distribution of latents, before shift and scaling."""
+    """An image as the encoder sees it: a normal distribution of latents, before shift and scaling."""
 
-    mean: Floats  # [1, channels, height / 8, width / 8]
-    logvar: Floats
+    mean: FloatArray  # [1, channels, height / 8, width / 8]
+    logvar: FloatArray
 
-    def sample(self, seeds: tuple[int, ...], config: VaeConfig) -> tuple[Floats, Floats]:
-        """Latents of the picture and noise, a pair for each seed, drawn one after the other: [seeds, …] each."""
+    def sample(self, seeds: tuple[int, ...], config: VaeConfig) -> tuple[FloatArray, FloatArray]:
+        """Latents of the image and noise, a pair for each seed, sampled one after the other: [seeds, …] each."""
         deviation = np.exp(np.float32(0.5) * self.logvar)
         clean, noise = [], []
         for seed in seeds:
             generator = TorchGenerator(seed)
-            drawn = self.mean + deviation * generator.normals(self.mean.shape)
-            clean.append((drawn - np.float32(config.shift_factor)) * np.float32(config.scaling_factor))
+            sampled = self.mean + deviation * generator.normals(self.mean.shape)
+            clean.append((sampled - np.float32(config.shift_factor)) * np.float32(config.scaling_factor))
             noise.append(generator.normals(self.mean.shape))
         return np.concatenate(clean), np.concatenate(noise)
 
@@ -54,16 +54,16 @@ class Encoded:
 class Start:
     """Where a batch's latents start from, and what is kept of them."""
 
-    clean: Floats  # latents of the picture
-    noise: Floats
-    mask: Floats | None  # [1, 1, height / 8, width / 8]: 1 is painted anew
+    clean: FloatArray  # latents of the image
+    noise: FloatArray
+    mask: FloatArray | None  # [1, 1, height / 8, width / 8]: 1 is painted anew
 
-    def at(self, sigma: np.float32) -> Floats:
-        """The picture with as much noise as `sigma` means."""
+    def at(self, sigma: np.float32) -> FloatArray:
+        """The image with as much noise as `sigma` means."""
         return sigma * self.noise + (np.float32(1) - sigma) * self.clean
 
-    def kept(self, latents: Floats, sigma: np.float32) -> Floats:
-        """Latents after a step that led to `sigma`, with the picture put back where the mask keeps it."""
+    def kept(self, latents: FloatArray, sigma: np.float32) -> FloatArray:
+        """Latents after a step that led to `sigma`, with the image put back where the mask keeps it."""
         if self.mask is None:
             return latents
         return (np.float32(1) - self.mask) * self.at(sigma) + self.mask * latents

@@ -1,7 +1,7 @@
-"""What a picture file says about itself, and reading it back to draw the same picture again.
+"""What an image file says about itself, and reading it back to generate the same image again.
 
 Three things are written: the A1111 ``parameters`` text, which many viewers show; a ``zimage`` JSON document, which
-replays the picture exactly; and XMP ``DigitalSourceType`` (IPTC), which says that a model made it. PNG holds them as
+replays the image exactly; and XMP ``DigitalSourceType`` (IPTC), which says that a model made it. PNG holds them as
 text chunks; JPEG and WebP hold the text as the EXIF user comment and the document inside the XMP packet.
 """
 
@@ -23,7 +23,7 @@ from zimage_runtime.model.noise import MAX_SEED
 from .outputs import ImageFormat
 
 REPLAY_VERSION = 2
-"""The newest that we read. Without a picture to start from we write 1, which older versions can replay."""
+"""The newest that we read. Without an image to start from we write 1, which older versions can replay."""
 
 _PARAMETERS = "parameters"
 _REPLAY = "zimage"
@@ -38,8 +38,8 @@ _MAX_SEGMENT = 65_000  # bytes that fit in one JPEG segment, names and lengths l
 
 
 @dataclass(frozen=True)
-class PictureInfo:
-    """All that decides a picture."""
+class ImageInfo:
+    """All that decides an image."""
 
     prompt: str
     seed: int
@@ -49,8 +49,8 @@ class PictureInfo:
     model: str  # the bundle's name, precision included
     fingerprint: str  # of the bundle's files
     executor: str
-    strength: float | None = None  # where a picture was started from
-    image: str | None = None  # the hash of that picture's pixels
+    strength: float | None = None  # where an image was started from
+    image: str | None = None  # the hash of that image's pixels
     mask: str | None = None  # and of the mask's
 
     def parameters(self) -> str:
@@ -103,8 +103,8 @@ class PictureInfo:
             raise RequestError(f"{where}: its zimage metadata is damaged") from None
 
 
-def encode_picture(image: Image.Image, kind: ImageFormat, info: PictureInfo | None) -> bytes:
-    """The bytes of a picture file, with its metadata unless `info` is None.
+def encode_image(image: Image.Image, kind: ImageFormat, info: ImageInfo | None) -> bytes:
+    """The bytes of an image file, with its metadata unless `info` is None.
 
     Raises `RequestError` for a prompt that is too long for the format's metadata.
     """
@@ -119,31 +119,31 @@ def encode_picture(image: Image.Image, kind: ImageFormat, info: PictureInfo | No
     return buffer.getvalue()
 
 
-def read_picture_info(path: Path) -> PictureInfo:
-    """What a picture that we wrote says about itself. Raises `RequestError` if it says nothing."""
+def read_image_info(path: Path) -> ImageInfo:
+    """What an image that we wrote says about itself. Raises `RequestError` if it says nothing."""
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path, formats=list(ImageFormat)) as image:
             document = image.info.get(_REPLAY) or _replay_in_xmp(image)
     except FileNotFoundError:
         raise RequestError(f"{path}: no such file") from None
     except UnidentifiedImageError:
-        raise RequestError(f"{path}: not a PNG, JPEG or WebP picture") from None
+        raise RequestError(f"{path}: not a PNG, JPEG or WebP image") from None
     except OSError as error:
         raise RequestError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # a damaged picture may make the library raise anything
+    except Exception as error:  # a damaged image may make the library raise anything
         raise RequestError(f"{path}: damaged: {error}") from None
     if not isinstance(document, str) or len(document) > _MAX_TEXT:
         raise RequestError(
-            f"{path}: holds no zimage metadata; only pictures that zimage-rt wrote with it can be replayed"
+            f"{path}: holds no zimage metadata; only images that zimage-rt wrote with it can be replayed"
         )
-    return PictureInfo.from_replay(document, str(path))
+    return ImageInfo.from_replay(document, str(path))
 
 
 def _quoted(value: str) -> str:
     return json.dumps(value, ensure_ascii=False) if any(c in value for c in ",:\n") else value
 
 
-def _png_chunks(info: PictureInfo) -> PngImagePlugin.PngInfo:
+def _png_chunks(info: ImageInfo) -> PngImagePlugin.PngInfo:
     chunks = PngImagePlugin.PngInfo()
     chunks.add_text(_PARAMETERS, info.parameters())
     chunks.add_text(_REPLAY, info.replay())
@@ -151,14 +151,14 @@ def _png_chunks(info: PictureInfo) -> PngImagePlugin.PngInfo:
     return chunks
 
 
-def _exif_and_xmp(info: PictureInfo | None) -> dict[str, Any]:
+def _exif_and_xmp(info: ImageInfo | None) -> dict[str, Any]:
     if info is None:
         return {}
     comment, xmp = info.parameters().encode("utf-16-be"), _xmp(info.replay())
     if max(len(comment), len(xmp)) > _MAX_SEGMENT:
         raise RequestError("the prompt is too long for a JPEG's or WebP's metadata; write a PNG, or use --no-metadata")
     exif = Image.Exif()
-    # "UNICODE" in EXIF means UTF-16 of the file's byte order; readers of A1111's pictures expect big-endian
+    # "UNICODE" in EXIF means UTF-16 of the file's byte order; readers of A1111's images expect big-endian
     exif.endian = ">"
     exif.get_ifd(_EXIF_IFD)[_EXIF_USER_COMMENT] = _UNICODE + comment
     return {"exif": exif, "xmp": xmp}

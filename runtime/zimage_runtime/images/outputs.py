@@ -1,4 +1,4 @@
-"""Where pictures are written: names that are free, folders that exist, files that are whole or absent."""
+"""Where images are written: names that are free, folders that exist, files that are whole or absent."""
 
 import os
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from zimage_runtime.errors import RequestError
 
 
 class ImageFormat(StrEnum):
-    """The formats that pictures are written in, by Pillow's names."""
+    """The formats that images are written in, by Pillow's names."""
 
     PNG = "PNG"
     JPEG = "JPEG"
@@ -30,7 +30,7 @@ def image_format(path: Path) -> ImageFormat:
     found = _BY_SUFFIX.get(path.suffix.lower())
     if found is None:
         known = ", ".join(_BY_SUFFIX)
-        raise RequestError(f"{path}: {path.suffix or 'no extension'} is no picture format; use one of {known}")
+        raise RequestError(f"{path}: {path.suffix or 'no extension'} is no image format; use one of {known}")
     return found
 
 
@@ -47,7 +47,7 @@ def check_output(path: Path | None) -> None:
             raise RequestError(f"{path}: is a folder; name a file in it")
     folder = path.parent if path is not None else Path()
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise RequestError(f"{folder.absolute()}: pictures cannot be written here; name another folder with -o")
+        raise RequestError(f"{folder.absolute()}: images cannot be written here; name another folder with -o")
 
 
 def _candidates(output: Path | None, seed: int, count: int) -> Iterator[tuple[Path, bool]]:
@@ -63,11 +63,11 @@ def _candidates(output: Path | None, seed: int, count: int) -> Iterator[tuple[Pa
         number += 1
 
 
-def write_picture(data: bytes, output: Path | None, seed: int, count: int) -> Path:
-    """Writes an encoded picture and returns its path.
+def write_image(data: bytes, output: Path | None, seed: int, count: int) -> Path:
+    """Writes an encoded image and returns its path.
 
     Only a file that `output` names itself is ever replaced. Without `output` the name is zimage-SEED.png; with
-    several pictures, -SEED is added to its stem; a name that is taken gets -2, -3, ….
+    several images, -SEED is added to its stem; a name that is taken gets -2, -3, ….
     """
     for path, named in _candidates(output, seed, count):
         try:

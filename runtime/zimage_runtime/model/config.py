@@ -189,7 +189,7 @@ class VaeConfig:
     norm_num_groups: int
     scaling_factor: float
     shift_factor: float
-    sample_size: int  # default picture size, in pixels a side
+    sample_size: int  # default image size, in pixels a side
 
     @property
     def scale(self) -> int:
@@ -219,7 +219,7 @@ class VaeConfig:
             shift_factor=fields.number("shift_factor", 0.0, positive=False),
             sample_size=fields.integer("sample_size", 1024),
         )
-        _require(config.in_channels == 3 and config.out_channels == 3, where, "pictures must have 3 channels")
+        _require(config.in_channels == 3 and config.out_channels == 3, where, "images must have 3 channels")
         _require(
             all(c % config.norm_num_groups == 0 for c in channels),
             where,

@@ -10,26 +10,25 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ..arrays import FloatArray
 from ..errors import RequestError
 from .config import PATCH_SIZE, ModelConfig, TextEncoderConfig, TransformerConfig
 
 SEQUENCE_MULTIPLE = 32
 """Every token sequence is padded to a multiple of this."""
 
-Floats = NDArray[np.float32]
-
 
 @dataclass(frozen=True)
 class Rotary:
     """Rotary tables: cosines and sines of the angles, each [1, tokens, head_dim / 2]."""
 
-    cos: Floats
-    sin: Floats
+    cos: FloatArray
+    sin: FloatArray
 
 
 @dataclass(frozen=True)
-class PictureGeometry:
-    """What a picture size means in latents and tokens."""
+class ImageGeometry:
+    """What an image size means in latents and tokens."""
 
     width: int  # pixels
     height: int
@@ -57,8 +56,8 @@ def padded(tokens: int) -> int:
     return -(-tokens // SEQUENCE_MULTIPLE) * SEQUENCE_MULTIPLE
 
 
-def picture_geometry(width: int, height: int, config: ModelConfig) -> PictureGeometry:
-    """The geometry of a `width` x `height` picture.
+def image_geometry(width: int, height: int, config: ModelConfig) -> ImageGeometry:
+    """The geometry of a `width` x `height` image.
 
     Raises `RequestError` if a side is not a multiple of 16, or longer than the model's rotary table.
     """
@@ -75,10 +74,10 @@ def picture_geometry(width: int, height: int, config: ModelConfig) -> PictureGeo
             )
         if side > longest:
             raise RequestError(f"{name} {side} is more than the {longest} pixels that the model has positions for")
-    return PictureGeometry(width, height, width // config.vae.scale, height // config.vae.scale)
+    return ImageGeometry(width, height, width // config.vae.scale, height // config.vae.scale)
 
 
-def image_positions(geometry: PictureGeometry, caption_tokens: int) -> NDArray[np.int64]:
+def image_positions(geometry: ImageGeometry, caption_tokens: int) -> NDArray[np.int64]:
     """(time, row, column) of each image token, pads included: [image_tokens, 3]."""
     positions = np.zeros((geometry.image_tokens, 3), dtype=np.int64)
     count = geometry.rows * geometry.columns
@@ -117,5 +116,5 @@ def _frequencies(channels: int, theta: float) -> NDArray[np.float64]:
     return np.asarray(1.0 / theta**exponents)
 
 
-def _tables(angles: Floats) -> Rotary:
+def _tables(angles: FloatArray) -> Rotary:
     return Rotary(np.cos(angles)[None], np.sin(angles)[None])

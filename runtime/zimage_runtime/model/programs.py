@@ -3,9 +3,9 @@
 The exporter builds programs with exactly these names, and every executor feeds them by these names. All arrays are
 float32 in every precision; what is inside a program is the precision's own affair.
 
-Symbols: ``batch`` pictures of one prompt in one call; ``tokens`` of the prompt; ``caption_tokens`` and
+Symbols: ``batch`` images of one prompt in one call; ``tokens`` of the prompt; ``caption_tokens`` and
 ``image_tokens`` are padded to a multiple of 32; ``half_head`` is half of an attention head's channels; ``latent_h``
-and ``latent_w`` are the picture's height and width over 8; ``blocks`` are the noise refiners, then the main layers.
+and ``latent_w`` are the image's height and width over 8; ``blocks`` are the noise refiners, then the main layers.
 """
 
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ class Program(StrEnum):
     CAPTION = "caption"  # hidden states → caption tokens, once per prompt
     MODULATION = "modulation"  # timesteps → modulation table, once per schedule
     DENOISER = "denoiser"  # latents → velocity, once per step
-    DECODER = "decoder"  # latents → picture
-    ENCODER = "encoder"  # picture → latent distribution (for img2img)
+    DECODER = "decoder"  # latents → image
+    ENCODER = "encoder"  # image → latent distribution (for img2img)
 
     @property
     def component(self) -> str:
@@ -89,7 +89,7 @@ SIGNATURES: dict[Program, Signature] = {
         outputs={"velocity": ("batch", "in_channels", "latent_h", "latent_w")},
     ),
     Program.DECODER: Signature(
-        # already divided by the scaling factor and shifted; the picture is about -1 to 1
+        # already divided by the scaling factor and shifted; the image is about -1 to 1
         inputs={"latents": ("batch", "latent_channels", "latent_h", "latent_w")},
         outputs={"image": ("batch", 3, "height", "width")},
     ),

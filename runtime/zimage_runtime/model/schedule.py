@@ -6,12 +6,10 @@ Source: ``get_default_z_image_sigmas`` in ``pipeline_z_image.py`` and ``FlowMatc
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ..arrays import FloatArray
 from ..errors import RequestError
 from .config import SchedulerConfig
-
-Floats = NDArray[np.float32]
 
 DEFAULT_STEPS = 8
 """What Z-Image Turbo is distilled for."""
@@ -21,10 +19,10 @@ MAX_STEPS = 256
 
 @dataclass(frozen=True)
 class Schedule:
-    """`steps` Euler steps from pure noise to the picture."""
+    """`steps` Euler steps from pure noise to the image."""
 
-    sigmas: Floats  # [steps + 1], from 1 down to 0
-    timesteps: Floats  # [steps], what the transformer is told: 1 - sigma
+    sigmas: FloatArray  # [steps + 1], from 1 down to 0
+    timesteps: FloatArray  # [steps], what the transformer is told: 1 - sigma
 
     @property
     def steps(self) -> int:
@@ -48,7 +46,7 @@ def make_schedule(steps: int, config: SchedulerConfig) -> Schedule:
     return Schedule(np.append(sigmas, np.float32(0)), timesteps)
 
 
-def _linspace(start: float, end: float, count: int) -> Floats:
+def _linspace(start: float, end: float, count: int) -> FloatArray:
     """torch.linspace in float32, which counts from both ends towards the middle."""
     first, last = np.float32(start), np.float32(end)
     if count == 1:

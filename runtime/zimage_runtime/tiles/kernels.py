@@ -10,13 +10,13 @@ from typing import Protocol
 
 import numpy as np
 
+from ..arrays import FloatArray
 from ..bundle.tensors import TensorFile, to_float32
-from ..executors.protocol import Floats
 
-Plain = Callable[[Floats], Floats]
+Plain = Callable[[FloatArray], FloatArray]
 """A tile with a border of one → its convolution, without the border."""
 
-Normed = Callable[[Floats, Floats, Floats, int, int], Floats]
+Normed = Callable[[FloatArray, FloatArray, FloatArray, int, int], FloatArray]
 """Rows, a factor and a summand a channel [channels, 1, 1], rows of zeros above and below (0 or 1 each, where the map
 ends) → SiLU of the normed rows, with zeros around, convolved: two rows less than there are with the zeros."""
 
@@ -29,12 +29,12 @@ class Convolution:
     weights: TensorFile
 
     @property
-    def weight(self) -> Floats:
+    def weight(self) -> FloatArray:
         """[out, in, 3, 3]. Raises `TensorFileError` where the file lacks it."""
         return to_float32(*self.weights.array(f"{self.name}.weight"))
 
     @property
-    def bias(self) -> Floats:
+    def bias(self) -> FloatArray:
         """[out]."""
         return to_float32(*self.weights.array(f"{self.name}.bias"))
 
@@ -44,7 +44,7 @@ class Convolution:
         return len(self.weights.array(f"{self.name}.bias")[0])
 
 
-class Kernels(Protocol):
+class TileKernels(Protocol):
     """Where tiles are computed."""
 
     @property
@@ -59,17 +59,17 @@ class Kernels(Protocol):
 
 
 @dataclass(frozen=True)
-class NumpyKernels:
+class NumpyTileKernels:
     """On the CPU: nine matrix products a tile."""
 
     tile_values: int = 1 << 20  # 4 MB, which processors' caches hold
 
     def plain(self, convolution: Convolution) -> Plain:
-        """See `Kernels`."""
+        """See `TileKernels`."""
         taps = np.ascontiguousarray(convolution.weight.transpose(2, 3, 0, 1))  # [3, 3, out, in]
         bias = convolution.bias
 
-        def convolve(tile: Floats) -> Floats:
+        def convolve(tile: FloatArray) -> FloatArray:
             result = convolved(tile, taps)
             result += bias[:, None, None]
             return result
@@ -77,10 +77,10 @@ class NumpyKernels:
         return convolve
 
     def normed(self, convolution: Convolution) -> Normed:
-        """See `Kernels`."""
+        """See `TileKernels`."""
         convolve = self.plain(convolution)
 
-        def run(rows: Floats, scale: Floats, shift: Floats, above: int, below: int) -> Floats:
+        def run(rows: FloatArray, scale: FloatArray, shift: FloatArray, above: int, below: int) -> FloatArray:
             channels, count, width = rows.shape
             tile = np.zeros((channels, above + count + below, width + 2), np.float32)
             inner = tile[:, above : above + count, 1:-1]
@@ -95,7 +95,7 @@ class NumpyKernels:
         return run
 
 
-def convolved(tile: Floats, taps: Floats) -> Floats:
+def convolved(tile: FloatArray, taps: FloatArray) -> FloatArray:
     """A tile with a border of one, [in, rows + 2, width + 2], under taps [3, 3, out, in]: [out, rows, width].
 
     A tap's view of the flattened tile is one slice, shifted; it runs on into the border, whose columns are dropped.

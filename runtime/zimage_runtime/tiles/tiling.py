@@ -1,14 +1,14 @@
-"""Decoding a large picture in tiles, in a third to a half of the decoder program's memory, and encoding one likewise.
+"""Decoding a large image in tiles, in a third to a half of the decoder program's memory, and encoding one likewise.
 
-Tiles that are decoded by themselves show: the group norms and the attention look at the whole picture. Measured with
-random weights on 96 x 96 latents, against the whole picture: 20 dB with tiles of 32 latents that overlap by 16, 27 dB
+Tiles that are decoded by themselves show: the group norms and the attention look at the whole image. Measured with
+random weights on 96 x 96 latents, against the whole image: 20 dB with tiles of 32 latents that overlap by 16, 27 dB
 with 64 and 32. With the middle block on the whole and only the up blocks in tiles
 (24 of 48 latents, overlapping by 12): 21 dB. So the tiles here are cut inside each
-layer. A layer reads a map of the whole picture and writes one; in between, it works on a tile of full rows that
+layer. A layer reads a map of the whole image and writes one; in between, it works on a tile of full rows that
 overlaps its neighbours by the row on each side that a 3 x 3 convolution reaches. Group norms take their statistics
 from the whole map. Nothing is approximated, so there is no seam to blend: what is left is rounding, above 100 dB.
 
-Shapes: a map is [channels, height, width]; pictures of a batch are decoded one after the other.
+Shapes: a map is [channels, height, width]; images of a batch are decoded one after the other.
 Source: ``vae.py`` and ``resnet.py`` in diffusers, like the decoder program.
 """
 
@@ -19,12 +19,12 @@ from functools import partial
 
 import numpy as np
 
+from ..arrays import FloatArray
 from ..bundle.tensors import TensorFile, to_float32
-from ..executors.protocol import Floats
 from ..model.config import VaeConfig
-from .kernels import Convolution, Kernels, NumpyKernels
+from .kernels import Convolution, NumpyTileKernels, TileKernels
 
-_ON_CPU = NumpyKernels()
+_ON_CPU = NumpyTileKernels()
 
 TILE_VALUES = _ON_CPU.tile_values
 """Values in a tile on the CPU, all channels together."""
@@ -35,7 +35,7 @@ TILE_ROWS = 128
 _TILE_COPIES = 5  # tiles held at once: rows, their activation, the padded copy, a product and its sum
 _EPS = 1e-6
 
-Rows = Callable[[int, int], Floats]
+Rows = Callable[[int, int], FloatArray]
 """Rows start to stop of a map, computed when asked for: [channels, stop - start, width]."""
 
 
@@ -45,7 +45,7 @@ def tile_rows(channels: int, width: int, values: int = TILE_VALUES) -> int:
 
 
 def tiled_bytes(config: VaeConfig, width: int, height: int) -> int:
-    """What decoding a `width` x `height` picture in tiles takes at its peak: the maps that a layer reads and writes,
+    """What decoding a `width` x `height` image in tiles takes at its peak: the maps that a layer reads and writes,
     tiles, and one layer's weights."""
     channels = config.block_out_channels[::-1]
     attention = 5 * channels[0]  # the map, its norm, queries, keys, values
@@ -75,7 +75,7 @@ def tiled_encoder_bytes(config: VaeConfig, width: int, height: int) -> int:
     return int(4 * ((widest + config.in_channels) * width * height + tile + weights))
 
 
-Step = Callable[[Floats], Floats]
+Step = Callable[[FloatArray], FloatArray]
 """A part of the autoencoder: a map → the next one. May write over the map that it is given."""
 
 
@@ -83,9 +83,9 @@ Step = Callable[[Floats], Floats]
 class _Normed:
     """A map to be normed, by a factor and a summand a channel [channels, 1, 1], and put through SiLU."""
 
-    x: Floats
-    scale: Floats
-    shift: Floats
+    x: FloatArray
+    scale: FloatArray
+    shift: FloatArray
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class _TiledLayers:
 
     config: VaeConfig
     weights: TensorFile
-    kernels: Kernels = _ON_CPU
+    kernels: TileKernels = _ON_CPU
 
     @property
     def tile_values(self) -> int:
@@ -108,7 +108,7 @@ class _TiledLayers:
             partial(self._resnet, f"{name}.resnets.1"),
         ]
 
-    def _resnet(self, name: str, x: Floats) -> Floats:
+    def _resnet(self, name: str, x: FloatArray) -> FloatArray:
         """Writes over `x` where the result is no wider, so that one map less is held."""
         h = self._convolve(f"{name}.conv1", self._norm_silu(f"{name}.norm1", x), x.shape)
         shortcut = _rows(x)
@@ -116,14 +116,14 @@ class _TiledLayers:
             weight = self._weight(f"{name}.conv_shortcut.weight")[:, :, 0, 0]
             bias = self._weight(f"{name}.conv_shortcut.bias")[:, None, None]
 
-            def shortcut(start: int, stop: int) -> Floats:
+            def shortcut(start: int, stop: int) -> FloatArray:
                 flat = weight @ x[:, start:stop].reshape(x.shape[0], -1)
                 return flat.reshape(len(weight), stop - start, -1) + bias
 
         out = x[: h.shape[0]] if h.shape[0] <= x.shape[0] else np.empty_like(h)
         return self._convolve(f"{name}.conv2", self._norm_silu(f"{name}.norm2", h), h.shape, out, shortcut)
 
-    def _attend(self, name: str, x: Floats) -> Floats:
+    def _attend(self, name: str, x: FloatArray) -> FloatArray:
         """Adds to `x` the update of one head over all positions, some queries at a time."""
         channels, count = x.shape[0], x.shape[1] * x.shape[2]
         scale, shift = self._norm(f"{name}.group_norm", x)
@@ -146,10 +146,10 @@ class _TiledLayers:
             positions[:, start : start + step] += weight @ (v @ scores.T) + bias
         return x
 
-    def _norm_silu(self, name: str, x: Floats) -> _Normed:
+    def _norm_silu(self, name: str, x: FloatArray) -> _Normed:
         return _Normed(x, *self._norm(name, x))
 
-    def _norm(self, name: str, x: Floats) -> tuple[Floats, Floats]:
+    def _norm(self, name: str, x: FloatArray) -> tuple[FloatArray, FloatArray]:
         """A group norm as factor and summand of each channel, [channels, 1, 1], from statistics of the whole map."""
         groups = self.config.norm_num_groups
         flat = x.reshape(groups, -1)
@@ -166,9 +166,9 @@ class _TiledLayers:
         name: str,
         source: Rows | _Normed,
         shape: tuple[int, ...],
-        out: Floats | None = None,
+        out: FloatArray | None = None,
         add: Rows | None = None,
-    ) -> Floats:
+    ) -> FloatArray:
         """A 3 x 3 convolution of a map of `shape`, whose rows may reach outside the tile but not the map.
 
         `add` is asked for the tile's own rows before they are written, so that `out` may be the map it reads.
@@ -193,7 +193,7 @@ class _TiledLayers:
     def _normed_tiles(self, source: _Normed, convolution: Convolution) -> Rows:
         kernel, height = self.kernels.normed(convolution), source.x.shape[1]
 
-        def tile(start: int, stop: int) -> Floats:
+        def tile(start: int, stop: int) -> FloatArray:
             low, high = max(start - 1, 0), min(stop + 1, height)
             above, below = int(start == 0), int(stop == height)
             return kernel(source.x[:, low:high], source.scale, source.shift, above, below)
@@ -204,7 +204,7 @@ class _TiledLayers:
         kernel = self.kernels.plain(convolution)
         channels, height, width = shape
 
-        def tile(start: int, stop: int) -> Floats:
+        def tile(start: int, stop: int) -> FloatArray:
             low, high = max(start - 1, 0), min(stop + 1, height)
             bordered = np.zeros((channels, stop - start + 2, width + 2), np.float32)
             bordered[:, low - start + 1 : high - start + 1, 1:-1] = rows(low, high)
@@ -212,7 +212,7 @@ class _TiledLayers:
 
         return tile
 
-    def _halve(self, name: str, x: Floats) -> Floats:
+    def _halve(self, name: str, x: FloatArray) -> FloatArray:
         """A 3 x 3 convolution at every second row and column, of a map with a border of zeros below and right."""
         convolution = Convolution(name, self.weights)
         kernel = self.kernels.plain(convolution)
@@ -228,7 +228,7 @@ class _TiledLayers:
             out[:, start:stop] = kernel(tile)[:, ::2, ::2]
         return out
 
-    def _weight(self, name: str) -> Floats:
+    def _weight(self, name: str) -> FloatArray:
         return to_float32(*self.weights.array(name))
 
 
@@ -236,15 +236,15 @@ class _TiledLayers:
 class TiledDecoder(_TiledLayers):
     """The decoder of a bundle, a layer at a time."""
 
-    def __call__(self, latents: Floats) -> Floats:
-        """Unscaled latents [batch, channels, h, w] → pictures [batch, 3, 8h, 8w], about -1 to 1.
+    def __call__(self, latents: FloatArray) -> FloatArray:
+        """Unscaled latents [batch, channels, h, w] → images [batch, 3, 8h, 8w], about -1 to 1.
 
         Raises `TensorFileError` for a weight that the bundle lacks.
         """
         return np.stack([self.resume(one, 0) for one in latents])
 
-    def resume(self, x: Floats, done: int) -> Floats:
-        """The picture from the map that the first `done` steps gave, which is written over; from latents for 0."""
+    def resume(self, x: FloatArray, done: int) -> FloatArray:
+        """The image from the map that the first `done` steps gave, which is written over; from latents for 0."""
         for step in self.steps()[done:]:
             x = step(x)
         return x
@@ -261,14 +261,14 @@ class TiledDecoder(_TiledLayers):
                 found.append(partial(self._double, f"{block}.upsamplers.0.conv"))
         return [*found, self._finish]
 
-    def _enter(self, latents: Floats) -> Floats:
+    def _enter(self, latents: FloatArray) -> FloatArray:
         return self._convolve("decoder.conv_in", _rows(latents), latents.shape)
 
-    def _double(self, name: str, x: Floats) -> Floats:
+    def _double(self, name: str, x: FloatArray) -> FloatArray:
         channels, height, width = x.shape
         return self._convolve(name, _doubled(x), (channels, 2 * height, 2 * width))
 
-    def _finish(self, x: Floats) -> Floats:
+    def _finish(self, x: FloatArray) -> FloatArray:
         return self._convolve("decoder.conv_out", self._norm_silu("decoder.conv_norm_out", x), x.shape)
 
 
@@ -276,8 +276,8 @@ class TiledDecoder(_TiledLayers):
 class TiledEncoder(_TiledLayers):
     """The encoder of a bundle, a layer at a time."""
 
-    def __call__(self, image: Floats) -> tuple[Floats, Floats]:
-        """Pictures [batch, 3, height, width] in -1 to 1 → mean and log-variance [batch, channels, h, w].
+    def __call__(self, image: FloatArray) -> tuple[FloatArray, FloatArray]:
+        """Images [batch, 3, height, width] in -1 to 1 → mean and log-variance [batch, channels, h, w].
 
         Raises `TensorFileError` for a weight that the bundle lacks.
         """
@@ -285,7 +285,7 @@ class TiledEncoder(_TiledLayers):
         mean, logvar = np.split(moments, 2, axis=1)
         return mean, np.clip(logvar, -30, 20)
 
-    def _encode(self, image: Floats) -> Floats:
+    def _encode(self, image: FloatArray) -> FloatArray:
         x = self._convolve("encoder.conv_in", _rows(image), image.shape)
         levels = len(self.config.block_out_channels)
         for level in range(levels):
@@ -299,14 +299,14 @@ class TiledEncoder(_TiledLayers):
         return self._convolve("encoder.conv_out", self._norm_silu("encoder.conv_norm_out", x), x.shape)
 
 
-def _rows(x: Floats) -> Rows:
+def _rows(x: FloatArray) -> Rows:
     return lambda start, stop: x[:, start:stop]
 
 
-def _doubled(x: Floats) -> Rows:
+def _doubled(x: FloatArray) -> Rows:
     """Rows of the map of twice the height and width, nearest neighbours."""
 
-    def rows(start: int, stop: int) -> Floats:
+    def rows(start: int, stop: int) -> FloatArray:
         first = start // 2
         tall = x[:, first : (stop + 1) // 2].repeat(2, axis=1)[:, start - 2 * first : stop - 2 * first]
         return tall.repeat(2, axis=2)
@@ -314,7 +314,7 @@ def _doubled(x: Floats) -> Rows:
     return rows
 
 
-def _mean_square(values: Floats, center: float) -> float:
+def _mean_square(values: FloatArray, center: float) -> float:
     """The mean square of the distance from `center`, in pieces that stay in the processor's cache."""
     total, step = 0.0, 1 << 16
     for start in range(0, len(values), step):

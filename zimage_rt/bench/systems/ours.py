@@ -53,7 +53,7 @@ class OurModel:
 
     def draw(self, mark: Mark) -> "Image":
         """See `Model`."""
-        from zimage_runtime.pipeline import CaptionEvent, PictureEvent, StepEvent
+        from zimage_runtime.pipeline import CaptionEvent, ImageEvent, StepEvent
 
         case, image = self._case, None
         for event in self._pipeline.stream(case.prompt, (case.width, case.height), case.steps, case.seed):
@@ -62,7 +62,7 @@ class OurModel:
                     mark(TEXT)
                 case StepEvent():
                     mark(STEP)
-                case PictureEvent():
+                case ImageEvent():
                     mark(DECODE)
                     image = event.image
         assert image is not None, "a pipeline ends with a picture or an error"

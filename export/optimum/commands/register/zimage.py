@@ -20,7 +20,7 @@ from optimum.commands.export.base import ExportCommand
 class ExportZImageCommand(BaseOptimumCLICommand):
     """`optimum-cli export zimage --model MODEL OUT …`."""
 
-    COMMAND = CommandInfo(name="zimage", help="Export a Z-Image checkpoint to a bundle that zimage-rt draws from.")
+    COMMAND = CommandInfo(name="zimage", help="Export a Z-Image checkpoint to a bundle that zimage-rt generates from.")
 
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:

@@ -6,15 +6,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...arrays import FloatArray
 from ...bundle.bundle import Bundle
 from ...bundle.manifest import CPU
 from ...errors import ExecutorError
 from ...machine.cores import thread_count
 from ...machine.int8_products import ACTIVATION_LEVELS, activation_levels
-from ...model.geometry import PictureGeometry, Rotary
+from ...model.geometry import ImageGeometry, Rotary
 from ...model.programs import SIGNATURES, Program
-from ...tiles.kernels import Kernels, NumpyKernels
-from ..protocol import Conditioning, Floats, Plan
+from ...tiles.kernels import NumpyTileKernels, TileKernels
+from ..protocol import Conditioning, Plan
 from .cpu_plan import plan_memory
 
 
@@ -37,15 +38,13 @@ class OrtCpuExecutor:
         """The programs that have a session now."""
         return set(self._sessions)
 
-    def plan(
-        self, geometry: PictureGeometry, prompt_tokens: int, batch_size: int = 1, *, encodes: bool = False
-    ) -> Plan:
+    def plan(self, geometry: ImageGeometry, prompt_tokens: int, batch_size: int = 1, *, encodes: bool = False) -> Plan:
         """See `Executor`."""
         return plan_memory(
             self._bundle.manifest, geometry, prompt_tokens, batch_size, low_memory=self._low_memory, encodes=encodes
         )
 
-    def encode_text(self, embeddings: Floats, rotary: Rotary) -> Floats:
+    def encode_text(self, embeddings: FloatArray, rotary: Rotary) -> FloatArray:
         """See `Executor`."""
         feeds = {"inputs_embeds": embeddings, "cos": rotary.cos, "sin": rotary.sin}
         return self.run(Program.TEXT_ENCODER, feeds)["hidden_states"]
@@ -65,25 +64,25 @@ class OrtCpuExecutor:
         }
         return _OrtDenoiser(self, fixed, table["modulation"], table["final_scale"])
 
-    def decode(self, latents: Floats) -> Floats:
+    def decode(self, latents: FloatArray) -> FloatArray:
         """See `Executor`."""
         return self.run(Program.DECODER, {"latents": latents})["image"]
 
-    def encode(self, image: Floats) -> tuple[Floats, Floats]:
+    def encode(self, image: FloatArray) -> tuple[FloatArray, FloatArray]:
         """See `Executor`."""
         outputs = self.run(Program.ENCODER, {"image": image})
         return outputs["mean"], outputs["logvar"]
 
-    def tile_kernels(self) -> Kernels:
+    def tile_kernels(self) -> TileKernels:
         """See `Executor`."""
-        return NumpyKernels()
+        return NumpyTileKernels()
 
     def release(self, *programs: Program) -> None:
         """See `Executor`."""
         for program in programs or tuple(self._sessions):
             self._sessions.pop(program, None)
 
-    def run(self, program: Program, feeds: dict[str, Floats]) -> dict[str, Floats]:
+    def run(self, program: Program, feeds: dict[str, FloatArray]) -> dict[str, FloatArray]:
         """Runs one program: inputs and outputs by the names in `contracts`."""
         names = list(SIGNATURES[program].outputs)
         self.load(program)
@@ -134,11 +133,11 @@ _WIDENING = ["ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer"]
 @dataclass(frozen=True)
 class _OrtDenoiser:
     executor: OrtCpuExecutor
-    fixed: dict[str, Floats]
-    modulation: Floats  # [steps, blocks, 4, dim]
-    final_scale: Floats  # [steps, dim]
+    fixed: dict[str, FloatArray]
+    modulation: FloatArray  # [steps, blocks, 4, dim]
+    final_scale: FloatArray  # [steps, dim]
 
-    def __call__(self, latents: Floats, step: int) -> Floats:
+    def __call__(self, latents: FloatArray, step: int) -> FloatArray:
         feeds = {
             "latents": latents,
             "modulation": self.modulation[step],

@@ -1,4 +1,4 @@
-"""How much memory a picture takes, computed before anything is loaded.
+"""How much memory an image takes, computed before anything is loaded.
 
 Stages are loaded in turn, so the peak is the largest stage's, not the sum. A stage takes its weights (mapped from
 the file; once more where ONNX Runtime packs them for speed) and its activations, which the token count decides.
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ...bundle.manifest import Manifest, Precision
 from ...errors import MemoryLimitError, RequestError
-from ...model.geometry import PictureGeometry, padded, picture_geometry
+from ...model.geometry import ImageGeometry, image_geometry, padded
 from ...model.programs import Program
 from ...tiles.tiling import tiled_bytes, tiled_encoder_bytes
 
@@ -39,8 +39,8 @@ class MemoryPlan:
     programs: dict[Program, int]  # weights and activations
     available: int  # of this machine or control group, now
     low_memory: bool
-    tiled: bool = False  # whether the picture is decoded in tiles, because the decoder as one program does not fit
-    encodes_tiled: bool = False  # the same for the picture to start from
+    tiled: bool = False  # whether the image is decoded in tiles, because the decoder as one program does not fit
+    encodes_tiled: bool = False  # the same for the image to start from
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -61,7 +61,7 @@ class MemoryPlan:
 
 def plan_memory(
     manifest: Manifest,
-    geometry: PictureGeometry,
+    geometry: ImageGeometry,
     prompt_tokens: int,
     batch_size: int = 1,
     *,
@@ -69,9 +69,9 @@ def plan_memory(
     encodes: bool = False,
     available: int | None = None,
 ) -> MemoryPlan:
-    """The plan for a request, which `encodes` a picture to start from or not.
+    """The plan for a request, which `encodes` an image to start from or not.
 
-    A picture is decoded or encoded in tiles only where the decoder or encoder as one program does not fit.
+    An image is decoded or encoded in tiles only where the decoder or encoder as one program does not fit.
     Raises `MemoryLimitError` where the peak is more than what is available, naming the largest size that fits.
     """
     limit = available_memory() if available is None else available
@@ -83,7 +83,7 @@ def plan_memory(
 
 def _plan(
     manifest: Manifest,
-    geometry: PictureGeometry,
+    geometry: ImageGeometry,
     tokens: int,
     batch: int,
     low_memory: bool,
@@ -120,7 +120,7 @@ def _widened_bytes(program: Program, manifest: Manifest) -> int:
     return 0
 
 
-def _activations(program: Program, manifest: Manifest, geometry: PictureGeometry, tokens: int, batch: int) -> int:
+def _activations(program: Program, manifest: Manifest, geometry: ImageGeometry, tokens: int, batch: int) -> int:
     config = manifest.config
     if program is Program.TEXT_ENCODER:
         text = config.text_encoder
@@ -139,7 +139,7 @@ def _activations(program: Program, manifest: Manifest, geometry: PictureGeometry
     return int(_FLOAT * padded(tokens) * _DENOISER_WIDTHS * config.transformer.dim)
 
 
-def _refusal(manifest: Manifest, geometry: PictureGeometry, tokens: int, batch: int, plan: MemoryPlan) -> str:
+def _refusal(manifest: Manifest, geometry: ImageGeometry, tokens: int, batch: int, plan: MemoryPlan) -> str:
     asked = (
         f"{geometry.width}x{geometry.height}"
         + (f" in batches of {batch}" if batch > 1 else "")
@@ -154,16 +154,14 @@ def _refusal(manifest: Manifest, geometry: PictureGeometry, tokens: int, batch: 
 
 
 def _fits(
-    manifest: Manifest, geometry: PictureGeometry, tokens: int, batch: int, plan: MemoryPlan, *, low_memory: bool
+    manifest: Manifest, geometry: ImageGeometry, tokens: int, batch: int, plan: MemoryPlan, *, low_memory: bool
 ) -> bool:
     """Whether another request for the same memory fits."""
     encodes = Program.ENCODER in plan.programs
     return _plan(manifest, geometry, tokens, batch, low_memory, plan.available, encodes).peak <= plan.available
 
 
-def _largest_size(
-    manifest: Manifest, geometry: PictureGeometry, tokens: int, batch: int, plan: MemoryPlan
-) -> str | None:
+def _largest_size(manifest: Manifest, geometry: ImageGeometry, tokens: int, batch: int, plan: MemoryPlan) -> str | None:
     unit = manifest.config.vae.scale * 2
     longest = max(geometry.width, geometry.height) // unit
     for side in range(longest - 1, 0, -1):
@@ -171,7 +169,7 @@ def _largest_size(
             max(round(pixels / unit * side / longest), 1) * unit for pixels in (geometry.width, geometry.height)
         )
         try:
-            smaller = picture_geometry(width, height, manifest.config)
+            smaller = image_geometry(width, height, manifest.config)
         except RequestError:
             continue
         if _fits(manifest, smaller, tokens, batch, plan, low_memory=plan.low_memory):
@@ -183,7 +181,7 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB"
 
 
-def check_tiles_on_host(geometry: PictureGeometry, nbytes: int) -> None:
+def check_tiles_on_host(geometry: ImageGeometry, nbytes: int) -> None:
     """Raises `MemoryLimitError` where a GPU works in tiles, and the host has no room for the maps they are cut from."""
     if nbytes > (available := available_memory()):
         raise MemoryLimitError(

@@ -15,20 +15,21 @@ from typing import Any
 
 import numpy as np
 
+from ...arrays import FloatArray
 from ...bundle.bundle import Bundle
 from ...bundle.manifest import CUDA, Precision
 from ...errors import DeviceLostError, ExecutorError
 from ...machine.cores import thread_count
 from ...machine.gpus import find_gpu
-from ...model.geometry import PictureGeometry, Rotary
+from ...model.geometry import ImageGeometry, Rotary
 from ...model.programs import SIGNATURES, Program
-from ...tiles.kernels import Kernels
-from ..protocol import Conditioning, Floats, Plan
+from ...tiles.kernels import TileKernels
+from ..protocol import Conditioning, Plan
 from .cpu import OrtCpuExecutor
 from .cpu_plan import check_tiles_on_host
 from .device_plan import CONTEXT, plan_vram, tile_values
-from .int8_denoiser import Capability, denoiser_programs, int8_obstacle
-from .tile_kernels import OrtKernels
+from .int8_denoiser import Capability, denoiser_programs, why_no_int8
+from .tile_kernels import OrtTileKernels
 
 PROVIDER = "CUDAExecutionProvider"
 
@@ -43,11 +44,11 @@ class Device:
     kind: str = "cuda"  # as ONNX Runtime names it; "cpu" for tests
     index: int = 0
 
-    def upload(self, values: Floats) -> Any:
+    def upload(self, values: FloatArray) -> Any:
         """A copy of an array on the device."""
         return self.wrapped(values.copy() if self.kind == "cpu" else np.ascontiguousarray(values))
 
-    def wrapped(self, values: Floats) -> Any:
+    def wrapped(self, values: FloatArray) -> Any:
         """An array on the device: on the CPU the array's own memory, elsewhere a copy."""
         import onnxruntime
 
@@ -65,7 +66,7 @@ class Device:
         except Exception as error:
             raise explained("allocating on the GPU failed", error) from None
 
-    def run(self, session: Any, binding: Any, output: str) -> Floats:
+    def run(self, session: Any, binding: Any, output: str) -> FloatArray:
         """Runs what is bound, on values of the device, and copies an output from it."""
         binding.bind_output(output, self.kind, self.index)
         try:
@@ -76,10 +77,10 @@ class Device:
             raise explained("a tile failed", error) from None
         return self.download(binding.get_outputs()[0])
 
-    def download(self, value: Any) -> Floats:
+    def download(self, value: Any) -> FloatArray:
         """A copy of a value of the device. (A view of a session's memory would keep all of its arena.)"""
         try:
-            copy: Floats = value.numpy().copy()
+            copy: FloatArray = value.numpy().copy()
         except Exception as error:
             raise explained("copying from the GPU failed", error) from None
         return copy
@@ -109,7 +110,7 @@ class OrtCudaExecutor:
         self._device = device or Device()
         if capability is None and self._device.kind == "cuda" and bundle.manifest.precision is Precision.INT8:
             capability = find_gpu().capability
-        if capability and (reason := int8_obstacle(bundle.manifest.precision, capability)):
+        if capability and (reason := why_no_int8(bundle.manifest.precision, capability)):
             raise ExecutorError(f"the GPU cannot run this bundle: {reason}")
         self._capability = capability
         self._fixed_denoiser = denoiser
@@ -128,9 +129,7 @@ class OrtCudaExecutor:
         """The programs that have a session now, on the GPU or on the host."""
         return set(self._sessions) | self._host.loaded
 
-    def plan(
-        self, geometry: PictureGeometry, prompt_tokens: int, batch_size: int = 1, *, encodes: bool = False
-    ) -> Plan:
+    def plan(self, geometry: ImageGeometry, prompt_tokens: int, batch_size: int = 1, *, encodes: bool = False) -> Plan:
         """See `Executor`."""
         plan = plan_vram(
             self._bundle.manifest,
@@ -148,7 +147,7 @@ class OrtCudaExecutor:
             self._denoiser = plan.denoiser
         return plan
 
-    def encode_text(self, embeddings: Floats, rotary: Rotary) -> Floats:
+    def encode_text(self, embeddings: FloatArray, rotary: Rotary) -> FloatArray:
         """See `Executor`."""
         feeds = {"inputs_embeds": embeddings, "cos": rotary.cos, "sin": rotary.sin}
         return self._run_once(Program.TEXT_ENCODER, feeds)["hidden_states"]
@@ -179,19 +178,19 @@ class OrtCudaExecutor:
         )
         return _CudaDenoiser(self, self._device, fixed, rows)
 
-    def decode(self, latents: Floats) -> Floats:
+    def decode(self, latents: FloatArray) -> FloatArray:
         """See `Executor`."""
         return self._run_once(Program.DECODER, {"latents": latents})["image"]
 
-    def encode(self, image: Floats) -> tuple[Floats, Floats]:
+    def encode(self, image: FloatArray) -> tuple[FloatArray, FloatArray]:
         """See `Executor`."""
         outputs = self._run_once(Program.ENCODER, {"image": image})
         return outputs["mean"], outputs["logvar"]
 
-    def tile_kernels(self) -> Kernels:
+    def tile_kernels(self) -> TileKernels:
         """See `Executor`."""
         values = tile_values(self._budget, self._bundle.manifest.config.vae)
-        return OrtKernels(self._device, lambda model: self._open(model, "a tile's program"), values)
+        return OrtTileKernels(self._device, lambda model: self._open(model, "a tile's program"), values)
 
     def release(self, *programs: Program) -> None:
         """See `Executor`."""
@@ -199,7 +198,7 @@ class OrtCudaExecutor:
             self._sessions.pop(program, None)
         self._host.release(*programs)
 
-    def _run_once(self, program: Program, feeds: dict[str, Floats]) -> dict[str, Floats]:
+    def _run_once(self, program: Program, feeds: dict[str, FloatArray]) -> dict[str, FloatArray]:
         """Runs a program whose inputs and outputs both cross."""
         self._load(program)
         binding = self._binding(program, {name: self._device.wrapped(value) for name, value in feeds.items()})
@@ -304,14 +303,14 @@ class OrtCudaExecutor:
 
 @dataclass(frozen=True)
 class _CudaDenoiser:
-    """The steps of one conditioning. Its values are no session's, so the session may come and go between pictures."""
+    """The steps of one conditioning. Its values are no session's, so the session may come and go between images."""
 
     executor: OrtCudaExecutor
     device: Device
     fixed: Mapping[str, Any]  # caption tokens and rotary tables
     rows: tuple[Mapping[str, Any], ...]  # of the modulation table, one a step
 
-    def __call__(self, latents: Floats, step: int) -> Floats:
+    def __call__(self, latents: FloatArray, step: int) -> FloatArray:
         velocity = self.device.empty(latents.shape)
         inputs = {"latents": self.device.upload(latents), **self.fixed, **self.rows[step]}
         last = step == len(self.rows) - 1

@@ -1,4 +1,4 @@
-"""How much of a GPU's memory a picture takes, computed before anything is loaded.
+"""How much of a GPU's memory an image takes, computed before anything is loaded.
 
 Programs are loaded in turn where they do not fit together. One takes its weights, in the bundle's own types, and its
 activations. The factors are counted from the programs' operators and from the CPU's measured ones, at the element
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from ...bundle.manifest import CUDA, Manifest, Precision
 from ...errors import MemoryLimitError
 from ...model.config import VaeConfig
-from ...model.geometry import PictureGeometry, padded
+from ...model.geometry import ImageGeometry, padded
 from ...model.programs import Program
 from ...tiles.tiling import TILE_VALUES, tiled_bytes, tiled_encoder_bytes
 from .int8_denoiser import Capability, denoiser_programs, why_weight_only
@@ -57,8 +57,8 @@ class VramPlan:
     budget: int  # bytes
     stages: dict[Program, StageVram]  # modulation runs on the host
     keep_all: bool  # whether all weights stay on the GPU between stages
-    tiled: bool  # whether the picture is decoded in tiles, of maps that stay on the host
-    encodes_tiled: bool  # whether the picture to start from is encoded so
+    tiled: bool  # whether the image is decoded in tiles, of maps that stay on the host
+    encodes_tiled: bool  # whether the image to start from is encoded so
     host: int  # bytes of the host's memory for that; 0 where there is nothing
     denoiser: str = CUDA  # which of an int8 bundle's two programs the denoiser is: `weight_only`
     why: str = ""  # it is another than `cuda`
@@ -80,7 +80,7 @@ class VramPlan:
         verbs = [verb for verb, there in (("encoded", self.encodes_tiled), ("decoded", self.tiled)) if there]
         if verbs:
             what = " and ".join(verbs)
-            notes.append(f"the picture is {what} in tiles, which is slower: the GPU has no room for it as a whole")
+            notes.append(f"the image is {what} in tiles, which is slower: the GPU has no room for it as a whole")
         return tuple(notes)
 
 
@@ -99,7 +99,7 @@ def _layer_weights(config: VaeConfig) -> int:
 class _Asked:
     """A request and what there is for it."""
 
-    geometry: PictureGeometry
+    geometry: ImageGeometry
     tokens: int  # of the prompt
     budget: int  # bytes
     batch: int
@@ -109,7 +109,7 @@ class _Asked:
 
 def plan_vram(
     manifest: Manifest,
-    geometry: PictureGeometry,
+    geometry: ImageGeometry,
     prompt_tokens: int,
     budget: int,
     batch_size: int = 1,
@@ -142,7 +142,7 @@ def plan_vram(
 
 def other_peaks(
     manifest: Manifest,
-    geometry: PictureGeometry,
+    geometry: ImageGeometry,
     prompt_tokens: int,
     budget: int,
     batch_size: int = 1,

@@ -33,7 +33,7 @@ _SLOW_INT8: dict[Capability, str] = {
 """Where fp16 products are expected to be the faster ones, the widening included."""
 
 
-def int8_obstacle(precision: Precision, capability: Capability) -> str | None:
+def why_no_int8(precision: Precision, capability: Capability) -> str | None:
     """Why a GPU cannot run a bundle's integer products, which the text encoder of an int8 bundle has in any case."""
     if precision is not Precision.INT8 or capability >= INT8_PRODUCTS:
         return None

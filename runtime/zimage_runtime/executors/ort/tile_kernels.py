@@ -1,6 +1,6 @@
 """Tiles of the autoencoder on a GPU, by two programs of a few nodes that are written here: no bundle has them.
 
-The maps stay in the host's memory and the tiles take turns on the GPU, so that a picture of any size is decoded in
+The maps stay in the host's memory and the tiles take turns on the GPU, so that an image of any size is decoded in
 the same VRAM, exactly as `tiling` does on the CPU. Serialized by hand, since the lean install has no `onnx`; the field
 numbers are those of ``onnx.proto``.
 """
@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from ...arrays import FloatArray
 from ...tiles.kernels import Convolution, Normed, Plain
-from ..protocol import Floats
 
 _OPSET, _IR_VERSION = 18, 10
 _FLOAT, _INT64 = 1, 7  # TensorProto.DataType
@@ -75,7 +75,7 @@ NORMED_MODEL = model_bytes(
 
 
 @dataclass
-class OrtKernels:
+class OrtTileKernels:
     """Tiles on the device of an executor, which makes the sessions and knows what its errors mean."""
 
     device: Any  # the executor's `Device`
@@ -84,19 +84,19 @@ class OrtKernels:
     _sessions: dict[bytes, Any] = field(default_factory=dict, repr=False)
 
     def plain(self, convolution: Convolution) -> Plain:
-        """See `Kernels`."""
+        """See `TileKernels`."""
         fixed = self._fixed(convolution)
 
-        def convolve(tile: Floats) -> Floats:
+        def convolve(tile: FloatArray) -> FloatArray:
             return self._run(PLAIN_MODEL, {"x": self.device.upload(tile[None]), **fixed})
 
         return convolve
 
     def normed(self, convolution: Convolution) -> Normed:
-        """See `Kernels`."""
+        """See `TileKernels`."""
         fixed = self._fixed(convolution)
 
-        def run(rows: Floats, scale: Floats, shift: Floats, above: int, below: int) -> Floats:
+        def run(rows: FloatArray, scale: FloatArray, shift: FloatArray, above: int, below: int) -> FloatArray:
             feeds = {"x": rows[None], "scale": scale, "shift": shift}
             values = {name: self.device.upload(value) for name, value in feeds.items()}
             pads = np.array([0, 0, above, 1, 0, 0, below, 1], np.int64)
@@ -107,7 +107,7 @@ class OrtKernels:
     def _fixed(self, convolution: Convolution) -> dict[str, Any]:
         return {"weight": self.device.upload(convolution.weight), "bias": self.device.upload(convolution.bias)}
 
-    def _run(self, model: bytes, values: dict[str, Any], pads: Any = None) -> Floats:
+    def _run(self, model: bytes, values: dict[str, Any], pads: Any = None) -> FloatArray:
         if model not in self._sessions:
             self._sessions[model] = self.make_session(model)
         binding = self._sessions[model].io_binding()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from ...errors import ExecutorError
 from .block_catalog import aligned
-from .device import Device, Event, Graph, Pinned
+from .device import Device, DeviceEvent, Graph, Pinned
 from .plan import gib
 
 
@@ -41,7 +41,7 @@ class Arena:
     budget: Budget
     _sizes: dict[int, int] = field(default_factory=dict)
     _pinned: list[Pinned] = field(default_factory=list)
-    _events: list[Event] = field(default_factory=list)
+    _events: list[DeviceEvent] = field(default_factory=list)
     _graphs: list[Graph] = field(default_factory=list)
 
     def allocate(self, nbytes: int) -> int:
@@ -69,7 +69,7 @@ class Arena:
         self._pinned.remove(pinned)
         self.device.free_pinned(pinned)
 
-    def event(self) -> Event:
+    def event(self) -> DeviceEvent:
         """An event of the stage."""
         event = self.device.create_event()
         self._events.append(event)

@@ -12,7 +12,7 @@ from ...bundle.tensors import DType
 from ...checked_json import Fields
 from ...errors import BundleError, ConfigError
 from ...model.blocks import BlockKind, BlockPlace
-from .gpu_targets import Gpu, Variant
+from .gpu_targets import GpuTarget, Variant
 
 CATALOG_PATH = "engines/blocks.json"
 SCHEMA_VERSION = 1
@@ -98,7 +98,7 @@ class EngineSpec:
     path: str
     program: str
     variant: Variant
-    gpu: Gpu
+    gpu: GpuTarget
     library: str  # tensorrt_rtx or tensorrt
     version: str
 
@@ -243,13 +243,13 @@ def _program(name: str, fields: Fields, where: str) -> ProgramSpec:
 def _engine(entry: object, where: str) -> EngineSpec:
     fields = Fields(entry, where)
     variant, gpu = fields.text("variant"), fields.text("gpu")
-    if variant not in list(Variant) or gpu not in list(Gpu):
+    if variant not in list(Variant) or gpu not in list(GpuTarget):
         raise BundleError(f"{where}: engine for {gpu!r} is unknown to this version; upgrade zimage-rt")
     return EngineSpec(
         checked_path(fields.text("path"), where),
         fields.text("program"),
         Variant(variant),
-        Gpu(gpu),
+        GpuTarget(gpu),
         fields.text("library"),
         fields.text("version"),
     )

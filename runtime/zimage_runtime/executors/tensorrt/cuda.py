@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ...errors import ExecutorError
-from .device import Event, Graph, Pinned, Stream
+from .device import DeviceEvent, Graph, Pinned, Stream
 
 
 class CudaDevice:
@@ -63,23 +63,23 @@ class CudaDevice:
         """See `Device`."""
         self._call("cudaStreamDestroy", stream)
 
-    def create_event(self) -> Event:
+    def create_event(self) -> DeviceEvent:
         """See `Device`."""
         return int(self._call("cudaEventCreateWithFlags", self._cuda.cudaEventDisableTiming))
 
-    def destroy_event(self, event: Event) -> None:
+    def destroy_event(self, event: DeviceEvent) -> None:
         """See `Device`."""
         self._call("cudaEventDestroy", event)
 
-    def record(self, event: Event, stream: Stream) -> None:
+    def record(self, event: DeviceEvent, stream: Stream) -> None:
         """See `Device`."""
         self._call("cudaEventRecord", event, stream)
 
-    def wait(self, stream: Stream, event: Event) -> None:
+    def wait(self, stream: Stream, event: DeviceEvent) -> None:
         """See `Device`."""
         self._call("cudaStreamWaitEvent", stream, event, 0)
 
-    def synchronize_event(self, event: Event) -> None:
+    def synchronize_event(self, event: DeviceEvent) -> None:
         """See `Device`."""
         self._call("cudaEventSynchronize", event)
 

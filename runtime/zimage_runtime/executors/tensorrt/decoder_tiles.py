@@ -2,7 +2,7 @@
 
 From the first block that is not whole on, maps stay in the host's memory, in float32, and each convolution runs on the
 device piece by piece, exactly as `tiling` does it: norms have the statistics of the whole map. So the device holds one
-layer's weights and one tile, whatever the picture's size. The middle block's attention, if it is not whole, is the
+layer's weights and one tile, whatever the image's size. The middle block's attention, if it is not whole, is the
 host's.
 """
 
@@ -15,7 +15,7 @@ from ...model.config import ModelConfig
 from ...tiles.tiling import tile_rows
 from .block_catalog import VariantSpec
 from .stage_sizes import (
-    PictureSizes,
+    ImageSizes,
     StageNeeds,
     TileShape,
     block_layout,
@@ -34,7 +34,7 @@ TILES_ON_HOST = 4 * TILE_VALUES * _FLOAT
 """Bytes of tiles in the host's memory: pinned, on the way there and back, and what `tiling` makes of them."""
 
 
-def tiled_decoder(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes, whole: int) -> StageNeeds | None:
+def tiled_decoder(spec: VariantSpec, config: ModelConfig, sizes: ImageSizes, whole: int) -> StageNeeds | None:
     """What the decoder takes with its first `whole` blocks on whole maps; None where an engine takes no such map."""
     blocks = decoder_blocks(config)
     head, rest = blocks[:whole], blocks[whole:]
@@ -60,13 +60,13 @@ def tiled_decoder(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes, w
     return replace(needs_of(spec, head, [], buffers, {}, max(scratch)), tiles=tiles)
 
 
-def takes_maps(spec: VariantSpec, blocks: Sequence[BlockPlace], sizes: PictureSizes) -> bool:
-    """Whether engines of the autoencoder take whole maps of a picture."""
+def takes_maps(spec: VariantSpec, blocks: Sequence[BlockPlace], sizes: ImageSizes) -> bool:
+    """Whether engines of the autoencoder take whole maps of an image."""
     height, width = sizes.latent_height, sizes.latent_width
     return all(spec.program_of(b).takes(height * b.scale, width * b.scale) for b in blocks)
 
 
-def _tile_shape(tile: BlockPlace, sizes: PictureSizes) -> TileShape:
+def _tile_shape(tile: BlockPlace, sizes: ImageSizes) -> TileShape:
     height, width = sizes.latent_height * tile.scale, sizes.latent_width * tile.scale
     rows = min(tile_rows(max(tile.channels, tile.out_channels), width, TILE_VALUES), height)
     return TileShape(tile, rows + 2, width if is_normed(tile) else width + 2)

@@ -10,30 +10,31 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...arrays import FloatArray
 from ...errors import ExecutorError
 from ...model.blocks import FINAL_LAYER, IMAGE_EMBEDDER, NORMS, BlockPlace
 from ...model.config import PATCH_SIZE, ModelConfig
-from ..protocol import Conditioning, Floats
+from ..protocol import Conditioning
 from .loaded_stage import LoadedStage, Shapes
-from .stage_sizes import PictureSizes, row_bytes
+from .stage_sizes import ImageSizes, row_bytes
 
 _FLOAT = 4  # bytes
 
 Runs = Callable[[tuple[BlockPlace, ...]], list[tuple[BlockPlace, Shapes]]]
 """For a stage's blocks, everything that will run, each at its shapes."""
 
-OnStage = Callable[[PictureSizes, Runs, Callable[[LoadedStage], Floats]], Floats]
+OnStage = Callable[[ImageSizes, Runs, Callable[[LoadedStage], FloatArray]], FloatArray]
 """Brings the denoiser's stage onto the device and calls a function with it."""
 
 
-def patchify(latents: Floats) -> Floats:
+def patchify(latents: FloatArray) -> FloatArray:
     """[channels, h, w] → [1, tokens, channels of 2 x 2 patches], as the model's embedder takes them."""
     channels, height, width = latents.shape
     x = latents.reshape(channels, height // PATCH_SIZE, PATCH_SIZE, width // PATCH_SIZE, PATCH_SIZE)
     return x.transpose(1, 3, 2, 4, 0).reshape(1, -1, PATCH_SIZE**2 * channels)
 
 
-def unpatchify(patches: Floats, shape: tuple[int, ...]) -> Floats:
+def unpatchify(patches: FloatArray, shape: tuple[int, ...]) -> FloatArray:
     """The opposite, to `shape`."""
     channels, height, width = shape
     x = patches.reshape(height // PATCH_SIZE, width // PATCH_SIZE, PATCH_SIZE, PATCH_SIZE, channels)
@@ -46,18 +47,18 @@ class StageDenoiser:
 
     config: ModelConfig
     conditioning: Conditioning
-    caption: Floats  # [1, caption_tokens, dim]
-    modulation: Floats  # [steps, blocks, 4, dim]
-    final_scale: Floats  # [steps, dim]
-    pad_token: Floats  # [1, dim], of the image
+    caption: FloatArray  # [1, caption_tokens, dim]
+    modulation: FloatArray  # [steps, blocks, 4, dim]
+    final_scale: FloatArray  # [steps, dim]
+    pad_token: FloatArray  # [1, dim], of the image
     on_stage: OnStage
 
-    def __call__(self, latents: Floats, step: int) -> Floats:
+    def __call__(self, latents: FloatArray, step: int) -> FloatArray:
         """The velocity at a step: [batch, channels, h, w], in and out."""
         shapes = _StepShapes.of(self.config, self.conditioning, latents.shape)
         return self.on_stage(shapes.sizes, shapes.runs, lambda stage: self._step(stage, shapes, latents, step))
 
-    def _step(self, stage: LoadedStage, shapes: "_StepShapes", latents: Floats, step: int) -> Floats:
+    def _step(self, stage: LoadedStage, shapes: "_StepShapes", latents: FloatArray, step: int) -> FloatArray:
         if stage.owner is not self:
             self._fill(stage, shapes)
         stage.write("modulation", self._rows(step, shapes.row))
@@ -74,7 +75,7 @@ class StageDenoiser:
             stage.machine.device.synchronize(stage.machine.compute)
             for turn in range(len(group)):
                 values = stage.host(f"velocity.{turn}", shapes.patch_bytes).data[: shapes.patch_bytes]
-                # the model predicts the direction towards the picture; sigma runs the other way
+                # the model predicts the direction towards the image; sigma runs the other way
                 velocities.append(-unpatchify(values.view(np.float32), latents.shape[1:]))
         return np.stack(velocities)
 
@@ -90,7 +91,7 @@ class StageDenoiser:
         stage.machine.device.synchronize(stage.machine.compute)
         stage.owner = self
 
-    def _rows(self, step: int, row: int) -> Floats:
+    def _rows(self, step: int, row: int) -> FloatArray:
         """A step's rows of the modulation table, and the final scale as one more: each starts aligned."""
         dim = self.config.transformer.dim
         rows = np.zeros((len(NORMS) * self.config.transformer.modulated_blocks + 1, row // _FLOAT), np.float32)
@@ -99,7 +100,7 @@ class StageDenoiser:
         return rows
 
     def _replay(self, stage: LoadedStage, shapes: "_StepShapes") -> None:
-        """Queues a step of one picture: from its graph, if it has one or can have one by now."""
+        """Queues a step of one image: from its graph, if it has one or can have one by now."""
         machine = stage.machine
         if stage.graph is None and stage.warm:
             machine.device.begin_capture(machine.compute)
@@ -116,12 +117,12 @@ class StageDenoiser:
         else:
             machine.device.launch(stage.graph, machine.compute)
 
-    def _queue(self, stage: LoadedStage, shapes: "_StepShapes", pictures: int) -> None:
-        """Queues a step of some pictures, from and to pinned memory."""
+    def _queue(self, stage: LoadedStage, shapes: "_StepShapes", images: int) -> None:
+        """Queues a step of some images, from and to pinned memory."""
         device, stream = stage.machine.device, stage.machine.compute
         rows = stage.buffer("modulation")
         stage.upload("modulation", shapes.rows * shapes.row, rows)
-        places = [[stage.buffer(f"{name}.{turn}") for name in ("x", "y")] for turn in range(pictures)]
+        places = [[stage.buffer(f"{name}.{turn}") for name in ("x", "y")] for turn in range(images)]
         for turn, (x, _) in enumerate(places):
             patches = stage.buffer(f"patches.{turn}")
             stage.upload(f"patches.{turn}", shapes.patch_bytes, patches)
@@ -153,7 +154,7 @@ class StageDenoiser:
 class _StepShapes:
     """Sizes and free shapes of a step."""
 
-    sizes: PictureSizes
+    sizes: ImageSizes
     patches: Shapes
     image: Shapes
     unified: Shapes
@@ -162,7 +163,7 @@ class _StepShapes:
     rows: int  # of modulation, the final scale included
     row: int  # bytes
     token_bytes: int
-    patch_bytes: int  # of all patches of a picture
+    patch_bytes: int  # of all patches of an image
 
     @classmethod
     def of(cls, config: ModelConfig, conditioning: Conditioning, latents: tuple[int, ...]) -> "_StepShapes":
@@ -171,7 +172,7 @@ class _StepShapes:
         batch, _, height, width = latents
         count, half = height * width // PATCH_SIZE**2, c.head_dim // 2
         prompt, image = conditioning.hidden_states.shape[1], conditioning.image_rotary.cos.shape[1]
-        sizes = PictureSizes(prompt, count, image, height, width, batch)
+        sizes = ImageSizes(prompt, count, image, height, width, batch)
 
         def tokens(number: int) -> Shapes:
             return {"x": (1, number, c.dim), "cos": (1, number, half), "sin": (1, number, half)}

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Stream = int
-Event = int
+DeviceEvent = int
 Graph = int
 
 
@@ -57,19 +57,19 @@ class Device(Protocol):
     def destroy_stream(self, stream: Stream) -> None:
         """Destroys a stream that is done."""
 
-    def create_event(self) -> Event:
+    def create_event(self) -> DeviceEvent:
         """A new event; until it is recorded, waiting for it is no wait."""
 
-    def destroy_event(self, event: Event) -> None:
+    def destroy_event(self, event: DeviceEvent) -> None:
         """Destroys an event."""
 
-    def record(self, event: Event, stream: Stream) -> None:
+    def record(self, event: DeviceEvent, stream: Stream) -> None:
         """The event happens when all that is now queued on the stream is done."""
 
-    def wait(self, stream: Stream, event: Event) -> None:
+    def wait(self, stream: Stream, event: DeviceEvent) -> None:
         """What is queued on the stream from now on runs after the event's last recording."""
 
-    def synchronize_event(self, event: Event) -> None:
+    def synchronize_event(self, event: DeviceEvent) -> None:
         """Waits, here on the host, for the event's last recording."""
 
     def synchronize(self, stream: Stream) -> None:

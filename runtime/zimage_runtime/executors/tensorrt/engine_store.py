@@ -18,7 +18,7 @@ from ...bundle.files import atomic_write
 from ...errors import BundleError, ExecutorError
 from .block_catalog import Catalog, ProgramSpec, VariantSpec
 from .device import Context
-from .gpu_targets import OLDEST, Gpu, gpu_of, variant_of
+from .gpu_targets import OLDEST, GpuTarget, gpu_of, variant_of
 from .trt_api import EngineRuntime, Library
 
 Note = Callable[[str], object]
@@ -183,7 +183,7 @@ class EngineStore:
             and engine.variant is variant_of(self.capability)
             and engine.gpu.runs_on(self.capability)
         ]
-        return [engine.path for engine in sorted(fitting, key=lambda engine: engine.gpu is Gpu.PORTABLE)]
+        return [engine.path for engine in sorted(fitting, key=lambda engine: engine.gpu is GpuTarget.PORTABLE)]
 
     def build(self, program: ProgramSpec) -> bytes:
         """Builds a program's engine here, from the bundle's hashed ONNX file."""

@@ -11,18 +11,19 @@ from typing import TypeVar
 
 import numpy as np
 
+from ...arrays import FloatArray
 from ...bundle.bundle import Bundle
 from ...bundle.manifest import TENSORRT
 from ...bundle.tensors import TensorFile
 from ...errors import ExecutorError, ZImageRuntimeError
 from ...model.blocks import CAPTION_EMBEDDER, MAP, MAP_OUT, decoder_blocks, encoder_blocks
-from ...model.geometry import PictureGeometry, Rotary
+from ...model.geometry import ImageGeometry, Rotary
 from ...model.programs import Program
-from ...tiles.kernels import Kernels, NumpyKernels
+from ...tiles.kernels import NumpyTileKernels, TileKernels
 from ...tiles.tiling import TiledDecoder, tiled_bytes
 from ..ort.cpu import OrtCpuExecutor
 from ..ort.cpu_plan import available_memory, check_tiles_on_host
-from ..protocol import Conditioning, Floats
+from ..protocol import Conditioning
 from .arena import Budget
 from .block_catalog import VariantSpec
 from .decoder_tiles import TILES_ON_HOST
@@ -31,12 +32,12 @@ from .device import Device, Engines
 from .engine_store import EngineStore, Note, read_catalog, variant_spec
 from .loaded_stage import LoadedStage, Machine, Shapes
 from .plan import CONTEXT_BYTES, ResidencyPlan, plan_residency, plan_stage
-from .stage_sizes import PictureSizes, maps_between
-from .tile_kernels import DeviceTiles
+from .stage_sizes import ImageSizes, maps_between
+from .tile_kernels import DeviceTileKernels
 from .weight_source import WeightSource
 
 _PINNED_SHARE = 0.5  # of the host's free memory, which streamed blocks may hold
-_OF_NO_PICTURE = PictureSizes(prompt_tokens=1, image_count=1, image_tokens=32, latent_height=2, latent_width=2)
+_OF_NO_IMAGE = ImageSizes(prompt_tokens=1, image_count=1, image_tokens=32, latent_height=2, latent_width=2)
 
 Result = TypeVar("Result")
 
@@ -60,7 +61,7 @@ class RequestPlan:
         streamed = len(self.residency.stages[Program.DENOISER].streamed)
         notes = [f"{streamed} of the transformer's blocks are streamed each step"] if streamed else []
         if how := self.residency.how_decoded:
-            notes.append(f"the picture is decoded {how}")
+            notes.append(f"the image is decoded {how}")
         return tuple(notes)
 
 
@@ -108,10 +109,10 @@ class TensorRtExecutor:
         return set(self._stages)
 
     def plan(
-        self, geometry: PictureGeometry, prompt_tokens: int, batch_size: int = 1, *, encodes: bool = False
+        self, geometry: ImageGeometry, prompt_tokens: int, batch_size: int = 1, *, encodes: bool = False
     ) -> "RequestPlan":
-        """How a request will be drawn, before anything is loaded. Raises `MemoryLimitError` if it does not fit."""
-        sizes = PictureSizes.of(geometry, prompt_tokens, batch_size)
+        """How a request will be generated, before anything is loaded. Raises `MemoryLimitError` if it does not fit."""
+        sizes = ImageSizes.of(geometry, prompt_tokens, batch_size)
         plan = plan_residency(self.spec, self.bundle.manifest.config, sizes, self.vram)
         if plan.how_decoded is not None:
             maps = tiled_bytes(self.bundle.manifest.config.vae, geometry.width, geometry.height)
@@ -119,13 +120,13 @@ class TensorRtExecutor:
         self._keep_all = plan.keep_all
         return RequestPlan(plan)
 
-    def encode_text(self, embeddings: Floats, rotary: Rotary) -> Floats:
+    def encode_text(self, embeddings: FloatArray, rotary: Rotary) -> FloatArray:
         """See `Executor`."""
         tokens, width = embeddings.shape[1:]
         sizes = _sizes(prompt_tokens=tokens)
         shapes = _token_shapes(tokens, width, rotary)
 
-        def run(stage: LoadedStage) -> Floats:
+        def run(stage: LoadedStage) -> FloatArray:
             stage.send("x", embeddings, stage.buffer("x"))
             stage.send("cos", rotary.cos, stage.buffer("cos"))
             stage.send("sin", rotary.sin, stage.buffer("sin"))
@@ -142,7 +143,7 @@ class TensorRtExecutor:
         embedder: Shapes = {"hidden_states": conditioning.hidden_states.shape}
         pad_token = self._machine.weights.embedded("transformer", "cap_pad_token")
 
-        def run(stage: LoadedStage) -> Floats:
+        def run(stage: LoadedStage) -> FloatArray:
             x = stage.buffer("x")
             stage.send("hidden", conditioning.hidden_states, stage.buffer("hidden"))
             stage.send("cos", rotary.cos, stage.buffer("cos"))
@@ -170,10 +171,10 @@ class TensorRtExecutor:
             self._denoise,
         )
 
-    def _denoise(self, sizes: PictureSizes, runs: Runs, run: Callable[[LoadedStage], Floats]) -> Floats:
+    def _denoise(self, sizes: ImageSizes, runs: Runs, run: Callable[[LoadedStage], FloatArray]) -> FloatArray:
         return self._stage(Program.DENOISER, sizes, runs, run)
 
-    def _through(self, stage: LoadedStage, shapes: Shapes, shape: tuple[int, ...]) -> Floats:
+    def _through(self, stage: LoadedStage, shapes: Shapes, shape: tuple[int, ...]) -> FloatArray:
         """All blocks of a stage of tokens, from and to buffer `x` or `y`; the values that come out."""
         x, y = stage.buffer("x"), stage.buffer("y")
         tables = {"cos": stage.buffer("cos"), "sin": stage.buffer("sin")}
@@ -185,11 +186,11 @@ class TensorRtExecutor:
         self.device.synchronize(self._machine.compute)
         return result()
 
-    def decode(self, latents: Floats) -> Floats:
+    def decode(self, latents: FloatArray) -> FloatArray:
         """See `Executor`. What does not fit the budget is decoded in tiles, on the CPU if not even one of them fits."""
         return np.concatenate([self._decode(one[None]) for one in latents])
 
-    def _decode(self, latents: Floats) -> Floats:
+    def _decode(self, latents: FloatArray) -> FloatArray:
         config = self.bundle.manifest.config
         height, width = latents.shape[2:]
         sizes = _sizes(latent_height=height, latent_width=width)
@@ -200,22 +201,22 @@ class TensorRtExecutor:
         shapes: list[Shapes] = [{"latents": latents.shape}, *({MAP: (1, *one)} for one in maps)]
         shapes = shapes[: len(plan.needs.blocks)]
 
-        def run(stage: LoadedStage) -> Floats:
+        def run(stage: LoadedStage) -> FloatArray:
             if plan.needs.tiles:
                 return self._decode_in_tiles(stage, latents, shapes)
-            picture = (1, config.vae.out_channels, height * config.vae.scale, width * config.vae.scale)
+            shape = (1, config.vae.out_channels, height * config.vae.scale, width * config.vae.scale)
             stage.send("latents", latents, stage.buffer("latents"))
             self._maps(stage, "latents", shapes, {"image": stage.buffer("image")})
-            image = stage.receive("image", picture, stage.buffer("image"))
+            image = stage.receive("image", shape, stage.buffer("image"))
             stage.synchronize()
             return image()
 
         tiles = [(tile.place, tile.shapes) for tile in plan.needs.tiles]
         return self._stage(Program.DECODER, sizes, lambda places: [*zip(places, shapes, strict=True), *tiles], run)
 
-    def _decode_in_tiles(self, stage: LoadedStage, latents: Floats, shapes: list[Shapes]) -> Floats:
+    def _decode_in_tiles(self, stage: LoadedStage, latents: FloatArray, shapes: list[Shapes]) -> FloatArray:
         """The stage's blocks on whole maps, the others in tiles."""
-        decoder, x = self._tiled_decoder(DeviceTiles(stage)), latents[0]
+        decoder, x = self._tiled_decoder(DeviceTileKernels(stage)), latents[0]
         if shapes:
             place = stage.plan.needs.blocks[-1]
             rows, columns = (size * place.out_scale for size in latents.shape[2:])
@@ -227,16 +228,16 @@ class TensorRtExecutor:
             x = np.ascontiguousarray(last().transpose(2, 0, 1))
         return decoder.resume(x, len(shapes))[None]
 
-    def _tiled_decoder(self, kernels: Kernels | None = None) -> TiledDecoder:
+    def _tiled_decoder(self, kernels: TileKernels | None = None) -> TiledDecoder:
         weights = TensorFile(self.bundle.file(self.bundle.manifest.weights["vae"]))
         return TiledDecoder(self.bundle.manifest.config.vae, weights, kernels or self.tile_kernels())
 
-    def encode(self, image: Floats) -> tuple[Floats, Floats]:
+    def encode(self, image: FloatArray) -> tuple[FloatArray, FloatArray]:
         """See `Executor`. What does not fit the budget is encoded on the CPU."""
         pairs = [self._encode(one[None]) for one in image]
         return np.concatenate([mean for mean, _ in pairs]), np.concatenate([logvar for _, logvar in pairs])
 
-    def _encode(self, image: Floats) -> tuple[Floats, Floats]:
+    def _encode(self, image: FloatArray) -> tuple[FloatArray, FloatArray]:
         config = self.bundle.manifest.config
         height, width = image.shape[2] // config.vae.scale, image.shape[3] // config.vae.scale
         sizes = _sizes(latent_height=height, latent_width=width)
@@ -244,7 +245,7 @@ class TensorRtExecutor:
         shapes: list[Shapes] = [{"image": image.shape}, *({MAP: (1, *one)} for one in maps)]
         moments = (1, config.vae.latent_channels, height, width)
 
-        def run(stage: LoadedStage) -> tuple[Floats, Floats]:
+        def run(stage: LoadedStage) -> tuple[FloatArray, FloatArray]:
             stage.send("image", image, stage.buffer("image"))
             self._maps(stage, "image", shapes, {name: stage.buffer(name) for name in ("mean", "logvar")})
             mean, logvar = (stage.receive(name, moments, stage.buffer(name)) for name in ("mean", "logvar"))
@@ -274,11 +275,11 @@ class TensorRtExecutor:
     def _stage(
         self,
         program: Program,
-        sizes: PictureSizes,
+        sizes: ImageSizes,
         runs: Runs,
         run: Callable[[LoadedStage], Result],
     ) -> Result:
-        """Brings a stage onto the device for a picture's sizes and runs it. Whatever fails, nothing stays behind."""
+        """Brings a stage onto the device for an image's sizes and runs it. Whatever fails, nothing stays behind."""
         plan = plan_stage(program, self.spec, self.bundle.manifest.config, sizes, self.vram)
         if plan is None:
             raise ExecutorError(f"{program} does not fit in the VRAM budget")  # the callers asked before
@@ -301,9 +302,9 @@ class TensorRtExecutor:
             self._abandon()
             raise
 
-    def tile_kernels(self) -> Kernels:
+    def tile_kernels(self) -> TileKernels:
         """See `Executor`. What does not fit the budget is decoded on the host."""
-        return NumpyKernels()
+        return NumpyTileKernels()
 
     def release(self, *programs: Program) -> None:
         """See `Executor`."""
@@ -337,9 +338,9 @@ class TensorRtExecutor:
                 free()
 
 
-def _sizes(**values: int) -> PictureSizes:
+def _sizes(**values: int) -> ImageSizes:
     """Sizes of which a stage only looks at these."""
-    return replace(_OF_NO_PICTURE, **values)
+    return replace(_OF_NO_IMAGE, **values)
 
 
 def _token_shapes(tokens: int, width: int, rotary: Rotary) -> Shapes:
@@ -366,7 +367,7 @@ def open_executor(bundle: Bundle, vram: int | None = None, note: Note = lambda t
     return TensorRtExecutor(bundle, device, store, spec, budget, int(available_memory() * _PINNED_SHARE))
 
 
-def tensorrt_obstacle(bundle: Bundle) -> str | None:
+def why_no_tensorrt(bundle: Bundle) -> str | None:
     """Why this executor cannot run a bundle here, in words that say what to do; None where it can."""
     from .cuda import CudaDevice
     from .trt_api import Library

@@ -10,7 +10,7 @@ class Variant(StrEnum):
     AMPERE = "sm80"  # and all that came after
 
 
-class Gpu(StrEnum):
+class GpuTarget(StrEnum):
     """What an engine is built for. Names are the compute capabilities, less the dot."""
 
     SM75 = "sm75"
@@ -23,7 +23,7 @@ class Gpu(StrEnum):
     @property
     def variant(self) -> Variant:
         """The block programs that it runs."""
-        return Variant.TURING if self is Gpu.SM75 else Variant.AMPERE
+        return Variant.TURING if self is GpuTarget.SM75 else Variant.AMPERE
 
     @property
     def capability(self) -> tuple[int, int] | None:
@@ -38,18 +38,18 @@ class Gpu(StrEnum):
 
     def runs_on(self, capability: tuple[int, int]) -> bool:
         """Whether an engine for this target runs on a GPU of a compute capability."""
-        if self is Gpu.PORTABLE:
+        if self is GpuTarget.PORTABLE:
             return capability >= (8, 0)
         return self.value == f"sm{capability[0]}{capability[1]}"
 
 
 _LABELS = {
-    Gpu.SM75: "Turing: RTX 20, GTX 16, T4",
-    Gpu.SM80: "Ampere: A100, A30",
-    Gpu.SM86: "Ampere: RTX 30, A10",
-    Gpu.SM89: "Ada: RTX 40, L4",
-    Gpu.SM120: "Blackwell: RTX 50",
-    Gpu.PORTABLE: "any from Ampere on",
+    GpuTarget.SM75: "Turing: RTX 20, GTX 16, T4",
+    GpuTarget.SM80: "Ampere: A100, A30",
+    GpuTarget.SM86: "Ampere: RTX 30, A10",
+    GpuTarget.SM89: "Ada: RTX 40, L4",
+    GpuTarget.SM120: "Blackwell: RTX 50",
+    GpuTarget.PORTABLE: "any from Ampere on",
 }
 
 OLDEST = (7, 5)
@@ -61,6 +61,8 @@ def variant_of(capability: tuple[int, int]) -> Variant:
     return Variant.TURING if capability < (8, 0) else Variant.AMPERE
 
 
-def gpu_of(capability: tuple[int, int]) -> Gpu:
+def gpu_of(capability: tuple[int, int]) -> GpuTarget:
     """The narrowest target that serves a GPU."""
-    return next((gpu for gpu in Gpu if gpu is not Gpu.PORTABLE and gpu.runs_on(capability)), Gpu.PORTABLE)
+    return next(
+        (gpu for gpu in GpuTarget if gpu is not GpuTarget.PORTABLE and gpu.runs_on(capability)), GpuTarget.PORTABLE
+    )

@@ -1,6 +1,6 @@
 """A stage while it is on the device: its weights, its buffers, and running its blocks.
 
-Weights stay when only the picture's size changes; buffers, scratch memory and what is captured are then made anew.
+Weights stay when only the image's size changes; buffers, scratch memory and what is captured are then made anew.
 """
 
 import math
@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from ...arrays import FloatArray
 from ...bundle.tensors import DType, to_float32
 from ...model.blocks import NORMS, BlockPlace
 from ...model.programs import Program
-from ..protocol import Floats
 from .arena import Arena, Budget
 from .block_catalog import VariantSpec
 from .device import Context, Device, Engines, Graph, Pinned, Stream
@@ -93,7 +93,7 @@ class LoadedStage:
         self.machine.weights.fill(target, place, program, spec.blocks[place.key], block_layout(program, place))
 
     def prepare(self, plan: StagePlan, runs: list[tuple[BlockPlace, Shapes]]) -> None:
-        """Makes the buffers for a picture's size, and the contexts for all shapes that its blocks will run at.
+        """Makes the buffers for an image's size, and the contexts for all shapes that its blocks will run at.
 
         Nothing of the stage may be under way.
         """
@@ -109,8 +109,8 @@ class LoadedStage:
                 needed = max(needed, self._contexts[key].set_shapes(shapes))
         self._scratch = (self._work.allocate(needed), needed)
         buffers = dict(plan.needs.buffers)
-        for picture in range(plan.pictures):
-            buffers |= {f"{name}.{picture}": size for name, size in plan.needs.picture_buffers.items()}
+        for image in range(plan.images):
+            buffers |= {f"{name}.{image}": size for name, size in plan.needs.image_buffers.items()}
         self._buffers = {name: self._work.allocate(size) for name, size in buffers.items()}
 
     def _prepared(self, runs: list[tuple[BlockPlace, Shapes]]) -> bool:
@@ -125,7 +125,7 @@ class LoadedStage:
         self.graph = graph
 
     def forget(self) -> None:
-        """Gives back what depends on the picture's size."""
+        """Gives back what depends on the image's size."""
         self._contexts.clear()
         self._buffers, self._pinned, self.graph, self.warm, self.owner = {}, {}, None, False, None
         self._work.release()
@@ -147,12 +147,12 @@ class LoadedStage:
             self._pinned[name] = self._work.pinned(nbytes)
         return self._pinned[name]
 
-    def staged(self, name: str, shape: tuple[int, ...]) -> Floats:
+    def staged(self, name: str, shape: tuple[int, ...]) -> FloatArray:
         """Float32 values where `upload` takes them from, to be written. The last copy of this name must be done."""
         nbytes = _FLOAT * math.prod(shape)
         return self.host(name, nbytes).data[:nbytes].view(np.float32).reshape(shape)
 
-    def write(self, name: str, values: Floats) -> None:
+    def write(self, name: str, values: FloatArray) -> None:
         """Puts float32 values there."""
         self.staged(name, values.shape)[...] = values
 
@@ -160,7 +160,7 @@ class LoadedStage:
         """Queues a copy of what was written to the device."""
         self.machine.device.upload(address, self._pinned[name].address, nbytes, self.machine.compute)
 
-    def send(self, name: str, values: Floats, address: int) -> None:
+    def send(self, name: str, values: FloatArray, address: int) -> None:
         """Both."""
         self.write(name, values)
         self.upload(name, values.nbytes, address)
@@ -173,7 +173,7 @@ class LoadedStage:
 
     def receive(
         self, name: str, shape: tuple[int, ...], address: int, dtype: DType = DType.F32
-    ) -> Callable[[], Floats]:
+    ) -> Callable[[], FloatArray]:
         """Queues a copy to the host; what it returns gives the values, once the stream is synchronized."""
         nbytes = dtype.size * math.prod(shape)
         pinned = self.host(name, nbytes)

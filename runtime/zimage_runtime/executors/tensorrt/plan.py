@@ -1,8 +1,8 @@
-"""What is on the device at each moment, for a VRAM budget and a picture: computed before anything is loaded.
+"""What is on the device at each moment, for a VRAM budget and an image: computed before anything is loaded.
 
 Stages take turns. In each, all blocks are resident where they fit; otherwise as many as fit, and the others are
 streamed through two slots, so that one is copied while the other is computed with. Only where everything fits at
-once do stages stay loaded between pictures. Of a decoder that does not fit, as many blocks as do work on whole maps,
+once do stages stay loaded between images. Of a decoder that does not fit, as many blocks as do work on whole maps,
 and the others on tiles of maps that stay on the host; the encoder runs on the host if it does not fit.
 """
 
@@ -16,7 +16,7 @@ from ...model.config import PATCH_SIZE, ModelConfig
 from ...model.programs import Program
 from .block_catalog import VariantSpec
 from .decoder_tiles import takes_maps, tiled_decoder
-from .stage_sizes import STAGES, PictureSizes, StageNeeds, stage_needs
+from .stage_sizes import STAGES, ImageSizes, StageNeeds, stage_needs
 
 CONTEXT_BYTES = 400 << 20
 """What CUDA, the driver and compiled kernels take before any of ours. An assumption: not yet measured on a GPU."""
@@ -34,7 +34,7 @@ class StagePlan:
 
     needs: StageNeeds
     resident: frozenset[int]  # indices of the blocks that stay
-    pictures: int  # of a batch that are computed block by block, so that a streamed block serves all of them
+    images: int  # of a batch that are computed block by block, so that a streamed block serves all of them
 
     @property
     def streamed(self) -> tuple[int, ...]:
@@ -56,16 +56,16 @@ class StagePlan:
     def nbytes(self) -> int:
         """All that the stage allocates."""
         blocks = self.weight_bytes - sum(self.needs.end_bytes)
-        return self.needs.fixed(self.pictures) + blocks
+        return self.needs.fixed(self.images) + blocks
 
 
 @dataclass(frozen=True)
 class ResidencyPlan:
-    """The plan for one picture, or for a batch of them."""
+    """The plan for one image, or for a batch of them."""
 
     stages: Mapping[Program, StagePlan]  # those on the device
     budget: int
-    keep_all: bool  # whether stages stay loaded between pictures
+    keep_all: bool  # whether stages stay loaded between images
     on_host: Mapping[Program, int | None] = field(default_factory=dict)
     """The stages that the CPU does, and the smallest budget at which the device would; None where none is enough."""
     whole_decoder: int | None = None
@@ -90,7 +90,7 @@ class ResidencyPlan:
 
     @property
     def how_decoded(self) -> str | None:
-        """How the picture is decoded, and what would change that; None where the device does it as a whole."""
+        """How the image is decoded, and what would change that; None where the device does it as a whole."""
         if Program.DECODER not in self.stages:
             return f"on the CPU, in tiles; {self.why_on_host(Program.DECODER)}"
         if not self.in_tiles:
@@ -107,7 +107,7 @@ class ResidencyPlan:
         return f"on the GPU from a budget of {gib(budget, up=True)}"
 
 
-def plan_residency(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes, budget: int) -> ResidencyPlan:
+def plan_residency(spec: VariantSpec, config: ModelConfig, sizes: ImageSizes, budget: int) -> ResidencyPlan:
     """The plan for a budget in bytes.
 
     Raises `MemoryLimitError`, with the smallest budget that would do, where there is none.
@@ -134,13 +134,13 @@ def plan_residency(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes, 
     return replace(plan, keep_all=keep_all)
 
 
-def smallest_budget(needs: Mapping[Program, StageNeeds], sizes: PictureSizes) -> int:
+def smallest_budget(needs: Mapping[Program, StageNeeds], sizes: ImageSizes) -> int:
     """The least VRAM that every stage which needs the device runs in."""
-    return CONTEXT_BYTES + max(_least(needs[program], sizes.pictures) for program in _NEEDED)
+    return CONTEXT_BYTES + max(_least(needs[program], sizes.images) for program in _NEEDED)
 
 
-def _least(needs: StageNeeds, pictures: int) -> int:
-    return min(_everything(needs).nbytes, StagePlan(needs, frozenset(), pictures).nbytes)
+def _least(needs: StageNeeds, images: int) -> int:
+    return min(_everything(needs).nbytes, StagePlan(needs, frozenset(), images).nbytes)
 
 
 def _everything(needs: StageNeeds) -> StagePlan:
@@ -149,7 +149,7 @@ def _everything(needs: StageNeeds) -> StagePlan:
 
 
 def plan_stage(
-    program: Program, spec: VariantSpec, config: ModelConfig, sizes: PictureSizes, budget: int
+    program: Program, spec: VariantSpec, config: ModelConfig, sizes: ImageSizes, budget: int
 ) -> StagePlan | None:
     """One stage's part of the plan, which depends on no other; None where the host must do it.
 
@@ -158,22 +158,20 @@ def plan_stage(
     if program is Program.DENOISER:
         _check_tokens(spec, config, sizes)
     needs = stage_needs(program, spec, config, sizes)
-    if program in _NEEDED and budget < CONTEXT_BYTES + _least(needs, sizes.pictures):
-        raise _refusal(budget, CONTEXT_BYTES + _least(needs, sizes.pictures))
+    if program in _NEEDED and budget < CONTEXT_BYTES + _least(needs, sizes.images):
+        raise _refusal(budget, CONTEXT_BYTES + _least(needs, sizes.images))
     choices = _choices(program, needs, spec, config, sizes)
     return _first_that_fits(program, choices, sizes, budget - CONTEXT_BYTES)
 
 
-def _first_that_fits(
-    program: Program, choices: Iterable[StageNeeds], sizes: PictureSizes, room: int
-) -> StagePlan | None:
+def _first_that_fits(program: Program, choices: Iterable[StageNeeds], sizes: ImageSizes, room: int) -> StagePlan | None:
     streamable = program in _STREAMABLE
-    plans = (_plan_stage(choice, room, sizes.pictures, streamable) for choice in choices)
+    plans = (_plan_stage(choice, room, sizes.images, streamable) for choice in choices)
     return next(filter(None, plans), None)
 
 
 def _choices(
-    program: Program, whole: StageNeeds, spec: VariantSpec, config: ModelConfig, sizes: PictureSizes
+    program: Program, whole: StageNeeds, spec: VariantSpec, config: ModelConfig, sizes: ImageSizes
 ) -> Iterator[StageNeeds]:
     """What the device can do of a stage, the best first: all of it; of the decoder, ever more of it in tiles."""
     if not _too_wide(whole, spec, sizes):
@@ -184,18 +182,18 @@ def _choices(
                 yield needs
 
 
-def _check_tokens(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes) -> None:
-    """Raises `RequestError` for a picture that the engines were not built for."""
+def _check_tokens(spec: VariantSpec, config: ModelConfig, sizes: ImageSizes) -> None:
+    """Raises `RequestError` for an image that the engines were not built for."""
     most = min(spec.program_of(place).largest for place in main_blocks(config))
     if sizes.tokens > most:
         side = math.isqrt(most - sizes.caption_tokens) * PATCH_SIZE * config.vae.scale
         raise RequestError(
-            f"the bundle's engines take at most {most} tokens, about a {side}x{side} picture, and this one has "
+            f"the bundle's engines take at most {most} tokens, about a {side}x{side} image, and this one has "
             f"{sizes.tokens}; lower --size, or use --executor cpu"
         )
 
 
-def _too_wide(needs: StageNeeds, spec: VariantSpec, sizes: PictureSizes) -> bool:
+def _too_wide(needs: StageNeeds, spec: VariantSpec, sizes: ImageSizes) -> bool:
     """Whether the autoencoder's engines were built for smaller maps only."""
     blocks = [place for place in needs.blocks if place.kind.component == "vae"]
     return not takes_maps(spec, blocks, sizes)
@@ -203,12 +201,12 @@ def _too_wide(needs: StageNeeds, spec: VariantSpec, sizes: PictureSizes) -> bool
 
 def _refusal(budget: int, smallest: int) -> MemoryLimitError:
     return MemoryLimitError(
-        f"this picture does not fit in {gib(budget)} of VRAM: the smallest budget that it would fit in is "
+        f"this image does not fit in {gib(budget)} of VRAM: the smallest budget that it would fit in is "
         f"{gib(smallest, up=True)}; raise --vram, lower --size, or use --executor cpu"
     )
 
 
-def _plan_stage(needs: StageNeeds, room: int, pictures: int, streamable: bool) -> StagePlan | None:
+def _plan_stage(needs: StageNeeds, room: int, images: int, streamable: bool) -> StagePlan | None:
     count = len(needs.blocks)
     everything = _everything(needs)
     if everything.nbytes <= room:
@@ -218,11 +216,11 @@ def _plan_stage(needs: StageNeeds, room: int, pictures: int, streamable: bool) -
     low, high = 0, count  # the most that fit: between none, which do, and all, which do not
     while high - low > 1:
         middle = (low + high) // 2
-        if StagePlan(needs, spread(count, middle), pictures).nbytes <= room:
+        if StagePlan(needs, spread(count, middle), images).nbytes <= room:
             low = middle
         else:
             high = middle
-    plan = StagePlan(needs, spread(count, low), pictures)
+    plan = StagePlan(needs, spread(count, low), images)
     return plan if plan.nbytes <= room else None
 
 

@@ -1,4 +1,4 @@
-"""The stages that take turns on the device: their blocks, and the memory that a picture takes in each.
+"""The stages that take turns on the device: their blocks, and the memory that an image takes in each.
 
 The one place where sizes are computed: the plan adds them up, and the executor allocates just these.
 """
@@ -22,7 +22,7 @@ from ...model.blocks import (
     text_blocks,
 )
 from ...model.config import ModelConfig
-from ...model.geometry import PictureGeometry, padded
+from ...model.geometry import ImageGeometry, padded
 from ...model.programs import Program
 from .block_catalog import ProgramSpec, VariantSpec, aligned
 
@@ -33,15 +33,15 @@ STAGES = (Program.TEXT_ENCODER, Program.CAPTION, Program.DENOISER, Program.DECOD
 
 
 @dataclass(frozen=True)
-class PictureSizes:
-    """Everything that decides how large a picture's values are."""
+class ImageSizes:
+    """Everything that decides how large an image's values are."""
 
     prompt_tokens: int
     image_count: int  # image tokens without pads
     image_tokens: int
     latent_height: int
     latent_width: int
-    pictures: int = 1  # in a batch
+    images: int = 1  # in a batch
 
     @property
     def caption_tokens(self) -> int:
@@ -54,15 +54,15 @@ class PictureSizes:
         return self.image_tokens + self.caption_tokens
 
     @classmethod
-    def of(cls, geometry: PictureGeometry, prompt_tokens: int, pictures: int = 1) -> "PictureSizes":
-        """The sizes of a picture."""
+    def of(cls, geometry: ImageGeometry, prompt_tokens: int, images: int = 1) -> "ImageSizes":
+        """The sizes of an image."""
         return cls(
             prompt_tokens,
             geometry.rows * geometry.columns,
             geometry.image_tokens,
             geometry.latent_height,
             geometry.latent_width,
-            pictures,
+            images,
         )
 
 
@@ -121,18 +121,18 @@ class StageNeeds:
     ends: tuple[BlockPlace, ...]  # always resident
     end_bytes: tuple[int, ...]
     buffers: Mapping[str, int]  # that there is one of, by name
-    picture_buffers: Mapping[str, int]  # that each picture of a batch has when blocks are streamed
+    image_buffers: Mapping[str, int]  # that each image of a batch has when blocks are streamed
     scratch: int  # that all engines share
     tiles: tuple[TileShape, ...] = ()  # what comes after the blocks, a tile at a time
 
-    def fixed(self, pictures: int) -> int:
-        """All but the blocks, with room for some pictures at once."""
+    def fixed(self, images: int) -> int:
+        """All but the blocks, with room for some images at once."""
         once = sum(map(aligned, self.buffers.values())) + sum(self.end_bytes) + aligned(self.scratch)
-        return once + pictures * sum(map(aligned, self.picture_buffers.values()))
+        return once + images * sum(map(aligned, self.image_buffers.values()))
 
 
-def stage_needs(program: Program, spec: VariantSpec, config: ModelConfig, sizes: PictureSizes) -> StageNeeds:
-    """What a stage takes for a picture."""
+def stage_needs(program: Program, spec: VariantSpec, config: ModelConfig, sizes: ImageSizes) -> StageNeeds:
+    """What a stage takes for an image."""
     return _STAGES[program](spec, config, sizes)
 
 
@@ -141,15 +141,15 @@ def needs_of(
     blocks: list[BlockPlace],
     ends: list[BlockPlace],
     buffers: Mapping[str, int],
-    picture_buffers: Mapping[str, int],
+    image_buffers: Mapping[str, int],
     scratch: int,
 ) -> StageNeeds:
     """What a stage takes that has no tiles."""
     sizes = [tuple(block_layout(spec.program_of(place), place).nbytes for place in places) for places in (blocks, ends)]
-    return StageNeeds(tuple(blocks), sizes[0], tuple(ends), sizes[1], buffers, picture_buffers, scratch)
+    return StageNeeds(tuple(blocks), sizes[0], tuple(ends), sizes[1], buffers, image_buffers, scratch)
 
 
-def _text(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes) -> StageNeeds:
+def _text(spec: VariantSpec, config: ModelConfig, sizes: ImageSizes) -> StageNeeds:
     blocks, text, tokens = text_blocks(config), config.text_encoder, sizes.prompt_tokens
     hidden, table = tokens * text.hidden_size * _FLOAT, tokens * text.head_dim // 2 * _FLOAT
     buffers = {"x": hidden, "y": hidden, "cos": table, "sin": table}
@@ -157,7 +157,7 @@ def _text(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes) -> StageN
     return needs_of(spec, blocks, [], buffers, {}, scratch)
 
 
-def _caption(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes) -> StageNeeds:
+def _caption(spec: VariantSpec, config: ModelConfig, sizes: ImageSizes) -> StageNeeds:
     blocks, c = caption_blocks(config), config.transformer
     values, table = sizes.caption_tokens * c.dim * _FLOAT, sizes.caption_tokens * c.head_dim // 2 * _FLOAT
     buffers = {
@@ -179,7 +179,7 @@ def row_bytes(config: ModelConfig) -> int:
     return aligned(config.transformer.dim * _FLOAT)
 
 
-def _denoiser(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes) -> StageNeeds:
+def _denoiser(spec: VariantSpec, config: ModelConfig, sizes: ImageSizes) -> StageNeeds:
     blocks, c = noise_blocks(config) + main_blocks(config), config.transformer
     table = sizes.tokens * c.head_dim // 2 * _FLOAT
     buffers = {
@@ -190,13 +190,13 @@ def _denoiser(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes) -> St
         "modulation": (len(NORMS) * c.modulated_blocks + 1) * row_bytes(config),  # and the final scale
     }
     values, patches = sizes.tokens * c.dim * _FLOAT, sizes.image_count * c.patch_dim * _FLOAT
-    picture_buffers = {"x": values, "y": values, "patches": patches, "velocity": patches}
+    image_buffers = {"x": values, "y": values, "patches": patches, "velocity": patches}
     scratch = max(
         spec.program_of(IMAGE_EMBEDDER).scratch_bytes(sizes.image_count),
         spec.program_of(FINAL_LAYER).scratch_bytes(sizes.image_count),
         *(spec.program_of(place).scratch_bytes(sizes.tokens) for place in blocks),
     )
-    return needs_of(spec, blocks, [IMAGE_EMBEDDER, FINAL_LAYER], buffers, picture_buffers, scratch)
+    return needs_of(spec, blocks, [IMAGE_EMBEDDER, FINAL_LAYER], buffers, image_buffers, scratch)
 
 
 Map = tuple[int, int, int]
@@ -208,7 +208,7 @@ def maps_between(blocks: Sequence[BlockPlace], latent_height: int, latent_width:
     return [(latent_height * b.scale, latent_width * b.scale, b.channels) for b in blocks[1:]]
 
 
-def map_scratch(spec: VariantSpec, blocks: Sequence[BlockPlace], sizes: PictureSizes) -> list[int]:
+def map_scratch(spec: VariantSpec, blocks: Sequence[BlockPlace], sizes: ImageSizes) -> list[int]:
     """What each block of the autoencoder needs beside the maps that it takes and gives."""
     positions = sizes.latent_height * sizes.latent_width
     return [spec.program_of(b).scratch_bytes(positions * b.scale**2) for b in blocks]
@@ -221,7 +221,7 @@ def map_buffers(spec: VariantSpec, blocks: list[BlockPlace], maps: list[Map]) ->
     return {"even": max(sizes[::2], default=0), "odd": max(sizes[1::2], default=0)}
 
 
-def _decoder(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes) -> StageNeeds:
+def _decoder(spec: VariantSpec, config: ModelConfig, sizes: ImageSizes) -> StageNeeds:
     blocks, positions = decoder_blocks(config), sizes.latent_height * sizes.latent_width
     maps = maps_between(blocks, sizes.latent_height, sizes.latent_width)
     buffers = {
@@ -233,7 +233,7 @@ def _decoder(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes) -> Sta
     return needs_of(spec, blocks, [], buffers, {}, scratch)
 
 
-def _encoder(spec: VariantSpec, config: ModelConfig, sizes: PictureSizes) -> StageNeeds:
+def _encoder(spec: VariantSpec, config: ModelConfig, sizes: ImageSizes) -> StageNeeds:
     blocks, positions = encoder_blocks(config), sizes.latent_height * sizes.latent_width
     maps = maps_between(blocks, sizes.latent_height, sizes.latent_width)
     moments = positions * config.vae.latent_channels * _FLOAT

@@ -4,34 +4,34 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...arrays import FloatArray
 from ...model.blocks import TILE, TILE_OUT
 from ...tiles.kernels import Convolution, Normed, Plain
-from ..protocol import Floats
 from .decoder_tiles import TILE_VALUES
 from .loaded_stage import LoadedStage
 from .stage_sizes import TileShape
 
 
 @dataclass(frozen=True)
-class DeviceTiles:
-    """Implements `Kernels` with the tile programs of a stage that is loaded and prepared for them."""
+class DeviceTileKernels:
+    """Implements `TileKernels` with the tile programs of a stage that is loaded and prepared for them."""
 
     stage: LoadedStage
 
     @property
     def tile_values(self) -> int:
-        """See `Kernels`."""
+        """See `TileKernels`."""
         return TILE_VALUES
 
     def plain(self, convolution: Convolution) -> Plain:
-        """See `Kernels`."""
+        """See `TileKernels`."""
         layer = self._layer(convolution)
         channels = layer.shape.place.channels
         one, zero = np.ones((channels, 1, 1), np.float32), np.zeros((channels, 1, 1), np.float32)
         return lambda tile: layer(tile, one, zero, 0, 0)[:, :, 1:-1]  # the program has borders of its own
 
     def normed(self, convolution: Convolution) -> Normed:
-        """See `Kernels`."""
+        """See `TileKernels`."""
         return self._layer(convolution)
 
     def _layer(self, convolution: Convolution) -> "_Layer":
@@ -47,7 +47,7 @@ class _Layer:
     stage: LoadedStage
     shape: TileShape
 
-    def __call__(self, rows: Floats, scale: Floats, shift: Floats, above: int, below: int) -> Floats:
+    def __call__(self, rows: FloatArray, scale: FloatArray, shift: FloatArray, above: int, below: int) -> FloatArray:
         """A `Normed` kernel. The last tile of a map may have fewer rows than the others: the rest is zeros."""
         stage, shape, count = self.stage, self.shape, rows.shape[1]
         inside = np.zeros(shape.rows, np.float32)

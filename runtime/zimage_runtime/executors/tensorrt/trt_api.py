@@ -14,7 +14,7 @@ from ...errors import ExecutorError
 from .block_catalog import ProgramSpec
 from .cuda import NO_PACKAGE
 from .device import Stream
-from .gpu_targets import Gpu
+from .gpu_targets import GpuTarget
 
 RTX, FULL = "tensorrt_rtx", "tensorrt"
 
@@ -49,7 +49,7 @@ class Library:
         """Whether it is TensorRT for RTX, which has what compiles at run time: kernels' cache and shapes."""
         return self.name == RTX
 
-    def build(self, onnx: bytes, spec: ProgramSpec, gpus: Sequence[Gpu] = (), *, detailed: bool = False) -> Built:
+    def build(self, onnx: bytes, spec: ProgramSpec, gpus: Sequence[GpuTarget] = (), *, detailed: bool = False) -> Built:
         """Builds one engine. Without GPUs, for what the library takes for granted: portable, or the one at hand.
 
         Raises `ExecutorError` with the library's own first complaint.
@@ -68,7 +68,7 @@ class Library:
         config.max_aux_streams = 0  # one stream, whose order is ours to capture; kernels are large enough alone
         if detailed:
             config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-        targets = [gpu for gpu in gpus if gpu is not Gpu.PORTABLE]
+        targets = [gpu for gpu in gpus if gpu is not GpuTarget.PORTABLE]
         if targets and hasattr(trt, "ComputeCapability"):
             config.num_compute_capabilities = len(targets)
             for index, gpu in enumerate(targets):
@@ -138,11 +138,11 @@ class EngineRuntime:
         return str(self._logger.complaint())
 
     def use_cache(self, stored: bytes | None) -> None:
-        """Kernels compiled by earlier runs, for engines loaded from now on."""
+        """TileKernels compiled by earlier runs, for engines loaded from now on."""
         self._stored = stored
 
     def cache(self) -> bytes | None:
-        """Kernels compiled so far, to be kept for the next run."""
+        """TileKernels compiled so far, to be kept for the next run."""
         return bytes(self._cache.serialize()) if self._cache is not None else None
 
     def context(self, engine: Any) -> "TensorRtContext":
@@ -151,7 +151,7 @@ class EngineRuntime:
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self._rtx:
-            # kernels for exactly these shapes, before the first run: a picture has few shapes and many steps
+            # kernels for exactly these shapes, before the first run: an image has few shapes and many steps
             config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
             config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # a whole step is captured by us
             if self._cache is None:

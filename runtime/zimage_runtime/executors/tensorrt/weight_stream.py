@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arena import Arena
-from .device import Device, Event, Pinned, Stream
+from .device import Device, DeviceEvent, Pinned, Stream
 from .plan import SLOTS, StagePlan
 
 Fill = Callable[[int, NDArray[np.uint8]], None]
@@ -40,8 +40,8 @@ class BlockStack:
     _addresses: dict[int, int] = field(default_factory=dict)
     _slots: list[int] = field(default_factory=list)
     _staging: list[Pinned] = field(default_factory=list)
-    _ready: list[Event] = field(default_factory=list)
-    _done: list[Event] = field(default_factory=list)
+    _ready: list[DeviceEvent] = field(default_factory=list)
+    _done: list[DeviceEvent] = field(default_factory=list)
     _pinned: dict[int, Pinned] = field(default_factory=dict)
     _queued: int = 0  # copies of streamed blocks so far; copy n goes to slot n % 2
     _used: int = 0  # of which were computed with

@@ -11,7 +11,8 @@ import pytest
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import Manifest, Precision
 from zimage_runtime.errors import MemoryLimitError
-from zimage_runtime.executors.ort.cpu_plan import MemoryPlan, _control_group_left, available_memory, plan_memory
+from zimage_runtime.executors.ort.cpu_plan import MemoryPlan, plan_memory
+from zimage_runtime.machine.host_memory import _control_group_left, available_memory
 from zimage_runtime.model.geometry import image_geometry
 from zimage_runtime.model.programs import Program
 
@@ -179,7 +180,7 @@ def test_a_control_group_over_its_limit_has_nothing_left(tmp_path: Path) -> None
 
 
 def test_the_stricter_of_machine_and_control_group_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zimage_runtime.executors.ort.cpu_plan._CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr("zimage_runtime.machine.host_memory._CONTROL_GROUP", tmp_path)
     of_machine = available_memory()
     files = {"memory.max": "9000\n", "memory.current": "2000\n", "memory.stat": "inactive_file 0\n"}
     group(tmp_path, files)

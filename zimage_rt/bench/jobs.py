@@ -12,7 +12,7 @@ from zimage_runtime.bundle.hub import bundle_directory
 from zimage_runtime.bundle.manifest import CPU, Precision
 from zimage_runtime.bundle.tensors import read_header
 from zimage_runtime.errors import RequestError
-from zimage_runtime.executors.ort.cpu_plan import available_memory
+from zimage_runtime.machine.host_memory import available_memory
 from zimage_runtime.pipeline import Pipeline
 
 from .schema import OURS, Case

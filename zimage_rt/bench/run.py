@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage_runtime.bundle.manifest import CPU
-from zimage_runtime.executors.ort.cpu_plan import available_memory
+from zimage_runtime.machine.host_memory import available_memory
 from zimage_runtime.model.geometry import image_geometry
 from zimage_runtime.model.tokenizer import PromptTokenizer
 

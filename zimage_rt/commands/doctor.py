@@ -141,7 +141,7 @@ def check_memory(name: str) -> Finding:
     """The machine's memory, and what this process may still take of it."""
     import psutil
 
-    from zimage_runtime.executors.ort.cpu_plan import available_memory
+    from zimage_runtime.machine.host_memory import available_memory
 
     total = int(psutil.virtual_memory().total)
     available, limit = available_memory(), _control_group_limit(total)

@@ -6,10 +6,10 @@ The factors were measured with `benchmarks/memory_model.py`.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from ...bundle.manifest import Manifest, Precision
 from ...errors import MemoryLimitError, RequestError
+from ...machine.host_memory import available_memory
 from ...model.geometry import ImageGeometry, image_geometry, padded
 from ...model.programs import Program
 from ...tiles.tiling import tiled_bytes, tiled_encoder_bytes
@@ -188,35 +188,3 @@ def check_tiles_on_host(geometry: ImageGeometry, nbytes: int) -> None:
             f"{geometry.width}x{geometry.height} does not fit on the GPU, and in tiles it needs {nbytes / 2**30:.1f} "
             f"GiB of memory, of which {available / 2**30:.1f} is free; choose a smaller --size"
         )
-
-
-def available_memory() -> int:
-    """Bytes that this process may still take: the machine's, or its control group's where that is less."""
-    import psutil
-
-    available = int(psutil.virtual_memory().available)
-    for limit, usage, reclaimable in (
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        left = _control_group_left(_CONTROL_GROUP, limit, usage, reclaimable)
-        if left is not None:
-            available = min(available, left)
-    return available
-
-
-_CONTROL_GROUP = Path("/sys/fs/cgroup")  # a container sees its own group here
-
-
-def _control_group_left(root: Path, limit: str, usage: str, reclaimable: str) -> int | None:
-    try:
-        most = int((root / limit).read_text())
-        used = int((root / usage).read_text())
-        statistics = (root / usage).with_name("memory.stat").read_text()
-    except (OSError, ValueError):  # no such group, or no limit: the file says "max"
-        return None
-    for line in statistics.splitlines():
-        name, _, value = line.partition(" ")
-        if name == reclaimable:
-            used -= int(value)
-    return max(most - used, 0)

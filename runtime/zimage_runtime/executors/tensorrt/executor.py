@@ -16,13 +16,14 @@ from ...bundle.bundle import Bundle
 from ...bundle.manifest import TENSORRT
 from ...bundle.tensors import TensorFile
 from ...errors import ExecutorError, ZImageRuntimeError
+from ...machine.host_memory import available_memory
 from ...model.blocks import CAPTION_EMBEDDER, MAP, MAP_OUT, decoder_blocks, encoder_blocks
 from ...model.geometry import ImageGeometry, Rotary
 from ...model.programs import Program
 from ...tiles.kernels import NumpyTileKernels, TileKernels
 from ...tiles.tiling import TiledDecoder, tiled_bytes
 from ..ort.cpu import OrtCpuExecutor
-from ..ort.cpu_plan import available_memory, check_tiles_on_host
+from ..ort.cpu_plan import check_tiles_on_host
 from ..protocol import Conditioning
 from .arena import Budget
 from .block_catalog import VariantSpec

@@ -25,7 +25,7 @@ from zimage_runtime.bundle.manifest import (
 )
 from zimage_runtime.bundle.tensors import DType, read_header
 from zimage_runtime.command_line.progress import Progress
-from zimage_runtime.executors.tensorrt.gpu_targets import GpuTarget
+from zimage_runtime.machine.gpu_targets import GpuTarget
 from zimage_runtime.model.programs import COMPONENTS, Program
 from zimage_runtime.model.schedule import DEFAULT_STEPS
 from zimage_runtime.model.tokenizer import PromptTokenizer

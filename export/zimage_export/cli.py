@@ -92,7 +92,7 @@ def build(
     require_extra()
     if gpus and not engines:
         raise click.UsageError("--gpu is for --engines, which is missing")
-    from zimage_runtime.executors.tensorrt.gpu_targets import GpuTarget
+    from zimage_runtime.machine.gpu_targets import GpuTarget
 
     from .build import BuildOptions, build_reported
     from .source.single_files import SingleFiles
@@ -141,7 +141,7 @@ def engines(bundle: Path, gpus: tuple[str, ...], as_json: bool, quiet: bool) -> 
     from zimage_runtime.bundle.bundle import Bundle
     from zimage_runtime.bundle.manifest import ENGINES_FOLDER
     from zimage_runtime.executors.tensorrt.engine_store import read_catalog
-    from zimage_runtime.executors.tensorrt.gpu_targets import GpuTarget
+    from zimage_runtime.machine.gpu_targets import GpuTarget
 
     from .engines.build import add_engines
 

@@ -14,8 +14,9 @@ from sd_parsers.data import Generators
 
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.errors import RequestError
-from zimage_runtime.images.metadata import REPLAY_VERSION, ImageInfo, encode_image, read_image_info
-from zimage_runtime.images.outputs import ImageFormat
+from zimage_runtime.images.formats import ImageFormat
+from zimage_runtime.images.image_files import encode_image, read_image_info
+from zimage_runtime.images.metadata import REPLAY_VERSION, ImageInfo
 
 FORMATS = {".png": ImageFormat.PNG, ".jpg": ImageFormat.JPEG, ".webp": ImageFormat.WEBP}
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"

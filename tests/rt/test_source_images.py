@@ -11,7 +11,7 @@ from cli_tools import Capture, Outcome, assert_one_line_error, call_rt, unchange
 from PIL import Image, PngImagePlugin
 
 from zimage_runtime.images import source_image
-from zimage_runtime.images.metadata import read_image_info
+from zimage_runtime.images.image_files import read_image_info
 
 
 @pytest.fixture(autouse=True)

@@ -118,7 +118,7 @@ def run(
 
 
 def _recorded(replay: Path) -> "ImageInfo":
-    from zimage_runtime.images.metadata import read_image_info
+    from zimage_runtime.images.image_files import read_image_info
 
     return read_image_info(replay)
 
@@ -218,8 +218,8 @@ class _Writer:
         self.report.image(path, seed)
 
     def _encode(self, image: "Image", seed: int) -> bytes:
-        from zimage_runtime.images.metadata import encode_image
-        from zimage_runtime.images.outputs import ImageFormat, image_format
+        from zimage_runtime.images.formats import ImageFormat, image_format
+        from zimage_runtime.images.image_files import encode_image
 
         kind = image_format(self.output) if self.output else ImageFormat.PNG
         return encode_image(image, kind, replace(self.info, seed=seed) if self.info else None)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Self
 
 from ..errors import BundleError
+from ..mistaken_files import mistaken_file
 from ..model.programs import Program
 from .files import hash_file
 from .manifest import MANIFEST_NAME, Manifest
@@ -49,6 +50,8 @@ class Bundle:
         if found is None:
             raise BundleError(f"{path}: missing from the bundle; export or download it again")
         if found != size:
+            if mistaken := mistaken_file(path):
+                raise BundleError(f"{path}: {mistaken}")
             raise BundleError(f"{path}: {found} bytes instead of {size}; export or download the bundle again")
 
     def file(self, name: str) -> Path:

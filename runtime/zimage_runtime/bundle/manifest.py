@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from ..checked_json import Fields, is_unicode
 from ..errors import BundleError, ConfigError
+from ..mistaken_files import mistaken_for
 from ..model.config import PARTS, ModelConfig
 from ..model.programs import COMPONENTS, Program
 from .files import atomic_write
@@ -145,6 +146,8 @@ class Manifest:
         try:
             data = json.loads(text)
         except (ValueError, RecursionError):
+            if mistaken := mistaken_for(text.encode(errors="replace") if isinstance(text, str) else text):
+                raise BundleError(f"{where}: {mistaken}") from None
             raise BundleError(f"{where}: not valid JSON; the bundle is damaged, export or download it again") from None
         try:
             return cls._read(Fields(data, where))

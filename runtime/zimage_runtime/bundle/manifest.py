@@ -5,7 +5,6 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +14,7 @@ from ..mistaken_files import mistaken_for
 from ..model.config import PARTS, ModelConfig
 from ..model.programs import COMPONENTS, Program
 from .files import atomic_write
+from .precision import Precision as Precision
 
 FORMAT = "zimage-bundle"
 SCHEMA_VERSION = 1
@@ -30,16 +30,6 @@ CUDA_WEIGHT_ONLY = "cuda-weight-only"
 ENGINES_FOLDER = "engines/"
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-class Precision(StrEnum):
-    """How a bundle's weights are stored and computed with."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-    FP16 = "fp16"
-    INT8 = "int8"
-    INT4 = "int4"
 
 
 @dataclass(frozen=True)

@@ -167,12 +167,12 @@ def _write(
             (folder / name).parent.mkdir(exist_ok=True)
             files[name] = write_weights(folder / name, tensors, advance)
     phases.end("weights")
-    programs: dict[Program, dict[str, ProgramRecord]] = {program: {} for program in Program}
+    programs: dict[Program, dict[str, ProgramRecord]] = {}
     for graph in graphs:
         name = f"{graph.program.component}/{_file_name(graph)}"
         used = _write_program(folder / name, graph)
         files[name] = _record(folder / name)
-        programs[graph.program][graph.executor] = ProgramRecord(name, used)
+        programs.setdefault(graph.program, {})[graph.executor] = ProgramRecord(name, used)
     shutil.copyfile(checkpoint.tokenizer, folder / "tokenizer.json")
     files["tokenizer.json"] = _record(folder / "tokenizer.json")
     phases.end("programs")

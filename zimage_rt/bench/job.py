@@ -4,7 +4,8 @@ import json
 from dataclasses import dataclass
 from typing import Any, Self
 
-from .documents import from_document, to_document
+from zimage_runtime.checked_json import from_document, to_document
+
 from .host_memory import HostMemory
 from .schema import Case
 
@@ -69,7 +70,7 @@ def encode_event(event: Event) -> str:
 
 
 def decode_event(line: str) -> Event:
-    """What `encode_event` wrote. Raises `DocumentError` or `ValueError` for anything else."""
+    """What `encode_event` wrote. Raises `ConfigError` or `ValueError` for anything else."""
     data = json.loads(line)
     kind = _KINDS.get(str(data.pop("event", None))) if isinstance(data, dict) else None
     if kind is None:

@@ -107,7 +107,8 @@ def bench(
 def _measure(settings: "Settings", out: Path, progress: Progress, as_json: bool, report_only: bool) -> int:
     from dataclasses import replace
 
-    from ..bench.documents import to_document
+    from zimage_runtime.checked_json import to_document
+
     from ..bench.environment import threads
     from ..bench.jobs import open_bundles, plan_cases
     from ..bench.nvidia import open_gpu
@@ -136,8 +137,9 @@ def _measure(settings: "Settings", out: Path, progress: Progress, as_json: bool,
 
 
 def _compare(first: Path, second: Path, as_json: bool) -> None:
+    from zimage_runtime.checked_json import to_document
+
     from ..bench.compare import compare_rows, comparison_table
-    from ..bench.documents import to_document
     from ..bench.results import read_rows, results_file
 
     pairs = compare_rows(read_rows(results_file(first)), read_rows(results_file(second)))

@@ -126,7 +126,7 @@ def _recorded(replay: Path) -> "ImageInfo":
 def _check_same_bundle(recorded: "ImageInfo", pipeline: "Pipeline", replay: Path | None) -> None:
     """Another bundle would generate another image, which is not what a replay promises."""
     manifest = pipeline.bundle.manifest
-    if recorded.fingerprint != manifest.fingerprint:
+    if not manifest.matches(recorded.fingerprint):
         raise RequestError(
             f"{replay}: was generated with another bundle, {recorded.model} ({recorded.fingerprint[:12]}); "
             f"this one is {manifest.name} ({manifest.fingerprint[:12]}): give that bundle with -m"

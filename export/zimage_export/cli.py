@@ -201,20 +201,18 @@ def _verify(
     prompts: Path | None = None,
 ) -> "VerifyReport":
     require_extra()
-    from zimage_runtime.bundle.hub import Hub, hub_id
-    from zimage_runtime.model.programs import COMPONENTS
+    from zimage_runtime.bundle.hub import hub_id
 
     from .measure.calibrate import read_prompts
     from .measure.verify import PROMPTS, verify_reported
+    from .source.model import find_model
 
     generated = PROMPTS if prompts is None else read_prompts(prompts)
-    if name := hub_id(reference):
-        source = bundle.manifest.source
-        if source.name == name:
-            revision = source.revision  # what the bundle was made from
-        own_files = [part for part in COMPONENTS if files.get(part)]
-        reference = str(Hub(progress=progress).checkpoint(name, revision, without=own_files).path)
-    return verify_reported(bundle, reference, progress, size, files, generated)
+    source = bundle.manifest.source
+    if hub_id(reference) == source.name:
+        revision = source.revision  # what the bundle was made from
+    found = find_model(reference, progress, revision, files)
+    return verify_reported(bundle, found.path, progress, size, files, generated)
 
 
 @cli.command()

@@ -11,7 +11,7 @@ from PIL import Image
 
 from zimage_runtime.bundle.precision import Precision
 
-from .schema import Accuracy, Reading, absent
+from .schema import FAILED, Accuracy, Reading, Row, absent
 
 Pixels = NDArray[np.uint8]
 
@@ -77,6 +77,13 @@ def judge(pixels: Pixels, precision: str, reference: Reference, digests: Sequenc
     return accuracy, _constant(pixels)
 
 
+def unchecked(row: Row) -> str | None:
+    """Why a row that has not failed is not checked either; None for any other row."""
+    if row.status == FAILED or (row.accuracy and row.accuracy.reference):
+        return None
+    return (row.accuracy.psnr_db.reason if row.accuracy else None) or NO_REFERENCE
+
+
 def psnr_db(pixels: Pixels, reference: Pixels) -> float:
     """Peak signal-to-noise ratio of 8-bit pictures; infinite for identical ones."""
     mean_square = float(np.mean((pixels.astype(np.float64) - reference) ** 2))
@@ -85,10 +92,8 @@ def psnr_db(pixels: Pixels, reference: Pixels) -> float:
 
 def flip(pixels: Pixels, reference: Pixels) -> Reading:
     """The mean FLIP error, 0 to 1, at 67 pixels a degree. Source: Andersson and others, FLIP, HPG 2020."""
-    try:
-        import flip_evaluator
-    except ImportError:
-        return absent("flip-evaluator is not installed; pip install 'zimage-rt[report]'")
+    import flip_evaluator
+
     unit = [(picture / np.float32(255)).astype(np.float32) for picture in (reference, pixels)]
     return Reading(round(float(flip_evaluator.evaluate(*unit, "LDR", applyMagma=False)[1]), 5))
 

@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from zimage_export.synthetic.checkpoint import SMALL
 from zimage_rt.bench.floor import Rates, floor_of, unknown_rates
 from zimage_rt.bench.matrix_rate import float_rate, integer_rate, product_model
-from zimage_rt.bench.operations import decode_operations, step_operations, text_operations
 from zimage_rt.bench.schema import Case, Reading
 from zimage_runtime.model.geometry import image_geometry, padded
+from zimage_runtime.model.operations import decode_operations, step_operations, text_operations
 
 CONFIG = SMALL.config
 TOKENS = 20

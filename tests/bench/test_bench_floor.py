@@ -18,11 +18,11 @@ from zimage_rt.bench.job import Done
 from zimage_rt.bench.jobs import Planned, open_bundles
 from zimage_rt.bench.matrix_rate import float_rate, integer_rate, product_model
 from zimage_rt.bench.nvidia import Untold
-from zimage_rt.bench.operations import decode_operations, step_operations, text_operations
 from zimage_rt.bench.run import Runner
 from zimage_rt.bench.schema import Case, Floor, Reading
 from zimage_rt.bench.watch import Watched
 from zimage_runtime.model.geometry import image_geometry, padded
+from zimage_runtime.model.operations import decode_operations, step_operations, text_operations
 
 CONFIG = SMALL.config
 TOKENS = 20

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from zimage_runtime.bundle.manifest import CPU
 from zimage_runtime.model.config import ModelConfig
 from zimage_runtime.model.geometry import ImageGeometry
+from zimage_runtime.model.operations import Operations, decode_operations, step_operations, text_operations
 
-from .operations import Operations, decode_operations, step_operations, text_operations
 from .schema import OURS, Case, Floor, Reading, absent
 
 _INTEGER_LINEAR = ("int8",)  # precisions whose linear layers are products of integers

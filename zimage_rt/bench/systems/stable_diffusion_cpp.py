@@ -17,7 +17,7 @@ from zimage_runtime.model.schedule import make_schedule
 from ..job import Job
 from ..schema import DECODE, STEP, TEXT
 from . import Mark
-from .comfyui_names import FILES, convert
+from .comfyui_files import FILES, convert
 
 if TYPE_CHECKING:
     from PIL.Image import Image

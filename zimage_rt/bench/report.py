@@ -53,7 +53,7 @@ def _figures(rows: Sequence[Row]) -> list[Figure]:
 def make_sections(
     out: Path, rows: Sequence[Row], bundles: Sequence[Opened], figures: Sequence[Figure]
 ) -> list[Section]:
-    """The report's sections, in order. Pictures are read from below `out`."""
+    """The report's sections, in order. Images are read from below `out`."""
     sections = [
         Section("Summary", (Text(_first_lines(rows)), summary_table(rows), *_failures(rows))),
         Section("Stages", (Text("Medians of warm images; the floor stands below each case."), stage_table(rows))),
@@ -61,7 +61,7 @@ def make_sections(
     sections.append(Section("Memory", (Text(_MEMORY), memory_table(rows))))
     plotted = tuple(block for figure in figures for block in (Text(f"{figure.alt}."), figure))
     sections.append(Section("Plots", plotted or (Text("No case generated an image."),)))
-    sections.append(Section("Images", (Text(_pictures_line(rows)), _grid(out, rows))))
+    sections.append(Section("Images", (Text(_images_line(rows)), _grid(out, rows))))
     sections.append(Section("Which card can run this?", _cards(rows, bundles)))
     sections.append(Section("How it was measured", tuple(Text(line) for line in _method(rows))))
     sections.append(Section("Where", _where(rows)))
@@ -91,7 +91,7 @@ def _failures(rows: Sequence[Row]) -> tuple[Block, ...]:
     return tuple(Text(line) for line in (*failed, *not_checked))
 
 
-def _pictures_line(rows: Sequence[Row]) -> str:
+def _images_line(rows: Sequence[Row]) -> str:
     cases = {(row.case.prompt, row.case.seed, row.case.steps) for row in rows}
     return "; ".join(f"“{prompt}”, seed {seed}, {steps} steps" for prompt, seed, steps in sorted(cases)) + "."
 

@@ -72,12 +72,15 @@ def _first_lines(rows: Sequence[Row]) -> str:
     if not rows:
         return "No case was measured."
     failed = sum(row.status == FAILED for row in rows)
-    verdicts = [f"{len(rows)} cases", f"{failed or 'none'} failed"]
+    verdicts = [_count(len(rows), "case"), f"{failed or 'none'} failed"]
     reasons = [short(reason) for row in rows if (reason := unchecked(row))]
     if reasons:
-        count = "1 row" if len(reasons) == 1 else f"{len(reasons)} rows"
-        verdicts.append(f"{count} not checked: {'; '.join(dict.fromkeys(reasons))}")
+        verdicts.append(f"{_count(len(reasons), 'row')} not checked: {'; '.join(dict.fromkeys(reasons))}")
     return f"{', '.join(verdicts)}. {describe(rows[0].environment)}."
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _failures(rows: Sequence[Row]) -> tuple[Block, ...]:
@@ -93,7 +96,7 @@ def _failures(rows: Sequence[Row]) -> tuple[Block, ...]:
 
 def _images_line(rows: Sequence[Row]) -> str:
     cases = {(row.case.prompt, row.case.seed, row.case.steps) for row in rows}
-    return "; ".join(f"“{prompt}”, seed {seed}, {steps} steps" for prompt, seed, steps in sorted(cases)) + "."
+    return "; ".join(f"“{prompt}”, seed {seed}, {_count(steps, 'step')}" for prompt, seed, steps in sorted(cases)) + "."
 
 
 def _grid(out: Path, rows: Sequence[Row]) -> Grid:

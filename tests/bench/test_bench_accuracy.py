@@ -56,13 +56,15 @@ def test_a_constant_picture_fails_even_where_the_reference_is_constant(with_refe
     black = np.zeros((16, 16, 3), np.uint8)
     reference = Reference("r", black) if with_reference else Reference(None, None, "none was given")
     accuracy, failure = judge(black, "fp32", reference, ["a"])
-    assert failure == "the picture is constant"
+    assert "constant" in str(failure)
     assert (accuracy.psnr_db.reason == "none was given") is not with_reference
 
 
 def test_a_picture_of_another_size_fails() -> None:
     _, failure = judge(picture()[:32], "fp32", Reference("r", picture()), ["a"])
-    assert failure == "the picture is 48x32, the reference 48x64"
+    assert failure is not None
+    assert "48x32" in failure
+    assert "48x64" in failure
 
 
 def test_flip_grows_with_what_an_eye_sees() -> None:

@@ -54,7 +54,7 @@ def test_a_name_on_the_hub_is_fetched_and_gives_results_their_name(
     assert isinstance(baseline.reference, Planned)
     picture = tmp_path / "x.png"
     model = find_system("diffusers").load(Job(baseline.case, str(baseline.model), str(picture)))
-    assert model.draw(lambda stage, ended=None: None).size == (48, 32)
+    assert model.generate(lambda stage, ended=None: None).size == (48, 32)
 
 
 def test_a_bundle_from_the_hub_keeps_its_name(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,7 +177,7 @@ FAST = [made_row("b", totals=[1.0, 1.02, 0.98, 1.01, 0.99], fingerprint="2")]
 
 def test_a_comparison_gives_ratios_with_intervals() -> None:
     found = compare_rows(SLOW, FAST)
-    picture = next(pair for pair in found.pairs if pair.what == "picture")
+    picture = next(pair for pair in found.pairs if pair.what == "image")
     assert (picture.first, picture.second) == (2.0, 1.0)
     assert picture.times_faster is not None
     assert picture.times_faster.low < 2 < picture.times_faster.high
@@ -206,7 +206,7 @@ def test_the_command_compares_two_files(tmp_path: Path, capsys: Capture) -> None
         append_row(tmp_path / name / "results.jsonl", rows[0])
     outcome = call_rt(capsys, "bench", "--compare", tmp_path / "a", tmp_path / "b" / "results.jsonl")
     assert outcome.status == 0
-    assert "| tiny-fp32 cpu | 64x64 | picture | 2.00 s | 1.00 s | 2.00 |" in outcome.out
+    assert "| tiny-fp32 cpu | 64x64 | image | 2.00 s | 1.00 s | 2.00 |" in outcome.out
     outcome = call_rt(capsys, "bench", "--compare", tmp_path / "a", tmp_path / "b", "--json")
     assert json.loads(outcome.out)["pairs"][0]["times_faster"]["confidence"] == 0.95
     (tmp_path / "b" / "results.jsonl").write_text("{}\n")

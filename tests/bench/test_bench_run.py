@@ -281,7 +281,7 @@ def test_a_reference_that_does_not_fit_in_memory_is_streamed(
         case = planned.reference.case
         assert (case.system, case.precision) == (name, "fp32")
         model = find_system(name).load(Job(case, str(checkpoint), "x.png"))
-        pictures.append(np.asarray(model.draw(lambda stage, ended=None: None)))
+        pictures.append(np.asarray(model.generate(lambda stage, ended=None: None)))
     np.testing.assert_array_equal(*pictures)
 
 

@@ -1,4 +1,4 @@
-"""Is it the right picture? A row whose picture is not finite, constant or beyond the gate is failed, not fast."""
+"""Is it the right image? A row whose image is constant or beyond the gate has failed, however fast it was."""
 
 import math
 from collections.abc import Sequence
@@ -20,13 +20,13 @@ _OTHER_SYSTEMS_DB = {"q8_0": 20.0}
 
 _LOOSEST_DB = min(*(precision.gate.psnr_db for precision in Precision), *_OTHER_SYSTEMS_DB.values())
 
-IDENTICAL = "the pictures are identical"
+IDENTICAL = "the images are identical"
 NO_REFERENCE = "no float32 reference: give --reference or --checkpoint"
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The picture that a case's is held against, and what drew it; or why there is none."""
+    """The image that a case's is compared with, and what generated it; or why there is none."""
 
     name: str | None
     pixels: Pixels | None
@@ -44,13 +44,13 @@ def gate_db(precision: str) -> float:
 
 
 def read_pixels(path: Path) -> Pixels:
-    """[height, width, 3]."""
+    """An image file's pixels, [height, width, 3]."""
     with Image.open(path) as image:
         return np.asarray(image.convert("RGB"))
 
 
 def judge(pixels: Pixels, precision: str, reference: Reference, digests: Sequence[str]) -> tuple[Accuracy, str | None]:
-    """A picture's accuracy, and why its row has failed; None where it has not. `digests` are of every draw's pixels."""
+    """An image's accuracy, and why its row has failed; None where it has not. `digests` are of every image's pixels."""
     gate = gate_db(precision)
     repeatable = len(set(digests)) == 1 if len(digests) > 1 else None
     if reference.pixels is None:
@@ -58,7 +58,7 @@ def judge(pixels: Pixels, precision: str, reference: Reference, digests: Sequenc
         accuracy = Accuracy(None, none, False, none, none, gate, repeatable)
         return accuracy, _constant(pixels)
     if reference.pixels.shape != pixels.shape:
-        reason = f"the picture is {_size(pixels)}, the reference {_size(reference.pixels)}"
+        reason = f"the image is {_size(pixels)}, the reference {_size(reference.pixels)}"
         none = absent(reason)
         return Accuracy(reference.name, none, False, none, none, gate, repeatable), reason
     psnr = psnr_db(pixels, reference.pixels)
@@ -85,22 +85,22 @@ def unchecked(row: Row) -> str | None:
 
 
 def psnr_db(pixels: Pixels, reference: Pixels) -> float:
-    """Peak signal-to-noise ratio of 8-bit pictures; infinite for identical ones."""
+    """Peak signal-to-noise ratio of 8-bit images; infinite for identical ones."""
     mean_square = float(np.mean((pixels.astype(np.float64) - reference) ** 2))
     return 10 * math.log10(255**2 / mean_square) if mean_square else math.inf
 
 
 def flip(pixels: Pixels, reference: Pixels) -> Reading:
-    """The mean FLIP error, 0 to 1, at 67 pixels a degree. Source: Andersson and others, FLIP, HPG 2020."""
+    """The mean FLIP error, 0 to 1, at 67 pixels per degree. Source: Andersson and others, FLIP, HPG 2020."""
     import flip_evaluator
 
-    unit = [(picture / np.float32(255)).astype(np.float32) for picture in (reference, pixels)]
+    unit = [(image / np.float32(255)).astype(np.float32) for image in (reference, pixels)]
     return Reading(round(float(flip_evaluator.evaluate(*unit, "LDR", applyMagma=False)[1]), 5))
 
 
 def _constant(pixels: Pixels) -> str | None:
     spread = int(np.ptp(pixels.reshape(-1, 3), axis=0).max())
-    return "the picture is constant" if spread <= 1 else None
+    return "the image is constant" if spread <= 1 else None
 
 
 def _size(pixels: Pixels) -> str:

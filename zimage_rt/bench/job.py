@@ -16,7 +16,7 @@ class Job:
 
     case: Case
     model: str  # the bundle, or a baseline's checkpoint
-    picture: str  # where the picture is written, PNG
+    picture: str  # where the last image is written, PNG
 
     def to_json(self) -> str:
         """The job as JSON, for the worker's command line."""
@@ -38,7 +38,7 @@ class StageEnd:
 
 
 @dataclass(frozen=True)
-class DrawEnd:
+class ImageEnd:
     """An image is written."""
 
     digest: str  # of its pixels
@@ -61,8 +61,8 @@ class Failed:
     reason: str
 
 
-WorkerEvent = StageEnd | DrawEnd | Done | Failed
-_KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (StageEnd, DrawEnd, Done, Failed)}
+WorkerEvent = StageEnd | ImageEnd | Done | Failed
+_KINDS: dict[str, type[Any]] = {kind.__name__: kind for kind in (StageEnd, ImageEnd, Done, Failed)}
 
 
 def encode_event(event: WorkerEvent) -> str:

@@ -53,7 +53,7 @@ def _figures(rows: Sequence[Row]) -> list[Figure]:
 def make_sections(
     out: Path, rows: Sequence[Row], bundles: Sequence[Opened], figures: Sequence[Figure]
 ) -> list[Section]:
-    """The report's sections, in order. Pictures are read from below `out`."""
+    """The report's sections, in order. Images are read from below `out`."""
     sections = [
         Section("Summary", (Text(_first_lines(rows)), summary_table(rows), *_failures(rows))),
         Section("Stages", (Text("Medians of warm images; the floor stands below each case."), stage_table(rows))),
@@ -61,7 +61,7 @@ def make_sections(
     sections.append(Section("Memory", (Text(_MEMORY), memory_table(rows))))
     plotted = tuple(block for figure in figures for block in (Text(f"{figure.alt}."), figure))
     sections.append(Section("Plots", plotted or (Text("No case generated an image."),)))
-    sections.append(Section("Images", (Text(_pictures_line(rows)), _grid(out, rows))))
+    sections.append(Section("Images", (Text(_images_line(rows)), _grid(out, rows))))
     sections.append(Section("Which card can run this?", _cards(rows, bundles)))
     sections.append(Section("How it was measured", tuple(Text(line) for line in _method(rows))))
     sections.append(Section("Where", _where(rows)))
@@ -72,12 +72,15 @@ def _first_lines(rows: Sequence[Row]) -> str:
     if not rows:
         return "No case was measured."
     failed = sum(row.status == FAILED for row in rows)
-    verdicts = [f"{len(rows)} cases", f"{failed or 'none'} failed"]
+    verdicts = [_count(len(rows), "case"), f"{failed or 'none'} failed"]
     reasons = [short(reason) for row in rows if (reason := unchecked(row))]
     if reasons:
-        count = "1 row" if len(reasons) == 1 else f"{len(reasons)} rows"
-        verdicts.append(f"{count} not checked: {'; '.join(dict.fromkeys(reasons))}")
+        verdicts.append(f"{_count(len(reasons), 'row')} not checked: {'; '.join(dict.fromkeys(reasons))}")
     return f"{', '.join(verdicts)}. {describe(rows[0].environment)}."
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _failures(rows: Sequence[Row]) -> tuple[Block, ...]:
@@ -91,9 +94,9 @@ def _failures(rows: Sequence[Row]) -> tuple[Block, ...]:
     return tuple(Text(line) for line in (*failed, *not_checked))
 
 
-def _pictures_line(rows: Sequence[Row]) -> str:
+def _images_line(rows: Sequence[Row]) -> str:
     cases = {(row.case.prompt, row.case.seed, row.case.steps) for row in rows}
-    return "; ".join(f"“{prompt}”, seed {seed}, {steps} steps" for prompt, seed, steps in sorted(cases)) + "."
+    return "; ".join(f"“{prompt}”, seed {seed}, {_count(steps, 'step')}" for prompt, seed, steps in sorted(cases)) + "."
 
 
 def _grid(out: Path, rows: Sequence[Row]) -> Grid:

@@ -1,4 +1,4 @@
-"""``results.jsonl``: a row a line, appended as soon as it is measured, so that an interrupted run goes on."""
+"""``results.jsonl``: one row per line, appended as soon as it is measured, so that a run can be resumed."""
 
 import json
 import os
@@ -18,7 +18,7 @@ class ResultsError(ZImageRuntimeError):
 
 
 def results_file(path: Path) -> Path:
-    """The file that a path means: itself, or the one in a folder."""
+    """The results file that a path names: itself, or the one in the folder."""
     return path / NAME if path.is_dir() else path
 
 
@@ -63,7 +63,7 @@ def _row(data: Any, where: str) -> Row:
 
 
 def append_row(path: Path, row: Row) -> None:
-    """Adds a row; whatever happens then, it is on the disk. A line cut short by an earlier interrupt is ended first."""
+    """Adds a row, which is on the disk when this returns. A line that an interrupt cut short is removed first."""
     text = json.dumps(to_document(row), ensure_ascii=False, allow_nan=False) + "\n"
     with path.open("ab+") as file:
         if file.tell():

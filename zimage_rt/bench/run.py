@@ -1,8 +1,9 @@
-"""The run: case by case, each in a fresh process, each row on the disk before the next case starts."""
+"""The run: each case in a fresh process, each row on the disk before the next case starts."""
 
 import datetime
 import re
 import shutil
+import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,19 +37,20 @@ def _quiet(text: str) -> None:
 
 @dataclass
 class Runner:
-    """A run into one folder. Rows that are there already, for the same case on the same setup, are kept."""
+    """A run into one folder. Rows that it already contains, for the same case on the same setup, are kept."""
 
     out: Path
     bundles: Sequence[Opened]
     gpu: Gpu | Untold
     command: str
-    note: Note = _quiet
+    note: Note = _quiet  # progress, which a user may silence
+    warn: Note = _quiet  # what the user must see
     interval: float = INTERVAL
     _references: dict[str, Reference] = field(default_factory=dict)
     _rates: Rates | None = None
 
     def run(self, cases: Sequence[Planned]) -> list[Row]:
-        """Measures what is missing and gives the rows of all cases, in order."""
+        """Measures what is missing and returns the rows of all cases, in order."""
         for folder in (self.out, self.out / "pictures", self.out / "logs", self.out / "work"):
             folder.mkdir(parents=True, exist_ok=True)
         results = self.out / NAME
@@ -86,7 +88,7 @@ class Runner:
         times = times_of(watched, case, page_cache)
         failure = watched.failure
         if times is None and failure is None:
-            failure = "fewer pictures came than were asked for"
+            failure = "fewer images were generated than requested"
         accuracy = None
         if picture.exists() and watched.done is not None:
             accuracy, wrong = judge(read_pixels(picture), case.precision, reference, watched.digests)
@@ -131,7 +133,7 @@ class Runner:
         return replace(row, accuracy=accuracy, status=FAILED if wrong else OK, failure=wrong)
 
     def _converted(self, planned: Planned) -> Path:
-        """The model as its system wants it."""
+        """The model in the form that its system loads."""
         return find_system(planned.case.system).convert(planned.model, self.out / "work")
 
     def _watch(self, case: Case, model: Path, picture: Path, log: Path) -> Watched:
@@ -139,7 +141,7 @@ class Runner:
         return watch(Job(case, str(model), str(picture)), self.gpu, log, interval=self.interval)
 
     def _files(self, case: Case, key: str, role: str = "") -> tuple[Path, Path]:
-        """The picture and the log of a case, named so that people find them."""
+        """The image and the log of a case, named so that people find them."""
         label = re.sub("[^A-Za-z0-9._]+", "-", f"{role}{case.label}-{case.size}")
         name = f"{label}-{key[:8]}"
         return self.out / "pictures" / f"{name}.png", self.out / "logs" / f"{name}.log"
@@ -152,7 +154,7 @@ class Runner:
         return self._rates
 
     def _reference(self, planned: Planned, setup: str) -> Reference:
-        """The reference's picture of the same prompt, size, steps and seed; drawn once, and kept in the folder."""
+        """The reference's image of the same prompt, size, steps and seed; generated once and kept in the folder."""
         found = planned.reference
         if isinstance(found, str):
             return Reference(None, None, found)
@@ -166,7 +168,7 @@ class Runner:
                 self.note(f"    reference: {title} {found.case.size}")
                 failure = self._watch(found.case, self._converted(found), picture, log).failure
             if failure:
-                self.note(f"    the reference failed: {failure}")
+                self.warn(f"    the reference failed: {failure}")
                 self._references[key] = Reference(None, None, f"the reference failed: {failure}")
             else:
                 self._references[key] = Reference(title, read_pixels(picture))
@@ -174,7 +176,7 @@ class Runner:
 
 
 def _prepare_cache(case: Case, model: Path) -> str:
-    """Puts the page cache into a known state, and says which."""
+    """Puts the page cache into a known state and returns its name."""
     files = [path for path in model.rglob("*") if path.is_file()]
     if case.drop_cache:
         return "dropped" if forget_cached(files) else "as found"
@@ -192,10 +194,11 @@ def _outcome(row: Row) -> str:
         return f"failed: {row.failure}"
     assert row.times is not None
     totals = [draw.total for draw in row.times.draws]
-    return f"{sorted(totals)[len(totals) // 2]:.2f} s a picture"
+    not_checked = f", not checked: {reason}" if (reason := unchecked(row)) else ""
+    return f"{statistics.median(totals):.2f} s per image{not_checked}"
 
 
 def command_line() -> str:
-    """What was run, with folders by their names alone: results name no path of the machine."""
+    """The command, with only the names of folders: results name no path of the machine."""
     words = [Path(word).name if "/" in word or "\\" in word else word for word in sys.argv[1:]]
     return " ".join(["zimage-rt", *(f'"{word}"' if " " in word else word for word in words)])

@@ -146,7 +146,7 @@ def _measure(
             installed = tuple(name for name in BASELINES if find_system(name).obstacle(config) is None)
             settings = replace(settings, baselines=installed)
         cases = plan_cases(settings, bundles, threads())
-        rows = Runner(out, bundles, open_gpu(), command_line(), progress.note).run(cases)
+        rows = Runner(out, bundles, open_gpu(), command_line(), progress.note, progress.note).run(cases)
     written = write_report(out, rows, bundles)
     if as_json:
         click.echo(json.dumps({"rows": to_document(rows)}, indent=2))

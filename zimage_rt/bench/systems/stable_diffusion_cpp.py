@@ -1,6 +1,6 @@
 """stable-diffusion.cpp, through the PyPI package ``stable-diffusion-cpp-python``: same noise, sigmas, size and threads.
 
-Its Z-Image has the published dimensions built in, so it draws only from checkpoints of the full size. The checkpoint
+Its Z-Image has the published dimensions built in, so it runs only checkpoints of the full size. The checkpoint
 is written under ComfyUI's names first, outside the measured process.
 """
 
@@ -34,11 +34,11 @@ class StableDiffusionCpp:
     precision = "q8_0"
 
     def obstacle(self, config: ModelConfig) -> str | None:
-        """The package builds from source, for the CPU unless told otherwise."""
+        """Other dimensions, or the package is missing: it is built from source, by default for the CPU."""
         found = (config.transformer.dim, config.transformer.n_layers)
         if found != _BUILT_IN:
             wanted = "{1} layers of width {0}".format(*_BUILT_IN)
-            return f"it draws only with {wanted}; this model has {found[1]} of width {found[0]}"
+            return f"it runs only models with {wanted}; this model has {found[1]} of width {found[0]}"
         if find_spec("stable_diffusion_cpp") is None:
             return "not installed; CMAKE_ARGS=-DGGML_NATIVE=ON pip install stable-diffusion-cpp-python"
         return None
@@ -48,7 +48,7 @@ class StableDiffusionCpp:
         return convert(model, work / "comfyui")
 
     def prepare(self) -> None:
-        """The library."""
+        """Imports the library."""
         import stable_diffusion_cpp  # noqa: F401
 
     def load(self, job: Job) -> "CppModel":
@@ -76,8 +76,8 @@ class CppModel:
     def __init__(self, model: Any, job: Job) -> None:
         self._model, self._case = model, job.case
 
-    def draw(self, mark: Mark) -> "Image":
-        """See `Model`. The library reports step 0 when the prompt is encoded, then each step as it ends."""
+    def generate(self, mark: Mark) -> "Image":
+        """One image. The library reports step 0 when the prompt is encoded, then each step as it ends."""
         case = self._case
 
         def progress(step: int, steps: int, _seconds: float) -> None:
@@ -97,8 +97,8 @@ class CppModel:
             progress_callback=progress,
         )
         mark(DECODE)
-        picture: Image = image
-        return picture
+        generated: Image = image
+        return generated
 
     def on_gpu(self) -> bool | None:
         """Whether the library was built for a GPU, which shows in the libraries that this process has loaded."""
@@ -112,5 +112,5 @@ class CppModel:
         return None
 
     def notes(self) -> tuple[str, ...]:
-        """What differs."""
+        """How its settings match ours."""
         return ("euler with our sigmas and torch's noise; weights in q8_0",)

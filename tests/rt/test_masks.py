@@ -75,7 +75,7 @@ def test_a_mask_grows_as_pillows_filter_grows_it(mask: Image.Image, grow: int) -
         np.testing.assert_array_equal(latents(mask, grow), expected)
 
 
-@pytest.mark.parametrize("given", [SIZE, (301, 203), (48, 32)])
+@pytest.mark.parametrize("given", [SIZE, (301, 203), (48, 32), (12, 8)])
 def test_a_mask_that_grows_repaints_no_less(given: tuple[int, int]) -> None:
     before = latents(soft(given), 0)
     for grow in (1, 4, 8, 16):

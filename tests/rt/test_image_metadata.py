@@ -58,7 +58,7 @@ def info() -> ImageInfo:
     )
 
 
-def draw(capsys: Capture, bundle: Path, prompt: str, output: str, *options: object) -> Path:
+def generate(capsys: Capture, bundle: Path, prompt: str, output: str, *options: object) -> Path:
     size = ("--size", "48x32", "--steps", 2, "--seed", 7)
     outcome = call_rt(capsys, "run", "-m", bundle, *size, "-o", output, "--quiet", *options, "--", prompt)
     assert (outcome.status, outcome.err) == (0, "")
@@ -100,28 +100,28 @@ def test_prompts_come_back_as_they_were(info: ImageInfo, suffix: str, prompt: st
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_command_describes_what_it_drew(bundle: Path, capsys: Capture, suffix: str) -> None:
+def test_command_describes_what_it_generated(bundle: Path, capsys: Capture, suffix: str) -> None:
     manifest = Bundle.open(bundle).manifest
-    path = draw(capsys, bundle, "a fox,\na hen", f"image{suffix}")
+    path = generate(capsys, bundle, "a fox,\na hen", f"image{suffix}")
     assert read_image_info(path) == ImageInfo("a fox,\na hen", 7, 48, 32, 2, manifest.name, manifest.fingerprint, "cpu")
     assert parameters(path).splitlines()[:2] == ["a fox,", "a hen"]
 
 
 def test_each_of_several_images_bears_its_own_seed(bundle: Path, capsys: Capture) -> None:
-    draw(capsys, bundle, "a fox", "image.png", "-n", 2)
+    generate(capsys, bundle, "a fox", "image.png", "-n", 2)
     assert [read_image_info(Path(f"image-{seed}.png")).seed for seed in (7, 8)] == [7, 8]
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_source_type_says_that_a_model_made_it(bundle: Path, capsys: Capture, suffix: str) -> None:
-    path = draw(capsys, bundle, "a fox", f"image{suffix}")
+    path = generate(capsys, bundle, "a fox", f"image{suffix}")
     assert [e.get(SOURCE_TYPE_NAME) for e in xmp(path).iter() if e.get(SOURCE_TYPE_NAME)] == [SOURCE_TYPE]
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("prompt", ["a red fox, 35mm: grain", "two\nlines", "雪地里的红狐狸"])
 def test_another_projects_parser_reads_it(bundle: Path, capsys: Capture, suffix: str, prompt: str) -> None:
-    found = ParserManager().parse(draw(capsys, bundle, prompt, f"image{suffix}"))
+    found = ParserManager().parse(generate(capsys, bundle, prompt, f"image{suffix}"))
     assert found is not None
     assert found.generator == Generators.AUTOMATIC1111
     (sampler,) = found.samplers
@@ -270,8 +270,8 @@ def test_what_an_older_image_does_not_record_is_not_compared(info: ImageInfo) ->
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_no_metadata_leaves_nothing_but_the_image(bundle: Path, capsys: Capture, suffix: str) -> None:
-    bare = draw(capsys, bundle, "a fox", f"bare{suffix}", "--no-metadata")
-    described = draw(capsys, bundle, "a fox", f"described{suffix}")
+    bare = generate(capsys, bundle, "a fox", f"bare{suffix}", "--no-metadata")
+    described = generate(capsys, bundle, "a fox", f"described{suffix}")
     with Image.open(bare) as image:
         image.load()
         assert not set(image.info) & {"parameters", "zimage", "XML:com.adobe.xmp", "xmp", "exif", "comment"}
@@ -282,23 +282,23 @@ def test_no_metadata_leaves_nothing_but_the_image(bundle: Path, capsys: Capture,
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_replay_draws_the_same_image(bundle: Path, capsys: Capture, suffix: str) -> None:
-    path = draw(capsys, bundle, "a 🦊,\n“red”", f"image{suffix}")
+def test_replay_generates_the_same_image(bundle: Path, capsys: Capture, suffix: str) -> None:
+    path = generate(capsys, bundle, "a 🦊,\n“red”", f"image{suffix}")
     outcome = call_rt(capsys, "run", "-m", bundle, "--replay", path, "-o", f"again{suffix}", "--quiet")
     assert (outcome.lines, outcome.err) == ([f"again{suffix}"], "")
     assert Path(f"again{suffix}").read_bytes() == path.read_bytes()
 
 
-def test_replay_of_a_jpeg_as_png_is_what_was_drawn(bundle: Path, capsys: Capture) -> None:
-    png = draw(capsys, bundle, "a fox", "original.png")
-    jpeg = draw(capsys, bundle, "a fox", "image.jpg")
+def test_replay_of_a_jpeg_as_png_is_what_was_generated(bundle: Path, capsys: Capture) -> None:
+    png = generate(capsys, bundle, "a fox", "original.png")
+    jpeg = generate(capsys, bundle, "a fox", "image.jpg")
     outcome = call_rt(capsys, "run", "-m", bundle, "--replay", jpeg, "--quiet")
     assert outcome.lines == ["zimage-7.png"]
     assert Path("zimage-7.png").read_bytes() == png.read_bytes()
 
 
 def test_replay_of_one_of_several(bundle: Path, capsys: Capture) -> None:
-    draw(capsys, bundle, "a fox", "cat.png", "-n", 2)
+    generate(capsys, bundle, "a fox", "cat.png", "-n", 2)
     outcome = call_rt(capsys, "run", "-m", bundle, "--replay", "cat-8.png", "-o", "again.png", "--quiet")
     assert outcome.status == 0
     assert Path("again.png").read_bytes() == Path("cat-8.png").read_bytes()
@@ -360,7 +360,7 @@ def write_png(path: Path, document: str) -> None:
     ],
 )
 def test_replay_of_a_document_with_a_wrong_value(bundle: Path, capsys: Capture, change: dict[str, object]) -> None:
-    info = read_image_info(draw(capsys, bundle, "a fox", "image.png"))
+    info = read_image_info(generate(capsys, bundle, "a fox", "image.png"))
     write_png(Path("changed.png"), json.dumps({**json.loads(info.replay()), **change}))
     with unchanged(Path()):
         outcome = call_rt(capsys, "run", "-m", bundle, "--replay", "changed.png", "--quiet")
@@ -374,7 +374,7 @@ def test_replay_of_a_damaged_document(bundle: Path, capsys: Capture, document: s
 
 
 def test_replay_of_a_prompt_that_is_not_unicode(bundle: Path, capsys: Capture) -> None:
-    info = read_image_info(draw(capsys, bundle, "a fox", "image.png"))
+    info = read_image_info(generate(capsys, bundle, "a fox", "image.png"))
     write_png(Path("changed.png"), json.dumps({**json.loads(info.replay()), "prompt": "\ud83e"}))
     outcome = call_rt(capsys, "run", "-m", bundle, "--replay", "changed.png", "--quiet")
     assert_one_line_error(outcome, "prompt", "UTF-8")
@@ -389,13 +389,13 @@ def test_damaged_xmp_holds_nothing(encoding: str) -> None:
 
 
 def test_replay_of_another_bundles_image(bundle: Path, qwen_bundle: Path, capsys: Capture) -> None:
-    path = draw(capsys, bundle, "a fox", "image.png")
+    path = generate(capsys, bundle, "a fox", "image.png")
     refuse_replay(capsys, qwen_bundle, path, Bundle.open(bundle).manifest.name, "another bundle", "-m")
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".webp"])
 @pytest.mark.parametrize("prompt", ["x" * 40_000, "狐" * 11_000], ids=["english", "chinese"])
-def test_prompt_too_long_for_the_format_fails_before_drawing(
+def test_prompt_too_long_for_the_format_fails_before_generating(
     bundle: Path, capsys: Capture, suffix: str, prompt: str
 ) -> None:
     path = Path(f"image{suffix}")
@@ -418,7 +418,7 @@ def test_longest_prompt_that_fits_is_written(info: ImageInfo, bundle: Path, caps
         return True
 
     length = max(length for length in range(10_000, 11_000) if fits(length))
-    path = draw(capsys, bundle, "狐" * (length - 300), "image.jpg")
+    path = generate(capsys, bundle, "狐" * (length - 300), "image.jpg")
     assert read_image_info(path).prompt == "狐" * (length - 300)
-    png = draw(capsys, bundle, "狐" * 20_000, "image.png")
+    png = generate(capsys, bundle, "狐" * 20_000, "image.png")
     assert read_image_info(png).prompt == "狐" * 20_000

@@ -75,7 +75,7 @@ def test_a_mask_grows_as_pillows_filter_grows_it(mask: Image.Image, grow: int) -
         np.testing.assert_array_equal(latents(mask, grow), expected)
 
 
-@pytest.mark.parametrize("given", [SIZE, (301, 203), (48, 32)])
+@pytest.mark.parametrize("given", [SIZE, (301, 203), (48, 32), (12, 8)])
 def test_a_mask_that_grows_repaints_no_less(given: tuple[int, int]) -> None:
     before = latents(soft(given), 0)
     for grow in (1, 4, 8, 16):
@@ -83,6 +83,15 @@ def test_a_mask_that_grows_repaints_no_less(given: tuple[int, int]) -> None:
         assert (after >= before).all()
         before = after
     assert before.sum() > latents(soft(given), 0).sum()
+
+
+def test_what_resizing_makes_white_stays_white_when_the_mask_grows() -> None:
+    """Between gray and white, an enlarged mask is white farther than the white pixel it was enlarged from."""
+    mask = Image.new("L", (6, 4), 127)
+    mask.paste(255, (2, 0, 3, 4))
+    plain, grown = latents(mask), latents(mask, 1)
+    assert plain.any(axis=0).sum() > 2  # columns of latents; the white pixel covers two
+    assert (grown >= plain).all()
 
 
 def test_the_hash_is_of_the_mask_as_it_was_given() -> None:

@@ -22,7 +22,7 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
 
 
-def draw(capsys: Capture, bundle: Path, *options: object) -> Outcome:
+def generate(capsys: Capture, bundle: Path, *options: object) -> Outcome:
     outcome = call_rt(
         capsys, "run", "a fox", "-m", bundle, "--size", "48x32", "--steps", 1, "--seed", 7, "--quiet", *options
     )
@@ -37,8 +37,8 @@ def pixels(path: str | Path) -> "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]
 
 def test_default_name_bears_the_seed_and_replaces_nothing(bundle: Path, capsys: Capture) -> None:
     Path("zimage-7.png").write_text("mine")
-    assert draw(capsys, bundle).out == "zimage-7-2.png\n"
-    assert draw(capsys, bundle).out == "zimage-7-3.png\n"
+    assert generate(capsys, bundle).out == "zimage-7-2.png\n"
+    assert generate(capsys, bundle).out == "zimage-7-3.png\n"
     assert Path("zimage-7.png").read_text() == "mine"
     assert sorted(os.listdir()) == ["zimage-7-2.png", "zimage-7-3.png", "zimage-7.png"]
 
@@ -55,23 +55,23 @@ def test_random_seed_is_in_the_name(bundle: Path, capsys: Capture) -> None:
 
 def test_named_output_is_replaced(bundle: Path, capsys: Capture) -> None:
     Path("cat.png").write_text("not an image")
-    assert draw(capsys, bundle, "-o", "cat.png").out == "cat.png\n"
+    assert generate(capsys, bundle, "-o", "cat.png").out == "cat.png\n"
     assert pixels("cat.png").shape == (32, 48, 3)
     assert os.listdir() == ["cat.png"]
 
 
 def test_several_images_bear_their_seeds_and_replace_nothing(bundle: Path, capsys: Capture) -> None:
     Path("cat-8.png").write_text("mine")
-    outcome = draw(capsys, bundle, "-n", 3, "-o", "cat.png")
+    outcome = generate(capsys, bundle, "-n", 3, "-o", "cat.png")
     assert outcome.lines == ["cat-7.png", "cat-8-2.png", "cat-9.png"]
     assert Path("cat-8.png").read_text() == "mine"
     for seed, path in zip((7, 8, 9), outcome.lines, strict=True):
-        single = draw(capsys, bundle, "--seed", seed, "-o", "single.png")
+        single = generate(capsys, bundle, "--seed", seed, "-o", "single.png")
         assert Path(path).read_bytes() == Path(single.lines[0]).read_bytes()
 
 
 def test_several_images_without_a_name(bundle: Path, capsys: Capture) -> None:
-    assert draw(capsys, bundle, "-n", 2).lines == ["zimage-7.png", "zimage-8.png"]
+    assert generate(capsys, bundle, "-n", 2).lines == ["zimage-7.png", "zimage-8.png"]
 
 
 @pytest.mark.parametrize(
@@ -79,7 +79,7 @@ def test_several_images_without_a_name(bundle: Path, capsys: Capture) -> None:
     [("a.png", "PNG"), ("a.jpg", "JPEG"), ("a.JPEG", "JPEG"), ("a.webp", "WEBP"), ("a.b.png", "PNG")],
 )
 def test_format_follows_the_extension(bundle: Path, capsys: Capture, name: str, kind: str) -> None:
-    draw(capsys, bundle, "-o", name)
+    generate(capsys, bundle, "-o", name)
     with Image.open(name) as image:
         image.load()
         assert (image.format, image.size, image.mode) == (kind, (48, 32), "RGB")
@@ -87,8 +87,8 @@ def test_format_follows_the_extension(bundle: Path, capsys: Capture, name: str, 
 
 @pytest.mark.parametrize("name", ["a.jpg", "a.webp"])
 def test_lossy_formats_are_close_to_the_png(bundle: Path, capsys: Capture, name: str) -> None:
-    draw(capsys, bundle, "-o", "a.png")
-    draw(capsys, bundle, "-o", name)
+    generate(capsys, bundle, "-o", "a.png")
+    generate(capsys, bundle, "-o", name)
     difference = np.abs(pixels("a.png").astype(int) - pixels(name).astype(int))
     assert 0 < difference.mean() < 16  # the images are noise; unrelated ones differ by 60
 
@@ -96,12 +96,12 @@ def test_lossy_formats_are_close_to_the_png(bundle: Path, capsys: Capture, name:
 def test_output_in_another_folder(bundle: Path, tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "new folder").mkdir()
     path = tmp_path / "new folder" / "狐狸 🦊.png"
-    assert draw(capsys, bundle, "-o", path).out == f"{path}\n"
+    assert generate(capsys, bundle, "-o", path).out == f"{path}\n"
     assert path.is_file()
 
 
 def test_json_is_one_document(bundle: Path, capsys: Capture) -> None:
-    document = json.loads(draw(capsys, bundle, "-n", 2, "--json", "-o", "狐狸.png").out)
+    document = json.loads(generate(capsys, bundle, "-n", 2, "--json", "-o", "狐狸.png").out)
     assert document["images"] == [{"path": "狐狸-7.png", "seed": 7}, {"path": "狐狸-8.png", "seed": 8}]
     assert document["seconds"] > 0
     assert sorted(os.listdir()) == ["狐狸-7.png", "狐狸-8.png"]

@@ -40,7 +40,7 @@ def refuse(capsys: Capture, bundle: Path, *options: object, named: tuple[object,
     assert_one_line_error(outcome, *named, status=status)
 
 
-def drawn(capsys: Capture, bundle: Path, *options: object) -> Any:
+def generated(capsys: Capture, bundle: Path, *options: object) -> Any:
     outcome = run(capsys, bundle, *options)
     assert (outcome.status, outcome.err) == (0, "")
     with Image.open("out.png") as image:
@@ -64,7 +64,7 @@ def refused(source: str | Path | Image.Image, *named: object) -> None:
 def test_what_was_started_from_is_recorded_and_replayed(bundle: Path, capsys: Capture) -> None:
     made_image().save("in.png")
     made_image(mode="L").save("mask.png")
-    drawn(capsys, bundle, "--image", "in.png", "--mask", "mask.png", "--strength", 0.6)
+    generated(capsys, bundle, "--image", "in.png", "--mask", "mask.png", "--strength", 0.6)
     info = read_image_info(Path("out.png"))
     assert (info.steps, info.strength, info.width, info.height) == (2, 0.6, 48, 32)
     with Image.open("out.png") as image:
@@ -92,15 +92,15 @@ def test_what_was_started_from_is_recorded_and_replayed(bundle: Path, capsys: Ca
 
 def test_replay_of_an_image_from_a_prompt_alone_takes_no_image(bundle: Path, capsys: Capture) -> None:
     made_image().save("in.png")
-    drawn(capsys, bundle, "--size", "48x32")
+    generated(capsys, bundle, "--size", "48x32")
     outcome = call_rt(capsys, "run", "--replay", "out.png", "-m", bundle, "--quiet", "--image", "in.png")
     assert_one_line_error(outcome, "out.png", "--image", "leave it out")
 
 
 def test_size_is_the_images_own_cut_to_multiples_of_16_or_the_one_given(bundle: Path, capsys: Capture) -> None:
     made_image(63, 49).save("in.png")
-    assert drawn(capsys, bundle, "--image", "in.png").shape == (48, 48, 3)
-    assert drawn(capsys, bundle, "--image", "in.png", "--size", "32x64").shape == (64, 32, 3)
+    assert generated(capsys, bundle, "--image", "in.png").shape == (48, 48, 3)
+    assert generated(capsys, bundle, "--image", "in.png", "--size", "32x64").shape == (64, 32, 3)
 
 
 _AS_STORED = {
@@ -264,7 +264,7 @@ def test_an_image_that_claims_to_be_huge(side: int) -> None:
     refused("in.png", "in.png", "100 million")
 
 
-def test_an_image_whose_own_size_the_model_cannot_draw(bundle: Path, capsys: Capture) -> None:
+def test_an_image_whose_own_size_the_model_cannot_generate(bundle: Path, capsys: Capture) -> None:
     made_image(8500, 16).save("wide.png")
     refuse(capsys, bundle, "--image", "wide.png", named=("width 8496", "8192"))
     made_image(15, 40).save("narrow.png")

@@ -34,12 +34,12 @@ MAX_PIXELS = 100_000_000
 """More than any camera's, less than what exhausts memory: a few kilobytes of file can claim far more."""
 
 MAX_MASK_GROW = 1024
-"""Pixels. More than an eighth of the largest image would hardly be a mask of anything."""
+"""Pixels: an eighth of the largest image. Strokes that need more are easier drawn again."""
 
 _FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"]
 _MASK_MODES = ("1", "L", "P", "RGB")  # resized as they are, then made gray, as diffusers does
 
-_WHITE = 128  # of a gray mask: the least value that is nearer to white than to black
+_WHITE = 128  # the lowest gray value that is nearer to white than to black
 
 Mask = NDArray[np.bool_]  # [height, width]: True is repainted
 

@@ -124,6 +124,14 @@ def test_a_path_that_is_not_mounted_leaves_the_mounted_root(machine: Machine, pa
     assert lefts() == [*inner, 2000]
 
 
+def test_nothing_outside_of_the_mount_is_read(machine: Machine) -> None:
+    machine.mount("cgroup/here", "cgroup2", "rw")
+    machine.enter("0::/../there")
+    machine.memory_v2("here", 3000, 1000)
+    machine.memory_v2("there", 1500, 1000)
+    assert lefts() == [2000]
+
+
 def test_a_hybrid_machine_has_both_trees(machine: Machine) -> None:
     machine.mount("cgroup/unified", "cgroup2", "rw")
     machine.enter("0::/a")

@@ -88,14 +88,15 @@ def _statistic(group: Path, name: str) -> int:
 
 
 def _groups(controller: str) -> tuple[Path, ...]:
-    """Folders of this process's groups in a controller's tree: its own first, the mounted root last."""
+    """Folders of this process's groups in a controller's tree: its own first, the mounted root last.
+
+    Where the path is of another namespace, its folders do not exist, and the mounted root is what is left to read.
+    """
     mount = _mounts().get(controller)
     if mount is None:
         return ()
     inside = _inside(_own_path(controller), mount.root)
     own = mount.folder.joinpath(*inside)
-    if not own.is_dir():  # the path is of another namespace, and the mounted root is what there is
-        own, inside = mount.folder, ()
     return (own, *list(own.parents)[: len(inside)])
 
 

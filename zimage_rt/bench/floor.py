@@ -24,7 +24,7 @@ NOT_MEASURED = "the matrix rate of this executor is not measured by this version
 
 def cpu_rates() -> Rates:
     """Measured now; takes a second or a few."""
-    from .matrix_rate import float_rate, integer_rate
+    from zimage_runtime.machine.matrix_rate import float_rate, integer_rate
 
     return Rates(Reading(float_rate()), Reading(integer_rate()))
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from .documents import from_document, to_document
-from .host_memory import HostMemory
+from .process_memory import HostMemory
 from .schema import Case
 
 

@@ -10,18 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from zimage_runtime.bundle.manifest import CPU
+from zimage_runtime.machine.gpu_monitor import GpuMonitor
 from zimage_runtime.machine.host_memory import available_memory
+from zimage_runtime.machine.nvml import Unavailable
 from zimage_runtime.model.geometry import image_geometry
 from zimage_runtime.model.tokenizer import PromptTokenizer
 
 from .accuracy import Reference, judge, read_pixels
 from .environment import conditions, environment, setup
 from .floor import Rates, cpu_rates, floor_of, unknown_rates
-from .host_memory import forget_cached, read_through
 from .job import Job
 from .jobs import Opened, Planned
 from .measure import conditions_of, energy_of, log_tail, median_step, memory_of, planned_memory, times_of
-from .nvidia import Gpu, Untold
+from .page_cache import forget_cached, read_through
 from .results import NAME, append_row, read_rows
 from .sampling import INTERVAL
 from .schema import FAILED, OK, OURS, Case, Row
@@ -41,7 +42,7 @@ class Runner:
 
     out: Path
     bundles: Sequence[Opened]
-    gpu: Gpu | Untold
+    gpu: GpuMonitor | Unavailable
     command: str
     note: Note = _quiet
     interval: float = INTERVAL
@@ -138,7 +139,7 @@ class Runner:
     def _runs_on_gpu(self, executor: str) -> bool:
         """Executors of ours but `cpu` do; baselines where there is a GPU."""
         ours = any(executor in opened.bundle.manifest.executors for opened in self.bundles)
-        return ours or not isinstance(self.gpu, Untold)
+        return ours or not isinstance(self.gpu, Unavailable)
 
     def _reference(self, planned: Planned, setup: str) -> Reference:
         """The reference's picture of the same prompt, size, steps and seed; drawn once, and kept in the folder."""

@@ -107,10 +107,11 @@ def bench(
 def _measure(settings: "Settings", out: Path, progress: Progress, as_json: bool, report_only: bool) -> int:
     from dataclasses import replace
 
+    from zimage_runtime.machine.cores import thread_count
+    from zimage_runtime.machine.gpu_monitor import open_monitor
+
     from ..bench.documents import to_document
-    from ..bench.environment import threads
     from ..bench.jobs import open_bundles, plan_cases
-    from ..bench.nvidia import open_gpu
     from ..bench.report import write_report
     from ..bench.results import NAME, read_rows
     from ..bench.run import Runner, command_line
@@ -124,8 +125,8 @@ def _measure(settings: "Settings", out: Path, progress: Progress, as_json: bool,
             config = bundles[0].bundle.manifest.config
             installed = tuple(name for name in BASELINES if find_system(name).obstacle(config) is None)
             settings = replace(settings, baselines=installed)
-        cases = plan_cases(settings, bundles, threads())
-        rows = Runner(out, bundles, open_gpu(), command_line(), progress.note).run(cases)
+        cases = plan_cases(settings, bundles, thread_count())
+        rows = Runner(out, bundles, open_monitor(), command_line(), progress.note).run(cases)
     written = write_report(out, rows, bundles)
     if as_json:
         click.echo(json.dumps({"rows": to_document(rows)}, indent=2))

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage_rt.bench.environment import describe, machine
-from zimage_rt.bench.host_memory import read_host_memory
+from zimage_rt.bench.process_memory import read_host_memory
 from zimage_rt.bench.tables import markdown_table
 
 __all__ = [

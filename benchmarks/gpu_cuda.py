@@ -269,7 +269,7 @@ def run(options: argparse.Namespace) -> Child:
     half = "bf16" if gpu is None or gpu.has_bf16 else "fp16"
     document: Child = {
         "machine": machine(*_PACKAGES),
-        "gpu": {**vars(gpu), "free": None} if gpu else None,
+        "gpu": {**vars(gpu), "free": None, "uuid": None} if gpu else None,
         "scale": options.scale,
         "steps": options.steps,
         "diffusers": find_spec("diffusers") is not None and not options.without_diffusers,

@@ -20,7 +20,7 @@ def _lines(document: dict[str, Any]) -> Iterator[str]:
     yield describe(document["machine"]) + "."
     if gpu:
         major, minor = gpu["capability"]
-        yield f"{gpu['name']}, compute capability {major}.{minor}, {mib(gpu['total'])} MiB, CUDA {gpu['driver']}."
+        yield f"{gpu['name']}, compute capability {major}.{minor}, {mib(gpu['total'])} MiB, CUDA {gpu['cuda']}."
     else:
         yield "A trial without a GPU: the programs for CUDA on the CPU, whose times mean nothing."
     yield f"Random weights, scale {document['scale']}, {document['steps']} steps; the median of each, in seconds."

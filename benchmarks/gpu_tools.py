@@ -1,6 +1,5 @@
 """What the GPU benchmark is made of: watching VRAM, the card's measured matrix rate, a step's work, diffusers' step."""
 
-import ctypes
 import os
 import statistics
 import threading
@@ -10,28 +9,17 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
+from zimage_runtime.machine.gpu_monitor import GpuMonitor, open_monitor
+from zimage_runtime.machine.nvml import Unavailable
+
 _INTERVAL = 0.005  # seconds between two looks at the memory
-_MOST_PROCESSES = 256
-
-
-class _Process(ctypes.Structure):  # nvmlProcessInfo_t
-    _fields_ = [
-        ("pid", ctypes.c_uint),
-        ("used", ctypes.c_ulonglong),
-        ("gpu_instance", ctypes.c_uint),
-        ("compute_instance", ctypes.c_uint),
-    ]
-
-
-class _Memory(ctypes.Structure):  # nvmlMemory_t
-    _fields_ = [(name, ctypes.c_ulonglong) for name in ("total", "free", "used")]
 
 
 @dataclass
 class VramWatch:
-    """The most GPU memory in use while it watches, by NVML: what the device gained, and what this process held.
+    """The most GPU memory in use while it watches: what the device gained, and what this process held.
 
-    Zeros where there is no NVML; a process number of None where it does not know us, as in some containers.
+    Zero where there is no GPU; None for a process that NVML does not list, as in some containers.
     """
 
     device: int = 0  # bytes more than when the watch began
@@ -40,16 +28,10 @@ class VramWatch:
     _thread: threading.Thread | None = field(default=None, repr=False)
 
     def __enter__(self) -> Self:
-        try:
-            library = ctypes.CDLL("nvml.dll" if os.name == "nt" else "libnvidia-ml.so.1")
-        except OSError:
-            return self
-        library.nvmlInit_v2()
-        handle = ctypes.c_void_p()
-        library.nvmlDeviceGetHandleByIndex_v2(0, ctypes.byref(handle))
-        start = self._used(library, handle)
-        self._thread = threading.Thread(target=self._watch, args=(library, handle, start), daemon=True)
-        self._thread.start()
+        monitor = open_monitor()
+        if not isinstance(monitor, Unavailable):
+            self._thread = threading.Thread(target=self._watch, args=(monitor, monitor.used_memory()), daemon=True)
+            self._thread.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -57,21 +39,15 @@ class VramWatch:
         if self._thread:
             self._thread.join()
 
-    def _watch(self, library: Any, handle: Any, start: int) -> None:
-        while not self._stop.is_set():
-            self.device = max(self.device, self._used(library, handle) - start)
-            processes, count = (_Process * _MOST_PROCESSES)(), ctypes.c_uint(_MOST_PROCESSES)
-            listing = getattr(library, "nvmlDeviceGetComputeRunningProcesses_v3", None)  # older drivers lack it
-            if listing is not None and not listing(handle, ctypes.byref(count), processes):
-                own = [p.used for p in processes[: count.value] if p.pid == os.getpid()]
-                self.process = max([self.process or 0, *own]) if own else self.process
-            time.sleep(_INTERVAL)
-
-    @staticmethod
-    def _used(library: Any, handle: Any) -> int:
-        memory = _Memory()
-        library.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory))
-        return int(memory.used)
+    def _watch(self, monitor: GpuMonitor, start: int | Unavailable) -> None:
+        with monitor:
+            while not self._stop.is_set():
+                used, own = monitor.used_memory(), monitor.process_memory(os.getpid())
+                if not isinstance(used, Unavailable) and not isinstance(start, Unavailable):
+                    self.device = max(self.device, used - start)
+                if not isinstance(own, Unavailable):
+                    self.process = max(self.process or 0, own)
+                time.sleep(_INTERVAL)
 
 
 def step_flops(config: Any, geometry: Any, caption_tokens: int) -> float:

@@ -7,6 +7,7 @@ the same whoever computed what.
 
 import os
 import queue
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -73,7 +74,7 @@ class Gradients:
 @contextmanager
 def gradient_workers(task: Task, microbatches: int, processes: int | None = None) -> Iterator[Gradients]:
     """Starts `processes` workers (as many as there are cores for us), and stops them at the end."""
-    gradients = Gradients(task, microbatches, processes or len(os.sched_getaffinity(0)))
+    gradients = Gradients(task, microbatches, processes or _usable_processors())
     try:
         yield gradients
     finally:
@@ -104,3 +105,10 @@ def _work(task: Task, slots: Tensor, losses: Tensor, todo: Any, done: Any) -> No
             done.put(f"{type(error).__name__}: {error}")
             raise
         done.put(None)
+
+
+def _usable_processors() -> int:
+    """As many as this process may use; all of them where the system has no affinity."""
+    if sys.platform == "win32" or sys.platform == "darwin":
+        return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))

@@ -1,11 +1,9 @@
-"""Operations against torch's counter on diffusers' modules, and the hand-written models against onnx."""
+"""Operations against torch's counter on diffusers' modules, and the floors that they set."""
 
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -16,11 +14,10 @@ from zimage_rt.bench import run as runs
 from zimage_rt.bench.floor import NO_DEVICE, NO_GPU_RATE, Rates, floor_of, unknown_rates
 from zimage_rt.bench.job import Done
 from zimage_rt.bench.jobs import Planned, open_bundles
-from zimage_rt.bench.matrix_rate import float_rate, integer_rate, product_model
-from zimage_rt.bench.nvidia import Untold
 from zimage_rt.bench.run import Runner
 from zimage_rt.bench.schema import Case, Floor, Reading
 from zimage_rt.bench.watch import Watched
+from zimage_runtime.machine.nvml import Unavailable
 from zimage_runtime.model.geometry import image_geometry, padded
 from zimage_runtime.model.operations import decode_operations, step_operations, text_operations
 
@@ -72,23 +69,6 @@ def test_decoding_takes_what_torch_counts(diffusers_pipeline: Any, size: tuple[i
     shape = (1, CONFIG.vae.latent_channels, geometry.latent_height, geometry.latent_width)
     found = counted(lambda: diffusers_pipeline.vae.decode(torch.randn(shape)))
     assert decode_operations(CONFIG, geometry).total == pytest.approx(found, rel=0.001)
-
-
-@pytest.mark.parametrize(
-    ("operator", "left", "right", "result", "dtype"),
-    [("MatMul", 1, 1, 1, np.float32), ("MatMulInteger", 2, 3, 6, np.int8)],
-)
-def test_the_hand_written_models_are_valid(operator: str, left: int, right: int, result: int, dtype: Any) -> None:
-    weights = np.arange(16).reshape(4, 4).astype(dtype)
-    model = onnx.load_from_string(product_model(operator, left, weights, right, result))
-    onnx.checker.check_model(model, full_check=True)
-    assert np.array_equal(onnx.numpy_helper.to_array(model.graph.initializer[0]), weights)
-
-
-def test_rates_are_of_all_operations_in_the_best_time() -> None:
-    ticks = iter([0.0, 9.0, 10.0, 14.0, 20.0, 22.0, 30.0, 35.0, 40.0, 44.0, 50.0, 53.0])
-    assert float_rate(64, 5, lambda: next(ticks)) == pytest.approx(2 * 64**3 / 2.0)
-    assert integer_rate(64, 1) > 0
 
 
 def case(precision: str) -> Case:
@@ -146,13 +126,13 @@ def measured_floor(
 ) -> Floor:
     """The floor in the row of a worker that only reports where it ran."""
     done = Done(on_gpu, None, (), {})
-    watched = Watched(0.0, 1.0, (), (), done, None, (), Untold("no NVML"), (), {})
+    watched = Watched(0.0, 1.0, (), (), done, None, (), Unavailable("no NVML"), (), {})
     monkeypatch.setattr(runs, "watch", lambda *_, **__: watched)
     monkeypatch.setattr(runs, "cpu_rates", lambda: Rates(Reading(1e9), Reading(4e9)))
     (opened,) = open_bundles([str(bundle)])
     measured = replace(case("fp32"), system=system, executor=executor)
     planned = Planned(measured, opened.path, opened, "no reference")
     monkeypatch.setattr(Runner, "_converted", lambda self, planned: planned.model)
-    (row,) = Runner(out, [opened], Untold("no NVML"), "zimage-rt bench").run([planned])
+    (row,) = Runner(out, [opened], Unavailable("no NVML"), "zimage-rt bench").run([planned])
     assert row.floor is not None
     return row.floor

@@ -6,13 +6,10 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from zimage_rt.bench.host_memory import HostMemory, read_host_memory
-from zimage_rt.bench.nvidia import NOT_LISTED, Gpu, Untold
+from zimage_rt.bench.process_memory import HostMemory, read_host_memory
 from zimage_rt.bench.sampling import (
     Border,
     Sample,
@@ -25,9 +22,10 @@ from zimage_rt.bench.sampling import (
     stage_peaks,
     thinned,
 )
+from zimage_runtime.machine.nvml import NOT_LISTED, Unavailable
 
 MIB = 1 << 20
-NO_GPU = Untold("no GPU")
+NO_GPU = Unavailable("no GPU")
 
 
 @dataclass
@@ -45,7 +43,7 @@ class FakeClock:
         self.now += seconds
 
 
-def sample(at: float, anonymous: int = 0, mapped: int = 0, gpu: int | Untold = NO_GPU) -> Sample:
+def sample(at: float, anonymous: int = 0, mapped: int = 0, gpu: int | Unavailable = NO_GPU) -> Sample:
     return Sample(at, HostMemory(anonymous + mapped, anonymous, mapped), gpu, gpu)
 
 
@@ -173,85 +171,16 @@ def test_a_thinned_trace_keeps_the_peak() -> None:
     assert max(point[1] or 0 for point in points) == 1000
 
 
-class NvmlError(Exception):
-    pass
-
-
-def fake_nvml(processes: Any, **answers: Any) -> Any:
-    """What `Gpu` uses of pynvml; an answer that is an exception is raised."""
-
-    def give(value: Any) -> Any:
-        def ask(*_: object) -> Any:
-            if isinstance(value, Exception):
-                raise value
-            return value
-
-        return ask
-
-    return SimpleNamespace(
-        NVMLError=NvmlError,
-        NVML_CLOCK_SM=1,
-        NVML_CLOCK_MEM=2,
-        NVML_TEMPERATURE_GPU=0,
-        nvmlDeviceGetHandleByIndex=give("handle"),
-        nvmlDeviceGetComputeRunningProcesses=give(processes),
-        nvmlDeviceGetGraphicsRunningProcesses=give([]),
-        **{name: give(value) for name, value in answers.items()},
-    )
-
-
-def process(pid: int, used: int | None) -> Any:
-    return SimpleNamespace(pid=pid, usedGpuMemory=used)
-
-
-def test_a_process_on_the_gpu_is_told() -> None:
-    assert Gpu(fake_nvml([process(1, 5), process(42, 3 * MIB)])).process_memory(42) == 3 * MIB
-
-
-@pytest.mark.parametrize(
-    ("processes", "reason"),
-    [
-        ([process(1, 5)], NOT_LISTED),  # a container: NVML lists the host's ids
-        ([process(42, None)], "does not tell the process's memory"),  # NVML_VALUE_NOT_AVAILABLE
-        (NvmlError("Insufficient Permissions"), "Insufficient Permissions"),
-    ],
-)
-def test_what_nvml_does_not_tell_is_no_value_with_its_reason(processes: Any, reason: str) -> None:
-    found = Gpu(fake_nvml(processes)).process_memory(42)
-    assert isinstance(found, Untold)
-    assert reason in found.reason
-    peak = gpu_peak([sample(0.0, gpu=found)])
-    assert peak.value is None
-    assert reason in str(peak.reason)
+def test_a_gpu_that_reports_nothing_is_no_value_with_its_reason() -> None:
+    peak = gpu_peak([sample(0.0, gpu=NOT_LISTED)])
+    assert (peak.value, peak.reason) == (None, NOT_LISTED.reason)
 
 
 def test_a_process_that_is_not_listed_yet_does_not_hide_its_later_peak() -> None:
-    peak = gpu_peak([sample(0.0, gpu=Untold(NOT_LISTED)), sample(1.0, gpu=5), sample(2.0, gpu=3)])
+    peak = gpu_peak([sample(0.0, gpu=NOT_LISTED), sample(1.0, gpu=5), sample(2.0, gpu=3)])
     assert peak.value == 5
 
 
 def test_the_device_delta_is_of_what_was_in_use_before() -> None:
     assert device_delta([sample(0.0, gpu=700), sample(1.0, gpu=900)], 600).value == 300
     assert device_delta([sample(0.0, gpu=700)], NO_GPU).reason == "no GPU"
-
-
-def test_state_and_description_leave_out_what_is_not_supported() -> None:
-    nvml = fake_nvml(
-        [],
-        nvmlDeviceGetPowerUsage=250_000,
-        nvmlDeviceGetClockInfo=NvmlError("Not Supported"),
-        nvmlDeviceGetTemperature=61,
-        nvmlDeviceGetName=b"NVIDIA RTX",
-        nvmlDeviceGetMemoryInfo=SimpleNamespace(total=24 << 30, used=1),
-        nvmlSystemGetDriverVersion="580.1",
-        nvmlSystemGetCudaDriverVersion_v2=13020,
-        nvmlDeviceGetEnforcedPowerLimit=NvmlError("Not Supported"),
-        nvmlDeviceGetTotalEnergyConsumption=1500,
-    )
-    gpu = Gpu(nvml)
-    assert gpu.state() == {"gpu_power_watts": 250.0, "gpu_temperature_celsius": 61}
-    assert gpu.energy() == 1.5
-    described = gpu.description()
-    assert described["name"] == "NVIDIA RTX"
-    assert described["cuda"] == "13.2"
-    assert described["power_limit_watts"] is None

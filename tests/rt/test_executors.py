@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 import pytest
 from cli_tools import Capture, assert_one_line_error, call, call_rt, unchanged
+from gpu_stand_in import remove_driver
 
 from zimage_runtime.command_line.console import MemoryType
 from zimage_runtime.executors import choose as choice
@@ -17,17 +18,14 @@ TINY = ("--size", "32x32", "--steps", 1, "--seed", 1)
 
 @pytest.fixture(autouse=True)
 def _no_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(library: str) -> None:
-        raise OSError(library)
-
-    monkeypatch.setattr(nvidia, "_load", load)
+    remove_driver(monkeypatch)
     monkeypatch.chdir(tmp_path)
 
 
 def test_auto_says_which_and_why(bundle: Path, capsys: Capture) -> None:
     outcome = call_rt(capsys, "run", "a fox", "-m", bundle, *TINY)
     assert outcome.lines == ["zimage-1.png"]
-    assert "generating on cpu: no NVIDIA GPU: no NVIDIA driver is installed" in outcome.err
+    assert "generating on cpu: no NVIDIA GPU: no NVIDIA driver found" in outcome.err
     asked = call_rt(capsys, "run", "a fox", "-m", bundle, *TINY, "--executor", "cpu")
     assert "generating on" not in asked.err
     assert call_rt(capsys, "run", "a fox", "-m", bundle, *TINY, "--quiet").err == ""

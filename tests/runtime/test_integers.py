@@ -3,40 +3,11 @@
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 
 from zimage_runtime.machine import int8_products as integers
 from zimage_runtime.machine.int8_products import EXACT_LEVELS, KNOWN_PRODUCT_MODEL, SAFE_LEVELS
-
-
-def written_again() -> bytes:
-    nodes = [
-        helper.make_node("MatMulInteger", ["x", "w"], ["y"]),
-        helper.make_node(
-            "ConstantOfShape", ["shape"], ["constant"], value=numpy_helper.from_array(np.array([127], np.int8))
-        ),
-        helper.make_node("MatMulIntegerToFloat", ["x", "constant", "one", "one"], ["z"], domain="com.microsoft"),
-    ]
-    info = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        nodes,
-        "check",
-        [info("x", TensorProto.UINT8, ["rows", 64]), info("w", TensorProto.INT8, [64, 32])],
-        [info("y", TensorProto.INT32, ["rows", 32]), info("z", TensorProto.FLOAT, ["rows", 32])],
-        [
-            numpy_helper.from_array(np.array([64, 32], np.int64), "shape"),
-            numpy_helper.from_array(np.array(1, np.float32), "one"),
-        ],
-    )
-    opsets = [helper.make_opsetid("", 23), helper.make_opsetid("com.microsoft", 1)]
-    return bytes(helper.make_model(graph, opset_imports=opsets, ir_version=11).SerializeToString())
-
-
-def test_the_known_product_is_what_it_says() -> None:
-    assert onnx.load_from_string(KNOWN_PRODUCT_MODEL) == onnx.load_from_string(written_again())
 
 
 def products(x: Any, w: Any) -> list[Any]:

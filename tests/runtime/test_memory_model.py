@@ -12,7 +12,6 @@ from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import Manifest, Precision
 from zimage_runtime.errors import MemoryLimitError
 from zimage_runtime.executors.ort.cpu_plan import MemoryPlan, plan_memory
-from zimage_runtime.machine.host_memory import _control_group_left, available_memory
 from zimage_runtime.model.geometry import image_geometry
 from zimage_runtime.model.programs import Program
 
@@ -140,53 +139,6 @@ def test_everything_stays_loaded_only_where_all_of_it_fits(manifest: Manifest) -
     together = base + sum(needed.programs.values())
     assert plan(manifest, 256, 256, available=together).keep_all
     assert not plan(manifest, 256, 256, available=together - 1).keep_all
-
-
-def group(root: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    return root
-
-
-V2 = ("memory.max", "memory.current", "inactive_file")
-V1 = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file")
-
-
-def test_a_control_group_of_version_2_limits_and_its_idle_page_cache_does_not_count(tmp_path: Path) -> None:
-    stat = "anon 500\nfile 400\ninactive_file 300\nactive_file 100\n"
-    root = group(tmp_path, {"memory.max": "4000\n", "memory.current": "1000\n", "memory.stat": stat})
-    assert _control_group_left(root, *V2) == 4000 - (1000 - 300)
-
-
-def test_a_control_group_of_version_1_limits_with_its_children(tmp_path: Path) -> None:
-    files = {
-        "memory/memory.limit_in_bytes": "4000\n",
-        "memory/memory.usage_in_bytes": "1000\n",
-        "memory/memory.stat": "inactive_file 1\ntotal_inactive_file 250\n",
-    }
-    assert _control_group_left(group(tmp_path, files), *V1) == 4000 - (1000 - 250)
-
-
-def test_no_control_group_or_no_limit_in_it_is_no_limit(tmp_path: Path) -> None:
-    assert _control_group_left(tmp_path, *V2) is None
-    root = group(tmp_path, {"memory.max": "max\n", "memory.current": "1000\n", "memory.stat": "inactive_file 0\n"})
-    assert _control_group_left(root, *V2) is None
-
-
-def test_a_control_group_over_its_limit_has_nothing_left(tmp_path: Path) -> None:
-    files = {"memory.max": "1000\n", "memory.current": "1500\n", "memory.stat": "inactive_file 100\n"}
-    assert _control_group_left(group(tmp_path, files), *V2) == 0
-
-
-def test_the_stricter_of_machine_and_control_group_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zimage_runtime.machine.host_memory._CONTROL_GROUP", tmp_path)
-    of_machine = available_memory()
-    files = {"memory.max": "9000\n", "memory.current": "2000\n", "memory.stat": "inactive_file 0\n"}
-    group(tmp_path, files)
-    assert available_memory() == 7000 < of_machine
-    (tmp_path / "memory.max").write_text(f"{1 << 60}\n")
-    assert available_memory() > 7000
 
 
 # Prints the growth of anonymous memory over what the process had before it loaded the program, and the whole peak.

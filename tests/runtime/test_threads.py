@@ -1,6 +1,7 @@
 """One thread for each physical core that the process may use."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,10 +20,10 @@ def machine(root: Path, siblings: dict[int, str]) -> Path:
 
 @pytest.fixture
 def four_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Four cores of two threads each, all usable, and no quota."""
+    """Four cores of two threads each, all usable, and no quota; quotas are in `test_control_group`."""
     pairs = {number: f"{number % 4},{number % 4 + 4}" for number in range(8)}
     monkeypatch.setattr(threads, "_TOPOLOGY", machine(tmp_path / "cpu", pairs))
-    monkeypatch.setattr(threads, "_CONTROL_GROUP", tmp_path / "group")
+    monkeypatch.setattr(threads, "processor_quota", lambda: None)
     monkeypatch.setattr(threads, "_usable", lambda: set(range(8)))
     return tmp_path
 
@@ -34,28 +35,8 @@ def test_two_threads_of_a_core_are_one(usable: set[int], cores: int, monkeypatch
     assert thread_count() == cores
 
 
-@pytest.mark.parametrize(
-    ("files", "cores"),
-    [
-        ({"cpu.max": "200000 100000\n"}, 2),
-        ({"cpu.max": "150000 100000\n"}, 2),
-        ({"cpu.max": "10000 100000\n"}, 1),
-        ({"cpu.max": "max 100000\n"}, 4),
-        ({"cpu.max": "900000 100000\n"}, 4),
-        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
-        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
-        ({}, 4),
-    ],
-)
-def test_a_control_groups_quota_limits(four_cores: Path, files: dict[str, str], cores: int) -> None:
-    for name, text in files.items():
-        (four_cores / "group" / name).parent.mkdir(parents=True, exist_ok=True)
-        (four_cores / "group" / name).write_text(text)
-    assert thread_count() == cores
-
-
 @pytest.mark.usefixtures("four_cores")
-def test_a_kernel_that_does_not_tell_leaves_it_to_the_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_without_a_topology_leaves_it_to_the_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import psutil
 
     monkeypatch.setattr(threads, "_TOPOLOGY", tmp_path / "nothing")
@@ -64,6 +45,18 @@ def test_a_kernel_that_does_not_tell_leaves_it_to_the_count(tmp_path: Path, monk
     monkeypatch.setattr(threads, "_usable", lambda: {0, 1, 2})
     assert thread_count() == 3
     monkeypatch.setattr(threads, "_usable", lambda: None)
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    assert thread_count() == 6
+
+
+@pytest.mark.parametrize("system", ["darwin", "win32"])
+def test_a_system_without_affinity_counts_its_cores(system: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import psutil
+
+    monkeypatch.setattr(threads, "processor_quota", lambda: None)
+    monkeypatch.setattr(sys, "platform", system)
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(psutil, "cpu_count", lambda logical=True: 12 if logical else 6)
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
     assert thread_count() == 6
 

@@ -1,4 +1,4 @@
-"""What a measurement ran on: processor, memory, system, versions, commit, GPU. Nothing that names this very machine."""
+"""What a measurement ran on: processor, memory, system, versions, commit, GPU. Nothing that identifies the machine."""
 
 import os
 import platform
@@ -8,19 +8,22 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .nvidia import Gpu, Untold
+from zimage_runtime.machine.cores import thread_count
+from zimage_runtime.machine.gpu_monitor import GpuMonitor
+from zimage_runtime.machine.nvml import Unavailable
+from zimage_runtime.machine.processor import find_processor, vector_text
 
 PACKAGES = ("zimage-rt", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "numpy", "pillow", "tokenizers")
 
 
-def environment(gpu: Gpu | Untold, packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
-    """All of it, JSON's own types; None for what is not there."""
+def environment(gpu: GpuMonitor | Unavailable, packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
+    """What a row of results records of its machine, in JSON's types; None for what is not installed or not known."""
     return {
         **machine(*packages),
         "release": platform.release(),
-        "threads": threads(),
+        "threads": thread_count(),
         "git_commit": git_commit(),
-        "gpu": {"none": gpu.reason} if isinstance(gpu, Untold) else gpu.description(),
+        "gpu": {"none": gpu.reason} if isinstance(gpu, Unavailable) else gpu.description(),
     }
 
 
@@ -28,10 +31,12 @@ def machine(*packages: str) -> dict[str, Any]:
     """Processor, cores, memory and the versions of packages."""
     import psutil
 
+    processor = find_processor()
+    vectors = processor.vector_instructions
     return {
-        "cpu": _cpu_model(),
-        "physical_cores": psutil.cpu_count(logical=False),
-        "vector_instructions": _vector_instructions(),
+        "cpu": processor.name,
+        "physical_cores": processor.physical_cores,
+        "vector_instructions": None if vectors is None else list(vectors),
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "system": platform.system(),
         "python": platform.python_version(),
@@ -44,7 +49,7 @@ def describe(description: Mapping[str, Any]) -> str:
     packages = ", ".join(f"{name} {number}" for name, number in description["packages"].items() if number)
     return (
         f"{description['cpu']}, {description['physical_cores']} cores "
-        f"({' '.join(description['vector_instructions']) or 'no AVX2'}), {description['memory_gib']} GiB, "
+        f"({vector_text(description['vector_instructions'])}), {description['memory_gib']} GiB, "
         f"{description['system']}, Python {description['python']}, {packages}"
     )
 
@@ -56,7 +61,7 @@ def setup(description: Mapping[str, Any]) -> str:
 
 
 def conditions() -> dict[str, Any]:
-    """What may disturb a measurement, now: the load of the last minute, the clock. None for what is not told."""
+    """What may disturb a measurement, now: the load of the last minute, the clock. None for what the system hides."""
     import psutil
 
     frequency = psutil.cpu_freq() if hasattr(psutil, "cpu_freq") else None
@@ -82,34 +87,6 @@ def git_commit() -> str | None:
 def _git(folder: Path, *words: str) -> str:
     command = ["git", "-C", str(folder), *words]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-
-def threads() -> int:
-    """Threads that every system gets: what the product uses."""
-    from zimage_runtime.machine.cores import thread_count
-
-    return thread_count()
-
-
-def _cpu_fields() -> dict[str, str]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
-    except OSError:
-        return {}
-    pairs = (line.partition(":") for line in lines if ":" in line)
-    return {name.strip(): value.strip() for name, _, value in pairs}
-
-
-def _cpu_model() -> str:
-    fields = _cpu_fields()
-    if "model name" not in fields:
-        return platform.processor() or platform.machine()
-    return f"{fields['model name']} (family {fields.get('cpu family', '?')}, model {fields.get('model', '?')})"
-
-
-def _vector_instructions() -> list[str]:
-    flags = _cpu_fields().get("flags", "").split()
-    return [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16") if flag in flags]
 
 
 def _version(package: str) -> str | None:

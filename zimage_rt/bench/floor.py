@@ -38,7 +38,7 @@ def why_no_rate(case: Case, on_gpu: bool | None) -> str | None:
 
 def cpu_rates() -> Rates:
     """The processor's, measured now; takes a second or a few."""
-    from .matrix_rate import float_rate, integer_rate
+    from zimage_runtime.machine.matrix_rate import float_rate, integer_rate
 
     return Rates(Reading(float_rate()), Reading(integer_rate()))
 

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from zimage_runtime.checked_json import from_document, to_document
 
-from .host_memory import HostMemory
+from .process_memory import HostMemory
 from .schema import Case
 
 

@@ -10,18 +10,19 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from zimage_runtime.machine.gpu_monitor import GpuMonitor
 from zimage_runtime.machine.host_memory import available_memory
+from zimage_runtime.machine.nvml import Unavailable
 from zimage_runtime.model.geometry import image_geometry
 from zimage_runtime.model.tokenizer import PromptTokenizer
 
 from .accuracy import Reference, judge, read_pixels, unchecked
 from .environment import conditions, environment, setup
 from .floor import Rates, cpu_rates, floor_of, unknown_rates, why_no_rate
-from .host_memory import forget_cached, read_through
 from .job import Job
 from .jobs import Opened, Planned
 from .measure import conditions_of, energy_of, log_tail, median_step, memory_of, planned_memory, times_of
-from .nvidia import Gpu, Untold
+from .page_cache import forget_cached, read_through
 from .results import NAME, append_row, read_rows
 from .sampling import INTERVAL
 from .schema import FAILED, OK, OURS, Case, Row
@@ -41,7 +42,7 @@ class Runner:
 
     out: Path
     bundles: Sequence[Opened]
-    gpu: Gpu | Untold
+    gpu: GpuMonitor | Unavailable
     command: str
     note: Note = _quiet  # progress, which a user may silence
     warn: Note = _quiet  # what the user must see

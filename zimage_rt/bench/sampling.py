@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from .host_memory import UNTOLD, HostMemory
-from .nvidia import Untold
+from zimage_runtime.machine.nvml import Unavailable
+
+from .process_memory import NOT_SPLIT, HostMemory
 from .schema import Reading, StageMemory, absent
 
 INTERVAL = 0.01
@@ -23,8 +24,8 @@ class Sample:
 
     time: float  # seconds, of the clock that all processes of the machine share
     host: HostMemory | None
-    gpu_process: int | Untold
-    gpu_used: int | Untold
+    gpu_process: int | Unavailable
+    gpu_used: int | Unavailable
 
 
 class Look(Protocol):
@@ -89,27 +90,27 @@ def host_peak(samples: Iterable[Sample], borders: Iterable[Border], kind: str) -
     values = [value for memory in seen if (value := getattr(memory, kind)) is not None]
     if values:
         return Reading(max(values))
-    return absent(UNTOLD if seen else "the process ended before it was sampled")
+    return absent(NOT_SPLIT if seen else "the process ended before it was sampled")
 
 
 def gpu_peak(samples: Sequence[Sample]) -> Reading:
     """The peak of the process on the device, or why it is unknown."""
-    values = [sample.gpu_process for sample in samples if not isinstance(sample.gpu_process, Untold)]
+    values = [sample.gpu_process for sample in samples if not isinstance(sample.gpu_process, Unavailable)]
     if values:
         return Reading(max(values))
     return absent(_last_reason([sample.gpu_process for sample in samples]))
 
 
-def device_delta(samples: Sequence[Sample], before: int | Untold) -> Reading:
+def device_delta(samples: Sequence[Sample], before: int | Unavailable) -> Reading:
     """The most by which the whole device's use grew since before the process started."""
-    if isinstance(before, Untold):
+    if isinstance(before, Unavailable):
         return absent(before.reason)
-    values = [sample.gpu_used for sample in samples if not isinstance(sample.gpu_used, Untold)]
+    values = [sample.gpu_used for sample in samples if not isinstance(sample.gpu_used, Unavailable)]
     return Reading(max(values) - before) if values else absent(_last_reason([s.gpu_used for s in samples]))
 
 
-def _last_reason(values: Sequence[int | Untold]) -> str:
-    reasons = [value.reason for value in values if isinstance(value, Untold)]
+def _last_reason(values: Sequence[int | Unavailable]) -> str:
+    reasons = [value.reason for value in values if isinstance(value, Unavailable)]
     return reasons[-1] if reasons else "the process ended before it was sampled"
 
 
@@ -136,7 +137,7 @@ def stage_peaks(start: float, samples: Sequence[Sample], borders: Sequence[Borde
                 continue
             if sample.host is not None:
                 seen.append(sample.host)
-            if not isinstance(sample.gpu_process, Untold):
+            if not isinstance(sample.gpu_process, Unavailable):
                 on_gpu.setdefault(border.stage, []).append(sample.gpu_process)
         begin, previous = border.time, border.host
     return {
@@ -164,7 +165,7 @@ def thinned(start: float, samples: Sequence[Sample], points: int = TRACE_POINTS)
 
 def _point(start: float, group: Sequence[Sample]) -> Point:
     hosts = [sample.host for sample in group if sample.host is not None]
-    gpu = [sample.gpu_process for sample in group if not isinstance(sample.gpu_process, Untold)]
+    gpu = [sample.gpu_process for sample in group if not isinstance(sample.gpu_process, Unavailable)]
     return (
         round(group[0].time - start, 4),
         max((h.anonymous for h in hosts if h.anonymous is not None), default=None),

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import IO
 
 from zimage_runtime.errors import ZImageRuntimeError
+from zimage_runtime.machine.gpu_monitor import GpuMonitor
+from zimage_runtime.machine.nvml import Unavailable
 
-from .host_memory import read_host_memory
 from .job import Done, Failed, ImageEnd, Job, StageEnd, WorkerEvent, decode_event
-from .nvidia import Gpu, Untold
+from .process_memory import read_host_memory
 from .sampling import Border, Sample, Sampler
 
 _STATE_INTERVAL = 0.5  # seconds between two readings of clocks and temperatures, which change slowly
@@ -30,7 +31,7 @@ class Watched:
     done: Done | None
     failure: str | None
     samples: tuple[Sample, ...]
-    gpu_used_before: int | Untold
+    gpu_used_before: int | Unavailable
     energy: tuple[tuple[float, float], ...]  # time, joules of the device's own counter
     states: dict[str, tuple[float, ...]]  # power, clocks and temperatures while it ran
 
@@ -40,7 +41,7 @@ class _Look:
     """Looks at a process, and at longer intervals at the device's state."""
 
     pid: int
-    gpu: Gpu | Untold
+    gpu: GpuMonitor | Unavailable
     states: dict[str, list[float]] = field(default_factory=dict)
     energy: list[tuple[float, float]] = field(default_factory=list)
     _next_state: float = 0.0
@@ -49,21 +50,21 @@ class _Look:
         host = read_host_memory(self.pid)
         if host is None:
             return None
-        if isinstance(self.gpu, Untold):
+        if isinstance(self.gpu, Unavailable):
             return Sample(time, host, self.gpu, self.gpu)
         if time >= self._next_state:
             self._next_state = time + _STATE_INTERVAL
             for name, value in self.gpu.state().items():
                 self.states.setdefault(name, []).append(value)
         joules = self.gpu.energy()
-        if not isinstance(joules, Untold):
+        if not isinstance(joules, Unavailable):
             self.energy.append((time, joules))
         return Sample(time, host, self.gpu.process_memory(self.pid), self.gpu.used_memory())
 
 
-def watch(job: Job, gpu: Gpu | Untold, log: Path, *, interval: float) -> Watched:
+def watch(job: Job, gpu: GpuMonitor | Unavailable, log: Path, *, interval: float) -> Watched:
     """Runs a job in a fresh process until it ends; an interrupt kills it. What it prints goes to `log`."""
-    before = gpu if isinstance(gpu, Untold) else gpu.used_memory()
+    before = gpu if isinstance(gpu, Unavailable) else gpu.used_memory()
     command = [sys.executable, "-m", "zimage_rt.bench.worker", job.to_json()]
     log.parent.mkdir(parents=True, exist_ok=True)
     events: list[WorkerEvent] = []

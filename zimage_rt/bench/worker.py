@@ -14,8 +14,8 @@ from typing import TextIO
 
 from zimage_runtime.errors import ZImageRuntimeError
 
-from .host_memory import read_own_memory
 from .job import Done, Failed, ImageEnd, Job, StageEnd, WorkerEvent, encode_event
+from .process_memory import read_own_memory
 from .schema import IMPORT, LOAD, SAVE
 from .systems import System, find_system
 

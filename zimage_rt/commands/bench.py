@@ -129,10 +129,10 @@ def _measure(
     from dataclasses import replace
 
     from zimage_runtime.checked_json import to_document
+    from zimage_runtime.machine.cores import thread_count
+    from zimage_runtime.machine.gpu_monitor import open_monitor
 
-    from ..bench.environment import threads
     from ..bench.jobs import plan_cases
-    from ..bench.nvidia import open_gpu
     from ..bench.report import write_report
     from ..bench.results import NAME, read_rows
     from ..bench.run import Runner, command_line
@@ -145,8 +145,8 @@ def _measure(
             config = bundles[0].bundle.manifest.config
             installed = tuple(name for name in BASELINES if find_system(name).obstacle(config) is None)
             settings = replace(settings, baselines=installed)
-        cases = plan_cases(settings, bundles, threads())
-        rows = Runner(out, bundles, open_gpu(), command_line(), progress.note, progress.note).run(cases)
+        cases = plan_cases(settings, bundles, thread_count())
+        rows = Runner(out, bundles, open_monitor(), command_line(), progress.note, progress.warn).run(cases)
     written = write_report(out, rows, bundles)
     if as_json:
         click.echo(json.dumps({"rows": to_document(rows)}, indent=2))

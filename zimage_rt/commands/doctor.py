@@ -1,24 +1,24 @@
 """`zimage-rt doctor`: what this machine has, and what keeps it from generating.
 
-A check looks at one thing and returns one finding; add it to `CHECKS`. A check that fails to look is itself a
-problem that is reported, since broken installations are what this command is for.
+A check looks at one thing and returns one finding; add it to `CHECKS`. A check that cannot look is a problem of its
+own, since broken installations are what this command is for. `EXECUTOR_CHECKS` are those of the executors on a GPU.
 """
 
-import contextlib
 import json
 import platform
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from zimage_runtime.machine.gpus import Gpu
 
 
 class Verdict(StrEnum):
@@ -88,85 +88,40 @@ def _installed(distribution: str) -> str | None:
 
 def check_processor(name: str) -> Finding:
     """The processor, the threads that are used, and the vector instructions that decide its speed."""
-    import psutil
-
     from zimage_runtime.machine.cores import thread_count
+    from zimage_runtime.machine.processor import find_processor, vector_text
 
-    model, features = _processor()
+    processor = find_processor()
+    cores, vectors = processor.physical_cores, processor.vector_instructions
     values = {
-        "model": model,
-        "cores": psutil.cpu_count(logical=False),
+        "model": processor.name,
+        "cores": cores,
         "threads_used": thread_count(),
-        "vector_instructions": features,
+        "vector_instructions": None if vectors is None else list(vectors),
     }
-    vectors = "vector instructions unknown" if features is None else ", ".join(features) or "no AVX2"
-    text = f"{model}, {values['cores'] or 'unknown'} physical cores, {values['threads_used']} threads used, {vectors}"
-    return Finding(name, Verdict.OK if features else Verdict.NOTE, text, values)
-
-
-_VECTOR_FLAGS = {  # as Linux names them in /proc/cpuinfo
-    "avx2": "AVX2",
-    "avx512f": "AVX-512",
-    "avx512_vnni": "AVX-512 VNNI",
-    "avx_vnni": "AVX-VNNI",
-    "amx_int8": "AMX int8",
-    "asimd": "NEON",
-    "asimddp": "NEON dot product",
-    "i8mm": "NEON int8 matrix product",
-}
-_CPU_INFO = Path("/proc/cpuinfo")
-
-
-def _processor() -> tuple[str, list[str] | None]:
-    """The processor's name and its vector instructions, None where the system does not tell."""
-    fields: dict[str, str] = {}
-    with contextlib.suppress(OSError):
-        for line in _CPU_INFO.read_text(errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            fields.setdefault(key.strip(), value.strip())
-    flags = fields.get("flags", fields.get("Features"))  # on x86, on ARM
-    features = None if flags is None else [label for flag, label in _VECTOR_FLAGS.items() if flag in flags.split()]
-    return fields.get("model name") or _processor_name() or "unknown processor", features
-
-
-def _processor_name() -> str:
-    if sys.platform == "darwin":
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            command = ["/usr/sbin/sysctl", "-n", "machdep.cpu.brand_string"]
-            return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    return platform.processor()
+    text = (
+        f"{processor.name}, {cores or 'unknown'} physical cores, {values['threads_used']} threads used, "
+        f"{vector_text(vectors)}"
+    )
+    return Finding(name, Verdict.OK if vectors else Verdict.NOTE, text, values)
 
 
 def check_memory(name: str) -> Finding:
-    """The machine's memory, and what this process may still take of it."""
+    """The machine's memory, and how much of it this process may still take."""
     import psutil
 
-    from zimage_runtime.machine.host_memory import available_memory
+    from zimage_runtime.machine.host_memory import available_memory, control_group_limit
 
     total = int(psutil.virtual_memory().total)
-    available, limit = available_memory(), _control_group_limit(total)
+    available, limit = available_memory(), control_group_limit()
     text = f"{_gib(total)}, {_gib(available)} available"
     if limit is not None:
         text += f"; the control group allows {_gib(limit)}"
     return Finding(name, Verdict.OK, text, {"total": total, "available": available, "control_group_limit": limit})
 
 
-_CONTROL_GROUP_LIMITS = (  # of version 2 and 1, as a container sees its own
-    Path("/sys/fs/cgroup/memory.max"),
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-)
-
-
-def _control_group_limit(total: int) -> int | None:
-    for path in _CONTROL_GROUP_LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # no such group, or no limit: the file says "max"
-            limit = int(path.read_text())
-            return limit if limit < total else None
-    return None
-
-
 def check_disk(name: str) -> Finding:
-    """What can be written in the folder that the command runs in."""
+    """Free space in the folder that the command runs in."""
     folder = Path.cwd()
     free = shutil.disk_usage(folder).free
     return Finding(name, Verdict.OK, f"{_gib(free)} free for the current folder", {"folder": str(folder), "free": free})
@@ -176,7 +131,7 @@ _ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 
 
 def check_packages(name: str) -> Finding:
-    """Which ONNX Runtime is installed: the two write into one folder, and what is left then is neither."""
+    """Which ONNX Runtime is installed. Both kinds write into one folder, where one damages the other."""
     from zimage_runtime.executors.choose import SWAP_TO_CPU, SWAP_TO_GPU
 
     found = {package: number for package in _ONNX_RUNTIMES if (number := _installed(package))}
@@ -190,23 +145,12 @@ def check_packages(name: str) -> Finding:
     if found:
         return Finding(name, Verdict.OK, listed, found)
     if find_spec("onnxruntime"):
-        return Finding(name, Verdict.NOTE, "onnxruntime is there, but no package manager knows of it", found)
+        return Finding(name, Verdict.NOTE, "onnxruntime can be imported, but was not installed as a package", found)
     return Finding(name, Verdict.PROBLEM, "onnxruntime is not installed; run `pip install onnxruntime`", found)
 
 
-# MatMul, then RMSNormalization, of opset 23 like a bundle's programs: x [2, 4], w [4, 2], scale [2] → z [2, 2].
-# Serialized, because the lean install has no `onnx` to write it with; a test writes it again with `onnx`.
-KNOWN_ANSWER_MODEL = (
-    b'\x08\n:\x8f\x01\n\x11\n\x01x\n\x01w\x12\x01y"\x06MatMul\n\x1f\n\x01y\n\x05scale\x12\x01z"\x10RMSNormalization'
-    b"\x12\x05checkZ\x13\n\x01x\x12\x0e\n\x0c\x08\x01\x12\x08\n\x02\x08\x02\n\x02\x08\x04"
-    b"Z\x13\n\x01w\x12\x0e\n\x0c\x08\x01\x12\x08\n\x02\x08\x04\n\x02\x08\x02"
-    b"Z\x13\n\x05scale\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x02"
-    b"b\x13\n\x01z\x12\x0e\n\x0c\x08\x01\x12\x08\n\x02\x08\x02\n\x02\x08\x02B\x04\n\x00\x10\x17"
-)
-
-
 def check_onnxruntime(name: str) -> Finding:
-    """ONNX Runtime loads, and computes a small model of a bundle's own operators right."""
+    """Whether ONNX Runtime loads, and computes a small model of a bundle's operators right."""
     package = next((package for package in _ONNX_RUNTIMES if _installed(package)), _ONNX_RUNTIMES[0])
     remedy = f"run `pip install --upgrade --force-reinstall {package}`"
     try:
@@ -227,7 +171,7 @@ def check_onnxruntime(name: str) -> Finding:
 
 
 def check_int8(name: str) -> Finding:
-    """How many bits an int8 bundle's activations have here, found out by a product with a known answer."""
+    """How many bits the activations of an int8 bundle have here, decided by a product with a known answer."""
     from zimage_runtime.machine.int8_products import activation_bits
 
     bits = activation_bits()
@@ -238,12 +182,27 @@ def check_int8(name: str) -> Finding:
             "integer products are exact: int8 bundles run with 8-bit activations",
             {"activation_bits": bits},
         )
-    text = "integer products saturate here (no VNNI): int8 bundles run with 7-bit activations, a little less faithful"
+    text = "integer products saturate here (no VNNI): int8 bundles run with 7-bit activations, slightly less accurate"
     return Finding(name, Verdict.NOTE, text, {"activation_bits": bits})
 
 
+def known_answer_model() -> bytes:
+    """z = RMSNormalization(x w), of the operator set of a bundle's programs."""
+    from zimage_runtime.machine.tiny_onnx import Element, Node, Value, onnx_model
+
+    def floats(*shape: int) -> Value:
+        return Value(Element.FLOAT, shape)
+
+    return onnx_model(
+        [Node("MatMul", "x w", "y"), Node("RMSNormalization", "y scale", "z")],
+        {"x": floats(2, 4), "w": floats(4, 2), "scale": floats(2)},
+        {"z": floats(2, 2)},
+        opset=23,
+    )
+
+
 def _known_answer(providers: list[str], **options: Any) -> tuple[Any, Any, Any]:
-    """What the small model gives, what it should give, and its session."""
+    """The small model's answer, the right one, and the session that computed it."""
     import numpy as np
     import onnxruntime
 
@@ -254,7 +213,7 @@ def _known_answer(providers: list[str], **options: Any) -> tuple[Any, Any, Any]:
     w, scale = x.T.copy(), np.array([1, 2], np.float32)
     product = x @ w
     expected = product / np.sqrt(np.mean(product**2, axis=-1, keepdims=True)) * scale
-    session = onnxruntime.InferenceSession(KNOWN_ANSWER_MODEL, session_options, providers=providers, **options)
+    session = onnxruntime.InferenceSession(known_answer_model(), session_options, providers=providers, **options)
     return session.run(["z"], {"x": x, "w": w, "scale": scale})[0], expected, session
 
 
@@ -264,8 +223,34 @@ def _is_right(answer: Any, expected: Any) -> bool:
     return bool(np.allclose(answer, expected, rtol=1e-4))
 
 
-def check_nvidia(name: str) -> Finding:
-    """The GPU and its driver, and whether the ONNX Runtime that is installed computes on it."""
+def check_gpus(name: str) -> Finding:
+    """The NVIDIA GPUs that this process can use, as CUDA numbers them, and their driver."""
+    from zimage_runtime.errors import ExecutorError
+    from zimage_runtime.machine.gpus import list_gpus
+
+    try:
+        gpus = list_gpus()
+    except ExecutorError as error:
+        return Finding(name, Verdict.OK, f"Using the CPU ({error})", {"gpus": [], "driver": None, "cuda": None})
+    listed = "; ".join(_gpu_text(gpu, numbered=len(gpus) > 1) for gpu in gpus)
+    driver, cuda = gpus[0].driver, gpus[0].cuda  # the same for all
+    values = {"gpus": [_gpu_values(gpu) for gpu in gpus], "driver": driver, "cuda": cuda}
+    return Finding(name, Verdict.OK, f"{listed}; driver {driver or 'unknown'} for CUDA {cuda}", values)
+
+
+def _gpu_text(gpu: "Gpu", *, numbered: bool) -> str:
+    number = f"GPU {gpu.index}: " if numbered else ""
+    return f"{number}{gpu}, {_gib(gpu.total)}, {_gib(gpu.free)} free"
+
+
+def _gpu_values(gpu: "Gpu") -> dict[str, Any]:
+    """Without the GPU's serial id: reports are posted in public."""
+    capability = list(gpu.capability)
+    return {"index": gpu.index, "name": gpu.name, "capability": capability, "total": gpu.total, "free": gpu.free}
+
+
+def check_cuda(name: str) -> Finding:
+    """Whether the ONNX Runtime that is installed computes on the GPU."""
     from zimage_runtime.errors import ExecutorError
     from zimage_runtime.executors.choose import why_no_package
     from zimage_runtime.machine.gpus import find_gpu
@@ -273,19 +258,17 @@ def check_nvidia(name: str) -> Finding:
     try:
         gpu = find_gpu()
     except ExecutorError as error:
-        return Finding(name, Verdict.OK, f"{error}; images are generated on the CPU", {"gpu": None})
-    free = "unknown" if gpu.free is None else _gib(gpu.free)
-    text = f"{gpu}, {_gib(gpu.total)}, {free} free, driver for CUDA {gpu.driver}"
-    values = {"gpu": gpu.name, "capability": list(gpu.capability), "total": gpu.total, "free": gpu.free}
+        return Finding(name, Verdict.OK, f"not used ({error})", {"gpu": None})
+    values = {"gpu": gpu.name}
     if reason := why_no_package():
-        return Finding(name, Verdict.NOTE, f"{text}; {reason}", values)
+        return Finding(name, Verdict.NOTE, reason, values)
     if reason := _cuda_fault():
-        return Finding(name, Verdict.PROBLEM, f"{text}; {reason}", values)
-    return Finding(name, Verdict.OK, f"{text}; computes a known answer right", values)
+        return Finding(name, Verdict.PROBLEM, reason, values)
+    return Finding(name, Verdict.OK, f"{gpu.name} computes a known answer right", values)
 
 
 def _cuda_fault() -> str | None:
-    """What keeps ONNX Runtime from computing on the GPU: the known answer again, there."""
+    """What keeps ONNX Runtime from computing the known answer on the GPU."""
     import onnxruntime
 
     from zimage_runtime.executors.choose import SWAP_TO_GPU
@@ -304,7 +287,7 @@ def _cuda_fault() -> str | None:
 
 
 def check_tensorrt(name: str) -> Finding:
-    """What the tensorrt executor needs, and what of it is here: driver, GPU, packages."""
+    """What the tensorrt executor needs and what of it is installed: driver, GPU, packages."""
     from zimage_runtime.errors import ZImageRuntimeError
     from zimage_runtime.executors.tensorrt.cuda import CudaDevice
     from zimage_runtime.executors.tensorrt.trt_api import FULL, RTX
@@ -327,7 +310,7 @@ def check_tensorrt(name: str) -> Finding:
     try:
         device = CudaDevice()
     except ZImageRuntimeError:
-        text = f"{installed}, but no NVIDIA driver with a GPU: engines can be built here, and run where there is one"
+        text = f"{installed}, but no NVIDIA driver with a GPU: engines can be built here, not run"
         return Finding(name, Verdict.NOTE, text, values)
     capability = device.capability
     values |= {"gpu": device.name, "capability": list(capability)}
@@ -346,22 +329,22 @@ _EXPORT_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "safetensors")
 
 
 def check_export(name: str) -> Finding:
-    """Whether zimage-export can work here. Its packages are looked for, never imported: they take seconds."""
+    """Whether zimage-export can work here. Its packages are searched for, not imported: that takes seconds."""
     found = {package: _installed(package) if find_spec(package) else None for package in _EXPORT_PACKAGES}
     missing = [package for package in _EXPORT_PACKAGES if find_spec(package) is None]
     if not missing:
         return Finding(
             name, Verdict.OK, ", ".join(f"{key} {value or ''}".strip() for key, value in found.items()), found
         )
-    text = (
-        f"{', '.join(missing)} not installed; `pip install 'zimage-rt[export]'` if checkpoints are to be exported here"
-    )
+    text = f"{', '.join(missing)} not installed; run `pip install 'zimage-rt[export]'` to export checkpoints here"
     return Finding(name, Verdict.NOTE, text, found)
 
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB"
 
+
+EXECUTOR_CHECKS: dict[str, Callable[[str], Finding]] = {"cuda": check_cuda, "tensorrt": check_tensorrt}
 
 CHECKS: dict[str, Callable[[str], Finding]] = {
     "zimage-rt": check_versions,
@@ -371,8 +354,8 @@ CHECKS: dict[str, Callable[[str], Finding]] = {
     "packages": check_packages,
     "onnxruntime": check_onnxruntime,
     "int8": check_int8,
-    "nvidia": check_nvidia,
-    "tensorrt": check_tensorrt,
+    "gpu": check_gpus,
+    **EXECUTOR_CHECKS,
     "export": check_export,
 }
 """By the name that is printed, in that order."""

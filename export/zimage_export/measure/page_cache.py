@@ -8,6 +8,7 @@ a page that is needed again is read again.
 import contextlib
 import ctypes
 import mmap
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +25,9 @@ def bounded_mappings(folder: Path, limit: int) -> Iterator[None]:
     What is mapped when the block begins must stay mapped, and unwritten, until it ends: load before, release after.
     Does nothing where there is no /proc.
     """
+    if sys.platform == "win32":
+        yield
+        return
     advise = _advice()
     if advise is None:
         yield

@@ -1,109 +1,142 @@
-"""The NVIDIA GPU of this machine, asked of its driver, which is all that this needs: no package, no CUDA toolkit.
+"""NVIDIA GPUs of this machine: which there are, what they can do, and how much of their memory is free.
 
-Names and numbers of the calls: CUDA driver API (``cuda.h``) and NVML (``nvml.h``).
+GPU N is what CUDA calls device N (`cuda_driver`); what is known of it comes from NVML (`nvml`). What changes while an
+image is generated is in `gpu_monitor`.
 """
 
-import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..errors import ExecutorError
-
-_WINDOWS = os.name == "nt"
-_CUDA_LIBRARY = "nvcuda.dll" if _WINDOWS else "libcuda.so.1"
-_NVML_LIBRARY = "nvml.dll" if _WINDOWS else "libnvidia-ml.so.1"
-
-_CAPABILITY_MAJOR, _CAPABILITY_MINOR = 75, 76  # CUdevice_attribute
-_NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
-_TEXT = 128
+from .cuda_driver import cuda_devices
+from .host_memory import available_memory
+from .nvml import NOT_LISTED, Unavailable, nvml_session, process_memory
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """The GPU that executors use: the first that ``CUDA_VISIBLE_DEVICES`` leaves."""
+    """One GPU, as it was when it was looked at."""
 
     name: str
     capability: tuple[int, int]  # compute capability; 8.0 is the first with bfloat16
     total: int  # bytes of memory
-    free: int | None  # of them now; None where the driver does not tell
-    driver: str  # the newest CUDA that it serves, "13.0"
+    free: int  # of them at that moment
+    cuda: str  # the newest CUDA that its driver supports, "13.0"
+    driver: str | None = None  # the driver's own version, "580.65.06"
+    index: int = 0  # CUDA's number of it in this process
+    uuid: str = ""  # NVML's name of it: "GPU-…", or "MIG-…" for a slice of a partitioned GPU
 
     @property
     def has_bf16(self) -> bool:
         """Whether it multiplies in bfloat16."""
         return self.capability >= (8, 0)
 
+    def used_by(self, pid: int) -> int | Unavailable:
+        """Bytes that a process holds on it now, with its CUDA context."""
+        try:
+            with nvml_session() as nvml:
+                try:
+                    handle = nvml.nvmlDeviceGetHandleByUUID(self.uuid)
+                except nvml.NVMLError as error:
+                    return Unavailable(f"NVML: {error}")
+                return process_memory(nvml, handle, pid)
+        except ExecutorError as error:
+            return Unavailable(str(error))
+
     def __str__(self) -> str:
         return f"{self.name} (compute capability {self.capability[0]}.{self.capability[1]})"
 
 
-def find_gpu() -> Gpu:
-    """Raises `ExecutorError` that says what is missing: the driver, a GPU, or a driver that works."""
+def list_gpus() -> tuple[Gpu, ...]:
+    """All GPUs that CUDA offers to this process, device 0 first; never empty.
+
+    Raises `ExecutorError` that says what is missing: the driver, a GPU, or a driver that works.
+    """
+    with nvml_session() as nvml:
+        try:
+            return tuple(_look(nvml, index, uuid) for index, uuid in enumerate(_uuids(nvml)))
+        except nvml.NVMLError as error:
+            raise ExecutorError(f"the NVIDIA driver does not describe its GPU: {error}") from None
+
+
+def find_gpu(index: int = 0) -> Gpu:
+    """The GPU that CUDA calls device `index`. Raises `ExecutorError` as `list_gpus` does, and for an unknown index."""
+    gpus = list_gpus()
+    if 0 <= index < len(gpus):
+        return gpus[index]
+    there = "; ".join(f"{gpu.index} is {gpu.name}" for gpu in gpus)
+    raise ExecutorError(f"GPU {index} does not exist; this process can use {len(gpus)}: {there}")
+
+
+def memory_of_this_process(index: int = 0) -> int | None:
+    """Bytes that this process holds on a GPU; None where the driver does not say, or there is no such GPU.
+
+    The CUDA context counts. NVML lists no process that holds nothing, nor ours in a container with process ids of its
+    own. Where they are the host's, the first is certain, and the answer is 0.
+    """
     try:
-        cuda = _load(_CUDA_LIBRARY)
-    except OSError:
-        raise ExecutorError(f"no NVIDIA driver is installed ({_CUDA_LIBRARY} is not there)") from None
-    status = cuda.cuInit(0)
-    if status == _NO_DEVICE:
-        raise ExecutorError("the NVIDIA driver finds no GPU")
-    _check(cuda, status)
-    count, device = ctypes.c_int(), ctypes.c_int()
-    _check(cuda, cuda.cuDeviceGetCount(ctypes.byref(count)))
-    if not count.value:
-        raise ExecutorError("the NVIDIA driver finds no GPU")
-    _check(cuda, cuda.cuDeviceGet(ctypes.byref(device), 0))
-    name, bus, total = ctypes.create_string_buffer(_TEXT), ctypes.create_string_buffer(_TEXT), ctypes.c_size_t()
-    _check(cuda, cuda.cuDeviceGetName(name, _TEXT, device))
-    _check(cuda, cuda.cuDeviceGetPCIBusId(bus, _TEXT, device))
-    _check(cuda, cuda.cuDeviceTotalMem_v2(ctypes.byref(total), device))
-    version = ctypes.c_int()
-    _check(cuda, cuda.cuDriverGetVersion(ctypes.byref(version)))
+        held = find_gpu(index).used_by(os.getpid())
+    except ExecutorError:
+        return None
+    if held == NOT_LISTED and _ids_are_the_hosts():
+        return 0
+    return None if isinstance(held, Unavailable) else held
+
+
+_PROCESS_IDS = Path("/proc/self/ns/pid")
+_HOSTS_PROCESS_IDS = "pid:[4026531836]"  # PROC_PID_INIT_INO of the Linux kernel, the same on every machine
+
+
+def _ids_are_the_hosts() -> bool:
+    with suppress(OSError):
+        return str(_PROCESS_IDS.readlink()) == _HOSTS_PROCESS_IDS
+    return False
+
+
+def _uuids(nvml: Any) -> Iterator[str]:
+    """NVML's names of CUDA's devices: what is not the id of a whole GPU is a slice's."""
+    whole = {nvml.nvmlDeviceGetUUID(nvml.nvmlDeviceGetHandleByIndex(i)) for i in range(nvml.nvmlDeviceGetCount())}
+    for device in cuda_devices():
+        name = f"GPU-{device}"
+        yield name if name in whole else f"MIG-{device}"
+
+
+def _look(nvml: Any, index: int, uuid: str) -> Gpu:
+    handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
+    total, free = _memory(nvml, handle)
+    cuda = int(nvml.nvmlSystemGetCudaDriverVersion_v2())  # 13020 is 13.2
     return Gpu(
-        name=name.value.decode(errors="replace"),
-        capability=(_attribute(cuda, device, _CAPABILITY_MAJOR), _attribute(cuda, device, _CAPABILITY_MINOR)),
-        total=total.value,
-        free=_free_memory(bus.value),
-        driver=f"{version.value // 1000}.{version.value % 1000 // 10}",
+        name=nvml.nvmlDeviceGetName(handle),
+        capability=_capability(nvml, handle),
+        total=total,
+        free=free,
+        cuda=f"{cuda // 1000}.{cuda % 1000 // 10}",
+        driver=nvml.nvmlSystemGetDriverVersion(),
+        index=index,
+        uuid=uuid,
     )
 
 
-def _load(library: str) -> Any:
-    return ctypes.CDLL(library)
-
-
-def _attribute(cuda: Any, device: ctypes.c_int, number: int) -> int:
-    value = ctypes.c_int()
-    _check(cuda, cuda.cuDeviceGetAttribute(ctypes.byref(value), number, device))
-    return value.value
-
-
-def _check(cuda: Any, status: int) -> None:
-    if status:
-        text = ctypes.c_char_p()
-        cuda.cuGetErrorString(status, ctypes.byref(text))
-        reason = text.value.decode(errors="replace") if text.value else "unknown error"
-        raise ExecutorError(f"the NVIDIA driver does not work: {reason} (error {status}); reinstall it or restart")
-
-
-class _Memory(ctypes.Structure):  # nvmlMemory_t
-    _fields_ = [("total", ctypes.c_ulonglong), ("free", ctypes.c_ulonglong), ("used", ctypes.c_ulonglong)]
-
-
-def _free_memory(bus: bytes) -> int | None:
-    """Asked of NVML by the bus address, for the two libraries count GPUs in different ways."""
+def _memory(nvml: Any, handle: Any) -> tuple[int, int]:
+    """Total and free bytes."""
     try:
-        nvml = _load(_NVML_LIBRARY)
-    except OSError:
-        return None
-    if nvml.nvmlInit_v2():
-        return None
+        memory = nvml.nvmlDeviceGetMemoryInfo(handle)
+    except nvml.NVMLError_NotSupported:  # a GPU that shares the machine's memory has none of its own (DGX Spark)
+        import psutil
+
+        return int(psutil.virtual_memory().total), available_memory()
+    return int(memory.total), int(memory.free)
+
+
+def _capability(nvml: Any, handle: Any) -> tuple[int, int]:
     try:
-        handle, memory = ctypes.c_void_p(), _Memory()
-        if nvml.nvmlDeviceGetHandleByPciBusId_v2(bus, ctypes.byref(handle)):
-            return None
-        if nvml.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory)):
-            return None
-        return int(memory.free)
-    finally:
-        nvml.nvmlShutdown()
+        major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+    except nvml.NVMLError_InvalidArgument:  # a slice does not know its own: the whole GPU does
+        major, minor = nvml.nvmlDeviceGetCudaComputeCapability(
+            nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
+        )
+    return int(major), int(minor)

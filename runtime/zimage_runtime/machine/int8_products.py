@@ -11,6 +11,8 @@ from functools import cache
 
 import numpy as np
 
+from .tiny_onnx import Element, Node, Value, onnx_model
+
 ACTIVATION_LEVELS = "activation_levels"
 """The programs' scalar: activations are quantized to -levels … levels around the zero point levels + 1."""
 
@@ -20,26 +22,25 @@ SAFE_LEVELS = 63.0  # 7 bits
 _INNER, _WIDTH = 64, 32
 _PAIR = 2 * 255 * 127  # what two neighbouring products come to, far above 32767
 
-# MatMulInteger(x, w, 0) → y, and MatMulIntegerToFloat(x, constant, 1, 1, 0) → z, with x [rows, 64] and w [64, 32]; the
-# constant is all 127, and is packed at load as a bundle's weights are. Serialized, because the lean install has no
-# `onnx` to write it with; a test writes it again with `onnx`.
-KNOWN_PRODUCT_MODEL = (
-    b'\x08\x0b:\xa9\x02\n\x18\n\x01x\n\x01w\x12\x01y"\rMatMulInteger\n7\n'
-    b'\x05shape\x12\x08constant"\x0fConstantOfShape*'
-    b"\x13\n\x05value*\x07\x08\x01\x10\x03J\x01\x7f\xa0\x01\x04\n?\n\x01x\n\x08constan"
-    b't\n\x03one\n\x03one\x12\x01z"\x14MatMulIntegerToFlo'
-    b"at:\rcom.microsoft\x12\x05check*\x1d\x08\x02\x10\x07B\x05sh"
-    b"apeJ\x10@\x00\x00\x00\x00\x00\x00\x00 \x00\x00\x00\x00\x00\x00\x00*\r\x10\x01B\x03oneJ\x04\x00\x00"
-    b"\x80?Z\x17\n\x01x\x12\x12\n\x10\x08\x02\x12\x0c\n\x06\x12\x04rows\n\x02\x08@Z\x13\n\x01w\x12\x0e"
-    b"\n\x0c\x08\x03\x12\x08\n\x02\x08@\n\x02\x08 b\x17\n\x01y\x12\x12\n\x10\x08\x06\x12\x0c\n\x06\x12\x04row"
-    b"s\n\x02\x08 b\x17\n\x01z\x12\x12\n\x10\x08\x01\x12\x0c\n\x06\x12\x04rows\n\x02\x08 B\x04\n\x00"
-    b"\x10\x17B\x11\n\rcom.microsoft\x10\x01"
+KNOWN_PRODUCT_MODEL = onnx_model(
+    [
+        Node("MatMulInteger", "x w", "y"),
+        # packed at load, as a bundle's weights are
+        Node("ConstantOfShape", "shape", "constant", {"value": np.array([127], np.int8)}),
+        Node("MatMulIntegerToFloat", "x constant one one", "z", domain="com.microsoft"),
+    ],
+    {"x": Value(Element.UINT8, ("rows", _INNER)), "w": Value(Element.INT8, (_INNER, _WIDTH))},
+    {"y": Value(Element.INT32, ("rows", _WIDTH)), "z": Value(Element.FLOAT, ("rows", _WIDTH))},
+    {"shape": np.array([_INNER, _WIDTH], np.int64), "one": np.array(1, np.float32)},
+    opset=23,
+    domains={"com.microsoft": 1},
 )
+"""y = x [rows, 64] times w [64, 32], and z = x times a constant of 127 in all places."""
 
 
 @cache
 def activation_levels() -> float:
-    """What the programs' scalar must be on this processor: found out once a process, by a known answer."""
+    """The programs' scalar for this processor, which a product with a known answer decides once per process."""
     return EXACT_LEVELS if products_are_exact() else SAFE_LEVELS
 
 

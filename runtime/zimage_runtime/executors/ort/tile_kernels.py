@@ -1,8 +1,7 @@
 """Tiles of the autoencoder on a GPU, by two programs of a few nodes that are written here: no bundle has them.
 
 The maps stay in the host's memory and the tiles take turns on the GPU, so that an image of any size is decoded in
-the same VRAM, exactly as `tiling` does on the CPU. Serialized by hand, since the lean install has no `onnx`; the field
-numbers are those of ``onnx.proto``.
+the same VRAM, exactly as on the CPU.
 """
 
 from dataclasses import dataclass, field
@@ -11,66 +10,36 @@ from typing import Any
 import numpy as np
 
 from ...arrays import FloatArray
+from ...machine.tiny_onnx import Element, Node, Value, onnx_model
 from ...tiles.kernels import Convolution, Normed, Plain
 
-_OPSET, _IR_VERSION = 18, 10
-_FLOAT, _INT64 = 1, 7  # TensorProto.DataType
+_OPSET = 18
+_MAP = Value(Element.FLOAT, (None, None, None, None))  # [1, channels, height, width]
+_CHANNELS = Value(Element.FLOAT, (None, None, None))  # [channels, 1, 1]
+_VECTOR = Value(Element.FLOAT, (None,))
 
-Nodes = tuple[tuple[str, str, str], ...]
-"""Operator, inputs and output, names separated by spaces."""
-
-PLAIN: Nodes = (("Conv", "x weight bias", "y"),)
-NORMED: Nodes = (
-    ("Mul", "x scale", "scaled"),
-    ("Add", "scaled shift", "normed"),
-    ("Sigmoid", "normed", "gate"),
-    ("Mul", "normed gate", "activated"),
-    ("Pad", "activated pads", "bordered"),
-    ("Conv", "bordered weight bias", "y"),
+PLAIN_MODEL = onnx_model(
+    [Node("Conv", "x weight bias", "y")], {"x": _MAP, "weight": _MAP, "bias": _VECTOR}, {"y": _MAP}, opset=_OPSET
 )
-
-
-def model_bytes(nodes: Nodes, inputs: dict[str, tuple[int, int]]) -> bytes:
-    """An ONNX model of nodes without attributes, with one output, y. Inputs by name, with element type and rank."""
-    graph = b"".join(_message(1, _node(*node)) for node in nodes)
-    graph += _message(2, b"tile")
-    graph += b"".join(_message(11, _value(name, *kind)) for name, kind in inputs.items())
-    graph += _message(12, _value("y", _FLOAT, 4))
-    return _integer(1, _IR_VERSION) + _message(7, graph) + _message(8, _message(1, b"") + _integer(2, _OPSET))
-
-
-def _node(kind: str, inputs: str, output: str) -> bytes:
-    names = b"".join(_message(1, name.encode()) for name in inputs.split())
-    return names + _message(2, output.encode()) + _message(3, output.encode()) + _message(4, kind.encode())
-
-
-def _value(name: str, kind: int, rank: int) -> bytes:
-    shape = _message(1, b"") * rank  # of dimensions that are not known
-    return _message(1, name.encode()) + _message(2, _message(1, _integer(1, kind) + _message(2, shape)))
-
-
-def _message(number: int, payload: bytes) -> bytes:
-    return _varint(number << 3 | 2) + _varint(len(payload)) + payload
-
-
-def _integer(number: int, value: int) -> bytes:
-    return _varint(number << 3) + _varint(value)
-
-
-def _varint(value: int) -> bytes:
-    data = bytearray()
-    while value > 0x7F:
-        data.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes([*data, value])
-
-
-_MAP, _CHANNELS, _VECTOR = (_FLOAT, 4), (_FLOAT, 3), (_FLOAT, 1)
-
-PLAIN_MODEL = model_bytes(PLAIN, {"x": _MAP, "weight": _MAP, "bias": _VECTOR})
-NORMED_MODEL = model_bytes(
-    NORMED,
-    {"x": _MAP, "scale": _CHANNELS, "shift": _CHANNELS, "pads": (_INT64, 1), "weight": _MAP, "bias": _VECTOR},
+NORMED_MODEL = onnx_model(
+    [
+        Node("Mul", "x scale", "scaled"),
+        Node("Add", "scaled shift", "normed"),
+        Node("Sigmoid", "normed", "gate"),
+        Node("Mul", "normed gate", "activated"),
+        Node("Pad", "activated pads", "bordered"),
+        Node("Conv", "bordered weight bias", "y"),
+    ],
+    {
+        "x": _MAP,
+        "scale": _CHANNELS,
+        "shift": _CHANNELS,
+        "pads": Value(Element.INT64, (None,)),
+        "weight": _MAP,
+        "bias": _VECTOR,
+    },
+    {"y": _MAP},
+    opset=_OPSET,
 )
 
 

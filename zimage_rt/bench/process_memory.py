@@ -1,14 +1,13 @@
-"""What a process holds of the machine's memory, read from outside."""
+"""How much of the machine's memory a process uses, read from outside."""
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 
 @dataclass(frozen=True)
 class HostMemory:
-    """Bytes in memory now. What a system does not tell is None."""
+    """Bytes of a process in memory now; None for what the system does not report."""
 
     resident: int
     anonymous: int | None  # heap, arenas, packed weights, shared memory: what does not yield
@@ -17,7 +16,7 @@ class HostMemory:
 
 _HAS_PROC = Path("/proc/self/status").exists()
 
-UNTOLD = "this system does not tell a process's own memory from mapped files"
+NOT_SPLIT = "this system does not report a process's own memory apart from mapped files"
 
 
 def read_host_memory(pid: int) -> HostMemory | None:
@@ -51,33 +50,3 @@ def _from_status(status: Path) -> HostMemory | None:
         return None
     anonymous, mapped = found["RssAnon"] + found.get("RssShmem", 0), found.get("RssFile", 0)
     return HostMemory(anonymous + mapped, anonymous, mapped)
-
-
-def forget_cached(paths: list[Path]) -> bool:
-    """Asks the system to drop files from its page cache; whether all of them were dropped as far as it tells."""
-    if not hasattr(os, "posix_fadvise"):
-        return False
-    for path in paths:
-        try:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())  # pages not yet on the disk would stay
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        except OSError:
-            return False
-    return True
-
-
-def read_through(paths: list[Path], room: int) -> bool:
-    """Reads files so that they are in the page cache, unless they take more than `room` bytes."""
-    if sum(path.stat().st_size for path in paths) > room:
-        return False
-    piece = bytearray(8 << 20)
-    for path in paths:
-        with path.open("rb", buffering=0) as file:
-            _drain(file, piece)
-    return True
-
-
-def _drain(file: Any, piece: bytearray) -> None:
-    while file.readinto(piece):
-        pass

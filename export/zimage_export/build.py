@@ -14,7 +14,6 @@ from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.files import hash_file
 from zimage_runtime.bundle.hub import Hub, hub_id
 from zimage_runtime.bundle.manifest import (
-    CPU,
     Defaults,
     FileRecord,
     Manifest,
@@ -32,7 +31,7 @@ from zimage_runtime.model.tokenizer import PromptTokenizer
 
 from .engines.build import add_engines, check_engine_precision
 from .errors import CheckpointError, ExportError
-from .graphs import EXECUTORS, Graph, Target, build_graphs, build_weight_only
+from .graphs import PROGRAM_SETS, Graph, build_graphs, build_programs
 from .measure.self_check import self_check
 from .output import check_disk, check_target, replaced_directory
 from .source.checkpoint import Checkpoint
@@ -107,13 +106,7 @@ def build_reported(model: str | Path, out: str | Path, options: BuildOptions, pr
         plan_weights(checkpoint, build_graphs(checkpoint.config), StoragePolicy(Precision.FP32), {})  # checks shapes
         policy = dataclasses.replace(policy, eight_bits=eight_bit_layers(checkpoint, balance))
     phases.end("prepare")
-    graphs = [
-        graph
-        for executor in EXECUTORS
-        for graph in build_graphs(checkpoint.config, Target(executor, policy, folds))
-        if executor == CPU or graph.program is not Program.MODULATION
-    ]
-    graphs += build_weight_only(checkpoint.config, policy, folds)
+    graphs = build_programs(checkpoint.config, policy, folds)
     phases.end("graphs")
     weights = plan_weights(checkpoint, graphs, policy, folds, balance if policy.rebalanced else None)
     embeddings = plan_embeddings(checkpoint)
@@ -200,9 +193,9 @@ def _write_program(path: Path, graph: Graph) -> int:
     """Writes and checks one program; returns the bytes that its weights take in the executor's memory."""
     entries = read_header(path.with_name("weights.safetensors"))
     path.write_bytes(graph.to_model("weights.safetensors", entries).SerializeToString())
-    # programs of standard operators alone can be checked down to every value's type and shape
-    onnx.checker.check_model(str(path), full_check=graph.executor != CPU)
-    if graph.executor == CPU:  # which widens 16 bits, and keeps integers
+    programs = PROGRAM_SETS[graph.executor]
+    onnx.checker.check_model(str(path), full_check=programs.standard)
+    if programs.widens:
         return sum(math.prod(s) * _in_memory(entries[name].dtype) for name, s in graph.weights.items())
     return sum(entries[name].nbytes for name in graph.weights)
 

@@ -17,7 +17,7 @@ from zimage_export.storage.folds import BlockFold
 from zimage_export.storage.precision import SCALE_SUFFIX
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.tensors import DType, TensorFile
-from zimage_runtime.executors.tensorrt.gpu_targets import Variant
+from zimage_runtime.machine.gpu_targets import Variant
 from zimage_runtime.model.block_signatures import BLOCK_SIGNATURES, block_dims
 from zimage_runtime.model.blocks import all_blocks, main_blocks
 from zimage_runtime.model.linears import Linear

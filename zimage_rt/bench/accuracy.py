@@ -9,16 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from .schema import Accuracy, Reading, absent
+from zimage_runtime.bundle.precision import Precision
+
+from .schema import FAILED, Accuracy, Reading, Row, absent
 
 Pixels = NDArray[np.uint8]
 
-GATES_DB = {"fp32": 48.0, "fp16": 35.0, "bf16": 25.0, "int8": 34.0, "int4": 25.0, "q8_0": 20.0}
-"""The least PSNR to the float32 picture that a precision passes with. Ours are the exporter's (`parity.GATES`): a test
-holds the two together. Another system's precision has the gate of ours that is stored in as many bits."""
+_OTHER_SYSTEMS_DB = {"q8_0": 20.0}
+"""The gates of precisions that only other systems have."""
 
-LOOSEST_DB = min(GATES_DB.values())
-"""For precisions that are not listed."""
+_LOOSEST_DB = min(*(precision.gate.psnr_db for precision in Precision), *_OTHER_SYSTEMS_DB.values())
 
 IDENTICAL = "the pictures are identical"
 NO_REFERENCE = "no float32 reference: give --reference or --checkpoint"
@@ -33,6 +33,16 @@ class Reference:
     reason: str = NO_REFERENCE
 
 
+def gate_db(precision: str) -> float:
+    """The least PSNR to the float32 image that a precision passes with; the loosest for an unknown precision.
+
+    Another system's precision of one of our names has our gate.
+    """
+    if precision in list(Precision):
+        return Precision(precision).gate.psnr_db
+    return _OTHER_SYSTEMS_DB.get(precision, _LOOSEST_DB)
+
+
 def read_pixels(path: Path) -> Pixels:
     """[height, width, 3]."""
     with Image.open(path) as image:
@@ -41,7 +51,7 @@ def read_pixels(path: Path) -> Pixels:
 
 def judge(pixels: Pixels, precision: str, reference: Reference, digests: Sequence[str]) -> tuple[Accuracy, str | None]:
     """A picture's accuracy, and why its row has failed; None where it has not. `digests` are of every draw's pixels."""
-    gate = GATES_DB.get(precision, LOOSEST_DB)
+    gate = gate_db(precision)
     repeatable = len(set(digests)) == 1 if len(digests) > 1 else None
     if reference.pixels is None:
         none = absent(reference.reason)
@@ -67,6 +77,13 @@ def judge(pixels: Pixels, precision: str, reference: Reference, digests: Sequenc
     return accuracy, _constant(pixels)
 
 
+def unchecked(row: Row) -> str | None:
+    """Why a row that has not failed is not checked either; None for any other row."""
+    if row.status == FAILED or (row.accuracy and row.accuracy.reference):
+        return None
+    return (row.accuracy.psnr_db.reason if row.accuracy else None) or NO_REFERENCE
+
+
 def psnr_db(pixels: Pixels, reference: Pixels) -> float:
     """Peak signal-to-noise ratio of 8-bit pictures; infinite for identical ones."""
     mean_square = float(np.mean((pixels.astype(np.float64) - reference) ** 2))
@@ -75,10 +92,8 @@ def psnr_db(pixels: Pixels, reference: Pixels) -> float:
 
 def flip(pixels: Pixels, reference: Pixels) -> Reading:
     """The mean FLIP error, 0 to 1, at 67 pixels a degree. Source: Andersson and others, FLIP, HPG 2020."""
-    try:
-        import flip_evaluator
-    except ImportError:
-        return absent("flip-evaluator is not installed; pip install 'zimage-rt[report]'")
+    import flip_evaluator
+
     unit = [(picture / np.float32(255)).astype(np.float32) for picture in (reference, pixels)]
     return Reading(round(float(flip_evaluator.evaluate(*unit, "LDR", applyMagma=False)[1]), 5))
 

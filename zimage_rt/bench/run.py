@@ -5,18 +5,17 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from zimage_runtime.bundle.manifest import CPU
 from zimage_runtime.machine.host_memory import available_memory
 from zimage_runtime.model.geometry import image_geometry
 from zimage_runtime.model.tokenizer import PromptTokenizer
 
-from .accuracy import Reference, judge, read_pixels
+from .accuracy import Reference, judge, read_pixels, unchecked
 from .environment import conditions, environment, setup
-from .floor import Rates, cpu_rates, floor_of, unknown_rates
+from .floor import Rates, cpu_rates, floor_of, unknown_rates, why_no_rate
 from .host_memory import forget_cached, read_through
 from .job import Job
 from .jobs import Opened, Planned
@@ -67,6 +66,10 @@ class Runner:
                 self.note(f"{title}: {_outcome(row)}")
             else:
                 self.note(f"{title}: measured before")
+                if unchecked(row) and (checked := self._checked(row, planned, around)):
+                    row = checked
+                    append_row(results, row)
+                    self.note(f"{title}: checked now: {_outcome(row)}")
             rows.append(row)
         shutil.rmtree(self.out / "work", ignore_errors=True)
         return rows
@@ -94,6 +97,7 @@ class Runner:
         geometry = image_geometry(case.width, case.height, config)
         tokens = _tokens(planned)
         versions = watched.done.versions if watched.done else {}
+        on_gpu = watched.done.on_gpu if watched.done else None
         return Row(
             key=key,
             case=case,
@@ -103,7 +107,7 @@ class Runner:
             memory=memory_of(
                 watched, self.interval, *planned_memory(case, planned.opened.bundle.manifest, geometry, tokens)
             ),
-            floor=floor_of(case, config, geometry, tokens, self._rates_for(case.executor), median_step(times)),
+            floor=floor_of(case, config, geometry, tokens, self._rates_for(case, on_gpu), median_step(times)),
             accuracy=accuracy,
             energy=energy_of(watched, case),
             conditions=conditions_of(watched, before, conditions()),
@@ -113,6 +117,18 @@ class Runner:
             started=started,
             notes=watched.done.notes if watched.done else (),
         )
+
+    def _checked(self, row: Row, planned: Planned, around: dict[str, Any]) -> Row | None:
+        """A row of an earlier run without a reference, compared with the one that there is now; None without one."""
+        picture = self.out / row.picture if row.picture else None
+        if picture is None or not picture.exists():
+            return None
+        reference = self._reference(planned, setup(around))
+        if reference.pixels is None or row.accuracy is None:
+            return None
+        accuracy, wrong = judge(read_pixels(picture), row.case.precision, reference, ())
+        accuracy = replace(accuracy, repeatable=row.accuracy.repeatable)
+        return replace(row, accuracy=accuracy, status=FAILED if wrong else OK, failure=wrong)
 
     def _converted(self, planned: Planned) -> Path:
         """The model as its system wants it."""
@@ -128,17 +144,12 @@ class Runner:
         name = f"{label}-{key[:8]}"
         return self.out / "pictures" / f"{name}.png", self.out / "logs" / f"{name}.log"
 
-    def _rates_for(self, executor: str) -> Rates:
-        if executor != CPU and self._runs_on_gpu(executor):
-            return unknown_rates()
+    def _rates_for(self, case: Case, on_gpu: bool | None) -> Rates:
+        if reason := why_no_rate(case, on_gpu):
+            return unknown_rates(reason)
         if self._rates is None:
             self._rates = cpu_rates()
         return self._rates
-
-    def _runs_on_gpu(self, executor: str) -> bool:
-        """Executors of ours but `cpu` do; baselines where there is a GPU."""
-        ours = any(executor in opened.bundle.manifest.executors for opened in self.bundles)
-        return ours or not isinstance(self.gpu, Untold)
 
     def _reference(self, planned: Planned, setup: str) -> Reference:
         """The reference's picture of the same prompt, size, steps and seed; drawn once, and kept in the folder."""
@@ -154,11 +165,11 @@ class Runner:
             if not picture.exists():
                 self.note(f"    reference: {title} {found.case.size}")
                 failure = self._watch(found.case, self._converted(found), picture, log).failure
-            self._references[key] = (
-                Reference(None, None, f"the reference failed: {failure}")
-                if failure
-                else Reference(title, read_pixels(picture))
-            )
+            if failure:
+                self.note(f"    the reference failed: {failure}")
+                self._references[key] = Reference(None, None, f"the reference failed: {failure}")
+            else:
+                self._references[key] = Reference(title, read_pixels(picture))
         return self._references[key]
 
 

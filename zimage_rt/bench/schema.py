@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from .documents import to_document
+from zimage_runtime.checked_json import to_document
 
 SCHEMA = 1
 

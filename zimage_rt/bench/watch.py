@@ -12,7 +12,7 @@ from typing import IO
 from zimage_runtime.errors import ZImageRuntimeError
 
 from .host_memory import read_host_memory
-from .job import Done, DrawEnd, Event, Failed, Job, StageEnd, decode_event
+from .job import Done, DrawEnd, Failed, Job, StageEnd, WorkerEvent, decode_event
 from .nvidia import Gpu, Untold
 from .sampling import Border, Sample, Sampler
 
@@ -66,7 +66,7 @@ def watch(job: Job, gpu: Gpu | Untold, log: Path, *, interval: float) -> Watched
     before = gpu if isinstance(gpu, Untold) else gpu.used_memory()
     command = [sys.executable, "-m", "zimage_rt.bench.worker", job.to_json()]
     log.parent.mkdir(parents=True, exist_ok=True)
-    events: list[Event] = []
+    events: list[WorkerEvent] = []
     with log.open("wb") as errors:
         started = time.monotonic()
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -100,7 +100,7 @@ def watch(job: Job, gpu: Gpu | Untold, log: Path, *, interval: float) -> Watched
     )
 
 
-def _collect(stream: IO[str], events: list[Event]) -> None:
+def _collect(stream: IO[str], events: list[WorkerEvent]) -> None:
     for line in stream:
         try:
             events.append(decode_event(line))
@@ -108,7 +108,7 @@ def _collect(stream: IO[str], events: list[Event]) -> None:
             events.append(Failed(f"the worker said {line[:80]!r}"))
 
 
-def _failure(events: list[Event], status: int) -> str:
+def _failure(events: list[WorkerEvent], status: int) -> str:
     for event in events:
         if isinstance(event, Failed):
             return event.reason

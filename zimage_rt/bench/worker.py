@@ -15,7 +15,7 @@ from typing import TextIO
 from zimage_runtime.errors import ZImageRuntimeError
 
 from .host_memory import read_own_memory
-from .job import Done, DrawEnd, Event, Failed, Job, StageEnd, encode_event
+from .job import Done, DrawEnd, Failed, Job, StageEnd, WorkerEvent, encode_event
 from .schema import IMPORT, LOAD, SAVE
 from .systems import System, find_system
 
@@ -28,7 +28,7 @@ class Channel:
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries print what they like: it goes to the log
         self._out: TextIO = open(own, "w", encoding="utf-8")  # noqa: SIM115  # lives as long as the process
 
-    def send(self, event: Event) -> None:
+    def send(self, event: WorkerEvent) -> None:
         """At once."""
         self._out.write(encode_event(event))
         self._out.flush()
@@ -53,7 +53,7 @@ def work(job: Job, channel: Channel, system: System) -> None:
         channel.mark(SAVE)
         channel.send(DrawEnd(hashlib.sha256(image.tobytes()).hexdigest()))
     temporary.replace(path)
-    channel.send(Done(model.gpu_allocated(), model.notes(), _versions(system.packages)))
+    channel.send(Done(model.on_gpu(), model.gpu_allocated(), model.notes(), _versions(system.packages)))
 
 
 def _versions(packages: tuple[str, ...]) -> dict[str, str]:

@@ -25,8 +25,8 @@ from zimage_runtime.executors.tensorrt.block_catalog import (
     ProgramSpec,
     VariantSpec,
 )
-from zimage_runtime.executors.tensorrt.gpu_targets import GpuTarget, Variant
 from zimage_runtime.executors.tensorrt.trt_api import Library
+from zimage_runtime.machine.gpu_targets import GpuTarget, Variant
 from zimage_runtime.model.block_signatures import BLOCK_SIGNATURES
 from zimage_runtime.model.blocks import MAP, MAP_OUT, BlockKind, all_blocks
 from zimage_runtime.model.config import ModelConfig

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.bundle import Bundle
-from zimage_runtime.bundle.manifest import Precision, write_manifest
+from zimage_runtime.bundle.manifest import CPU, Precision, write_manifest
 from zimage_runtime.bundle.tensors import TensorFile
 from zimage_runtime.command_line.progress import Advance, Progress
 from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
@@ -122,8 +122,9 @@ def _measure(
     pipeline.release()
     decoded = pipeline.decode(capture.latents[-1])
     errors["decoder"] = relative_error(decoded, generated)
-    mean, _ = pipeline.executor.encode(generated)
-    errors["encoder"] = relative_error(mean, _encode_reference(reference, generated))
+    if pipeline.bundle.manifest.record(Program.ENCODER, CPU):
+        mean, _ = pipeline.executor.encode(generated)
+        errors["encoder"] = relative_error(mean, _encode_reference(reference, generated))
     pipeline.release()
     latents, image = _draw(pipeline, request)
     errors["latents"] = relative_error(latents, capture.latents[-1][0])

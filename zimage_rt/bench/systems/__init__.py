@@ -32,8 +32,11 @@ class Model(Protocol):
     def draw(self, mark: Mark) -> "Image":
         """Draws once, marking TEXT, each STEP and DECODE as they end, or those that the system shows."""
 
+    def on_gpu(self) -> bool | None:
+        """Whether it runs on a GPU; None where that is unknown."""
+
     def gpu_allocated(self) -> int | None:
-        """The most bytes that its own GPU allocator held; None without one."""
+        """The peak of its own GPU allocator in bytes; None where it has none or does not report it."""
 
     def notes(self) -> tuple[str, ...]:
         """What a reader of the numbers should know, a line each."""

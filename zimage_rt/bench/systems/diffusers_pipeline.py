@@ -161,11 +161,15 @@ class DiffusersModel:
         picture: Image = image
         return picture
 
+    def on_gpu(self) -> bool:
+        """Whether the pipeline was moved there, or is moved there piece by piece."""
+        return self._device == "cuda"
+
     def gpu_allocated(self) -> int | None:
-        """Of torch's caching allocator."""
+        """The peak of torch's caching allocator."""
         import torch
 
-        return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else None
+        return int(torch.cuda.max_memory_allocated()) if self.on_gpu() else None
 
     def notes(self) -> tuple[str, ...]:
         """Where it ran, and what makes its text stage longer than ours."""

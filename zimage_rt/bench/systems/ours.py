@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from zimage_runtime.bundle.manifest import CPU
 from zimage_runtime.model.config import ModelConfig
 
 from ..job import Job
@@ -68,8 +69,12 @@ class OurModel:
         assert image is not None, "a pipeline ends with a picture or an error"
         return image
 
+    def on_gpu(self) -> bool:
+        """Every executor but `cpu` does."""
+        return self._case.executor != CPU
+
     def gpu_allocated(self) -> int | None:
-        """None: ONNX Runtime's Python API does not tell its arena's peak."""
+        """None: ONNX Runtime's Python API does not report its arena's peak."""
         return None
 
     def notes(self) -> tuple[str, ...]:

@@ -4,9 +4,12 @@ Its Z-Image has the published dimensions built in, so it draws only from checkpo
 is written under ComfyUI's names first, outside the measured process.
 """
 
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 from zimage_runtime.model.config import ModelConfig, SchedulerConfig
 from zimage_runtime.model.schedule import make_schedule
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _BUILT_IN = (3840, 30)  # width and layers: z_image.hpp takes no others
+_GPU_LIBRARIES = ("libcuda.so", "nvcuda", "libvulkan.so", "vulkan-1", "libamdhip", "amdhip", "libopencl", "opencl.dll")
 _PUBLISHED = SchedulerConfig(shift=3.0, num_train_timesteps=1000)
 
 
@@ -96,8 +100,15 @@ class CppModel:
         picture: Image = image
         return picture
 
+    def on_gpu(self) -> bool | None:
+        """Whether the library was built for a GPU, which shows in the libraries that this process has loaded."""
+        if sys.platform == "darwin":  # which gives no such list
+            return None
+        loaded = [Path(region.path).name.lower() for region in psutil.Process().memory_maps()]
+        return any(name in library for library in loaded for name in _GPU_LIBRARIES)
+
     def gpu_allocated(self) -> int | None:
-        """None: the library does not tell."""
+        """None: the library does not report it."""
         return None
 
     def notes(self) -> tuple[str, ...]:

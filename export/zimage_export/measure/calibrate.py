@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from zimage_runtime.bundle.rebalancing import PLACES
 from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.model.schedule import DEFAULT_STEPS
 
 from ..errors import ExportError
 from ..source.checkpoint import Checkpoint
 from ..weights.folding import ActivationRange, BlockPeak, blocks
-from ..weights.rebalance import PLACES
 from .reference import reference_pipeline
 
 _MAX_PROMPTS = 256

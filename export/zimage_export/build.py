@@ -21,6 +21,7 @@ from zimage_runtime.bundle.manifest import (
     ProgramRecord,
     write_manifest,
 )
+from zimage_runtime.bundle.rebalancing import PLACES
 from zimage_runtime.bundle.tensors import DType, read_header
 from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.machine.gpu_targets import GpuTarget
@@ -110,13 +111,17 @@ def build_reported(model: str | Path, out: str | Path, options: BuildOptions, pr
     phases.end("graphs")
     weights = plan_weights(checkpoint, graphs, policy, folds, balance if policy.rebalanced else None)
     embeddings = plan_embeddings(checkpoint)
-    needed = sum(total_bytes(tensors) for tensors in [*weights.values(), embeddings])
+    streams = {f"{component}/weights.safetensors": tensors for component, tensors in weights.items()}
+    streams["text_encoder/embeddings.safetensors"] = embeddings
+    if policy.rebalanced:  # a LoRA needs them; chosen with the weights, so written after them
+        streams |= {_rebalancing_file(component): balance.stored(component) for component in PLACES}
+    needed = sum(total_bytes(tensors) for tensors in streams.values())
     check_disk(target, needed)
     progress.note(
         f"exporting {checkpoint.name} as {options.precision}: {needed / 1e9:.2f} GB will be written to {target}"
     )
     with replaced_directory(target) as folder:
-        manifest = _write(folder, checkpoint, graphs, weights, embeddings, options, progress, phases)
+        manifest = _write(folder, checkpoint, graphs, streams, options, progress, phases)
         checked = self_check(Bundle(folder, manifest))
         manifest = dataclasses.replace(manifest, self_check=checked, folds=_plain(folds))
         write_manifest(folder, manifest)
@@ -142,15 +147,12 @@ def _write(
     folder: Path,
     checkpoint: Checkpoint,
     graphs: list[Graph],
-    weights: dict[str, list[StoredTensor]],
-    embeddings: list[StoredTensor],
+    streams: dict[str, list[StoredTensor]],
     options: BuildOptions,
     progress: Progress,
     phases: Phases,
 ) -> Manifest:
     files: dict[str, FileRecord] = {}
-    streams = {f"{component}/weights.safetensors": tensors for component, tensors in weights.items()}
-    streams["text_encoder/embeddings.safetensors"] = embeddings
     with progress.task("weights", sum(total_bytes(t) for t in streams.values()), in_bytes=True) as advance:
         for name, tensors in streams.items():
             (folder / name).parent.mkdir(exist_ok=True)
@@ -177,7 +179,12 @@ def _write(
         embeddings="text_encoder/embeddings.safetensors",
         tokenizer="tokenizer.json",
         files=files,
+        rebalancing={component: path for component in COMPONENTS if (path := _rebalancing_file(component)) in files},
     )
+
+
+def _rebalancing_file(component: str) -> str:
+    return f"{component}/rebalancing.safetensors"
 
 
 def _file_name(graph: Graph) -> str:

@@ -10,8 +10,8 @@ from test_graphs_full_size import PUBLISHED
 from torch import nn
 
 from zimage_export.storage.precision import FLOAT32_LINEARS, Encoding, StoragePolicy
-from zimage_export.weights.rebalance import PLACES
 from zimage_runtime.bundle.manifest import Precision
+from zimage_runtime.bundle.rebalancing import PLACES
 from zimage_runtime.bundle.tensors import DType
 from zimage_runtime.model.blocks import (
     BlockPlace,

@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+EXPORT_STAMP := $(VENV)/.installed-export
 comma := ,
 # TensorRT for RTX (104 MB to download, 230 MB installed) builds engines without a GPU; its wheels are for these.
 EXTRAS := export,report,test,dev$(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(comma)tensorrt)
@@ -11,14 +12,16 @@ EXTRAS := export,report,test,dev$(if $(filter Linux-x86_64,$(shell uname -sm | t
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): WANTED := $(EXTRAS)
+$(EXPORT_STAMP): WANTED := export
+$(STAMP) $(EXPORT_STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; set PYTHON=python3.x" if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(WANTED)]'
 	touch $@
 
-# The demo model's checkpoint to a bundle, and a picture from it: the whole way, on this machine.
-demo: $(STAMP)
+# The demo model's checkpoint to a bundle, and an image from it: the whole way, with what exporting needs and no more.
+demo: $(EXPORT_STAMP)
 	rm -rf out/demo && mkdir -p out/demo
 	$(BIN)/zimage-export build tiny out/demo/bundle --precision bf16
 	$(BIN)/zimage-rt run "a red circle left of a blue square" -m out/demo/bundle --seed 1 -o out/demo/picture.png
@@ -26,12 +29,12 @@ demo: $(STAMP)
 # Trains the demo model from nothing, about four hours on two cores; interrupted, it goes on where it was. The C library
 # is told to keep freed memory, and idle threads to sleep: both cost a third of the time otherwise.
 DEMO_WORK ?= out/demo-model
-demo-model: $(STAMP)
+demo-model: $(EXPORT_STAMP)
 	MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_MMAP_THRESHOLD_=4000000000 OMP_WAIT_POLICY=PASSIVE \
 	    $(BIN)/python -m demo_model $(DEMO_WORK)
 
 # Renews the bundle that ships, after a change of the exporter or of the demo model.
-demo-bundle: $(STAMP)
+demo-bundle: $(EXPORT_STAMP)
 	$(BIN)/zimage-export build tiny zimage_rt/demo_bundle --precision bf16 --force
 
 # Does it draw what it is asked for? The model card's figures, and the README's picture.

@@ -49,10 +49,11 @@ def metadata(unpacked: Path) -> Message:
     return Parser().parsestr(path.read_text(encoding="utf-8"))
 
 
-def run_isolated(code: str, *paths: Path) -> subprocess.CompletedProcess[str]:
+def run_isolated(code: str, *paths: Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Runs code in an interpreter that sees the standard library and the given paths, and nothing installed."""
     setup = f"import sys; sys.path[:0] = {[str(path) for path in paths]!r}; "
-    return subprocess.run([sys.executable, "-I", "-S", "-c", setup + code], capture_output=True, text=True)
+    command = [sys.executable, "-I", "-S", "-c", setup + code]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd)
 
 
 def test_the_wheel_carries_the_packages_and_nothing_else(wheel: Path) -> None:
@@ -69,13 +70,30 @@ def test_the_wheel_carries_the_packages_and_nothing_else(wheel: Path) -> None:
     expected = modules | typed | {OPTIMUM_COMMAND}
     assert expected <= set(carried)
     others = [name for name in carried if name not in expected]
-    data = {
-        str(path.relative_to(home).as_posix())
-        for home, folder in ((REPOSITORY, "zimage_rt/demo_bundle"), (REPOSITORY / "export", "zimage_export/demo/tiny"))
-        for path in (home / folder).rglob("*")
-        if path.is_file()
-    }
+    bundle = REPOSITORY / "zimage_rt" / "demo_bundle"
+    data = {str(path.relative_to(REPOSITORY).as_posix()) for path in bundle.rglob("*") if path.is_file()}
     assert set(others) == data
+
+
+def test_the_wheel_carries_the_demo_model_once(wheel: Path) -> None:
+    """Its bundle; the checkpoint and the training code stay in the repository."""
+    assert wheel.stat().st_size < 10e6
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert any(name.startswith("zimage_rt/demo_bundle/") for name in names)
+    assert not [name for name in names if "demo_model" in name or "tiny" in name]
+
+
+def test_outside_the_repository_tiny_says_where_it_is(unpacked: Path, tmp_path: Path) -> None:
+    site_packages = Path(sysconfig.get_path("purelib"))
+    code = "from zimage_export.source.checkpoint import Checkpoint; print(Checkpoint.open('tiny').name)"
+    outside = run_isolated(code, unpacked, site_packages, cwd=tmp_path)
+    error = outside.stderr.splitlines()[-1]
+    assert error.startswith("zimage_export.errors.CheckpointError: tiny: ")
+    assert "clone the repository" in error
+    assert "demo_model/tiny" in error
+    inside = run_isolated(code, unpacked, site_packages, cwd=REPOSITORY)
+    assert inside.stdout == "tiny\n", inside.stderr
 
 
 def test_a_plain_install_needs_no_torch(metadata: Message) -> None:

@@ -13,7 +13,6 @@ import onnx
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.files import hash_file
 from zimage_runtime.bundle.manifest import (
-    CPU,
     Defaults,
     FileRecord,
     Manifest,
@@ -22,6 +21,7 @@ from zimage_runtime.bundle.manifest import (
     ProgramRecord,
     write_manifest,
 )
+from zimage_runtime.bundle.rebalancing import PLACES
 from zimage_runtime.bundle.tensors import DType, read_header
 from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.machine.gpu_targets import GpuTarget
@@ -31,7 +31,7 @@ from zimage_runtime.model.tokenizer import PromptTokenizer
 
 from .engines.build import add_engines, check_engine_precision
 from .errors import CheckpointError
-from .graphs import EXECUTORS, Graph, Target, build_graphs, build_weight_only
+from .graphs import PROGRAM_SETS, Graph, build_graphs, build_programs
 from .measure.self_check import self_check
 from .output import check_disk, check_target, replaced_directory
 from .source.checkpoint import Checkpoint
@@ -107,23 +107,21 @@ def build_reported(model: str | Path, out: str | Path, options: BuildOptions, pr
         plan_weights(checkpoint, build_graphs(checkpoint.config), StoragePolicy(Precision.FP32), {})  # checks shapes
         policy = dataclasses.replace(policy, eight_bits=eight_bit_layers(checkpoint, balance))
     phases.end("prepare")
-    graphs = [
-        graph
-        for executor in EXECUTORS
-        for graph in build_graphs(checkpoint.config, Target(executor, policy, folds))
-        if executor == CPU or graph.program is not Program.MODULATION
-    ]
-    graphs += build_weight_only(checkpoint.config, policy, folds)
+    graphs = build_programs(checkpoint.config, policy, folds)
     phases.end("graphs")
     weights = plan_weights(checkpoint, graphs, policy, folds, balance if policy.rebalanced else None)
     embeddings = plan_embeddings(checkpoint)
-    needed = sum(total_bytes(tensors) for tensors in [*weights.values(), embeddings])
+    streams = {f"{component}/weights.safetensors": tensors for component, tensors in weights.items()}
+    streams["text_encoder/embeddings.safetensors"] = embeddings
+    if policy.rebalanced:  # a LoRA needs them; chosen with the weights, so written after them
+        streams |= {_rebalancing_file(component): balance.stored(component) for component in PLACES}
+    needed = sum(total_bytes(tensors) for tensors in streams.values())
     check_disk(target, needed)
     progress.note(
         f"exporting {checkpoint.name} as {options.precision}: {needed / 1e9:.2f} GB will be written to {target}"
     )
     with replaced_directory(target) as folder:
-        manifest = _write(folder, checkpoint, graphs, weights, embeddings, options, progress, phases)
+        manifest = _write(folder, checkpoint, graphs, streams, options, progress, phases)
         checked = self_check(Bundle(folder, manifest))
         manifest = dataclasses.replace(manifest, self_check=checked, folds=_plain(folds))
         write_manifest(folder, manifest)
@@ -149,15 +147,12 @@ def _write(
     folder: Path,
     checkpoint: Checkpoint,
     graphs: list[Graph],
-    weights: dict[str, list[StoredTensor]],
-    embeddings: list[StoredTensor],
+    streams: dict[str, list[StoredTensor]],
     options: BuildOptions,
     progress: Progress,
     phases: Phases,
 ) -> Manifest:
     files: dict[str, FileRecord] = {}
-    streams = {f"{component}/weights.safetensors": tensors for component, tensors in weights.items()}
-    streams["text_encoder/embeddings.safetensors"] = embeddings
     with progress.task("weights", sum(total_bytes(t) for t in streams.values()), in_bytes=True) as advance:
         for name, tensors in streams.items():
             (folder / name).parent.mkdir(exist_ok=True)
@@ -184,7 +179,12 @@ def _write(
         embeddings="text_encoder/embeddings.safetensors",
         tokenizer="tokenizer.json",
         files=files,
+        rebalancing={component: path for component in COMPONENTS if (path := _rebalancing_file(component)) in files},
     )
+
+
+def _rebalancing_file(component: str) -> str:
+    return f"{component}/rebalancing.safetensors"
 
 
 def _file_name(graph: Graph) -> str:
@@ -196,9 +196,9 @@ def _write_program(path: Path, graph: Graph) -> int:
     """Writes and checks one program; returns the bytes that its weights take in the executor's memory."""
     entries = read_header(path.with_name("weights.safetensors"))
     path.write_bytes(graph.to_model("weights.safetensors", entries).SerializeToString())
-    # programs of standard operators alone can be checked down to every value's type and shape
-    onnx.checker.check_model(str(path), full_check=graph.executor != CPU)
-    if graph.executor == CPU:  # which widens 16 bits, and keeps integers
+    programs = PROGRAM_SETS[graph.executor]
+    onnx.checker.check_model(str(path), full_check=programs.standard)
+    if programs.widens:
         return sum(math.prod(s) * _in_memory(entries[name].dtype) for name, s in graph.weights.items())
     return sum(entries[name].nbytes for name in graph.weights)
 

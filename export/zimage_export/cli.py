@@ -87,7 +87,7 @@ def build(
     """Export the checkpoint MODEL to a bundle at OUT.
 
     MODEL is a directory in diffusers layout, a name on the Hub such as Tongyi-MAI/Z-Image-Turbo, or "tiny", the demo
-    model that ships.
+    model of the repository.
     """
     require_extra()
     if gpus and not engines:

@@ -6,9 +6,10 @@ from single_file_tools import Tensors, to_comfy_transformer, to_ldm_vae
 from test_graphs_full_size import PUBLISHED
 
 from zimage_export.synthetic.checkpoint import program_shapes
+from zimage_runtime.model.blocks import program_blocks
 from zimage_runtime.model.comfyui_names import Rows, from_comfyui, is_pixelwise, to_comfyui
-from zimage_runtime.model.linears import component_linears
-from zimage_runtime.model.programs import COMPONENTS
+from zimage_runtime.model.linears import block_linears
+from zimage_runtime.model.programs import COMPONENTS, Program
 
 
 def tensors(component: str) -> Tensors:
@@ -63,6 +64,7 @@ def test_the_decoders_levels_are_counted_from_the_other_end() -> None:
 
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_the_vaes_linears_are_convolutions_over_pixels(component: str) -> None:
-    linears = {linear.weight for linear in component_linears(component, PUBLISHED)}
+    places = [*program_blocks(Program.DECODER, PUBLISHED), *program_blocks(Program.ENCODER, PUBLISHED)]
+    linears = {place.tensor(linear.weight) for place in places for linear in block_linears(place, PUBLISHED)}
     pixelwise = {name for name in tensors(component) if is_pixelwise(component, name)}
     assert pixelwise == (linears if component == "vae" else set())

@@ -15,11 +15,11 @@ import pytest
 from cuda_kernels import CONTRIB, KERNELS, OTHER_TYPES, SHAPE_ARITHMETIC, SHAPE_INPUTS
 from onnx import TensorProto, helper
 
-from zimage_export.graphs import Graph, Target, build_graphs, build_weight_only
+from zimage_export.graphs import Graph, Target, build_graphs, build_programs
 from zimage_export.graphs.builder import ONNX_TYPES
 from zimage_export.storage.precision import StoragePolicy
 from zimage_export.synthetic.checkpoint import SMALL
-from zimage_runtime.bundle.manifest import CPU, CUDA, Precision
+from zimage_runtime.bundle.manifest import CPU, Precision
 from zimage_runtime.bundle.tensors import DType, TensorEntry
 from zimage_runtime.model.programs import Program
 
@@ -30,12 +30,10 @@ def programs(precision: Precision) -> dict[str, onnx.ModelProto]:
     """The programs for CUDA of a precision by file name, without weights, with the type of every value."""
     # of int4's layers, one keeps 8 bits: the operator is the same
     policy = StoragePolicy(precision, DType.BF16, eight_bits=frozenset({f"transformer/{EIGHT_BITS}"}))
-    graphs = build_graphs(SMALL.config, Target(CUDA, policy))
-    graphs += build_weight_only(SMALL.config, policy, {})
     return {
         f"{graph.program}.{graph.executor}": typed_model(graph)
-        for graph in graphs
-        if graph.program is not Program.MODULATION
+        for graph in build_programs(SMALL.config, policy, {})
+        if graph.executor != CPU
     }
 
 
@@ -115,8 +113,7 @@ def test_products_of_other_integers_are_found() -> None:
     del denoiser.graph.value_info[:]
     faults = misplaced(onnx.shape_inference.infer_shapes(denoiser, strict_mode=True))
     assert any("MatMulInteger) has no kernel for UINT8" in fault for fault in faults)
-    graphs = build_graphs(SMALL.config, Target(CPU, StoragePolicy(Precision.INT8)))
-    (graph,) = [graph for graph in graphs if graph.program is Program.DENOISER]
+    (graph,) = build_graphs(SMALL.config, Target(CPU, StoragePolicy(Precision.INT8)), [Program.DENOISER])
     assert any("MatMulIntegerToFloat) is no operator" in fault for fault in misplaced(typed_model(graph)))
 
 

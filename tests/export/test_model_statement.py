@@ -1,5 +1,6 @@
 """The one statement of the model's blocks against diffusers' and transformers' own modules, at the published size."""
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -9,21 +10,46 @@ from test_graphs_full_size import PUBLISHED
 from torch import nn
 
 from zimage_export.storage.precision import FLOAT32_LINEARS, Encoding, StoragePolicy
-from zimage_export.weights.rebalance import PLACES
 from zimage_runtime.bundle.manifest import Precision
+from zimage_runtime.bundle.rebalancing import PLACES
 from zimage_runtime.bundle.tensors import DType
-from zimage_runtime.model.blocks import all_blocks, convolutions, layer_blocks, modulated_blocks, program_blocks
+from zimage_runtime.model.blocks import (
+    BlockPlace,
+    all_blocks,
+    convolutions,
+    layer_blocks,
+    modulated_blocks,
+    program_blocks,
+)
 from zimage_runtime.model.linears import (
     LAYER_LINEARS,
     Linear,
-    component_linears,
+    block_linears,
     layer_linears,
     modulation_linears,
 )
-from zimage_runtime.model.norms import Norm, NormKind, block_norms, component_norms
+from zimage_runtime.model.norms import Norm, NormKind, block_norms
 from zimage_runtime.model.programs import COMPONENTS, Program
 
 Modules = dict[str, nn.Module]
+
+
+def places(component: str) -> list[BlockPlace]:
+    programs = [program for program in Program if program.component == component]
+    return [place for program in programs for place in program_blocks(program, PUBLISHED)]
+
+
+def stated_linears(component: str) -> list[Linear]:
+    """Under their names in the component."""
+    found = [replace(one, name=p.tensor(one.name)) for p in places(component) for one in block_linears(p, PUBLISHED)]
+    if component != "transformer":
+        return found
+    modulation = modulation_linears(PUBLISHED)
+    return [*found, modulation.hidden, modulation.embedding, *modulation.blocks, modulation.final]
+
+
+def stated_norms(component: str) -> list[Norm]:
+    return [replace(one, name=p.tensor(one.name)) for p in places(component) for one in block_norms(p, PUBLISHED)]
 
 
 def transformer() -> nn.Module:
@@ -75,7 +101,7 @@ def test_linears_are_the_published_ones(modules: dict[str, Modules], component: 
         for name, m in modules[component].items()
         if isinstance(m, nn.Linear)
     }
-    stated = component_linears(component, PUBLISHED)
+    stated = stated_linears(component)
     assert len(stated) == len(set(stated)) == {"transformer": 276, "text_encoder": 245, "vae": 8}[component]
     assert set(stated) == published
 
@@ -95,7 +121,7 @@ def published_norm(name: str, module: Any) -> Norm | None:
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_norms_are_the_published_ones(modules: dict[str, Modules], component: str) -> None:
     published = {n for name, module in modules[component].items() if (n := published_norm(name, module))}
-    stated = component_norms(component, PUBLISHED)
+    stated = stated_norms(component)
     assert len(stated) == len(set(stated)) == {"transformer": 206, "text_encoder": 140, "vae": 52}[component]
     assert set(stated) == published
 
@@ -118,9 +144,9 @@ def test_convolutions_are_the_published_ones(modules: dict[str, Modules]) -> Non
 def test_blocks_of_the_autoencoder_follow_on_each_other() -> None:
     """What one gives is what the next one takes, in channels and in rows."""
     for program, first, last in ((Program.DECODER, 1, 8), (Program.ENCODER, 8, 1)):
-        places = program_blocks(program, PUBLISHED)
-        assert (places[0].scale, places[-1].out_scale) == (first, last)
-        for before, after in pairwise(places):
+        chain = program_blocks(program, PUBLISHED)
+        assert (chain[0].scale, chain[-1].out_scale) == (first, last)
+        for before, after in pairwise(chain):
             assert (before.out_channels, before.out_scale) == (after.channels, after.scale), (before, after)
 
 
@@ -154,7 +180,7 @@ def test_linears_by_role_do_what_the_role_says(modules: dict[str, Modules]) -> N
 
 @pytest.mark.parametrize("component", ["transformer", "text_encoder"])
 def test_what_is_quantized_rebalanced_and_kept_is_a_linear_of_the_statement(component: str) -> None:
-    stated = {linear.weight for linear in component_linears(component, PUBLISHED)}
+    stated = {linear.weight for linear in stated_linears(component)}
     policy = StoragePolicy(Precision.INT8)
     quantized = {name for name in stated if policy.encoding(component, name) is Encoding.INT8}
     in_layers = {
@@ -178,6 +204,6 @@ def test_tiles_are_the_decoders_wide_convolutions(modules: dict[str, Modules]) -
         for name, m in modules["vae"].items()
         if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) and name.startswith("decoder.")
     }
-    places = list(all_blocks(PUBLISHED))
-    assert len({place.key for place in places}) == len(places)
-    assert {place.name for place in places if place.kind == "decoder_tile"} == wide
+    every = list(all_blocks(PUBLISHED))
+    assert len({place.key for place in every}) == len(every)
+    assert {place.name for place in every if place.kind == "decoder_tile"} == wide

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from zimage_export.graphs import EXECUTORS, Target, build_graphs
+from zimage_export.graphs import build_programs
 from zimage_export.source.checkpoint import TensorSource
 from zimage_export.storage.precision import StoragePolicy
 from zimage_export.storage.stored import total_bytes
@@ -36,7 +36,7 @@ def planned(precision: Precision) -> dict[str, int]:
     parts = {"transformer": AnyWeights("F32", 4), "text_encoder": text, "vae": AnyWeights("BF16", 2)}
     checkpoint: Any = SimpleNamespace(config=FULL.config, weights=parts.__getitem__, text_encoder=text)
     policy = StoragePolicy(precision)
-    graphs = [graph for executor in EXECUTORS for graph in build_graphs(FULL.config, Target(executor, policy))]
+    graphs = build_programs(FULL.config, policy, {})
     sizes = {name: total_bytes(tensors) for name, tensors in plan_weights(checkpoint, graphs, policy, {}).items()}
     return sizes | {"embeddings": total_bytes(plan_embeddings(checkpoint))}
 

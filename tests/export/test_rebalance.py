@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from checkpoint_tools import altered_copy
+from checkpoint_tools import with_loud_channels
 from parity import Case, Drawing, check_parity, draw, draw_with_diffusers, relative_error
 
 import zimage_export.weights.rebalance as rebalance
@@ -14,17 +14,16 @@ from zimage_export.build import BuildOptions, build
 from zimage_export.measure.calibrate import measure_peaks
 from zimage_export.source.checkpoint import Checkpoint
 from zimage_export.storage.precision import StoragePolicy
-from zimage_export.storage.stored import Factors
 from zimage_export.weights.folding import ActivationRange
-from zimage_export.weights.rebalance import PLACES, Rebalancing, choose
+from zimage_export.weights.rebalance import Rebalancing, choose
 from zimage_runtime.arrays import FloatArray
-from zimage_runtime.bundle.manifest import Precision
+from zimage_runtime.bundle.precision import Precision
+from zimage_runtime.bundle.rebalancing import PLACES, Factors, SharedHeads
 from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.pipeline import Pipeline
 
 CASE = Case("a red fox in the snow", (80, 112), 4, 3)
 QUIET = Progress(quiet=True)
-OUTLIERS, LOUDER = 4, 50.0
 
 
 @pytest.fixture(scope="module")
@@ -102,33 +101,14 @@ def test_shared_values_must_be_scaled_alike(
 ) -> None:
     """Two query heads read each value head of the text encoder, and which two matters."""
     random_factors(monkeypatch, 1)
-    monkeypatch.setattr(rebalance._Heads, "repeat", lambda self, values: np.tile(values, self.groups))
+    monkeypatch.setattr(SharedHeads, "repeat", lambda self, values: np.tile(values, self.groups))
     with pytest.raises(AssertionError, match="away from diffusers'"):
         check_parity(rebuilt(checkpoint, tmp_path / "bundle"), expected)
 
 
 @pytest.fixture(scope="module")
 def loud(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model, in which some channels of all four activations of each block are 50 times as loud."""
-    makers = {place.maker for place in PLACES["transformer"]}
-    readers = {reader: place for place in PLACES["transformer"] for reader in place.readers}
-
-    def channels(block: str, maker: str, width: int) -> Any:
-        return np.random.default_rng([len(maker), sum(block.encode())]).permutation(width)[:OUTLIERS]
-
-    def louder(name: str, values: FloatArray) -> FloatArray | None:
-        block = ".".join(name.split(".")[:2])
-        tail = name.removeprefix(f"{block}.")
-        if tail not in makers and tail not in readers:
-            return None
-        values = values.copy()
-        if tail in readers:  # the columns make up for it, so that the model generates what it drew
-            values[:, channels(block, readers[tail].maker, values.shape[1])] /= LOUDER
-        if tail in makers:
-            values[channels(block, tail, len(values))] *= LOUDER
-        return values
-
-    return altered_copy(checkpoint, tmp_path_factory.mktemp("outliers") / "checkpoint", "transformer", louder)
+    return with_loud_channels(checkpoint, tmp_path_factory.mktemp("outliers") / "checkpoint")
 
 
 class Untouched(Rebalancing):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -137,9 +138,10 @@ def test_an_executor_without_a_required_program_is_not_listed(
     assert Bundle.open(root).manifest.executors == {CPU}
 
 
-def test_no_executor_runs_without_modulation(bundles: dict[str, Path], tmp_path: Path) -> None:
+def test_no_executor_runs_without_modulation(bundles: dict[str, Path], tmp_path: Path, capsys: Capture) -> None:
     root = edited(bundles["fp16"], tmp_path / "bundle", lambda document: document["programs"].pop("modulation"))
     assert Bundle.open(root).manifest.executors == set()
+    assert re.search("^executors +none", call_rt(capsys, "info", root).out, re.M)
 
 
 def plan_on_cpu(manifest: Manifest, *, encodes: bool) -> object:

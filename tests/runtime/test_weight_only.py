@@ -12,7 +12,7 @@ import pytest
 from cli_tools import Capture, assert_one_line_error, call_rt
 from parity import relative_error
 
-from zimage_export.graphs import Target, build_graphs, build_weight_only
+from zimage_export.graphs import build_programs
 from zimage_export.storage.precision import StoragePolicy
 from zimage_export.synthetic.checkpoint import FULL
 from zimage_runtime.bundle.bundle import Bundle
@@ -47,8 +47,9 @@ def published(precision: Precision) -> Manifest:
     """A manifest of the published model, sized by the graphs themselves."""
     policy = StoragePolicy(precision, DType.BF16)
     programs: dict[Program, dict[str, ProgramRecord]] = {program: {} for program in Program}
-    graphs = [*build_graphs(FULL.config, Target(CUDA, policy)), *build_weight_only(FULL.config, policy, {})]
-    for graph in graphs:
+    for graph in build_programs(FULL.config, policy, {}):
+        if graph.executor == CPU:
+            continue
         size = sum(graph.types[name].size * math.prod(shape) for name, shape in graph.weights.items())
         programs[graph.program][graph.executor] = ProgramRecord("x", size)
     return Manifest(

@@ -18,12 +18,12 @@ _LABEL_WIDTH = 16
 
 @click.command(short_help="Show what a bundle holds.")
 @click.argument("bundle", type=click.Path())
-@click.option("--verify", is_flag=True, help="Read every file and check that it is as it was written.")
+@click.option("--verify", is_flag=True, help="Read every file and check that it has not changed since it was written.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of lines.")
 def info(bundle: str, verify: bool, as_json: bool) -> None:
     """Show what BUNDLE holds: its source, dimensions, sizes, programs and measured distance to the checkpoint.
 
-    BUNDLE is a directory, or the name of a bundle on the Hub, ORG/NAME, which is fetched.
+    BUNDLE is a directory, or the name of a bundle on the Hub, ORG/NAME, which is downloaded.
     """
     from zimage_runtime.bundle.bundle import Bundle
     from zimage_runtime.bundle.hub import bundle_directory
@@ -65,7 +65,9 @@ def _document(bundle: "Bundle") -> dict[str, Any]:
         "bytes": bundle.size,
         "files": len(manifest.files),
         "components": _sizes(bundle),
+        "executors": sorted(manifest.executors),
         "programs": _programs(bundle),
+        "rebalancing": sorted(manifest.rebalancing),
         "self_check": manifest.self_check,
         "parity": manifest.parity,
         "fingerprint": manifest.fingerprint,
@@ -85,8 +87,11 @@ def _lines(bundle: "Bundle") -> Iterator[str]:
     yield _line("size", f"{_readable(bundle.size)} in {len(manifest.files)} files")
     for component, size in _sizes(bundle).items():
         yield _line(f"  {component}", _readable(size))
+    yield _line("executors", ", ".join(sorted(manifest.executors)) or "none: required programs are missing")
     for executor, programs in _programs(bundle).items():
         yield _line(f"{executor} programs", ", ".join(programs))
+    if manifest.rebalancing:
+        yield _line("rebalancing", f"factors of {' and '.join(sorted(manifest.rebalancing))} (a LoRA needs them)")
     if manifest.parity is None:
         yield _line("parity", "not measured")
     else:
@@ -100,7 +105,7 @@ def _line(label: str, text: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """Text from a manifest without what would steer a terminal or break the line."""
+    """Text from a manifest without characters that control a terminal or break the line."""
     return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
@@ -122,7 +127,7 @@ def _dimensions(config: "ModelConfig") -> dict[str, str]:
 
 
 def _sizes(bundle: "Bundle") -> dict[str, int]:
-    """Bytes by the folder that holds them; files beside the manifest go by their own names."""
+    """Bytes per folder; files beside the manifest are listed under their own names."""
     sizes: dict[str, int] = {}
     for path, record in bundle.manifest.files.items():
         folder = path.partition("/")[0]
@@ -140,7 +145,7 @@ def _programs(bundle: "Bundle") -> dict[str, list[str]]:
 
 
 def _nested(values: Mapping[str, Any], depth: int) -> Iterator[str]:
-    """Numbers as `key: value`, a level of indentation for each object; which there are is the exporter's to say."""
+    """Numbers as `key: value`, indented by one level per object; the exporter decides which there are."""
     for key, value in values.items():
         indent = "  " * depth + _printable(key)
         if isinstance(value, Mapping):

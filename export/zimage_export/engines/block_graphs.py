@@ -57,7 +57,7 @@ def build_block(place: BlockPlace, config: ModelConfig, types: EngineTypes, fold
     target = Target(TENSORRT, dataclasses.replace(types, prefix=prefix), folds)
     b = target.builder(place.kind.program, block_dims(place, config))
     if place.kind.component == "vae":
-        _autoencoder_block(place, VaeGraphs(config, target), b, types.cuda_compute("vae"))
+        _autoencoder_block(place, VaeGraphs(config, target), b, types.gpu_compute("vae"))
     else:
         _STATEMENTS[place.kind](place, config, target, b)
     return b.build()

@@ -49,7 +49,7 @@ class EngineTypes:
             return DType.BF16
         return DType.F16 if ".attentions." in f".{name}" else DType.F32
 
-    def cuda_compute(self, component: str) -> DType:
+    def gpu_compute(self, component: str) -> DType:
         """What values that come from no weight are computed in."""
         if self.full:
             return DType.F32

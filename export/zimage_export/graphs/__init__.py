@@ -1,46 +1,49 @@
-"""The model stated as ONNX graphs without weights. One file a component; `layers` holds what they share."""
+"""The model stated as ONNX graphs without weights. One file per component; `layers` holds what they share."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from zimage_runtime.bundle.manifest import CUDA_WEIGHT_ONLY, Precision
 from zimage_runtime.model.config import ModelConfig
+from zimage_runtime.model.programs import Program
 
 from ..storage.folds import Folds
 from ..storage.precision import StoragePolicy
-from .builder import Graph, GraphBuilder
-from .target import EXECUTORS, Target
+from .builder import Graph
+from .target import PROGRAM_SETS, Target
 from .text_encoder import TextEncoderGraph
 from .transformer import TransformerGraphs
 from .vae import VaeGraphs
 
-__all__ = [
-    "EXECUTORS",
-    "Graph",
-    "GraphBuilder",
-    "Target",
-    "TextEncoderGraph",
-    "TransformerGraphs",
-    "VaeGraphs",
-    "build_graphs",
-    "build_weight_only",
-]
+__all__ = ["PROGRAM_SETS", "Graph", "Target", "build_graph", "build_graphs", "build_programs"]
 
 
-def build_weight_only(config: ModelConfig, policy: StoragePolicy, folds: Mapping[str, Folds]) -> list[Graph]:
-    """What a bundle holds beside the executors' programs: for int8, the denoiser that multiplies in fp16.
+def build_graph(program: Program, config: ModelConfig, target: Target) -> Graph:
+    """One program of a model."""
+    match program:
+        case Program.TEXT_ENCODER:
+            return TextEncoderGraph(config, target).build()
+        case Program.CAPTION:
+            return TransformerGraphs(config, target).caption()
+        case Program.MODULATION:
+            return TransformerGraphs(config, target).modulation()
+        case Program.DENOISER:
+            return TransformerGraphs(config, target).denoiser()
+        case Program.DECODER:
+            return VaeGraphs(config, target).decoder()
+        case Program.ENCODER:
+            return VaeGraphs(config, target).encoder()
 
-    The text encoder and the caption have few tokens, for which widening all weights would take longer than using them.
-    """
-    if policy.precision is not Precision.INT8:
-        return []
-    return [TransformerGraphs(config, Target(CUDA_WEIGHT_ONLY, policy, folds)).denoiser()]
+
+def build_graphs(
+    config: ModelConfig, target: Target | None = None, programs: Sequence[Program] = tuple(Program)
+) -> list[Graph]:
+    """Programs of a model for one target: all of them, in float32 on the CPU, unless others are given."""
+    return [build_graph(program, config, target or Target()) for program in programs]
 
 
-def build_graphs(config: ModelConfig, target: Target | None = None) -> list[Graph]:
-    """Every program of a model for one target: float32 on the CPU unless another is given."""
-    target = target or Target()
+def build_programs(config: ModelConfig, policy: StoragePolicy, folds: Mapping[str, Folds]) -> list[Graph]:
+    """Every program of a bundle: what each entry of the registry states for the bundle's precision."""
     return [
-        TextEncoderGraph(config, target).build(),
-        *TransformerGraphs(config, target).build(),
-        *VaeGraphs(config, target).build(),
+        graph
+        for name, programs in PROGRAM_SETS.items()
+        for graph in build_graphs(config, Target(name, policy, folds), programs.of(policy.precision))
     ]

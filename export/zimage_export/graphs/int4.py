@@ -11,7 +11,7 @@ from zimage_runtime.bundle.tensors import DType
 from zimage_runtime.model.linears import Linear
 
 from ..storage.precision import BLOCK_SIZE, Encoding, StoragePolicy, scale_of
-from .layers import CudaLayers, Layers
+from .layers import Layers
 
 _BITS = {Encoding.BLOCKS4: 4, Encoding.BLOCKS8: 8}
 _INTEGER_ACTIVATIONS = 4  # of ONNX Runtime's accuracy levels
@@ -47,11 +47,3 @@ class BlockLayers(Layers):
             block_size=BLOCK_SIZE,
             accuracy_level=self.accuracy_level,
         )
-
-
-@dataclass(frozen=True)
-class BlockCudaLayers(BlockLayers, CudaLayers):
-    """The same for CUDA, in fp16: the folds keep its range."""
-
-    activations: DType = DType.F16
-    accuracy_level: int = 0  # whatever the kernel does

@@ -17,12 +17,12 @@ from onnx import TensorProto
 
 from zimage_runtime.bundle.manifest import Precision
 from zimage_runtime.bundle.tensors import DType
-from zimage_runtime.machine.int8_products import ACTIVATION_LEVELS, EXACT_LEVELS, SAFE_LEVELS
+from zimage_runtime.machine.int8_products import ACTIVATION_LEVELS, SAFE_LEVELS
 from zimage_runtime.model.linears import Linear
 
 from ..storage.precision import Encoding, StoragePolicy, scale_of
 from .builder import GraphBuilder
-from .layers import CudaLayers, Layers
+from .layers import Layers
 
 _TINY = 1e-30  # a token of zeros has a scale, too
 
@@ -106,49 +106,3 @@ class Int8Layers(Layers):
         weight, scale = int8_weight(b, linear)
         inputs = [x.values, weight, b.number(1.0), scale, x.zero]
         return b.typed(b.op("MatMulIntegerToFloat", *inputs, name=f"{linear.name}.product", contrib=True), DType.F32)
-
-
-@dataclass(frozen=True)
-class Int8CudaLayers(Int8Layers, CudaLayers):
-    """The same for CUDA: int8 activations, and standard operators alone."""
-
-    def attention(self, q: str, k: str, v: str, heads: int, head_dim: int, name: str = "scores") -> str:
-        """Full attention in fp16, which keeps more than the bytes around it do; flash attention knows no float32."""
-        q, k, v = (self.b.cast(value, DType.F16) for value in (q, k, v))
-        return super().attention(q, k, v, heads, head_dim, name)
-
-    def _quantize(self, x: str) -> Quantized:
-        zero = self.b.constant(np.array(0, np.int8), "int8_zero")
-        rows = self._rows(x, self.b.number(EXACT_LEVELS), zero)
-        return Quantized(rows.values, rows.scale, "")
-
-    def _product(self, x: Quantized, linear: Linear) -> str:
-        b = self.b
-        weight, scale = int8_weight(b, linear)
-        product = b.op("MatMulInteger", x.values, weight, name=f"{linear.name}.integers")
-        product = b.op("Cast", product, name=f"{linear.name}.float", to=TensorProto.FLOAT)
-        return b.op("Mul", b.typed(product, DType.F32), scale, name=f"{linear.name}.product")
-
-
-@dataclass(frozen=True)
-class Int8WeightOnlyLayers(CudaLayers):
-    """Layers for CUDA on the same bytes that multiply in fp16, each weight widened just before its product.
-
-    The folds keep fp16's range. `DequantizeLinear` gives no bfloat16 on CUDA, and ONNX Runtime folds no constants
-    through it, as it would through a `Cast`: the weights stay int8 in memory.
-    """
-
-    compute: DType = DType.F16
-    policy: StoragePolicy = field(default_factory=lambda: StoragePolicy(Precision.INT8))
-
-    def linear(self, x: str, linear: Linear) -> str:
-        """A linear layer on rows [rows, in_width] → [rows, out_width] fp16."""
-        if not is_int8(self.b, self.policy, linear):
-            return super().linear(x, linear)
-        b = self.b
-        weight, scale = int8_weight(b, linear)
-        scale = b.cast(scale, self.compute)
-        with b.widening():
-            widened = b.op("DequantizeLinear", weight, scale, name=f"{linear.name}.widened", axis=1)
-        widened = b.typed(widened, self.compute)
-        return b.typed(b.op("MatMul", b.cast(x, self.compute), widened, name=linear.name), self.compute)

@@ -140,21 +140,3 @@ class Layers:
     def residual(self, x: str, update: str, name: str) -> str:
         """Adds a branch to the residual stream, which is float32."""
         return self.b.op("Add", x, self.b.cast(update, DType.F32), name=name)
-
-
-@dataclass(frozen=True)
-class CudaLayers(Layers):
-    """Layers for CUDA: operators of opset 23 alone."""
-
-    def attention(self, q: str, k: str, v: str, heads: int, head_dim: int, name: str = "scores") -> str:
-        """Full attention of [batch, tokens, heads * head_dim]."""
-        return self.b.op("Attention", q, k, v, name=name, q_num_heads=heads, kv_num_heads=heads)
-
-    def doubled(self, x: str, channels: int) -> str:
-        """A map with each pixel as two by two. CUDA has no `Resize` in bfloat16, and nothing else would run it."""
-        b = self.b
-        rows = b.op("Mul", b.dim(x, 2, "rows"), b.integers(2), name="rows.doubled")
-        shape = b.op("Concat", b.integers(0, channels), rows, b.integers(-1), name="nearest.shape", axis=0)
-        x = b.op("Unsqueeze", x, b.integers(3, 5), name="pixels")
-        x = b.op("Expand", x, b.integers(1, 1, 1, 2, 1, 2), name="repeated")
-        return b.op("Reshape", x, shape, name="nearest")

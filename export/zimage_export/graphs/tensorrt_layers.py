@@ -14,12 +14,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from zimage_runtime.bundle.manifest import TENSORRT
 from zimage_runtime.bundle.tensors import DType
 from zimage_runtime.model.linears import Linear
 from zimage_runtime.model.norms import Norm
 
 from ..storage.precision import scale_of
+from .builder import GraphBuilder
 from .layers import Layers
+from .program_set import ProgramSet, TypePolicy
 
 _DEQUANTIZED = -7  # exponent of the scalar scale
 _LEVELS = 127.0
@@ -219,3 +222,10 @@ class TensorRtLayers(Layers):
         factor, shift = (b.op("Reshape", h, columns, name=f"{h}.column") for h in (factor, shift))
         factor, shift = b.cast(factor, dtype), b.cast(shift, dtype)
         return b.op("Add", b.op("Mul", given, factor, name=f"{name}.scaled"), shift, name=name)
+
+
+def _layers(b: GraphBuilder, policy: TypePolicy) -> Layers:
+    return TensorRtLayers(b, policy.gpu_compute(b.program.component))
+
+
+TENSORRT_PROGRAMS = ProgramSet(TENSORRT, _layers, ())  # block programs alone: see `engines`

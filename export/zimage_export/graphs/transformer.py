@@ -66,10 +66,6 @@ class TransformerGraphs:
     config: ModelConfig
     target: Target
 
-    def build(self) -> list[Graph]:
-        """Caption, modulation and denoiser."""
-        return [self.caption(), self.modulation(), self.denoiser()]
-
     def _builder(self, program: Program) -> GraphBuilder:
         c = self.config.transformer
         return self.target.builder(

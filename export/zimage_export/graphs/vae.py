@@ -36,10 +36,6 @@ class VaeGraphs:
     config: ModelConfig
     target: Target
 
-    def build(self) -> list[Graph]:
-        """Decoder and encoder."""
-        return [self.decoder(), self.encoder()]
-
     def decoder(self) -> Graph:
         """Latents → image."""
         b = self._builder(Program.DECODER)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from zimage_runtime.bundle.rebalancing import PLACES
 from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.model.linears import LAYER_LINEARS
 from zimage_runtime.model.schedule import DEFAULT_STEPS
@@ -19,7 +20,6 @@ from zimage_runtime.model.schedule import DEFAULT_STEPS
 from ..errors import ExportError
 from ..source.checkpoint import Checkpoint
 from ..weights.folding import ActivationRange, BlockPeak, blocks
-from ..weights.rebalance import PLACES
 from .reference import reference_pipeline
 
 _MAX_PROMPTS = 256

@@ -15,6 +15,7 @@ import numpy as np
 from torch import nn
 
 from zimage_runtime.arrays import FloatArray
+from zimage_runtime.bundle.rebalancing import PLACES
 from zimage_runtime.bundle.tensors import DType, to_float32
 from zimage_runtime.machine.int8_products import EXACT_LEVELS, SAFE_LEVELS
 
@@ -23,7 +24,7 @@ from ..storage.casts import encode
 from ..storage.precision import BLOCK_SIZE, Encoding
 from ..storage.quantize import rounded
 from ..weights.folding import blocks
-from ..weights.rebalance import PLACES, Rebalancing
+from ..weights.rebalance import Rebalancing
 
 _ROWS = 64  # of activations, and
 _OUTPUTS = 128  # of weights that are looked at, evenly spread

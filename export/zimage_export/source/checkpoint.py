@@ -26,7 +26,7 @@ FLOATING = (DType.F32, DType.F16, DType.BF16)
 """The element types that a checkpoint's weights may have."""
 
 DEMO = Path(__file__).parents[3] / "demo_model" / "tiny"
-"""The checkpoint of the demo model."""
+"""The checkpoint of the demo model: in the repository, beside the packages, and not in an installed one."""
 
 _CHUNK_BYTES = 64 << 20
 
@@ -195,6 +195,20 @@ def _read_json(path: Path) -> dict[str, Any]:
     return data
 
 
+def demo_checkpoint() -> Path:
+    """The demo model's checkpoint: of the repository that this code is part of, or that the process was started in.
+
+    Raises `CheckpointError` elsewhere.
+    """
+    found = next((place for place in (DEMO, Path(*DEMO.parts[-2:])) if place.is_dir()), None)
+    if found is None:
+        raise CheckpointError(
+            f"{DEMO.name}: the demo model's checkpoint is in the repository of zimage-rt, not in the installed "
+            f"package; clone the repository and run this there, or give the path of its {'/'.join(DEMO.parts[-2:])}"
+        )
+    return found
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A published model: its configuration, its tensors by component, and its tokenizer."""
@@ -213,10 +227,10 @@ class Checkpoint:
 
         Such a component's folder may be missing; where it has a ``config.json``, that one counts. With a file for
         every component, `path` need only have the tokenizer: ``tokenizer.json``, or a directory with it.
-        ``"tiny"`` is the demo model that ships (``"./tiny"`` a directory of that name).
+        ``"tiny"`` is the demo model (``"./tiny"`` a directory of that name).
         Raises `CheckpointError` for whatever is missing or wrong.
         """
-        root = DEMO if path == DEMO.name else Path(path)
+        root = demo_checkpoint() if path == DEMO.name else Path(path)
         if not files.complete:
             _check_layout(root, files)
         weights = {part: Weights.in_file(part, file) for part in COMPONENTS if (file := files.get(part))}

@@ -90,8 +90,8 @@ class StoragePolicy:
             return half if kept else DType.F32
         return half
 
-    def cuda_compute(self, component: str) -> DType:
-        """What the CUDA programs of a component multiply in."""
+    def gpu_compute(self, component: str) -> DType:
+        """What a GPU's programs of a component multiply in."""
         if component == "vae" and self.precision is not Precision.BF16:
             return DType.F32
         return _HALF.get(self.precision, DType.F32)

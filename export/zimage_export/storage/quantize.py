@@ -13,12 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zimage_runtime.arrays import FloatArray
+from zimage_runtime.bundle.rebalancing import Factors
 from zimage_runtime.bundle.tensors import DType
 
 from ..errors import ExportError
 from ..source.checkpoint import TensorSource
 from .precision import BLOCK_SIZE, Encoding, scale_of
-from .stored import NO_FACTORS, Factors, LazyFactors, StoredTensor, row_chunks
+from .stored import NO_FACTORS, LazyFactors, StoredTensor, row_chunks
 
 Integers = NDArray[np.generic]
 

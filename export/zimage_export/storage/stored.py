@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zimage_runtime.arrays import FloatArray
+from zimage_runtime.bundle.rebalancing import Factors
 from zimage_runtime.bundle.tensors import DType, to_float32
 
 from ..source.checkpoint import TensorSource
@@ -33,22 +34,6 @@ class StoredTensor:
 def total_bytes(tensors: Iterable[StoredTensor]) -> int:
     """Bytes of several tensors' data."""
     return sum(tensor.nbytes for tensor in tensors)
-
-
-@dataclass(frozen=True)
-class Factors:
-    """What a weight [out, in] or a vector is multiplied by before it is stored; None is one everywhere."""
-
-    rows: FloatArray | None = None  # [out]
-    columns: FloatArray | None = None  # [in], or a vector's elements
-
-    def apply(self, values: FloatArray, first: int = 0) -> FloatArray:
-        """The product, for a vector or for the rows from `first` on."""
-        if self.columns is not None:
-            values = values * self.columns
-        if self.rows is not None:
-            values = values * self.rows[first : first + len(values), None]
-        return values
 
 
 NO_FACTORS = Factors()

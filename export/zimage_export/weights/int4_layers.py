@@ -10,13 +10,14 @@ from collections.abc import Iterator
 import numpy as np
 
 from zimage_runtime.arrays import FloatArray
+from zimage_runtime.bundle.rebalancing import PLACES
 
 from ..errors import ExportError
 from ..source.checkpoint import Checkpoint
 from ..storage.precision import BLOCK_SIZE, Encoding
 from ..storage.quantize import rounded
 from .folding import blocks
-from .rebalance import PLACES, Rebalancing, sample_rows
+from .rebalance import Rebalancing, sample_rows
 
 _BUDGET = 0.1  # of all quantized parameters, those that keep 8 bits: a tenth adds a tenth to what 5 bits take
 

@@ -8,60 +8,33 @@ table, which holds them times 1 + scale; so dividing the stored weight divides t
 
 How far to go (`s = a^α / w^(1-α)`, SmoothQuant, arXiv 2211.10438) is chosen for each place by the error that
 quantizing its activations and its weights is expected to add to the layers' outputs; not at all is among the choices.
-`a` is how loud each channel is: measured by `calibrate`, or told by the weights alone.
+`a` is how loud each channel is: measured by `calibrate`, or estimated from the weights alone.
 """
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from zimage_runtime.arrays import FloatArray
-from zimage_runtime.bundle.tensors import to_float32
-from zimage_runtime.model.config import ModelConfig
-from zimage_runtime.model.linears import LAYER_LINEARS
-from zimage_runtime.model.norms import ATTENTION_NORM, FFN_NORM
+from zimage_runtime.bundle.rebalancing import ATTENTION_VALUES, PLACES, Factors, SharedHeads, block_factors
+from zimage_runtime.bundle.tensors import DType, to_float32
 
 from ..source.checkpoint import Checkpoint, TensorSource, Weights
 from ..storage.folds import block_of
-from ..storage.stored import Factors, LazyFactors, row_chunks
-from .folding import ActivationRange, Peaks
+from ..storage.stored import LazyFactors, StoredTensor, row_chunks
+from .folding import ActivationRange, Peaks, blocks
 
 _STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _SAMPLE_ROWS = 192  # of each weight that reads a channel
 _PEAK = 4.0  # the largest of a few thousand normal values, over their standard deviation
-_LEAST = 1e-4  # of the median: a channel that is silent, or that nobody reads, is not blown up without bound
+_LEAST = 1e-4  # of the median: a channel that is silent, or that no weight reads, gets no unbounded factor
 _LEVELS = 127.0
 
 
 Ranges = Mapping[str, Mapping[str, Mapping[str, ActivationRange]]]
 """By component, block and place."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """Activations that linears read: named as the first of them, made by a norm's weight or another linear's rows."""
-
-    maker: str  # divided: a norm's weight, or the rows of a linear's
-    readers: tuple[str, ...]  # multiplied: the columns of these linears
-
-
-def _places(component: str) -> tuple[Place, ...]:
-    linears = LAYER_LINEARS[component]
-    attention, ffn = ATTENTION_NORM[component], FFN_NORM[component]
-    readers = {
-        attention: (linears.query, linears.key, linears.value),
-        linears.value: (linears.out,),
-        ffn: (linears.gate, linears.up),
-        linears.up: (linears.down,),
-    }
-    return tuple(Place(f"{maker}.weight", tuple(f"{n}.weight" for n in names)) for maker, names in readers.items())
-
-
-PLACES = {component: _places(component) for component in LAYER_LINEARS}
-"""In the order of a block; the third's first reader is the gate of the fourth."""
 
 
 def loudness(peaks: Peaks | None) -> Ranges:
@@ -73,12 +46,13 @@ def loudness(peaks: Peaks | None) -> Ranges:
 
 
 class Rebalancing:
-    """The factors of every tensor of a checkpoint. A block is looked at when its first tensor is asked for."""
+    """The factors of every tensor of a checkpoint. A block is examined when its first tensor is requested."""
 
     def __init__(self, checkpoint: Checkpoint, ranges: Ranges | None = None) -> None:
-        """With `ranges`, measured by `calibrate`; otherwise loudness is told from the weights."""
+        """With `ranges`, measured by `calibrate`; otherwise loudness is estimated from the weights."""
         self._checkpoint = checkpoint
         self._ranges = ranges or {}
+        self._chosen = functools.cache(self._choose_block)
         self._block = functools.cache(self._factors_of_block)
 
     def factors(self, component: str, name: str) -> LazyFactors | None:
@@ -92,32 +66,40 @@ class Rebalancing:
 
     def loudness(self, component: str, block: str) -> dict[str, ActivationRange]:
         """How loud the activations of each place of a block are, by its first reader."""
-        weights, heads = self._checkpoint.weights(component), _Heads.of(self._checkpoint.config, component)
+        weights, heads = self._checkpoint.weights(component), SharedHeads.of(self._checkpoint.config, component)
         measured = self._ranges.get(component, {}).get(block, {})
         places = [place.readers[0] for place in PLACES[component]]
         if all(place in measured for place in places):
             return dict(measured)
-        return {**_tell(weights, component, block, heads), **measured}
+        return {**_estimate(weights, component, block, heads), **measured}
+
+    def stored(self, component: str) -> list[StoredTensor]:
+        """The factors of every place of a component, as the bundle keeps them (see `bundle.rebalancing`)."""
+        weights = self._checkpoint.weights(component)
+
+        def tensor(block: str, maker: str) -> StoredTensor:
+            name = f"{block}.{maker}"
+            width = weights.get(name).shape[0]
+            return StoredTensor(name, DType.F32, (width,), lambda: iter([self._chosen(component, block)[maker]]))
+
+        names = blocks(self._checkpoint.config)[component]
+        return [tensor(block, place.maker) for block in names for place in PLACES[component]]
+
+    def _choose_block(self, component: str, block: str) -> dict[str, FloatArray]:
+        """The factors of each place of a block, by its maker."""
+        weights = self._checkpoint.weights(component)
+        heads = SharedHeads.of(self._checkpoint.config, component)
+        ranges = self.loudness(component, block)
+        chosen: dict[str, FloatArray] = {}
+        for index, place in enumerate(PLACES[component]):
+            samples = [sample_rows(weights.get(f"{block}.{reader}")) for reader in place.readers]
+            shared = heads if index == ATTENTION_VALUES else SharedHeads()
+            chosen[place.maker] = choose(_gather(ranges[place.readers[0]], shared), _stack(samples, shared))
+        return chosen
 
     def _factors_of_block(self, component: str, block: str) -> dict[str, Factors]:
-        weights = self._checkpoint.weights(component)
-        spread = _Heads.of(self._checkpoint.config, component)
-        told = self.loudness(component, block)
-        columns: dict[str, FloatArray] = {}
-        rows: dict[str, FloatArray] = {}
-        for index, place in enumerate(PLACES[component]):
-            loudness = told[place.readers[0]]
-            samples = [sample_rows(weights.get(f"{block}.{reader}")) for reader in place.readers]
-            shared = spread if index == 1 else _NO_HEADS  # values that several heads share are scaled alike
-            factors = choose(shared.gather(loudness), shared.stack(samples))
-            for reader in place.readers:
-                columns[reader] = shared.repeat(factors)
-            rows[place.maker] = np.float32(1) / factors
-        found = {name: Factors(rows.get(name), factor) for name, factor in columns.items()}
-        for place in PLACES[component]:
-            if place.maker not in columns:  # a norm's weight is a vector
-                found[place.maker] = Factors(columns=rows[place.maker])
-        return found
+        heads = SharedHeads.of(self._checkpoint.config, component)
+        return block_factors(component, self._chosen(component, block), heads)
 
 
 def choose(loudness: ActivationRange, readers: Sequence[FloatArray]) -> FloatArray:
@@ -152,48 +134,26 @@ def _floored(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.maximum(values, max(float(np.median(values)) * _LEAST, 1e-30))
 
 
-@dataclass(frozen=True)
-class _Heads:
-    """Keys and values that several query heads share: `groups` heads of `width` channels read each of theirs."""
-
-    groups: int
-    width: int
-
-    @classmethod
-    def of(cls, config: ModelConfig, component: str) -> "_Heads":
-        if component == "transformer":
-            return _NO_HEADS
-        text = config.text_encoder
-        return cls(text.num_attention_heads // text.num_key_value_heads, text.head_dim)
-
-    def repeat(self, values: FloatArray) -> FloatArray:
-        """[shared channels] → [channels of all heads]"""
-        if self.groups == 1:
-            return values
-        return np.repeat(values.reshape(-1, self.width), self.groups, axis=0).reshape(-1)
-
-    def gather(self, loudness: ActivationRange) -> ActivationRange:
-        """Of all heads → of the shared channels: the loudest of those that share."""
-        if self.groups == 1:
-            return loudness
-        shape = (-1, self.groups, self.width)
-        return ActivationRange(
-            np.sqrt(np.square(loudness.rms).reshape(shape).mean(axis=1)).reshape(-1),
-            loudness.peak.reshape(shape).max(axis=1).reshape(-1),
-        )
-
-    def stack(self, samples: Sequence[FloatArray]) -> list[FloatArray]:
-        """Columns of all heads → of the shared channels, with more rows instead."""
-        if self.groups == 1:
-            return list(samples)
-        split = [s.reshape(len(s), -1, self.groups, self.width) for s in samples]
-        return [s[:, :, group].reshape(len(s), -1) for s in split for group in range(self.groups)]
+def _gather(loudness: ActivationRange, heads: SharedHeads) -> ActivationRange:
+    """Of all heads → of the channels that they share: the loudest of those that share."""
+    if heads.groups == 1:
+        return loudness
+    shape = (-1, heads.groups, heads.width)
+    return ActivationRange(
+        np.sqrt(np.square(loudness.rms).reshape(shape).mean(axis=1)).reshape(-1),
+        loudness.peak.reshape(shape).max(axis=1).reshape(-1),
+    )
 
 
-_NO_HEADS = _Heads(1, 1)
+def _stack(samples: Sequence[FloatArray], heads: SharedHeads) -> list[FloatArray]:
+    """Columns of all heads → of the channels that they share, with more rows instead."""
+    if heads.groups == 1:
+        return list(samples)
+    split = [s.reshape(len(s), -1, heads.groups, heads.width) for s in samples]
+    return [s[:, :, group].reshape(len(s), -1) for s in split for group in range(heads.groups)]
 
 
-def _tell(weights: Weights, component: str, block: str, heads: _Heads) -> dict[str, ActivationRange]:
+def _estimate(weights: Weights, component: str, block: str, heads: SharedHeads) -> dict[str, ActivationRange]:
     """Ranges from the weights alone, by place: behind a norm, channels are as loud as its weight says, and a linear
     of inputs that know nothing of each other is as loud as its row."""
     attention, value, ffn, product = PLACES[component]

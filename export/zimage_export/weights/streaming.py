@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zimage_runtime.bundle.manifest import FileRecord
+from zimage_runtime.bundle.rebalancing import Factors
 from zimage_runtime.bundle.tensors import DType, encode_header, to_float32
 from zimage_runtime.command_line.progress import Advance
 from zimage_runtime.model.linears import EMBEDDINGS
@@ -24,7 +25,7 @@ from ..storage.casts import encode
 from ..storage.folds import Folds, block_of, weight_exponent
 from ..storage.precision import SCALE_SUFFIX, Encoding, StoragePolicy, linear_shape
 from ..storage.quantize import quantized
-from ..storage.stored import Factors, LazyFactors, StoredTensor, row_chunks
+from ..storage.stored import LazyFactors, StoredTensor, row_chunks
 from .prefetch import ahead
 from .rebalance import Rebalancing
 

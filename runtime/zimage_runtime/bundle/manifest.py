@@ -92,6 +92,7 @@ class Manifest:
     folds: Mapping[str, Any] = field(default_factory=dict)  # powers of two divided out of weights, by component
     parity: Mapping[str, Any] | None = None  # distances to the checkpoint; None until measured
     engines: str | None = None  # path of the catalog of block programs and engines for TensorRT
+    rebalancing: Mapping[str, str] = field(default_factory=dict)  # path of a component's factors, where it has some
     earlier_fingerprints: tuple[str, ...] = ()  # that images may record which these weights generated: see `matches`
 
     @property
@@ -183,6 +184,7 @@ class Manifest:
             "self_check": self.self_check,
             "parity": self.parity,
             "engines": self.engines,
+            "rebalancing": dict(self.rebalancing),
             "earlier_fingerprints": list(self.earlier_fingerprints),
         }
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
@@ -250,6 +252,7 @@ class Manifest:
             self_check=_plain_object(fields, "self_check") or {},
             parity=_plain_object(fields, "parity"),
             engines=listed(fields.text("engines")) if "engines" in fields else None,
+            rebalancing=_rebalancing(fields, listed),
             earlier_fingerprints=_fingerprints(fields),
         )
 
@@ -282,6 +285,13 @@ def _program_records(fields: Fields, listed: Callable[[str], str]) -> dict[str, 
         record = fields.object(executor)
         records[executor] = ProgramRecord(listed(record.text("path")), record.integer("weight_bytes", minimum=0))
     return records
+
+
+def _rebalancing(fields: Fields, listed: Callable[[str], str]) -> dict[str, str]:
+    if "rebalancing" not in fields:
+        return {}
+    paths = fields.object("rebalancing")
+    return {component: listed(paths.text(component)) for component in COMPONENTS if component in paths}
 
 
 def _fingerprints(fields: Fields) -> tuple[str, ...]:

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-from .blocks import BlockKind, BlockPlace, modulated_blocks, program_blocks
+from .blocks import BlockKind, BlockPlace, modulated_blocks
 from .config import PATCH_SIZE, ModelConfig
-from .programs import Program
 
 T = TypeVar("T")
 
@@ -136,9 +135,6 @@ class ModulationLinears:
     blocks: tuple[Linear, ...]  # one for each row of the modulation table: four factors per channel
     final: Linear
 
-    def __iter__(self) -> Iterator[Linear]:
-        yield from (self.hidden, self.embedding, *self.blocks, self.final)
-
 
 def modulation_linears(config: ModelConfig) -> ModulationLinears:
     """What turns timesteps into the modulation table."""
@@ -151,15 +147,3 @@ def modulation_linears(config: ModelConfig) -> ModulationLinears:
         ),
         Linear(f"all_final_layer.{PATCH}.adaLN_modulation.1", dim, width, bias=True),
     )
-
-
-def component_linears(component: str, config: ModelConfig) -> list[Linear]:
-    """Every linear that is used of a component, under its name there."""
-    found = [
-        replace(linear, name=place.tensor(linear.name))
-        for program in Program
-        if program.component == component
-        for place in program_blocks(program, config)
-        for linear in block_linears(place, config)
-    ]
-    return [*found, *modulation_linears(config)] if component == "transformer" else found

@@ -3,10 +3,9 @@
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from .blocks import NORM_BEFORE, NORMS, BlockKind, BlockPlace, convolutions, program_blocks
+from .blocks import NORM_BEFORE, NORMS, BlockKind, BlockPlace, convolutions
 from .config import ModelConfig
 from .linears import PATCH
-from .programs import Program
 
 _HEAD_EPSILON = 1e-5  # of the transformer's queries and keys: fixed in diffusers, whatever norm_eps is
 _FINAL_EPSILON = 1e-6
@@ -94,14 +93,3 @@ def block_norms(place: BlockPlace, config: ModelConfig) -> tuple[Norm, ...]:
 
 def _group_norm(name: str, width: int, config: ModelConfig) -> Norm:
     return Norm(name, width, _GROUP_EPSILON, NormKind.GROUP, config.vae.norm_num_groups)
-
-
-def component_norms(component: str, config: ModelConfig) -> list[Norm]:
-    """Every norm that is used of a component, under its name there."""
-    return [
-        replace(norm, name=place.tensor(norm.name))
-        for program in Program
-        if program.component == component
-        for place in program_blocks(program, config)
-        for norm in block_norms(place, config)
-    ]

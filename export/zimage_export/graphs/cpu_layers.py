@@ -1,0 +1,23 @@
+"""The layers of the CPU's programs: float32, or integers where the bundle stores integers."""
+
+from zimage_runtime.bundle.manifest import CPU, Precision
+from zimage_runtime.model.programs import Program
+
+from ..storage.precision import StoragePolicy
+from .builder import GraphBuilder
+from .int4 import BlockLayers
+from .int8 import Int8Layers
+from .layers import Layers
+from .program_set import ProgramSet, TypePolicy
+
+
+def _layers(b: GraphBuilder, policy: TypePolicy) -> Layers:
+    match policy:
+        case StoragePolicy(precision=Precision.INT8):
+            return Int8Layers(b, policy=policy)
+        case StoragePolicy(precision=Precision.INT4):
+            return BlockLayers(b, policy=policy)
+    return Layers(b)
+
+
+CPU_PROGRAMS = ProgramSet(CPU, _layers, tuple(Program), widens=True, standard=False)

@@ -1,0 +1,114 @@
+"""The layers of CUDA's programs: attention that dispatches to flash attention, products in 16 bits or of int8.
+
+An int8 bundle's denoiser comes in two forms on the same bytes: W8A8, and fp16 products for which each weight is
+widened just before. GPUs differ in which is faster. The text encoder and the caption have few tokens, for which
+widening all weights would take longer than using them.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from onnx import TensorProto
+
+from zimage_runtime.bundle.manifest import CUDA, CUDA_WEIGHT_ONLY, Precision
+from zimage_runtime.bundle.tensors import DType
+from zimage_runtime.machine.int8_products import EXACT_LEVELS
+from zimage_runtime.model.linears import Linear
+from zimage_runtime.model.programs import Program
+
+from ..storage.precision import StoragePolicy
+from .builder import GraphBuilder
+from .int4 import BlockLayers
+from .int8 import Int8Layers, Quantized, int8_weight, is_int8
+from .layers import Layers
+from .program_set import ProgramSet, TypePolicy
+
+
+@dataclass(frozen=True)
+class CudaLayers(Layers):
+    """Layers for CUDA: operators of opset 23 alone."""
+
+    def attention(self, q: str, k: str, v: str, heads: int, head_dim: int, name: str = "scores") -> str:
+        """Full attention of [batch, tokens, heads * head_dim]."""
+        return self.b.op("Attention", q, k, v, name=name, q_num_heads=heads, kv_num_heads=heads)
+
+    def doubled(self, x: str, channels: int) -> str:
+        """A map with each pixel as two by two. CUDA has no `Resize` in bfloat16, and nothing else would run it."""
+        b = self.b
+        rows = b.op("Mul", b.dim(x, 2, "rows"), b.integers(2), name="rows.doubled")
+        shape = b.op("Concat", b.integers(0, channels), rows, b.integers(-1), name="nearest.shape", axis=0)
+        x = b.op("Unsqueeze", x, b.integers(3, 5), name="pixels")
+        x = b.op("Expand", x, b.integers(1, 1, 1, 2, 1, 2), name="repeated")
+        return b.op("Reshape", x, shape, name="nearest")
+
+
+@dataclass(frozen=True)
+class Int8CudaLayers(Int8Layers, CudaLayers):
+    """W8A8 for CUDA: int8 activations, and standard operators alone."""
+
+    def attention(self, q: str, k: str, v: str, heads: int, head_dim: int, name: str = "scores") -> str:
+        """Full attention in fp16, which keeps more than the bytes around it do; flash attention knows no float32."""
+        q, k, v = (self.b.cast(value, DType.F16) for value in (q, k, v))
+        return super().attention(q, k, v, heads, head_dim, name)
+
+    def _quantize(self, x: str) -> Quantized:
+        zero = self.b.constant(np.array(0, np.int8), "int8_zero")
+        rows = self._rows(x, self.b.number(EXACT_LEVELS), zero)
+        return Quantized(rows.values, rows.scale, "")
+
+    def _product(self, x: Quantized, linear: Linear) -> str:
+        b = self.b
+        weight, scale = int8_weight(b, linear)
+        product = b.op("MatMulInteger", x.values, weight, name=f"{linear.name}.integers")
+        product = b.op("Cast", product, name=f"{linear.name}.float", to=TensorProto.FLOAT)
+        return b.op("Mul", b.typed(product, DType.F32), scale, name=f"{linear.name}.product")
+
+
+@dataclass(frozen=True)
+class Int8WeightOnlyLayers(CudaLayers):
+    """Layers for CUDA on the same bytes that multiply in fp16, each weight widened just before its product.
+
+    The folds keep fp16's range. `DequantizeLinear` gives no bfloat16 on CUDA, and ONNX Runtime folds no constants
+    through it, as it would through a `Cast`: the weights stay int8 in memory.
+    """
+
+    compute: DType = DType.F16
+    policy: StoragePolicy = field(default_factory=lambda: StoragePolicy(Precision.INT8))
+
+    def linear(self, x: str, linear: Linear) -> str:
+        """A linear layer on rows [rows, in_width] → [rows, out_width] fp16."""
+        if not is_int8(self.b, self.policy, linear):
+            return super().linear(x, linear)
+        b = self.b
+        weight, scale = int8_weight(b, linear)
+        scale = b.cast(scale, self.compute)
+        with b.widening():
+            widened = b.op("DequantizeLinear", weight, scale, name=f"{linear.name}.widened", axis=1)
+        widened = b.typed(widened, self.compute)
+        return b.typed(b.op("MatMul", b.cast(x, self.compute), widened, name=linear.name), self.compute)
+
+
+@dataclass(frozen=True)
+class BlockCudaLayers(BlockLayers, CudaLayers):
+    """4-bit blocks for CUDA, multiplied in fp16: the folds keep its range."""
+
+    activations: DType = DType.F16
+    accuracy_level: int = 0  # whatever the kernel does
+
+
+def _layers(b: GraphBuilder, policy: TypePolicy) -> Layers:
+    match policy:
+        case StoragePolicy(precision=Precision.INT8):
+            return Int8CudaLayers(b, policy=policy)
+        case StoragePolicy(precision=Precision.INT4):
+            return BlockCudaLayers(b, policy=policy)
+    return CudaLayers(b, policy.gpu_compute(b.program.component))
+
+
+def _weight_only_layers(b: GraphBuilder, policy: TypePolicy) -> Layers:
+    assert isinstance(policy, StoragePolicy)
+    return Int8WeightOnlyLayers(b, policy=policy)
+
+
+CUDA_PROGRAMS = ProgramSet(CUDA, _layers)
+WEIGHT_ONLY_PROGRAMS = ProgramSet(CUDA_WEIGHT_ONLY, _weight_only_layers, (Program.DENOISER,), (Precision.INT8,))

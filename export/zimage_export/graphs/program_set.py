@@ -1,0 +1,42 @@
+"""What an executor's layers file registers: how its programs are built, and which of them a bundle gets."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from zimage_runtime.bundle.manifest import Precision
+from zimage_runtime.bundle.tensors import DType
+from zimage_runtime.model.programs import Program
+
+from .builder import GraphBuilder
+from .layers import Layers
+
+
+class TypePolicy(Protocol):
+    """Decides element types."""
+
+    def storage(self, component: str, name: str, shape: tuple[int, ...]) -> DType:
+        """The element type that a program gets a weight in."""
+
+    def gpu_compute(self, component: str) -> DType:
+        """What a GPU's programs of a component multiply in."""
+
+
+ON_DEVICE = tuple(program for program in Program if program is not Program.MODULATION)
+"""The programs that a device runs; the modulation table is always computed on the CPU."""
+
+
+@dataclass(frozen=True)
+class ProgramSet:
+    """The programs for one executor, or a further set for an executor that has several forms of a program."""
+
+    name: str  # in the manifest and in file names
+    layers: Callable[[GraphBuilder, TypePolicy], Layers]
+    programs: tuple[Program, ...] = ON_DEVICE  # whole-component programs that a bundle gets
+    precisions: tuple[Precision, ...] = tuple(Precision)  # of the bundles that get them
+    widens: bool = False  # 16-bit weights are float32 in the executor's memory
+    standard: bool = True  # onnx knows every operator, so that a program is checked down to every value's type
+
+    def of(self, precision: Precision) -> tuple[Program, ...]:
+        """The programs that a bundle of a precision gets."""
+        return self.programs if precision in self.precisions else ()

@@ -22,8 +22,8 @@ from cpu_step import scale
 
 from zimage_rt.bench.measure import median_step
 from zimage_rt.bench.plots import peak_bytes, total_median
-from zimage_rt.bench.report import accuracy_text
 from zimage_rt.bench.results import NAME, read_rows
+from zimage_rt.bench.row_tables import accuracy_text
 from zimage_rt.bench.schema import OK, OURS, Row
 from zimage_rt.bench.tables import gibibytes, markdown_table, seconds
 

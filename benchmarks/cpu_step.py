@@ -232,8 +232,8 @@ def measure(what: str, side: int, calls: dict[str, Callable[[], FloatArray]], ro
 
 def step_flops(config: Any, side: int, caption_tokens: int) -> float:
     """Multiplications and additions of one of our steps: matrix products and attention."""
-    from zimage_rt.bench.operations import step_operations
     from zimage_runtime.model.geometry import image_geometry
+    from zimage_runtime.model.operations import step_operations
 
     return step_operations(config, image_geometry(side, side, config), caption_tokens).total
 

@@ -1,37 +1,58 @@
 """What the tests share: small checkpoints of random weights, the bundles built from them, and diffusers' pipeline.
 
-All are made once a session and must not be written to; a test that alters one works on a copy.
+Files are made once a run, whichever worker needs them first, and must not be written to; a test that alters one works
+on a copy.
 """
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
-from parity import open_with_diffusers
+from sharing import made_once, one_core_per_worker
 
-from zimage_export.build import BuildOptions, build
-from zimage_export.synthetic.checkpoint import SMALL, write_checkpoint
-from zimage_runtime.command_line.progress import Progress
+from zimage_runtime.bundle.manifest import Precision
+from zimage_runtime.machine.cores import thread_count
+
+one_core_per_worker()
+
+MOST_WORKERS = 4  # each takes 1.5 GB
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """Workers of `-n auto`: as many as there are cores that may be used, of which a container may leave few."""
+    return min(thread_count(), MOST_WORKERS)
 
 
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small checkpoint with the byte-level tokenizer."""
-    out = tmp_path_factory.mktemp("models") / "checkpoint"
-    write_checkpoint(out, SMALL)
-    return out
+    return made_once(tmp_path_factory, "checkpoint", _write_checkpoint)
 
 
 @pytest.fixture(scope="session")
-def bundle(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle_in(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Precision], Path]:
+    """The bundle of `checkpoint` in a precision."""
+
+    def find(precision: Precision) -> Path:
+        return made_once(tmp_path_factory, f"bundle-{precision}", lambda out: _build(checkpoint, out, precision))
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def bundle(bundle_in: Callable[[Precision], Path]) -> Path:
     """The fp32 bundle of `checkpoint`."""
-    return _build(checkpoint, tmp_path_factory)
+    return bundle_in(Precision.FP32)
 
 
 @pytest.fixture(scope="session")
 def diffusers_pipeline(checkpoint: Path) -> Any:
     """diffusers' pipeline on `checkpoint`, in float32: the reference."""
+    from parity import open_with_diffusers
+
     return open_with_diffusers(checkpoint)
 
 
@@ -47,24 +68,31 @@ def qwen_tokenizer() -> Path:
 @pytest.fixture(scope="session")
 def qwen_checkpoint(qwen_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small checkpoint with the published tokenizer, and so with its vocabulary."""
-    out = tmp_path_factory.mktemp("models") / "qwen-checkpoint"
-    write_checkpoint(out, SMALL, tokenizer=qwen_tokenizer)
-    return out
+    return made_once(tmp_path_factory, "qwen-checkpoint", lambda out: _write_checkpoint(out, qwen_tokenizer))
 
 
 @pytest.fixture(scope="session")
 def qwen_bundle(qwen_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The fp32 bundle of `qwen_checkpoint`."""
-    return _build(qwen_checkpoint, tmp_path_factory)
+    return made_once(tmp_path_factory, "qwen-bundle", lambda out: _build(qwen_checkpoint, out, Precision.FP32))
 
 
 @pytest.fixture(scope="session")
 def qwen_diffusers_pipeline(qwen_checkpoint: Path) -> Any:
     """diffusers' pipeline on `qwen_checkpoint`, in float32."""
+    from parity import open_with_diffusers
+
     return open_with_diffusers(qwen_checkpoint)
 
 
-def _build(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("models") / f"{checkpoint.name}-fp32"
-    build(str(checkpoint), out, BuildOptions(), Progress(quiet=True))
-    return out
+def _write_checkpoint(out: Path, tokenizer: Path | None = None) -> None:
+    from zimage_export.synthetic.checkpoint import SMALL, write_checkpoint
+
+    write_checkpoint(out, SMALL, tokenizer=tokenizer)
+
+
+def _build(checkpoint: Path, out: Path, precision: Precision) -> None:
+    from zimage_export.build import BuildOptions, build
+    from zimage_runtime.command_line.progress import Progress
+
+    build(str(checkpoint), out, BuildOptions(precision), Progress(quiet=True))

@@ -16,7 +16,7 @@ from zimage_export.engines.types import EngineTypes
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.tensors import DType, read_header
 from zimage_runtime.executors.tensorrt.block_catalog import BlockSpec, VariantSpec
-from zimage_runtime.executors.tensorrt.gpu_targets import Variant
+from zimage_runtime.machine.gpu_targets import Variant
 
 SCRATCH_PER_POSITION = 1000  # bytes: made up, for no twin has any
 

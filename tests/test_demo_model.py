@@ -133,4 +133,4 @@ def test_the_model_card_states_the_measured_scores() -> None:
         (row,) = re.findall(rf"^\| {re.escape(name)} \|.*$", card, re.M)
         stated = re.findall(r"[\d.]+ %", row)
         assert stated == [f"{100 * scores[share]:.1f} %" for share in ("colour", "shape", "pairs", "position")]
-    assert report["fingerprint"] == Bundle.open(demo_bundle()).manifest.fingerprint
+    assert Bundle.open(demo_bundle()).manifest.matches(report["fingerprint"])

@@ -118,7 +118,7 @@ def test_a_compiler_that_is_missing_leaves_the_other_variants(
 
 
 def test_names_and_shapes_without_diffusers_are_diffusers_own() -> None:
-    from zimage_export.synthetic.checkpoint import checkpoint as synthetic
+    from zimage_export.synthetic import checkpoint as synthetic
 
     config = synthetic.SMALL.config
     for component, published in (

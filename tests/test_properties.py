@@ -21,8 +21,9 @@ from zimage_runtime.bundle.manifest import MANIFEST_NAME, Manifest, checked_path
 from zimage_runtime.bundle.tensors import DType, TensorFile, TensorFileError, encode_header, read_header
 from zimage_runtime.checked_json import Fields
 from zimage_runtime.errors import BundleError, ConfigError, RequestError
-from zimage_runtime.images.metadata import ImageInfo, encode_image, read_image_info
-from zimage_runtime.images.outputs import ImageFormat
+from zimage_runtime.images.formats import ImageFormat
+from zimage_runtime.images.image_files import encode_image, read_image_info
+from zimage_runtime.images.metadata import ImageInfo
 from zimage_runtime.pipeline import Pipeline
 
 FIXED = {

@@ -25,10 +25,10 @@ from zimage_runtime.executors.tensorrt import cuda
 from zimage_runtime.executors.tensorrt import trt_api as library
 from zimage_runtime.executors.tensorrt.engine_store import read_catalog
 from zimage_runtime.executors.tensorrt.executor import TensorRtExecutor, why_no_tensorrt
-from zimage_runtime.executors.tensorrt.gpu_targets import GpuTarget, Variant
 from zimage_runtime.executors.tensorrt.plan import CONTEXT_BYTES, plan_residency
 from zimage_runtime.executors.tensorrt.stage_sizes import ImageSizes
 from zimage_runtime.machine import gpus as nvidia
+from zimage_runtime.machine.gpu_targets import GpuTarget, Variant
 from zimage_runtime.model.geometry import image_geometry
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

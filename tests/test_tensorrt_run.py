@@ -19,8 +19,8 @@ from zimage_runtime.executors.tensorrt import cuda
 from zimage_runtime.executors.tensorrt import engine_store as store
 from zimage_runtime.executors.tensorrt import trt_api as library
 from zimage_runtime.executors.tensorrt.engine_store import read_catalog
-from zimage_runtime.executors.tensorrt.gpu_targets import Variant
 from zimage_runtime.machine import gpus as nvidia
+from zimage_runtime.machine.gpu_targets import Variant
 from zimage_runtime.model.blocks import BlockKind, all_blocks, encoder_blocks
 
 DRAW = ("--size", "32x32", "--steps", 1, "--seed", 1)

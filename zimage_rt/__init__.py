@@ -11,15 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from zimage_runtime.errors import ZImageRuntimeError
-    from zimage_runtime.pipeline import (
-        CaptionEvent,
-        EncodeEvent,
-        ImageEvent,
-        NoticeEvent,
-        Pipeline,
-        Result,
-        StepEvent,
-    )
+    from zimage_runtime.pipeline import CaptionEvent, EncodeEvent, ImageEvent, NoticeEvent, Pipeline, Result, StepEvent
 
     from .demo import demo_bundle
 

@@ -12,7 +12,6 @@ import onnx
 
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.files import hash_file
-from zimage_runtime.bundle.hub import Hub, hub_id
 from zimage_runtime.bundle.manifest import (
     CPU,
     Defaults,
@@ -25,17 +24,18 @@ from zimage_runtime.bundle.manifest import (
 )
 from zimage_runtime.bundle.tensors import DType, read_header
 from zimage_runtime.command_line.progress import Progress
-from zimage_runtime.executors.tensorrt.gpu_targets import GpuTarget
+from zimage_runtime.machine.gpu_targets import GpuTarget
 from zimage_runtime.model.programs import COMPONENTS, Program
 from zimage_runtime.model.schedule import DEFAULT_STEPS
 from zimage_runtime.model.tokenizer import PromptTokenizer
 
 from .engines.build import add_engines, check_engine_precision
-from .errors import CheckpointError, ExportError
+from .errors import CheckpointError
 from .graphs import EXECUTORS, Graph, Target, build_graphs, build_weight_only
 from .measure.self_check import self_check
 from .output import check_disk, check_target, replaced_directory
 from .source.checkpoint import Checkpoint
+from .source.model import find_model
 from .source.single_files import NO_FILES, SingleFiles
 from .storage.folds import Folds
 from .storage.precision import StoragePolicy
@@ -136,17 +136,13 @@ def build_reported(model: str | Path, out: str | Path, options: BuildOptions, pr
 
 def _open(model: str | Path, options: BuildOptions, progress: Progress) -> tuple[Checkpoint, BuildOptions]:
     """Opens the checkpoint, fetched where it is on the Hub; the options come back with the commit that it is."""
-    name = hub_id(model)
-    if name is None:
-        if options.revision is not None and Path(model).exists():
-            raise ExportError(f"{model}: a directory has no --revision; that is for a name on the Hub")
-        return Checkpoint.open(model, options.files), options
-    own_files = [part for part in COMPONENTS if options.files.get(part)]
-    snapshot = Hub(progress=progress).checkpoint(name, options.revision, without=own_files)
-    checkpoint = Checkpoint.open(snapshot.path, options.files)
+    found = find_model(model, progress, options.revision, options.files)
+    checkpoint = Checkpoint.open(found.path, options.files)
+    if found.name is None:
+        return checkpoint, options
     if options.files.transformer:  # what gives the bundle its name is not on the Hub
         return checkpoint, dataclasses.replace(options, revision=None)
-    return dataclasses.replace(checkpoint, name=name), dataclasses.replace(options, revision=snapshot.revision)
+    return dataclasses.replace(checkpoint, name=found.name), dataclasses.replace(options, revision=found.revision)
 
 
 def _write(
@@ -167,12 +163,12 @@ def _write(
             (folder / name).parent.mkdir(exist_ok=True)
             files[name] = write_weights(folder / name, tensors, advance)
     phases.end("weights")
-    programs: dict[Program, dict[str, ProgramRecord]] = {program: {} for program in Program}
+    programs: dict[Program, dict[str, ProgramRecord]] = {}
     for graph in graphs:
         name = f"{graph.program.component}/{_file_name(graph)}"
         used = _write_program(folder / name, graph)
         files[name] = _record(folder / name)
-        programs[graph.program][graph.executor] = ProgramRecord(name, used)
+        programs.setdefault(graph.program, {})[graph.executor] = ProgramRecord(name, used)
     shutil.copyfile(checkpoint.tokenizer, folder / "tokenizer.json")
     files["tokenizer.json"] = _record(folder / "tokenizer.json")
     phases.end("programs")

@@ -92,7 +92,7 @@ def build(
     require_extra()
     if gpus and not engines:
         raise click.UsageError("--gpu is for --engines, which is missing")
-    from zimage_runtime.executors.tensorrt.gpu_targets import GpuTarget
+    from zimage_runtime.machine.gpu_targets import GpuTarget
 
     from .build import BuildOptions, build_reported
     from .source.single_files import SingleFiles
@@ -141,7 +141,7 @@ def engines(bundle: Path, gpus: tuple[str, ...], as_json: bool, quiet: bool) -> 
     from zimage_runtime.bundle.bundle import Bundle
     from zimage_runtime.bundle.manifest import ENGINES_FOLDER
     from zimage_runtime.executors.tensorrt.engine_store import read_catalog
-    from zimage_runtime.executors.tensorrt.gpu_targets import GpuTarget
+    from zimage_runtime.machine.gpu_targets import GpuTarget
 
     from .engines.build import add_engines
 
@@ -201,20 +201,18 @@ def _verify(
     prompts: Path | None = None,
 ) -> "VerifyReport":
     require_extra()
-    from zimage_runtime.bundle.hub import Hub, hub_id
-    from zimage_runtime.model.programs import COMPONENTS
+    from zimage_runtime.bundle.hub import hub_id
 
     from .measure.calibrate import read_prompts
     from .measure.verify import PROMPTS, verify_reported
+    from .source.model import find_model
 
     generated = PROMPTS if prompts is None else read_prompts(prompts)
-    if name := hub_id(reference):
-        source = bundle.manifest.source
-        if source.name == name:
-            revision = source.revision  # what the bundle was made from
-        own_files = [part for part in COMPONENTS if files.get(part)]
-        reference = str(Hub(progress=progress).checkpoint(name, revision, without=own_files).path)
-    return verify_reported(bundle, reference, progress, size, files, generated)
+    source = bundle.manifest.source
+    if hub_id(reference) == source.name:
+        revision = source.revision  # what the bundle was made from
+    found = find_model(reference, progress, revision, files)
+    return verify_reported(bundle, found.path, progress, size, files, generated)
 
 
 @cli.command()

@@ -6,7 +6,7 @@ class ZImageRuntimeError(Exception):
 
 
 class ConfigError(ZImageRuntimeError):
-    """A configuration or manifest holds a value that the architecture does not allow."""
+    """A JSON document (configuration, manifest, results) holds a value that is not allowed."""
 
 
 class BundleError(ZImageRuntimeError):

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from zimage_export.measure.parity import GATES
-from zimage_rt.bench.accuracy import GATES_DB, IDENTICAL, Pixels, Reference, flip, judge, psnr_db
+from zimage_rt.bench.accuracy import IDENTICAL, Pixels, Reference, flip, gate_db, judge, psnr_db
+from zimage_runtime.bundle.precision import Precision
 
 RNG = np.random.default_rng(0)
 
@@ -17,8 +17,10 @@ def noisy(pixels: Pixels, deviation: float) -> Pixels:
     return np.clip(np.rint(pixels + RNG.normal(0, deviation, pixels.shape)), 0, 255).astype(np.uint8)
 
 
-def test_the_gates_are_the_exporters() -> None:
-    assert {precision.value: gate.psnr_db for precision, gate in GATES.items()}.items() <= GATES_DB.items()
+def test_each_precision_is_held_to_its_own_gate_and_unknown_ones_to_the_loosest() -> None:
+    stated = {"fp32": 48.0, "bf16": 25.0, "fp16": 35.0, "int8": 34.0, "int4": 25.0}
+    assert {precision.value: gate_db(precision.value) for precision in Precision} == stated
+    assert gate_db("q8_0") == gate_db("another system's") == 20.0
 
 
 def test_psnr_is_the_definition() -> None:
@@ -34,7 +36,7 @@ def test_a_picture_close_enough_passes_and_one_beyond_the_gate_fails() -> None:
         accuracy, failure = judge(noisy(expected, deviation), "bf16", reference, ["a", "a"])
         assert (failure is not None) is failed
         assert accuracy.psnr_db.value is not None
-        assert (accuracy.psnr_db.value < GATES_DB["bf16"]) is failed
+        assert (accuracy.psnr_db.value < gate_db("bf16")) is failed
     assert failure is not None
     assert "dB from the reference, bf16 must reach 25 dB" in failure
 
@@ -54,13 +56,15 @@ def test_a_constant_picture_fails_even_where_the_reference_is_constant(with_refe
     black = np.zeros((16, 16, 3), np.uint8)
     reference = Reference("r", black) if with_reference else Reference(None, None, "none was given")
     accuracy, failure = judge(black, "fp32", reference, ["a"])
-    assert failure == "the picture is constant"
+    assert "constant" in str(failure)
     assert (accuracy.psnr_db.reason == "none was given") is not with_reference
 
 
 def test_a_picture_of_another_size_fails() -> None:
     _, failure = judge(picture()[:32], "fp32", Reference("r", picture()), ["a"])
-    assert failure == "the picture is 48x32, the reference 48x64"
+    assert failure is not None
+    assert "48x32" in failure
+    assert "48x64" in failure
 
 
 def test_flip_grows_with_what_an_eye_sees() -> None:

@@ -1,5 +1,7 @@
 """Operations against torch's counter on diffusers' modules, and the floors that they set."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,10 +10,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from zimage_export.synthetic.checkpoint import SMALL
-from zimage_rt.bench.floor import Rates, floor_of, unknown_rates
-from zimage_rt.bench.operations import decode_operations, step_operations, text_operations
-from zimage_rt.bench.schema import Case, Reading
+from zimage_rt.bench import run as runs
+from zimage_rt.bench.floor import NO_DEVICE, NO_GPU_RATE, Rates, floor_of, unknown_rates
+from zimage_rt.bench.job import Done
+from zimage_rt.bench.jobs import Planned, open_bundles
+from zimage_rt.bench.run import Runner
+from zimage_rt.bench.schema import Case, Floor, Reading
+from zimage_rt.bench.watch import Watched
+from zimage_runtime.machine.nvml import Unavailable
 from zimage_runtime.model.geometry import image_geometry, padded
+from zimage_runtime.model.operations import decode_operations, step_operations, text_operations
 
 CONFIG = SMALL.config
 TOKENS = 20
@@ -82,3 +90,49 @@ def test_without_a_rate_there_is_no_floor() -> None:
     floor = floor_of(case("fp32"), CONFIG, image_geometry(64, 64, CONFIG), TOKENS, unknown_rates("no idea"), 1.0)
     assert floor.step.value is None
     assert floor.step_fraction.reason == "no idea"
+
+
+GPU_CASES = {
+    "an executor that the manifest lists": ("zimage-rt", "cuda", None),
+    "an executor that the manifest does not list": ("zimage-rt", "tensorrt", None),
+    "a baseline that ran on a GPU": ("diffusers-bf16", "diffusers-bf16", True),
+    "a baseline that does not know": ("stable-diffusion.cpp", "stable-diffusion.cpp", None),
+}
+
+
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_a_case_on_a_gpu_has_no_floor_and_never_the_processors(
+    name: str, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also without NVML, where nothing but the case itself says that there is a GPU."""
+    system, executor, on_gpu = GPU_CASES[name]
+    floor = measured_floor(bundle, tmp_path, monkeypatch, system, executor, on_gpu)
+    for reading in (floor.float_rate, floor.integer_rate, floor.step, floor.step_fraction):
+        assert reading.value is None
+        assert reading.reason == (NO_DEVICE if system == "stable-diffusion.cpp" else NO_GPU_RATE)
+
+
+@pytest.mark.parametrize(
+    ("system", "executor", "on_gpu"), [("zimage-rt", "cpu", None), ("diffusers", "diffusers", False)]
+)
+def test_a_case_on_the_processor_has_its_floor(
+    system: str, executor: str, on_gpu: bool | None, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert measured_floor(bundle, tmp_path, monkeypatch, system, executor, on_gpu).float_rate.value == 1e9
+
+
+def measured_floor(
+    bundle: Path, out: Path, monkeypatch: pytest.MonkeyPatch, system: str, executor: str, on_gpu: bool | None
+) -> Floor:
+    """The floor in the row of a worker that only reports where it ran."""
+    done = Done(on_gpu, None, (), {})
+    watched = Watched(0.0, 1.0, (), (), done, None, (), Unavailable("no NVML"), (), {})
+    monkeypatch.setattr(runs, "watch", lambda *_, **__: watched)
+    monkeypatch.setattr(runs, "cpu_rates", lambda: Rates(Reading(1e9), Reading(4e9)))
+    (opened,) = open_bundles([str(bundle)])
+    measured = replace(case("fp32"), system=system, executor=executor)
+    planned = Planned(measured, opened.path, opened, "no reference")
+    monkeypatch.setattr(Runner, "_converted", lambda self, planned: planned.model)
+    (row,) = Runner(out, [opened], Unavailable("no NVML"), "zimage-rt bench").run([planned])
+    assert row.floor is not None
+    return row.floor

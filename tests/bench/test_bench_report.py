@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -13,6 +11,7 @@ from bench_rows import made_row
 from cli_tools import Capture, assert_one_line_error, call_rt
 from PIL import Image
 
+from zimage_rt.bench import requirements
 from zimage_rt.bench.blocks import Section, Table, Text, to_html
 from zimage_rt.bench.cards import PLANNERS, RESERVED, Source, answers, card_table
 from zimage_rt.bench.compare import compare_rows
@@ -36,7 +35,9 @@ ROWS = [
 
 def unchecked(row: Row) -> Row:
     assert row.accuracy is not None
-    return replace(row, accuracy=replace(row.accuracy, reference=None, psnr_db=absent("no reference")))
+    return replace(
+        row, accuracy=replace(row.accuracy, reference=None, psnr_db=absent("the reference failed: out of memory"))
+    )
 
 
 @pytest.fixture
@@ -66,8 +67,18 @@ def test_the_summary_says_what_was_measured_and_what_failed(written: Path) -> No
     assert fast[8:] == ["50 %", "41.5 dB", "ok"]
     assert wrong[-1] == "failed"
     assert dead[2:] == ["–"] * 8 + ["failed"]
-    assert rows["unchecked cpu"][-1] == "not checked"
-    assert "bf16 must reach 25 dB" in (written / "report.md").read_text()
+    assert rows["unchecked cpu"][-1] == "not checked: the reference failed"
+    text = (written / "report.md").read_text()
+    assert "bf16 must reach 25 dB" in text
+    assert "5 cases, 2 failed, 1 row not checked: the reference failed." in text
+    assert "Not checked: unchecked cpu 64x64: the reference failed: out of memory." in text
+
+
+def test_a_report_whose_rows_are_all_checked_says_nothing_of_checking(bundle: Path, tmp_path: Path) -> None:
+    write_report(tmp_path, ROWS[:2], open_bundles([str(bundle)]))
+    text = (tmp_path / "report.md").read_text()
+    assert "2 cases, none failed. " in text
+    assert "not checked:" not in text
 
 
 def test_the_page_is_whole_html_and_marks_the_failed_rows(written: Path) -> None:
@@ -103,17 +114,24 @@ def test_plots_are_valid_svg_and_the_same_each_time() -> None:
     assert plots([ROWS[3]]) == {}
 
 
-def test_without_matplotlib_the_report_says_what_to_install(bundle: Path, tmp_path: Path) -> None:
-    code = (
-        "import sys; sys.modules['matplotlib'] = None; sys.path.insert(0, sys.argv[3])\n"
-        "import importlib.util as u; find = u.find_spec\n"
-        "u.find_spec = lambda name, *rest: None if name == 'matplotlib' else find(name, *rest)\n"
-        "from pathlib import Path; from bench_rows import made_row\n"
-        "from zimage_rt.bench.report import write_report; from zimage_rt.bench.jobs import open_bundles\n"
-        "write_report(Path(sys.argv[1]), [made_row('a')], open_bundles([sys.argv[2]]))"
-    )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path), str(bundle), str(Path(__file__).parent)], check=True)
-    assert "pip install 'zimage-rt[report]'" in (tmp_path / "report.md").read_text()
+def test_without_the_extra_measuring_is_refused_and_comparing_is_not(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, rows in (("a", SLOW), ("b", FAST)):
+        append_row(tmp_path / name, rows[0])
+    monkeypatch.setattr(requirements, "find_spec", lambda name: None)
+    for words in ((), ("--report-only",)):
+        outcome = call_rt(capsys, "bench", *words, "--out", tmp_path / "out")
+        assert_one_line_error(outcome, "matplotlib", "flip-evaluator", "pip install 'zimage-rt[report]'")
+    assert not (tmp_path / "out").exists()
+    assert call_rt(capsys, "bench", "--compare", tmp_path / "a", tmp_path / "b").status == 0
+    assert call_rt(capsys, "bench", "--help").status == 0
+
+
+def test_only_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(requirements, "find_spec", lambda name: None if name == "flip_evaluator" else name)
+    with pytest.raises(RequestError, match="needs flip-evaluator:"):
+        requirements.require_extra()
 
 
 def test_cards_are_answered_from_the_plan_and_then_from_the_measurement(bundle: Path) -> None:
@@ -159,7 +177,7 @@ FAST = [made_row("b", totals=[1.0, 1.02, 0.98, 1.01, 0.99], fingerprint="2")]
 
 def test_a_comparison_gives_ratios_with_intervals() -> None:
     found = compare_rows(SLOW, FAST)
-    picture = next(pair for pair in found.pairs if pair.what == "picture")
+    picture = next(pair for pair in found.pairs if pair.what == "image")
     assert (picture.first, picture.second) == (2.0, 1.0)
     assert picture.times_faster is not None
     assert picture.times_faster.low < 2 < picture.times_faster.high
@@ -188,7 +206,7 @@ def test_the_command_compares_two_files(tmp_path: Path, capsys: Capture) -> None
         append_row(tmp_path / name / "results.jsonl", rows[0])
     outcome = call_rt(capsys, "bench", "--compare", tmp_path / "a", tmp_path / "b" / "results.jsonl")
     assert outcome.status == 0
-    assert "| tiny-fp32 cpu | 64x64 | picture | 2.00 s | 1.00 s | 2.00 |" in outcome.out
+    assert "| tiny-fp32 cpu | 64x64 | image | 2.00 s | 1.00 s | 2.00 |" in outcome.out
     outcome = call_rt(capsys, "bench", "--compare", tmp_path / "a", tmp_path / "b", "--json")
     assert json.loads(outcome.out)["pairs"][0]["times_faster"]["confidence"] == 0.95
     (tmp_path / "b" / "results.jsonl").write_text("{}\n")

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 from bench_rows import made_row
 
-from zimage_rt.bench.documents import DocumentError, from_document, to_document
-from zimage_rt.bench.results import append_row, read_rows, results_file
+from zimage_rt.bench.results import ResultsError, append_row, read_rows, results_file
 from zimage_rt.bench.schema import SCHEMA, Draw, Reading, Row
+from zimage_runtime.checked_json import from_document, to_document
+from zimage_runtime.errors import ConfigError
 
 
 def test_a_row_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -49,7 +50,7 @@ def test_a_line_that_an_interrupt_cut_is_left_out_and_overwritten(left: int, tmp
     ("change", "named"),
     [
         ({"schema": SCHEMA + 1}, "upgrade zimage-rt"),
-        ({"case": 7}, "case must be an object"),
+        ({"case": 7}, "line 1: case: expected a JSON object"),
         ({"status": None}, "status must be a string"),
         ({"energy": {"value": None, "reason": None}}, "either a value or a reason"),
         ({"notes": "none"}, "notes must be a list"),
@@ -58,7 +59,7 @@ def test_a_line_that_an_interrupt_cut_is_left_out_and_overwritten(left: int, tmp
 def test_a_damaged_or_newer_file_is_one_line(change: dict[str, Any], named: str, tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     path.write_text(json.dumps(to_document(made_row("a")) | change) + "\n")
-    with pytest.raises(DocumentError, match=named) as error:
+    with pytest.raises(ResultsError, match=named) as error:
         read_rows(path)
     assert "line 1" in str(error.value)
 
@@ -66,12 +67,12 @@ def test_a_damaged_or_newer_file_is_one_line(change: dict[str, Any], named: str,
 def test_a_line_in_the_middle_that_is_not_json_is_named(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     path.write_text("{\n" + json.dumps(to_document(made_row("a"))) + "\n")
-    with pytest.raises(DocumentError, match="line 1 is not JSON"):
+    with pytest.raises(ResultsError, match="line 1 is not JSON"):
         read_rows(path)
 
 
 def test_no_file_says_what_writes_one(tmp_path: Path) -> None:
-    with pytest.raises(DocumentError, match="zimage-rt bench writes one"):
+    with pytest.raises(ResultsError, match="zimage-rt bench writes one"):
         read_rows(results_file(tmp_path / "missing"))
 
 
@@ -83,7 +84,7 @@ def test_unknown_keys_of_a_later_minor_version_are_ignored() -> None:
 @pytest.mark.parametrize("value", [True, "1.0", None, [1.0]])
 def test_a_number_must_be_one(value: object) -> None:
     document = {"total": value, "text": None, "steps": [], "decode": None, "save": 0.0}
-    with pytest.raises(DocumentError, match="total must be a number"):
+    with pytest.raises(ConfigError, match="total must be a number"):
         from_document(Draw, document, "draw")
 
 

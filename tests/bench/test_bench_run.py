@@ -12,6 +12,7 @@ from cli_tools import Capture, Outcome, assert_one_line_error, call_redirected, 
 from zimage_export.synthetic.checkpoint import SMALL
 from zimage_rt.bench import jobs
 from zimage_rt.bench import run as runs
+from zimage_rt.bench.checkpoints import open_checkpoint
 from zimage_rt.bench.floor import unknown_rates
 from zimage_rt.bench.job import Failed, Job, decode_event, encode_event
 from zimage_rt.bench.jobs import Planned, Settings, open_bundles, plan_cases
@@ -21,6 +22,7 @@ from zimage_rt.bench.systems import BASELINES, find_system
 from zimage_rt.cli import cli
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.tensors import read_header
+from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.pipeline import Pipeline
 
 QUICK = ("--size", "48x32", "--steps", "2", "--repeat", "2", "--quiet")
@@ -157,7 +159,9 @@ def test_an_interrupted_run_keeps_what_it_has_and_goes_on(
         (("--executor", "abacus"), "abacus"),
         (("--baseline", "diffusers"), "--checkpoint"),
         (("--baseline", "magic", "--checkpoint", "CHECKPOINT"), "'magic' is unknown; choose from diffusers"),
-        (("--checkpoint", "BUNDLE", "--baseline", "diffusers"), "folder in diffusers layout"),
+        (("--checkpoint", "BUNDLE", "--baseline", "diffusers"), "not a checkpoint in diffusers layout"),
+        (("--checkpoint", "missing"), "missing: no such directory"),
+        (("--checkpoint", "tiny"), "its dimensions are not those of tiny"),
         (("--reference", "missing"), "missing: no such bundle"),
         (("BUNDLE",), "two bundles are named"),
         (("--executor", "cpu", "--vram", "8GiB"), "the cpu executor has none"),
@@ -190,8 +194,8 @@ def test_a_budget_reaches_the_jobs(bundle: Path, monkeypatch: pytest.MonkeyPatch
         return open_pipeline(path, "cpu", **options)
 
     monkeypatch.setattr(Pipeline, "from_bundle", opened)
-    settings = Settings((str(bundle),), ((64, 64),), ("cuda",), 1, "a", 7, 1, 1, vram=8 << 30)
-    (planned,) = plan_cases(settings, open_bundles(settings.bundles), 1)
+    settings = Settings(((64, 64),), ("cuda",), 1, "a", 7, 1, 1, vram=8 << 30)
+    (planned,) = plan_cases(settings, open_bundles([str(bundle)]), 1)
     assert planned.case.vram == 8 << 30
     assert isinstance(planned.reference, Planned)
     assert planned.reference.case.vram is None, "it is drawn on the CPU"
@@ -206,7 +210,7 @@ def test_a_worker_that_breaks_is_a_failed_row_with_its_reason(
     copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
     program = next(copy.glob("transformer/denoiser.cpu.onnx"))
     program.write_bytes(b"\0" * program.stat().st_size)
-    monkeypatch.setattr(runs, "cpu_rates", lambda: unknown_rates())
+    monkeypatch.setattr(runs, "cpu_rates", lambda: unknown_rates("not measured in this test"))
     outcome = _call("bench", copy, *QUICK, "--out", tmp_path / "out", "--reference", bundle)
     assert outcome.status == 1
     (row,) = read_rows(tmp_path / "out" / "results.jsonl")
@@ -217,10 +221,49 @@ def test_a_worker_that_breaks_is_a_failed_row_with_its_reason(
     assert "denoiser cannot be loaded" in (tmp_path / "out" / "report.html").read_text()
 
 
+def test_a_reference_that_fails_is_the_reason_why_rows_are_not_checked(
+    measured: dict[str, Any], bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a later run with one that works checks them without measuring again."""
+    reference = Path(shutil.copytree(bundle, tmp_path / "reference"))
+    program = next(reference.glob("transformer/denoiser.cpu.onnx"))
+    whole = program.read_bytes()
+    program.write_bytes(b"\0" * len(whole))
+    monkeypatch.setattr(runs, "cpu_rates", lambda: unknown_rates("not measured in this test"))
+    out = tmp_path / "out"
+    words = ("bench", bundle, *QUICK[:-1], "--repeat", "1", "--out", out, "--reference", reference)
+    outcome = _call(*words)
+    assert outcome.status == 0, "what is not checked has not failed"
+    assert "the reference failed: " in outcome.err
+    (row,) = read_rows(out / "results.jsonl")
+    assert row.status == "ok"
+    assert row.accuracy is not None
+    assert "denoiser cannot be loaded" in str(row.accuracy.psnr_db.reason)
+    report = (out / "report.md").read_text()
+    assert "1 row not checked: the reference failed" in report
+    assert "denoiser cannot be loaded" in report
+
+    program.write_bytes(whole)
+    jobs_run = []
+    measure = runs.watch
+
+    def watch(job: Job, *rest: Any, **options: Any) -> Any:
+        jobs_run.append(job.case.model)
+        return measure(job, *rest, **options)
+
+    monkeypatch.setattr(runs, "watch", watch)
+    assert _call(*words).status == 0
+    (checked,) = read_rows(out / "results.jsonl")
+    assert jobs_run == ["reference"]
+    assert checked.accuracy is not None
+    assert checked.accuracy.identical
+    assert (checked.times, checked.accuracy.repeatable) == (row.times, row.accuracy.repeatable)
+
+
 def test_events_cross_the_process_border() -> None:
     assert decode_event(encode_event(Failed("out of memory"))) == Failed("out of memory")
     for line in ("[]", "{}", '{"event": "Rumour"}'):
-        with pytest.raises(ValueError, match="no event"):
+        with pytest.raises(ValueError, match="not an event"):
             decode_event(line)
 
 
@@ -228,16 +271,17 @@ def test_a_reference_that_does_not_fit_in_memory_is_streamed(
     bundle: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the same picture: the code is diffusers' own."""
-    settings = Settings((str(bundle),), ((48, 32),), ("cpu",), 2, "a", 7, 1, 1, checkpoint=checkpoint)
+    original = open_checkpoint(checkpoint, Progress(quiet=True))
+    settings = Settings(((48, 32),), ("cpu",), 2, "a", 7, 1, 1, checkpoint=original)
     pictures = []
-    for available, name in ((1 << 40, "diffusers"), (jobs.float32_bytes(checkpoint), "diffusers-streamed")):
+    for available, name in ((1 << 40, "diffusers"), (original.float32_bytes, "diffusers-streamed")):
         monkeypatch.setattr(jobs, "available_memory", lambda available=available: available)
-        (planned,) = plan_cases(settings, open_bundles(settings.bundles), 1)
+        (planned,) = plan_cases(settings, open_bundles([str(bundle)]), 1)
         assert isinstance(planned.reference, Planned)
         case = planned.reference.case
         assert (case.system, case.precision) == (name, "fp32")
         model = find_system(name).load(Job(case, str(checkpoint), "x.png"))
-        pictures.append(np.asarray(model.draw(lambda stage, ended=None: None)))
+        pictures.append(np.asarray(model.generate(lambda stage, ended=None: None)))
     np.testing.assert_array_equal(*pictures)
 
 

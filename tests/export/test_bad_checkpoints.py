@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from cli_tools import Capture, assert_one_line_error, call_export, unchanged
+from mistaken_contents import MISTAKEN
 
 from zimage_runtime.bundle.tensors import DType, encode_header, read_header
 
@@ -93,17 +94,29 @@ def test_truncated_shard(damaged: Path, capsys: Capture, name: str, keep: int) -
 @pytest.mark.parametrize(
     "garbage",
     [
-        b"<!doctype html><html>Sign in to continue</html>",
         b"\xff" * 4096,
         struct.pack("<Q", 4) + b"null",
         struct.pack("<Q", 8) + b"\xff\xfe\xfd\xfc    ",
         struct.pack("<Q", 100_000) + b"[" * 100_000,
     ],
-    ids=["web page", "ones", "null", "not text", "deeply nested"],
+    ids=["ones", "null", "not text", "deeply nested"],
 )
 def test_shard_that_is_garbage(damaged: Path, capsys: Capture, garbage: bytes) -> None:
     (damaged / SHARD).write_bytes(garbage)
     refuse(capsys, damaged, damaged / SHARD)
+
+
+@pytest.mark.parametrize("what", MISTAKEN)
+@pytest.mark.parametrize(
+    "name",
+    [SHARD, VAE, INDEX, "model_index.json", "vae/config.json", "tokenizer/tokenizer.json"],
+)
+def test_file_that_is_a_pointer_or_a_page_is_named_as_such(
+    damaged: Path, capsys: Capture, name: str, what: str
+) -> None:
+    content, said = MISTAKEN[what]
+    (damaged / name).write_bytes(content)
+    refuse(capsys, damaged, damaged / name, *said)
 
 
 @pytest.mark.parametrize(

@@ -17,8 +17,10 @@ from zimage_export.storage.folds import BlockFold
 from zimage_export.storage.precision import SCALE_SUFFIX
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.tensors import DType, TensorFile
-from zimage_runtime.executors.tensorrt.gpu_targets import Variant
-from zimage_runtime.model.blocks import BLOCK_SIGNATURES, all_blocks, block_dims, main_blocks
+from zimage_runtime.machine.gpu_targets import Variant
+from zimage_runtime.model.block_signatures import BLOCK_SIGNATURES, block_dims
+from zimage_runtime.model.blocks import all_blocks, main_blocks
+from zimage_runtime.model.linears import Linear
 from zimage_runtime.model.programs import Program
 
 
@@ -132,7 +134,7 @@ def test_w8a8_is_the_product_of_what_was_quantized() -> None:
     b = Target("tensorrt", types(DType.I8, full=True)).builder(Program.DENOISER, {"dim": width})
     layers = TensorRtLayers(b, DType.F32)
     with b.scope("layers.0.attention"):
-        b.output(layers.linear("x", "to_q", out, width), "y")
+        b.output(layers.linear("x", Linear("to_q", out, width)), "y")
     model = b.build().to_model_of_inputs("linear", {"x": (1, "tokens", "dim")}, {"y": (1, "tokens", out)})
     onnx.checker.check_model(model, full_check=True)
     name = "layers.0.attention.to_q.weight"

@@ -98,7 +98,7 @@ def test_outputs_do_not_keep_a_released_programs_memory(bundle: Path) -> None:
 SELF_CHECKED = """
 import json, sys, threading
 from pathlib import Path
-from zimage_export import residency, selfcheck
+from zimage_export.measure import page_cache, self_check
 from zimage_runtime.bundle.bundle import Bundle
 
 bundle = Bundle.open(sys.argv[1])
@@ -107,13 +107,13 @@ peak, done = 0, threading.Event()
 def watch():
     global peak
     while not done.wait(0.001):
-        peak = max(peak, residency._mapped_bytes())
+        peak = max(peak, page_cache._mapped_bytes())
 
-selfcheck._MAPPED_BYTES = int(sys.argv[2])
-selfcheck.self_check(bundle)  # the libraries' own pages are mapped in now
+self_check._MAPPED_BYTES = int(sys.argv[2])
+self_check.self_check(bundle)  # the libraries' own pages are mapped in now
 watcher = threading.Thread(target=watch)
 watcher.start()
-checked = selfcheck.self_check(bundle)
+checked = self_check.self_check(bundle)
 done.set()
 watcher.join()
 print(json.dumps([peak, checked]))

@@ -25,8 +25,8 @@ from zimage_export.engines.types import EngineTypes
 from zimage_export.graphs.layers import Layers
 from zimage_export.graphs.tensorrt_layers import TensorRtLayers
 from zimage_runtime.bundle.tensors import DType
-from zimage_runtime.executors.tensorrt.gpu_targets import GpuTarget, Variant
 from zimage_runtime.executors.tensorrt.trt_api import Built, Library
+from zimage_runtime.machine.gpu_targets import GpuTarget, Variant
 from zimage_runtime.model.blocks import BlockKind, all_blocks
 
 pytestmark = pytest.mark.skipif(

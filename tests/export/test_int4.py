@@ -1,5 +1,6 @@
 """int4 bundles: what is stored, which layers keep 8 bits, how far images are from diffusers'."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,8 @@ QUIET = Progress(quiet=True)
 
 
 @pytest.fixture(scope="module")
-def int4(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("int4") / "bundle"
-    build(checkpoint, out, BuildOptions(Precision.INT4), QUIET)
-    return out
+def int4(bundle_in: Callable[[Precision], Path]) -> Path:
+    return bundle_in(Precision.INT4)
 
 
 @pytest.mark.parametrize("case", CASES)

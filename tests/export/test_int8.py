@@ -1,7 +1,7 @@
 """int8 bundles: what is stored, how far images are from diffusers', and which activations a processor gets."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from half_emulation import run_cuda_program_on_cpu
 from onnx import TensorProto, numpy_helper
 from parity import Case, draw, draw_with_diffusers, relative_error
 
-from zimage_export.build import BuildOptions, build
 from zimage_export.source.checkpoint import Checkpoint
 from zimage_export.storage.precision import Encoding
 from zimage_export.storage.quantize import dequantized, int8_rows
@@ -21,7 +20,6 @@ from zimage_export.weights.rebalance import Rebalancing
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import CPU, CUDA, CUDA_WEIGHT_ONLY, Precision
 from zimage_runtime.bundle.tensors import TensorFile, read_header
-from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
 from zimage_runtime.executors.ort.device import DISABLED_OPTIMIZERS
 from zimage_runtime.machine import int8_products as integers
@@ -38,10 +36,8 @@ LINEAR = "layers.0.feed_forward.w2.weight"
 
 
 @pytest.fixture(scope="module")
-def int8(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("int8") / "bundle"
-    build(checkpoint, out, BuildOptions(Precision.INT8), Progress(quiet=True))
-    return out
+def int8(bundle_in: Callable[[Precision], Path]) -> Path:
+    return bundle_in(Precision.INT8)
 
 
 @pytest.fixture

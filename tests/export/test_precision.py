@@ -1,6 +1,7 @@
 """bf16 and fp16 bundles: what is stored how, how far they are from the checkpoint, and that they run bounded."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +11,11 @@ from half_emulation import run_cuda_program_on_cpu
 from onnx import TensorProto, load
 from parity import Case, draw, relative_error
 
-from zimage_export.build import BuildOptions, build
 from zimage_export.measure.self_check import fixed_inputs
 from zimage_export.storage.precision import StoragePolicy
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import CUDA, Precision
 from zimage_runtime.bundle.tensors import DType, read_header
-from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
 from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import Pipeline
@@ -29,14 +28,9 @@ HALVES = [Precision.BF16, Precision.FP16]
 
 
 @pytest.fixture(scope="session")
-def bundles(checkpoint: Path, bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Precision, Path]:
-    """The same checkpoint in every precision."""
-    found = {Precision.FP32: bundle}
-    for precision in HALVES:
-        out = tmp_path_factory.mktemp("halves") / precision
-        build(checkpoint, out, BuildOptions(precision), Progress(quiet=True))
-        found[precision] = out
-    return found
+def bundles(bundle_in: Callable[[Precision], Path]) -> dict[Precision, Path]:
+    """The same checkpoint in fp32 and in both types of 16 bits."""
+    return {precision: bundle_in(precision) for precision in (Precision.FP32, *HALVES)}
 
 
 @pytest.mark.parametrize("precision", HALVES)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cli_tools import Capture, assert_one_line_error, call_rt, unchanged
+from mistaken_contents import MISTAKEN
 
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.tensors import DType, encode_header
@@ -80,6 +81,28 @@ def test_truncated_file(damaged: Path, capsys: Capture, name: str) -> None:
     data = (damaged / name).read_bytes()
     (damaged / name).write_bytes(data[:-1])
     refuse(capsys, damaged, damaged / name, f"{len(data) - 1} bytes instead of {len(data)}")
+
+
+@pytest.mark.parametrize("what", MISTAKEN)
+@pytest.mark.parametrize("name", [*FILES, "manifest.json"])
+def test_file_that_is_a_pointer_or_a_page_is_named_as_such(
+    damaged: Path, capsys: Capture, name: str, what: str
+) -> None:
+    content, said = MISTAKEN[what]
+    (damaged / name).write_bytes(content)
+    refuse(capsys, damaged, damaged / name, *said)
+
+
+@pytest.mark.parametrize("what", MISTAKEN)
+@pytest.mark.parametrize("name", ["tokenizer.json", "text_encoder/embeddings.safetensors"])
+def test_bundle_that_was_made_of_a_pointer_or_a_page_names_it(
+    damaged: Path, capsys: Capture, name: str, what: str
+) -> None:
+    """Where even the manifest lists it with its size, whoever reads the file says so."""
+    content, said = MISTAKEN[what]
+    (damaged / name).write_bytes(content)
+    edit_manifest(damaged, lambda data: data["files"][name].update(size=len(content)))
+    refuse(capsys, damaged, damaged / name, *said)
 
 
 @pytest.mark.parametrize("name", FILES)

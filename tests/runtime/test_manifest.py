@@ -10,6 +10,7 @@ from zimage_export.synthetic.checkpoint import SMALL
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.files import hash_file
 from zimage_runtime.bundle.manifest import FileRecord, Manifest, Origin, checked_path
+from zimage_runtime.bundle.precision import Precision
 from zimage_runtime.errors import BundleError
 from zimage_runtime.model.programs import COMPONENTS, Program
 
@@ -58,13 +59,34 @@ def test_the_bundle_names_no_place_on_this_machine(bundle: Path, checkpoint: Pat
         assert str(place) not in text
 
 
-def test_the_fingerprint_is_of_the_files_alone(manifest: Manifest) -> None:
-    renamed = dataclasses.replace(manifest, source=Origin("another"), parity={"latents": 0.0})
-    assert renamed.fingerprint == manifest.fingerprint
-    reordered = dataclasses.replace(manifest, files=dict(reversed(list(manifest.files.items()))))
-    assert reordered.fingerprint == manifest.fingerprint
-    altered = {**manifest.files, "tokenizer.json": FileRecord(1, "0" * 64)}
-    assert dataclasses.replace(manifest, files=altered).fingerprint != manifest.fingerprint
+def test_the_fingerprint_is_of_what_decides_the_image(manifest: Manifest) -> None:
+    config = manifest.config
+    shifted = dataclasses.replace(config, scheduler=dataclasses.replace(config.scheduler, shift=5.0))
+    decisive = [*manifest.weights.values(), manifest.embeddings, manifest.tokenizer]
+    others = [
+        dataclasses.replace(manifest, files={**manifest.files, path: FileRecord(1, "0" * 64)}) for path in decisive
+    ]
+    others += [
+        dataclasses.replace(manifest, config=shifted),
+        dataclasses.replace(manifest, precision=Precision.BF16),
+        dataclasses.replace(manifest, folds={"transformer": {"layers.0": {"product": 1}}}),
+    ]
+    assert len({manifest.fingerprint, *(other.fingerprint for other in others)}) == len(others) + 1
+    assert not any(manifest.matches(other.fingerprint) for other in others)
+
+
+def test_the_fingerprint_leaves_out_what_can_be_renewed(manifest: Manifest) -> None:
+    decisive = {*manifest.weights.values(), manifest.embeddings, manifest.tokenizer}
+    programs = {path: FileRecord(1, "0" * 64) for path in manifest.files if path not in decisive}
+    same = [
+        dataclasses.replace(manifest, source=Origin("another"), parity={"latents": 0.0}, exporter="another"),
+        dataclasses.replace(manifest, files=dict(reversed(list(manifest.files.items())))),
+        dataclasses.replace(manifest, files={**manifest.files, **programs}),
+        dataclasses.replace(manifest, files={**manifest.files, "engines/a.engine": FileRecord(1, "0" * 64)}),
+        dataclasses.replace(manifest, programs={Program.DENOISER: manifest.programs[Program.DENOISER]}),
+    ]
+    assert programs
+    assert {other.fingerprint for other in same} == {manifest.fingerprint}
 
 
 def test_an_unknown_key_is_for_a_later_version(manifest: Manifest) -> None:

@@ -22,8 +22,8 @@ from zimage_runtime.executors.tensorrt.engine_store import (
     read_hashed,
     variant_spec,
 )
-from zimage_runtime.executors.tensorrt.gpu_targets import GpuTarget, Variant, gpu_of, variant_of
 from zimage_runtime.executors.tensorrt.trt_api import Built
+from zimage_runtime.machine.gpu_targets import GpuTarget, Variant, gpu_of, variant_of
 
 
 @pytest.fixture

@@ -7,14 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from zimage_runtime.bundle.tensors import (
-    DType,
-    TensorFile,
-    TensorFileError,
-    encode_header,
-    read_header,
-    to_float32,
-)
+from zimage_runtime.bundle.tensors import DType, TensorFile, TensorFileError, encode_header, read_header, to_float32
 
 
 def write(path: Path, header: object, data: bytes = b"") -> Path:

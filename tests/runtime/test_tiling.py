@@ -66,7 +66,7 @@ def test_no_step_at_the_borders_of_tiles(pipeline: Pipeline, images: tuple[Float
     borders = list(rows_between_tiles(pipeline))
     assert len(borders) > 10
     steps, own = (np.abs(np.diff(image, axis=1)) for image in (tiled, whole))
-    assert steps[:, borders].max() <= own.max()
+    assert steps[:, borders].max() <= own.max() + 1e-5  # the two sum in another order
     assert np.abs(steps - own)[:, borders].max() < 1e-4  # the image's own gradient, and nothing added
 
 

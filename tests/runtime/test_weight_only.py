@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -141,12 +142,8 @@ def test_the_nearest_to_the_original_that_fits_is_advised() -> None:
 
 
 @pytest.fixture(scope="module")
-def int8(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    from zimage_export.build import BuildOptions, build
-    from zimage_runtime.command_line.progress import Progress
-
-    out = tmp_path_factory.mktemp("int8") / "bundle"
-    return build(checkpoint, out, BuildOptions(Precision.INT8), Progress(quiet=True))
+def int8(bundle_in: Callable[[Precision], Path]) -> Bundle:
+    return Bundle.open(bundle_in(Precision.INT8))
 
 
 def test_the_executor_runs_the_program_of_the_plan(int8: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What a report is made of, and its two forms: Markdown beside its pictures, and one HTML file that holds all."""
+"""What a report is made of, and its two forms: Markdown that links its images, and one self-contained HTML file."""
 
 import base64
 import html
@@ -29,13 +29,13 @@ class Figure:
     """A plot."""
 
     path: str  # below the report's folder
-    alt: str  # what it shows, for who cannot see it
+    alt: str  # what it shows, for readers who cannot see it
     svg: bytes
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A picture in a grid; without `path`, only its caption."""
+    """An image in a grid; without `path`, only its caption."""
 
     caption: str
     path: str | None
@@ -45,7 +45,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class Grid:
-    """Pictures in rows, each row with a title."""
+    """Images in rows, each row with a title."""
 
     rows: tuple[tuple[str, tuple[Tile, ...]], ...]
 
@@ -55,14 +55,14 @@ Block = Text | Table | Figure | Grid
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands below it."""
+    """A heading and the blocks below it."""
 
     title: str
     blocks: tuple[Block, ...]
 
 
 def to_markdown(title: str, sections: Sequence[Section]) -> str:
-    """The report as Markdown; plots and pictures are linked."""
+    """The report as Markdown; plots and images are linked."""
     parts = [f"# {title}"]
     for section in sections:
         parts += [f"## {section.title}", *(_markdown(block) for block in section.blocks)]
@@ -83,8 +83,8 @@ def _markdown(block: Block) -> str:
 
 def _markdown_row(title: str, tiles: Sequence[Tile]) -> str:
     header = [tile.caption for tile in tiles]
-    pictures = [f"![{tile.caption}]({tile.path})" if tile.path else "no picture" for tile in tiles]
-    return f"{title}\n\n" + markdown_table(header, [pictures])
+    images = [f"![{tile.caption}]({tile.path})" if tile.path else "no image" for tile in tiles]
+    return f"{title}\n\n" + markdown_table(header, [images])
 
 
 def to_html(title: str, sections: Sequence[Section]) -> str:
@@ -127,7 +127,7 @@ def _html_row(title: str, tiles: Sequence[Tile]) -> str:
 
 def _html_tile(tile: Tile) -> str:
     caption = html.escape(tile.caption)
-    inside = f'<img alt="{caption}" src="{_data("image/png", tile.png)}">' if tile.png else "<p>no picture</p>"
+    inside = f'<img alt="{caption}" src="{_data("image/png", tile.png)}">' if tile.png else "<p>no image</p>"
     return f"<figure{' class=failed' if tile.failed else ''}>{inside}<figcaption>{caption}</figcaption></figure>"
 
 

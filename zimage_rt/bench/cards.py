@@ -46,9 +46,9 @@ def _tensorrt(bundle: Bundle) -> Planner | None:
     if bundle.manifest.engines is None:
         return None
     from zimage_runtime.executors.tensorrt.engine_store import read_catalog
-    from zimage_runtime.executors.tensorrt.gpu_targets import Variant
     from zimage_runtime.executors.tensorrt.plan import plan_residency
     from zimage_runtime.executors.tensorrt.stage_sizes import ImageSizes
+    from zimage_runtime.machine.gpu_targets import Variant
 
     variants, config = read_catalog(bundle).variants, bundle.manifest.config
     spec = variants.get(Variant.AMPERE) or variants.get(Variant.TURING)

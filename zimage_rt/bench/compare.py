@@ -1,4 +1,4 @@
-"""Two result files side by side: the same cases, ratios of medians, and what the spread allows to say."""
+"""Two result files side by side: the same cases, ratios of medians, and how far their spread decides."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,21 +13,21 @@ from .tables import markdown_table, seconds
 
 @dataclass(frozen=True)
 class Compared:
-    """One quantity of one case in both files. Seconds; `times_faster` is A's over B's: above 1, B is faster."""
+    """One quantity of one case in both files, in seconds. `times_faster` is A / B: above 1, B is faster."""
 
     case: str
     size: str
     what: str
     first: float
     second: float
-    times_faster: Interval | None  # None for fewer than three values a side
+    times_faster: Interval | None  # None for fewer than three values in A or B
     first_status: str
     second_status: str
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All of them, and what may make them incomparable."""
+    """All that can be compared, and what may make it incomparable."""
 
     pairs: tuple[Compared, ...]
     only_first: tuple[str, ...]
@@ -36,7 +36,7 @@ class Comparison:
 
 
 def compare_rows(first: Sequence[Row], second: Sequence[Row]) -> Comparison:
-    """Pairs rows whose case is the same but for the model's bytes. Raises `RequestError` where nothing pairs up."""
+    """Pairs rows of the same case; only the model's bytes may differ. Raises `RequestError` where nothing pairs up."""
     ours, theirs = _by_question(first), _by_question(second)
     shared = [question for question in ours if question in theirs]
     if not shared:
@@ -80,14 +80,14 @@ def _compare(first: Row, second: Row) -> list[Compared]:
     return found
 
 
-_QUANTITIES = {"picture": "total", "text": "text", "step": "steps", "decode": "decode"}
+_QUANTITIES = {"image": "total", "text": "text", "step": "steps", "decode": "decode"}
 
 
 def _values(draws: Sequence[Draw], pick: str) -> list[float]:
     found: list[float] = []
     for draw in draws:
         value = getattr(draw, pick)
-        # steps of one picture are not independent of each other: a picture's mean is one value
+        # steps of one image are not independent of each other: an image's mean is one value
         found += [sum(value) / len(value)] if isinstance(value, tuple) and value else []
         found += [value] if isinstance(value, float) else []
     return found
@@ -97,7 +97,7 @@ def _warnings(first: Sequence[Row], second: Sequence[Row]) -> tuple[str, ...]:
     found = []
     machines = [{describe({**row.environment, "packages": {}}) for row in rows} for rows in (first, second)]
     if machines[0] != machines[1]:
-        found.append("measured on different machines: ratios are of machines as much as of versions")
+        found.append("measured on different machines: a ratio compares the machines as well as the versions")
     for rows, name in ((first, "A"), (second, "B")):
         loads = [row.conditions.get("before", {}).get("load_average") for row in rows]
         busy = [load for load in loads if isinstance(load, int | float) and load > 1.5]
@@ -107,7 +107,7 @@ def _warnings(first: Sequence[Row], second: Sequence[Row]) -> tuple[str, ...]:
 
 
 def comparison_table(comparison: Comparison, first: str, second: str) -> str:
-    """For people."""
+    """The comparison as text."""
     rows = [
         [
             f"{pair.case}{_mark(pair)}",
@@ -124,13 +124,13 @@ def comparison_table(comparison: Comparison, first: str, second: str) -> str:
         f"A: {first}",
         f"B: {second}",
         "",
-        markdown_table(["case", "size", "of", "A", "B", "A / B (above 1: B is faster)", "95 % interval"], rows),
+        markdown_table(["case", "size", "what", "A", "B", "A / B (above 1: B is faster)", "95 % interval"], rows),
         "",
-        "Medians; the interval is a bootstrap of both series. It covers the spread within a process, not that between "
-        "runs of it.",
+        "Medians. The interval is a bootstrap of both series. It covers the spread within one process, not between "
+        "processes.",
         *(f"Only in A: {name}" for name in comparison.only_first),
         *(f"Only in B: {name}" for name in comparison.only_second),
-        *(f"Careful: {warning}" for warning in comparison.warnings),
+        *(f"Warning: {warning}" for warning in comparison.warnings),
     ]
     return "\n".join(lines)
 

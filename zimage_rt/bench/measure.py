@@ -1,4 +1,4 @@
-"""From what was watched to what a row says: stage times, memory, energy."""
+"""What was watched, as a row states it: stage times, memory, energy."""
 
 import itertools
 import statistics
@@ -20,27 +20,27 @@ _PLENTY = 1 << 60
 
 
 def times_of(watched: Watched, case: Case, page_cache: str) -> Times | None:
-    """Stage times; None where not even all the pictures came."""
+    """Stage times; None where images are missing."""
     first = [border for border in watched.borders if border.stage in (IMPORT, LOAD)]
-    pictures = _pictures(watched.borders)
-    if watched.done is None or len(first) != 2 or len(pictures) != case.warmup + case.repeat:
+    images = _images(watched.borders)
+    if watched.done is None or len(first) != 2 or len(images) != case.warmup + case.repeat:
         return None
     imported, loaded = first
-    cold = _draw(loaded.time, pictures[0])
-    begins = [loaded.time, *(borders[-1].time for borders in pictures)]
-    draws = [_draw(begin, borders) for begin, borders in zip(begins, pictures, strict=False)]
+    cold = _draw(loaded.time, images[0])
+    begins = [loaded.time, *(borders[-1].time for borders in images)]
+    draws = [_draw(begin, borders) for begin, borders in zip(begins, images, strict=False)]
     return Times(
         importing=imported.time - watched.started,
         loading=loaded.time - imported.time,
         cold_picture=cold.total,
-        cold_start=pictures[0][-1].time - watched.started,
+        cold_start=images[0][-1].time - watched.started,
         page_cache=page_cache,
         draws=tuple(draws[case.warmup :]),
     )
 
 
-def _pictures(borders: Sequence[Border]) -> list[list[Border]]:
-    """The borders of each picture, which ends where it is saved."""
+def _images(borders: Sequence[Border]) -> list[list[Border]]:
+    """The borders of each image, which ends where it is saved."""
     found: list[list[Border]] = []
     current: list[Border] = []
     for border in borders:
@@ -69,7 +69,7 @@ def _draw(begin: float, borders: Sequence[Border]) -> Draw:
 
 
 def memory_of(watched: Watched, interval: float, planned: dict[str, int], planned_peak: Reading) -> Memory:
-    """Peaks, stages and the trace."""
+    """The memory of a process: peaks, stages and the trace."""
     reached = gaps(watched.samples)
     samples, borders = watched.samples, watched.borders
     allocated = watched.done.gpu_allocated if watched.done else None
@@ -82,7 +82,7 @@ def memory_of(watched: Watched, interval: float, planned: dict[str, int], planne
         mapped=host_peak(samples, borders, "mapped"),
         gpu_process=gpu_peak(samples),
         gpu_device=device_delta(samples, watched.gpu_used_before),
-        gpu_allocator=absent("the system has no GPU allocator that tells") if allocated is None else Reading(allocated),
+        gpu_allocator=absent("the system does not report a GPU allocator") if allocated is None else Reading(allocated),
         planned=planned,
         planned_peak=planned_peak,
         stages=stage_peaks(watched.started, samples, borders),
@@ -94,11 +94,11 @@ def memory_of(watched: Watched, interval: float, planned: dict[str, int], planne
 def planned_memory(
     case: Case, manifest: Manifest, geometry: ImageGeometry, tokens: int
 ) -> tuple[dict[str, int], Reading]:
-    """What the memory plan says of the host, by program and at its peak, stage after stage."""
+    """What the memory plan says of the host: by program, and at its peak with one stage loaded at a time."""
     if case.system != OURS:
-        return {}, absent("the plan is for zimage-rt")
+        return {}, absent("only zimage-rt has a memory plan")
     if case.executor != CPU:
-        return {}, absent("the plan that is compared is that of the cpu executor")
+        return {}, absent("only the cpu executor's plan is compared")
     try:
         plan = plan_memory(manifest, geometry, tokens, low_memory=case.low_memory, available=_PLENTY)
     except RequestError as error:
@@ -107,13 +107,13 @@ def planned_memory(
 
 
 def energy_of(watched: Watched, case: Case) -> Reading:
-    """Joules a warm picture, of the device's own counter: all that it drew from the last warm-up's end to the end."""
+    """Joules per warm image, by the device's own counter, from the end of the last warm-up to the end."""
     if not watched.energy:
         before = watched.gpu_used_before
-        return absent(before.reason if isinstance(before, Unavailable) else "this GPU does not count its energy")
+        return absent(before.reason if isinstance(before, Unavailable) else "this GPU does not report its energy")
     saved = [border.time for border in watched.borders if border.stage == SAVE]
     if len(saved) != case.warmup + case.repeat or case.warmup < 1 or not case.repeat:
-        return absent("not all pictures came")
+        return absent("images are missing")
     begin, end = _joules_at(watched.energy, saved[case.warmup - 1]), _joules_at(watched.energy, saved[-1])
     return Reading((end - begin) / case.repeat)
 
@@ -136,7 +136,7 @@ def conditions_of(watched: Watched, before: dict[str, Any], after: dict[str, Any
 
 
 def median_step(times: Times | None) -> float | None:
-    """Seconds of a warm step; None where a system does not show its steps."""
+    """Seconds of a warm step; None where a system does not report its steps."""
     steps = [seconds for draw in times.draws for seconds in draw.steps] if times else []
     return statistics.median(steps) if steps else None
 

@@ -1,4 +1,4 @@
-"""The report's plots, as SVG. matplotlib is of the extra `report` and is imported here alone."""
+"""The report's plots, as SVG. matplotlib comes with the extra `report` and is imported only here."""
 
 import io
 import statistics
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart
+# Okabe and Ito's colours, which colour-blind readers can distinguish
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#8c6d31")
 _MARKERS = "osD^vP*X"
 _STAGE_COLOURS = {
@@ -29,22 +29,22 @@ _STAGE_COLOURS = {
 _GIB = 2**30
 _WIDTH = 9.5  # inches
 MOST_TRACES = 12
-"""Cases whose memory is drawn over time: more would make a page nobody reads."""
+"""Cases whose memory is plotted over time: more would make a page that nobody reads."""
 
 
 def plots(rows: Sequence[Row]) -> dict[str, tuple[str, bytes]]:
-    """Name → what it shows, and the SVG. Rows without pictures are left out; a plot with nothing to show, too."""
-    drawn = [row for row in rows if row.times is not None and row.memory is not None]
-    colours = {label: _COLOURS[i % len(_COLOURS)] for i, label in enumerate(dict.fromkeys(r.case.label for r in drawn))}
+    """Name → what it shows, and the SVG. Rows without images and plots with nothing to show are left out."""
+    shown = [row for row in rows if row.times is not None and row.memory is not None]
+    colours = {label: _COLOURS[i % len(_COLOURS)] for i, label in enumerate(dict.fromkeys(r.case.label for r in shown))}
     found: dict[str, tuple[str, bytes]] = {}
-    if not drawn:
+    if not shown:
         return found
-    found["latency-memory"] = ("Seconds a picture against peak memory", _latency_memory(drawn, colours))
-    found["stages"] = ("Time of each stage of a warm picture", _stages(drawn))
-    left_out = f"; the first {MOST_TRACES} cases" if len(drawn) > MOST_TRACES else ""
-    found["memory"] = (f"Memory over time, with the stages as bands{left_out}", _memory(drawn[:MOST_TRACES]))
-    if len({row.case.size for row in drawn}) > 1:
-        found["size"] = ("Seconds a picture against its size", _latency_size(drawn, colours))
+    found["latency-memory"] = ("Seconds per image against peak memory", _latency_memory(shown, colours))
+    found["stages"] = ("Time of each stage of a warm image", _stages(shown))
+    left_out = f"; the first {MOST_TRACES} cases" if len(shown) > MOST_TRACES else ""
+    found["memory"] = (f"Memory over time, with the stages as bands{left_out}", _memory(shown[:MOST_TRACES]))
+    if len({row.case.size for row in shown}) > 1:
+        found["size"] = ("Seconds per image against its size", _latency_size(shown, colours))
     return found
 
 
@@ -66,18 +66,18 @@ def _svg(figure: "Figure") -> bytes:
 
 
 def total_median(row: Row) -> float:
-    """Seconds of a warm picture."""
+    """Seconds of a warm image."""
     assert row.times is not None
     return statistics.median(draw.total for draw in row.times.draws)
 
 
 def peak_bytes(row: Row) -> float | None:
-    """What the picture needs: a GPU's memory where it was drawn there, else the process's own."""
+    """What an image needs: a GPU's memory where it was generated there, else the process's own."""
     memory = row.memory
     if memory is None:
         return None
     if memory.gpu_process.value or (row.case.system == OURS and row.case.executor != CPU):
-        # where NVML does not tell the process's, the device's growth is the next best
+        # where NVML does not report the process's, the device's growth is the next best
         return memory.gpu_process.value or memory.gpu_device.value
     return memory.anonymous.value or memory.resident.value
 
@@ -119,7 +119,7 @@ def _latency_memory(rows: Sequence[Row], colours: Mapping[str, str]) -> bytes:
 
 
 def _legend(axes: "Axes", colours: Mapping[str, str], sizes: Sequence[str]) -> None:
-    """Outside the axes, where it covers nothing: colours are cases, markers are sizes."""
+    """A legend outside the axes, where it covers nothing: colours are cases, markers are sizes."""
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], color=colour, marker="o", linestyle="", label=name) for name, colour in colours.items()]
@@ -132,17 +132,17 @@ def _legend(axes: "Axes", colours: Mapping[str, str], sizes: Sequence[str]) -> N
 
 
 def _seconds_axis(axes: "Axes", values: Sequence[float]) -> None:
-    """From 0, unless the values are so far apart that the small ones would lie on the ground."""
+    """From 0, unless the values are so far apart that the small ones would all lie at 0."""
     if max(values) > 8 * min(values):
         axes.set_yscale("log")
         _plain_ticks(axes.yaxis)
     else:
         axes.set_ylim(0, max(values) * 1.25)
-    axes.set_ylabel("seconds a picture")
+    axes.set_ylabel("seconds per image")
 
 
 def _plain_ticks(axis: "Axis") -> None:
-    """1, 2, 5, 10 … where matplotlib would write powers."""
+    """Ticks at 1, 2, 5, 10 … where matplotlib would write powers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -168,7 +168,7 @@ def _stages(rows: Sequence[Row]) -> bytes:
 
 
 def stage_median(row: Row, stage: str) -> float | None:
-    """The median over warm pictures of a stage's seconds, all steps of a picture together; None where not shown."""
+    """The median over warm images of a stage's seconds, all steps of an image together; None where not reported."""
     if row.times is None:
         return None
     values: list[float] = []
@@ -227,7 +227,7 @@ def _latency_size(rows: Sequence[Row], colours: Mapping[str, str]) -> bytes:
     _seconds_axis(axes, [total_median(row) for row in rows])
     axes.set_xticks([pixels for pixels, _ in sizes], [size for _, size in sizes], fontsize=8)
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel("size of the picture, by its pixels")
+    axes.set_xlabel("size of the image, by its pixels")
     axes.grid(True, alpha=0.25)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8, frameon=False)
     return _svg(figure)

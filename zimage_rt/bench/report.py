@@ -1,30 +1,36 @@
-"""``report.md`` and ``report.html``, made from rows alone: what a person wants to see first, first."""
+"""``report.md`` and ``report.html``, made from rows alone: the most important facts first."""
 
 import contextlib
 import io
 import statistics
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 from zimage_runtime.bundle.files import atomic_write
 
+from .accuracy import unchecked
 from .blocks import Block, Figure, Grid, Section, Table, Text, Tile, to_html, to_markdown
 from .cards import CARDS_GB, RESERVED, TOKENS, card_table
 from .environment import describe
 from .jobs import Opened
-from .measure import median_step
-from .plots import peak_bytes, plots, stage_median
-from .schema import DECODE, FAILED, SAVE, STEP, TEXT, Reading, Row
-from .statistics import summarize
-from .tables import digits, gibibytes, seconds, size_of
+from .plots import plots
+from .row_tables import accuracy_text, memory_table, short, stage_table, summary_table
+from .schema import FAILED, Row
+from .tables import digits, size_of
 
 TITLE = "zimage-rt bench"
 _THUMBNAIL = 480  # pixels of the longer side, in the page
 
+_MEMORY = (
+    "Peaks. Own memory is anonymous: heap, arenas, packed weights. Mapped files are page cache, which shrinks when "
+    "other processes need memory. The plan is zimage-rt's for host memory, with one stage loaded at a time; in these "
+    "cases all stages stay loaded where they fit. The growth of the GPU device counts every process and cross-checks "
+    "the process's own."
+)
+
 
 def write_report(out: Path, rows: Sequence[Row], bundles: Sequence[Opened]) -> list[Path]:
-    """Writes both forms and the plots, and gives the paths of the two."""
+    """Writes the report as Markdown, as HTML and its plots; returns the paths of the first two."""
     figures = _figures(rows)
     for figure in figures:
         path = out / figure.path
@@ -41,26 +47,21 @@ def write_report(out: Path, rows: Sequence[Row], bundles: Sequence[Opened]) -> l
 
 
 def _figures(rows: Sequence[Row]) -> list[Figure]:
-    if find_spec("matplotlib") is None:
-        return []
     return [Figure(f"plots/{name}.svg", alt, svg) for name, (alt, svg) in plots(rows).items()]
 
 
 def make_sections(
     out: Path, rows: Sequence[Row], bundles: Sequence[Opened], figures: Sequence[Figure]
 ) -> list[Section]:
-    """The report."""
+    """The report's sections, in order. Images are read from below `out`."""
     sections = [
         Section("Summary", (Text(_first_lines(rows)), summary_table(rows), *_failures(rows))),
-        Section("Stages", (Text("Medians of warm pictures; the floor is below each."), stage_table(rows))),
+        Section("Stages", (Text("Medians of warm images; the floor stands below each case."), stage_table(rows))),
     ]
     sections.append(Section("Memory", (Text(_MEMORY), memory_table(rows))))
-    if figures:
-        sections.append(Section("Plots", tuple(b for f in figures for b in (Text(f"{f.alt}."), f))))
-    else:
-        missing = "matplotlib is not installed: pip install 'zimage-rt[report]', then zimage-rt bench --report-only."
-        sections.append(Section("Plots", (Text(missing),)))
-    sections.append(Section("Pictures", (Text(_pictures_line(rows)), _grid(out, rows))))
+    plotted = tuple(block for figure in figures for block in (Text(f"{figure.alt}."), figure))
+    sections.append(Section("Plots", plotted or (Text("No case generated an image."),)))
+    sections.append(Section("Images", (Text(_images_line(rows)), _grid(out, rows))))
     sections.append(Section("Which card can run this?", _cards(rows, bundles)))
     sections.append(Section("How it was measured", tuple(Text(line) for line in _method(rows))))
     sections.append(Section("Where", _where(rows)))
@@ -71,123 +72,31 @@ def _first_lines(rows: Sequence[Row]) -> str:
     if not rows:
         return "No case was measured."
     failed = sum(row.status == FAILED for row in rows)
-    verdict = "none failed" if not failed else f"{failed} failed"
-    return f"{len(rows)} cases, {verdict}. {describe(rows[0].environment)}."
+    verdicts = [_count(len(rows), "case"), f"{failed or 'none'} failed"]
+    reasons = [short(reason) for row in rows if (reason := unchecked(row))]
+    if reasons:
+        verdicts.append(f"{_count(len(reasons), 'row')} not checked: {'; '.join(dict.fromkeys(reasons))}")
+    return f"{', '.join(verdicts)}. {describe(rows[0].environment)}."
 
 
-def summary_table(rows: Sequence[Row]) -> Table:
-    """A row a case."""
-    header = (
-        "case", "size", "picture, median", "p90", "steps/s", "pictures/min", "cold start", "peak memory",
-        "of the floor", "against fp32", "verdict",
-    )  # fmt: skip
-    return Table(header, tuple(_summary(row) for row in rows), _failed(rows))
-
-
-def _summary(row: Row) -> tuple[str, ...]:
-    if row.times is None:
-        return (row.case.label, row.case.size, *["–"] * 8, "failed")
-    total = summarize([draw.total for draw in row.times.draws])
-    step = median_step(row.times)
-    reached = row.floor.step_fraction.value if row.floor else None
-    return (
-        row.case.label,
-        row.case.size,
-        seconds(total.median),
-        seconds(total.p90),
-        digits(1 / step) if step else "–",
-        digits(60 / total.median),
-        f"{seconds(row.times.cold_start)} ({row.times.page_cache})",
-        gibibytes(peak_bytes(row)),
-        "–" if reached is None else f"{100 * reached:.0f} %" if reached >= 0.01 else "<1 %",
-        accuracy_text(row),
-        verdict(row),
-    )
-
-
-def verdict(row: Row) -> str:
-    """In a word: "not checked" where there was no reference."""
-    if row.status == FAILED:
-        return "failed"
-    return "ok" if row.accuracy is not None and row.accuracy.reference else "not checked"
-
-
-def accuracy_text(row: Row) -> str:
-    """PSNR, or that the pictures are identical."""
-    accuracy = row.accuracy
-    if accuracy is None or accuracy.reference is None:
-        return "–"
-    return "identical" if accuracy.identical else _reading(accuracy.psnr_db, "dB")
-
-
-def _reading(reading: Reading, unit: str) -> str:
-    return "–" if reading.value is None else f"{digits(reading.value)} {unit}".rstrip()
-
-
-def stage_table(rows: Sequence[Row]) -> Table:
-    """Medians and floors of each stage, and what is done once a process."""
-    header = (
-        "case",
-        "size",
-        "import",
-        "load",
-        "first picture",
-        "text",
-        "a step",
-        "decode",
-        "encode and save",
-        "spread",
-    )
-    lines: list[tuple[str, ...]] = []
-    for row in rows:
-        if row.times is None:
-            continue
-        once = (row.times.importing, row.times.loading, row.times.cold_picture)
-        stages = (stage_median(row, TEXT), median_step(row.times), stage_median(row, DECODE), stage_median(row, SAVE))
-        total = summarize([draw.total for draw in row.times.draws])
-        spread = "–" if total.deviation is None else f"± {seconds(total.deviation)} of {total.count}"
-        lines.append((row.case.label, row.case.size, *map(seconds, (*once, *stages)), spread))
-        if row.floor and row.floor.step.value is not None:
-            floors = (row.floor.text.value, row.floor.step.value, row.floor.decode.value)
-            lines.append(("floor", row.case.size, "", "", "", *map(seconds, floors), "", ""))
-    return Table(header, tuple(lines))
-
-
-_MEMORY = (
-    "Peaks. Own memory is anonymous: heap, arenas, packed weights. Mapped files are the page cache's, which yields "
-    "when others need it. The plan is zimage-rt's for the host, one stage loaded at a time; here all stay loaded where "
-    "they fit. The device's growth is everyone's, a cross-check of the process's."
-)
-
-
-def memory_table(rows: Sequence[Row]) -> Table:
-    """Peaks of the process, of its stages, and of the plan."""
-    header = (
-        "case", "size", "own", "mapped", "own: text", "own: steps", "own: decode", "planned", "GPU process",
-        "GPU device, growth", "GPU allocator",
-    )  # fmt: skip
-    lines = []
-    for row in rows:
-        if (memory := row.memory) is None:
-            continue
-        stages = (memory.stages.get(stage) for stage in (TEXT, STEP, DECODE))
-        own = [gibibytes(stage.anonymous) if stage else "–" for stage in stages]
-        gpu = map(size_of, (memory.planned_peak, memory.gpu_process, memory.gpu_device, memory.gpu_allocator))
-        lines.append((row.case.label, row.case.size, size_of(memory.anonymous), size_of(memory.mapped), *own, *gpu))
-    return Table(header, tuple(lines))
-
-
-def _failed(rows: Sequence[Row]) -> frozenset[int]:
-    return frozenset(index for index, row in enumerate(rows) if row.status == FAILED)
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _failures(rows: Sequence[Row]) -> tuple[Block, ...]:
-    return tuple(Text(f"Failed: {row.case.label} {row.case.size}: {row.failure}.") for row in rows if row.failure)
+    """What failed and what was not checked, with the whole reason."""
+    failed = [f"Failed: {row.case.label} {row.case.size}: {row.failure}." for row in rows if row.failure]
+    open_rows: dict[str, list[str]] = {}
+    for row in rows:
+        if reason := unchecked(row):
+            open_rows.setdefault(reason, []).append(f"{row.case.label} {row.case.size}")
+    not_checked = [f"Not checked: {', '.join(names)}: {reason}." for reason, names in open_rows.items()]
+    return tuple(Text(line) for line in (*failed, *not_checked))
 
 
-def _pictures_line(rows: Sequence[Row]) -> str:
+def _images_line(rows: Sequence[Row]) -> str:
     cases = {(row.case.prompt, row.case.seed, row.case.steps) for row in rows}
-    return "; ".join(f"“{prompt}”, seed {seed}, {steps} steps" for prompt, seed, steps in sorted(cases)) + "."
+    return "; ".join(f"“{prompt}”, seed {seed}, {_count(steps, 'step')}" for prompt, seed, steps in sorted(cases)) + "."
 
 
 def _grid(out: Path, rows: Sequence[Row]) -> Grid:
@@ -235,21 +144,21 @@ def _cards(rows: Sequence[Row], bundles: Sequence[Opened]) -> tuple[Block, ...]:
 
 def _method(rows: Sequence[Row]) -> list[str]:
     lines = [
-        "Every case ran in a process of its own, which drew one picture after another; the first is the cold start, "
-        "from the process's start to the picture's file. The page cache was brought into the state that is named "
-        "beside it: warm (the model's files were read first), dropped, or as found.",
-        "A picture's time goes from the request to the PNG on the disk. The floor is the operations of matrix "
-        "products, attention and convolutions over the rate that a large matrix product reached here, in the same "
-        "library and with the same threads, before the cases.",
-        "The fp32 reference drew the same prompt, seed, size and steps; the gate is a PSNR that each precision must "
-        "reach. A picture that is not finite, is constant or misses the gate is failed.",
+        "Every case ran in a process of its own, which generated one image after another. The first is the cold "
+        "start, from the start of the process to the image's file. The state of the page cache is named beside it: "
+        "warm (the model's files were read first), dropped, or as found.",
+        "An image's time runs from the request to the PNG on disk. The floor is the operations of matrix products, "
+        "attention and convolutions divided by the rate that a large matrix product reached on this processor, with "
+        "the same library and the same threads. A case on a GPU has no floor.",
+        "The fp32 reference has the same prompt, seed, size and steps. Each precision must reach a PSNR of its own. "
+        "An image that is constant or misses this gate is failed; one without a reference is not checked.",
     ]
     reached = [row.memory for row in rows if row.memory and row.memory.interval_median.value is not None]
     if reached:
         median = statistics.median(m.interval_median.value for m in reached if m.interval_median.value is not None)
         longest = max(m.interval_longest.value for m in reached if m.interval_longest.value is not None)
         lines.append(
-            f"Memory was sampled from another process every {1e3 * reached[0].interval:.0f} ms (median reached "
+            f"Memory was sampled by another process every {1e3 * reached[0].interval:.0f} ms (measured: median "
             f"{1e3 * median:.1f} ms, longest gap {1e3 * longest:.0f} ms) and at the end of every stage."
         )
         reasons = dict.fromkeys(
@@ -259,9 +168,14 @@ def _method(rows: Sequence[Row]) -> list[str]:
             if reason
         )
         lines += [f"Not measured: {reason}." for reason in reasons]
+    floors: dict[str, list[str]] = {}
+    for row in rows:
+        if row.floor and row.floor.step.reason:
+            floors.setdefault(row.floor.step.reason, []).append(f"{row.case.label} {row.case.size}")
+    lines += [f"No floor: {', '.join(names)}: {reason}." for reason, names in floors.items()]
     energies = [row for row in rows if row.energy.value is not None]
     lines += [
-        f"Energy: {row.case.label} {row.case.size}: {digits(row.energy.value or 0)} J a picture." for row in energies
+        f"Energy: {row.case.label} {row.case.size}: {digits(row.energy.value or 0)} J per image." for row in energies
     ]
     lines += list(dict.fromkeys(f"{row.case.system}: {note}." for row in rows for note in row.notes))
     return lines
@@ -286,7 +200,8 @@ def _where(rows: Sequence[Row]) -> tuple[Block, ...]:
     )
     commands = dict.fromkeys(row.command for row in rows)
     gpu = rows[0].environment.get("gpu") or {}
-    devices = "; ".join(f"{name} {value}" for name, value in gpu.items() if value is not None)
+    none = f"none ({gpu['none']})" if "none" in gpu else ""
+    devices = none or "; ".join(f"{name} {value}" for name, value in gpu.items() if value is not None)
     packages: dict[str, str] = {}
     for row in rows:
         packages |= {k: v for k, v in row.environment["packages"].items() if v}

@@ -1,4 +1,4 @@
-"""Watching a process at a steady interval, from outside of it."""
+"""Watching a process at a steady interval, from outside."""
 
 import itertools
 import statistics
@@ -15,12 +15,12 @@ INTERVAL = 0.01
 """Seconds between two samples."""
 
 TRACE_POINTS = 240
-"""Points that a row keeps of a trace."""
+"""Points of a trace that a row keeps."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What one look found. Bytes; a GPU's value, or why there is none."""
+    """What one look found, in bytes; for a GPU, the value or why there is none."""
 
     time: float  # seconds, of the clock that all processes of the machine share
     host: HostMemory | None
@@ -37,7 +37,7 @@ class Look(Protocol):
 
 @dataclass
 class Sampler:
-    """Looks every `interval` seconds. A look that comes late is not made up for: samples never pile up."""
+    """Looks every `interval` seconds. A late look is skipped: samples never pile up."""
 
     look: Look
     clock: Callable[[], float]
@@ -75,7 +75,7 @@ class Gaps:
 
 
 def gaps(samples: Sequence[Sample]) -> Gaps:
-    """The intervals that were reached."""
+    """The intervals between samples."""
     found = [after.time - before.time for before, after in itertools.pairwise(samples)]
     if not found:
         none = absent("fewer than two samples")
@@ -94,7 +94,7 @@ def host_peak(samples: Iterable[Sample], borders: Iterable[Border], kind: str) -
 
 
 def gpu_peak(samples: Sequence[Sample]) -> Reading:
-    """The peak of the process on the device; where it was never told, why."""
+    """The peak of the process on the device, or why it is unknown."""
     values = [sample.gpu_process for sample in samples if not isinstance(sample.gpu_process, Unavailable)]
     if values:
         return Reading(max(values))
@@ -102,7 +102,7 @@ def gpu_peak(samples: Sequence[Sample]) -> Reading:
 
 
 def device_delta(samples: Sequence[Sample], before: int | Unavailable) -> Reading:
-    """What the whole device had more in use at most than before the process started."""
+    """The most by which the whole device's use grew since before the process started."""
     if isinstance(before, Unavailable):
         return absent(before.reason)
     values = [sample.gpu_used for sample in samples if not isinstance(sample.gpu_used, Unavailable)]
@@ -155,7 +155,7 @@ Point = tuple[float, int | None, int | None, int | None]
 
 
 def thinned(start: float, samples: Sequence[Sample], points: int = TRACE_POINTS) -> tuple[Point, ...]:
-    """At most so many points: seconds since `start`, anonymous, mapped, GPU. Of neighbours the peaks are kept."""
+    """At most `points` points: seconds since `start`, anonymous, mapped, GPU. Each is the peak of its neighbours."""
     if not samples:
         return ()
     size = -(-len(samples) // points)
@@ -169,7 +169,7 @@ def _point(start: float, group: Sequence[Sample]) -> Point:
     return (
         round(group[0].time - start, 4),
         max((h.anonymous for h in hosts if h.anonymous is not None), default=None),
-        # where the two are not told apart, the total stands for both
+        # where the system does not separate the two, the total stands for both
         max((h.resident if h.mapped is None else h.mapped for h in hosts), default=None),
         max(gpu, default=None),
     )

@@ -1,6 +1,8 @@
-"""What a row of ``results.jsonl`` holds. Seconds, bytes, joules and operations a second, unless a name says otherwise.
+"""What a row of ``results.jsonl`` contains: seconds, bytes, joules and operations per second.
 
-A value that could not be had is null with the reason, never 0 (`Reading`). Rows name no path of the machine.
+A value that could not be measured is null with the reason, never 0 (`Reading`). Rows name no path of the machine.
+Field names are those of the committed results and cannot change: where they say *picture* and *draw*, the rest of
+the code says *image*.
 """
 
 import hashlib
@@ -8,7 +10,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from .documents import to_document
+from zimage_runtime.checked_json import to_document
 
 SCHEMA = 1
 
@@ -18,7 +20,7 @@ OURS = "zimage-rt"
 
 IMPORT, LOAD, TEXT, STEP, DECODE, SAVE = "import", "load", "text", "step", "decode", "save"
 STAGES = (IMPORT, LOAD, TEXT, STEP, DECODE, SAVE)
-"""The stages of a process, in order: the first two once, the others for each picture, `step` as often as asked."""
+"""The stages of a process, in order: the first two once, the others for each image, `step` once per step."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +54,8 @@ class Case:
     steps: int
     seed: int
     prompt: str
-    repeat: int  # pictures that count
-    warmup: int  # pictures before them; the first is the cold start
+    repeat: int  # images that are measured
+    warmup: int  # images before them; the first is the cold start
     low_memory: bool = False
     drop_cache: bool = False
     threads: int = 1
@@ -66,7 +68,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        """What tells cases of one size apart, for people."""
+        """What distinguishes cases of one size, for people."""
         name = f"{self.model} {self.executor}" if self.system == OURS else f"{self.system} {self.precision}"
         budget = "" if self.vram is None else f" in {self.vram / 2**30:.4g} GiB"
         return name + (" low-memory" if self.low_memory else "") + budget
@@ -82,7 +84,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Draw:
-    """Seconds of one warm picture. `text`, `decode` are null where a system does not show them apart."""
+    """Seconds of one warm image. `text` and `decode` are null where a system does not report them."""
 
     total: float  # from the request to the file
     text: float | None
@@ -96,16 +98,16 @@ class Times:
     """Seconds of a process."""
 
     importing: float  # from the process's start until the libraries are imported
-    loading: float  # opening the model; what is loaded lazily counts in the cold picture
-    cold_picture: float  # the first picture
-    cold_start: float  # from the process's start to the first picture's file
+    loading: float  # opening the model; what is loaded lazily counts in the cold image
+    cold_picture: float  # the first image
+    cold_start: float  # from the process's start to the first image's file
     page_cache: str  # "warm", "dropped" or "as found": what the model's files were when the process started
-    draws: tuple[Draw, ...]  # the warm pictures
+    draws: tuple[Draw, ...]  # the warm images
 
 
 @dataclass(frozen=True)
 class StageMemory:
-    """The most that was held during a stage, all its repetitions together."""
+    """Peak memory during a stage, over all its repetitions."""
 
     resident: int | None = None
     anonymous: int | None = None
@@ -115,14 +117,14 @@ class StageMemory:
 
 @dataclass(frozen=True)
 class Memory:
-    """Peaks of the process. `gpu_device` is what the whole device had more in use than before: a cross-check."""
+    """Peaks of the process. `gpu_device` is the growth of the whole device's use, as a cross-check."""
 
-    interval: float  # between two samples, asked for; every stage's end is sampled, too
-    interval_median: Reading  # that was reached
+    interval: float  # between two samples, as requested; the end of every stage is sampled too
+    interval_median: Reading  # as measured
     interval_longest: Reading
     resident: Reading
     anonymous: Reading  # heap, arenas, packed weights
-    mapped: Reading  # files: the page cache's, which yields under pressure
+    mapped: Reading  # files in the page cache, which shrinks when others need memory
     gpu_process: Reading
     gpu_device: Reading
     gpu_allocator: Reading
@@ -135,7 +137,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Floor:
-    """What the device's own matrix rate allows. `*_rate` in operations a second, a multiplication and an addition."""
+    """What the device's own matrix rate allows. `*_rate` in operations per second, additions counted."""
 
     float_rate: Reading
     integer_rate: Reading
@@ -147,15 +149,15 @@ class Floor:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How far the picture is from the reference's with the same seed."""
+    """How far the image is from the reference's with the same seed."""
 
-    reference: str | None  # what drew it
-    psnr_db: Reading  # null for identical pictures, too: the reason says which
+    reference: str | None  # what generated it
+    psnr_db: Reading  # also null for identical images; the reason says which
     identical: bool
     max_difference: Reading  # of a channel, in 255ths
     perceptual: Reading  # mean FLIP error, 0 to 1
     gate_db: float | None  # the least PSNR that passes
-    repeatable: bool | None  # whether every draw gave the same pixels
+    repeatable: bool | None  # whether every image had the same pixels
 
 
 @dataclass(frozen=True)
@@ -166,11 +168,11 @@ class Row:
     case: Case
     status: str  # `OK` or `FAILED`
     failure: str | None
-    times: Times | None  # null where no picture came
+    times: Times | None  # null where images are missing
     memory: Memory | None
     floor: Floor | None
     accuracy: Accuracy | None
-    energy: Reading  # joules a warm picture
+    energy: Reading  # joules per warm image
     conditions: dict[str, Any]  # load, clocks, temperatures and power while it ran
     environment: dict[str, Any]
     picture: str | None  # path below the results' folder
@@ -181,5 +183,5 @@ class Row:
 
     @property
     def finished(self) -> bool:
-        """Whether it need not be measured again: pictures came, right or wrong."""
+        """Whether it need not be measured again: it has images, right or wrong."""
         return self.times is not None

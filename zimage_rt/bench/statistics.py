@@ -27,7 +27,7 @@ def summarize(values: Sequence[float]) -> Summary:
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The value below which a share of the sorted values lies, between neighbours in proportion (numpy's default)."""
+    """The value below which a share of the sorted values lies, interpolated between neighbours (numpy's default)."""
     ordered = sorted(values)
     place = share * (len(ordered) - 1)
     low = math.floor(place)
@@ -46,7 +46,7 @@ class Interval:
 
     @property
     def decided(self) -> bool:
-        """Whether the interval leaves out 1: the two differ by more than their spread explains."""
+        """Whether the interval excludes 1: the two differ by more than their spread explains."""
         return self.low > 1 or self.high < 1
 
 
@@ -57,9 +57,9 @@ FEWEST = 3
 def ratio_of_medians(
     numerator: Sequence[float], denominator: Sequence[float], *, confidence: float = 0.95, resamples: int = 4000
 ) -> Interval | None:
-    """The percentile bootstrap of median(numerator) / median(denominator); None for fewer than three values a side.
+    """The percentile bootstrap of median(numerator) / median(denominator); None for fewer than three values on a side.
 
-    Both series are resampled on their own, for they come from separate processes. The generator's seed is fixed, so
+    Both series are resampled on their own, because they come from separate processes. The generator's seed is fixed, so
     that a report is the same each time it is made. Source: Efron and Tibshirani, An Introduction to the Bootstrap, 13.
     """
     if min(len(numerator), len(denominator)) < FEWEST:

@@ -6,7 +6,7 @@ from .schema import Reading
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A table whose first column is text and whose others are numbers, set right."""
+    """A table whose first column is text and whose others are numbers, aligned right."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
 
@@ -16,7 +16,7 @@ def _cell(value: object) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """Three digits that count: 12.3 s, 1.23 s, 12.3 ms."""
+    """A time with three significant digits: 12.3 s, 1.23 s, 12.3 ms."""
     if value is None:
         return "–"
     if value >= 0.9995:
@@ -25,7 +25,7 @@ def seconds(value: float | None) -> str:
 
 
 def digits(value: float) -> str:
-    """At least three digits that count, without an exponent."""
+    """A number with at least three significant digits and no exponent."""
     for limit, places in ((0.0995, 4), (0.9995, 3), (9.995, 2), (99.95, 1)):
         if abs(value) < limit:
             return f"{value:.{places}f}"
@@ -40,5 +40,5 @@ def gibibytes(value: float | None) -> str:
 
 
 def size_of(reading: Reading) -> str:
-    """A reading of bytes."""
+    """A reading in bytes as text."""
     return gibibytes(reading.value)

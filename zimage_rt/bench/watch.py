@@ -1,4 +1,4 @@
-"""Running one worker: its process, its events, and the samples taken of it meanwhile."""
+"""Running one worker: its process, its events, and the samples taken while it runs."""
 
 import json
 import subprocess
@@ -13,21 +13,21 @@ from zimage_runtime.errors import ZImageRuntimeError
 from zimage_runtime.machine.gpu_monitor import GpuMonitor
 from zimage_runtime.machine.nvml import Unavailable
 
-from .job import Done, DrawEnd, Event, Failed, Job, StageEnd, decode_event
+from .job import Done, Failed, ImageEnd, Job, StageEnd, WorkerEvent, decode_event
 from .process_memory import read_host_memory
 from .sampling import Border, Sample, Sampler
 
-_STATE_INTERVAL = 0.5  # seconds between two looks at clocks and temperatures: they change slowly, and asking takes time
+_STATE_INTERVAL = 0.5  # seconds between two readings of clocks and temperatures, which change slowly
 
 
 @dataclass(frozen=True)
 class Watched:
-    """All that is known of a worker's run. Times are of time.monotonic."""
+    """All that is known about a worker's run. Times are of time.monotonic."""
 
     started: float
     ended: float
     borders: tuple[Border, ...]
-    digests: tuple[str, ...]  # of each picture's pixels
+    digests: tuple[str, ...]  # of each image's pixels
     done: Done | None
     failure: str | None
     samples: tuple[Sample, ...]
@@ -38,7 +38,7 @@ class Watched:
 
 @dataclass
 class _Look:
-    """One look at a process, and now and then at the device's state."""
+    """Looks at a process, and at longer intervals at the device's state."""
 
     pid: int
     gpu: GpuMonitor | Unavailable
@@ -63,11 +63,11 @@ class _Look:
 
 
 def watch(job: Job, gpu: GpuMonitor | Unavailable, log: Path, *, interval: float) -> Watched:
-    """Runs a job in a fresh process to its end. What it prints goes to `log`. An interrupt ends it."""
+    """Runs a job in a fresh process until it ends; an interrupt kills it. What it prints goes to `log`."""
     before = gpu if isinstance(gpu, Unavailable) else gpu.used_memory()
     command = [sys.executable, "-m", "zimage_rt.bench.worker", job.to_json()]
     log.parent.mkdir(parents=True, exist_ok=True)
-    events: list[Event] = []
+    events: list[WorkerEvent] = []
     with log.open("wb") as errors:
         started = time.monotonic()
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -91,7 +91,7 @@ def watch(job: Job, gpu: GpuMonitor | Unavailable, log: Path, *, interval: float
         started=started,
         ended=ended,
         borders=tuple(Border(e.stage, e.time, e.host) for e in events if isinstance(e, StageEnd)),
-        digests=tuple(event.digest for event in events if isinstance(event, DrawEnd)),
+        digests=tuple(event.digest for event in events if isinstance(event, ImageEnd)),
         done=done,
         failure=None if done else _failure(events, process.returncode),
         samples=tuple(sampler.samples),
@@ -101,18 +101,18 @@ def watch(job: Job, gpu: GpuMonitor | Unavailable, log: Path, *, interval: float
     )
 
 
-def _collect(stream: IO[str], events: list[Event]) -> None:
+def _collect(stream: IO[str], events: list[WorkerEvent]) -> None:
     for line in stream:
         try:
             events.append(decode_event(line))
         except (ValueError, TypeError, AttributeError, json.JSONDecodeError, ZImageRuntimeError):
-            events.append(Failed(f"the worker said {line[:80]!r}"))
+            events.append(Failed(f"the worker sent {line[:80]!r}"))
 
 
-def _failure(events: list[Event], status: int) -> str:
+def _failure(events: list[WorkerEvent], status: int) -> str:
     for event in events:
         if isinstance(event, Failed):
             return event.reason
     if status < 0:
         return f"the process was killed by signal {-status}" + (" (out of memory?)" if status == -9 else "")
-    return f"the process ended with status {status} and no picture; its log says why"
+    return f"the process ended with status {status} and without an image; its log says why"

@@ -1,6 +1,6 @@
-"""The measured process: imports a system, loads a model, draws, and tells the runner where each stage ends.
+"""The measured process: imports a system, loads a model, generates, and reports the end of each stage.
 
-Nothing else happens here: memory is sampled, pictures are judged and rows are written by the runner.
+Nothing else happens here: the runner samples memory, checks images and writes rows.
 """
 
 import contextlib
@@ -14,33 +14,33 @@ from typing import TextIO
 
 from zimage_runtime.errors import ZImageRuntimeError
 
-from .job import Done, DrawEnd, Event, Failed, Job, StageEnd, encode_event
+from .job import Done, Failed, ImageEnd, Job, StageEnd, WorkerEvent, encode_event
 from .process_memory import read_own_memory
 from .schema import IMPORT, LOAD, SAVE
 from .systems import System, find_system
 
 
 class Channel:
-    """The way back to the runner: standard output, which nothing else in the process can reach any more."""
+    """The way back to the runner: standard output, which nothing else in the process can write to."""
 
     def __init__(self) -> None:
         own = os.dup(sys.stdout.fileno())
-        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # libraries print what they like: it goes to the log
+        os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print goes to the log
         self._out: TextIO = open(own, "w", encoding="utf-8")  # noqa: SIM115  # lives as long as the process
 
-    def send(self, event: Event) -> None:
-        """At once."""
+    def send(self, event: WorkerEvent) -> None:
+        """Writes an event and flushes it."""
         self._out.write(encode_event(event))
         self._out.flush()
 
     def mark(self, stage: str, ended: float | None = None) -> None:
-        """A stage ended: now, or at a time of time.monotonic where the system tells it only later."""
+        """A stage ended: now, or at `ended` on time.monotonic where the system reports it only later."""
         now = time.monotonic() if ended is None else ended
         self.send(StageEnd(stage, now, read_own_memory() if ended is None else None))
 
 
 def work(job: Job, channel: Channel, system: System) -> None:
-    """Runs a job to its end."""
+    """Runs a job: imports, loads, generates all images and keeps the last."""
     system.prepare()
     channel.mark(IMPORT)
     model = system.load(job)
@@ -48,12 +48,12 @@ def work(job: Job, channel: Channel, system: System) -> None:
     path = Path(job.picture)
     temporary = path.with_name(f".{path.name}")
     for _ in range(job.case.warmup + job.case.repeat):
-        image = model.draw(channel.mark)
+        image = model.generate(channel.mark)
         image.save(temporary, "PNG")
         channel.mark(SAVE)
-        channel.send(DrawEnd(hashlib.sha256(image.tobytes()).hexdigest()))
+        channel.send(ImageEnd(hashlib.sha256(image.tobytes()).hexdigest()))
     temporary.replace(path)
-    channel.send(Done(model.gpu_allocated(), model.notes(), _versions(system.packages)))
+    channel.send(Done(model.on_gpu(), model.gpu_allocated(), model.notes(), _versions(system.packages)))
 
 
 def _versions(packages: tuple[str, ...]) -> dict[str, str]:
@@ -74,7 +74,7 @@ def main() -> None:
         channel.send(Failed(" ".join(str(error).split())))
     except MemoryError:
         channel.send(Failed("out of memory"))
-    except Exception as error:  # of whatever library another system is made of; the log has the traceback
+    except Exception as error:  # any library's; the log has the traceback
         channel.send(Failed(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"))
         raise
 

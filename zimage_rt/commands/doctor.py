@@ -290,8 +290,8 @@ def check_tensorrt(name: str) -> Finding:
     """What the tensorrt executor needs and what of it is installed: driver, GPU, packages."""
     from zimage_runtime.errors import ZImageRuntimeError
     from zimage_runtime.executors.tensorrt.cuda import CudaDevice
-    from zimage_runtime.executors.tensorrt.gpu_targets import OLDEST, gpu_of, variant_of
     from zimage_runtime.executors.tensorrt.trt_api import FULL, RTX
+    from zimage_runtime.machine.gpu_targets import OLDEST, gpu_of, variant_of
 
     library = next((package for package in (RTX, FULL) if find_spec(package)), None)
     bindings = find_spec("cuda") is not None and find_spec("cuda.bindings") is not None

@@ -67,7 +67,7 @@ def plan(
         lines, document = _lines(made), _document(made, vram)
     else:
         from zimage_runtime.executors.ort.device_plan import other_peaks, plan_vram
-        from zimage_runtime.executors.tensorrt.gpu_targets import GpuTarget
+        from zimage_runtime.machine.gpu_targets import GpuTarget
 
         capability = GpuTarget(gpu).capability
         planned = plan_vram(manifest, geometry, tokens, budget, batch, capability=capability)
@@ -91,9 +91,9 @@ def _plan_tensorrt(
     bundle: "Bundle", geometry: "ImageGeometry", tokens: int, budget: int, batch: int, gpu: str
 ) -> "ResidencyPlan":
     from zimage_runtime.executors.tensorrt.engine_store import read_catalog
-    from zimage_runtime.executors.tensorrt.gpu_targets import GpuTarget
     from zimage_runtime.executors.tensorrt.plan import plan_residency
     from zimage_runtime.executors.tensorrt.stage_sizes import ImageSizes
+    from zimage_runtime.machine.gpu_targets import GpuTarget
 
     spec = read_catalog(bundle).variants.get(GpuTarget(gpu).variant)
     if spec is None:

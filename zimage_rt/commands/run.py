@@ -118,7 +118,7 @@ def run(
 
 
 def _recorded(replay: Path) -> "ImageInfo":
-    from zimage_runtime.images.metadata import read_image_info
+    from zimage_runtime.images.image_files import read_image_info
 
     return read_image_info(replay)
 
@@ -126,7 +126,7 @@ def _recorded(replay: Path) -> "ImageInfo":
 def _check_same_bundle(recorded: "ImageInfo", pipeline: "Pipeline", replay: Path | None) -> None:
     """Another bundle would generate another image, which is not what a replay promises."""
     manifest = pipeline.bundle.manifest
-    if recorded.fingerprint != manifest.fingerprint:
+    if not manifest.matches(recorded.fingerprint):
         raise RequestError(
             f"{replay}: was generated with another bundle, {recorded.model} ({recorded.fingerprint[:12]}); "
             f"this one is {manifest.name} ({manifest.fingerprint[:12]}): give that bundle with -m"
@@ -218,8 +218,8 @@ class _Writer:
         self.report.image(path, seed)
 
     def _encode(self, image: "Image", seed: int) -> bytes:
-        from zimage_runtime.images.metadata import encode_image
-        from zimage_runtime.images.outputs import ImageFormat, image_format
+        from zimage_runtime.images.formats import ImageFormat, image_format
+        from zimage_runtime.images.image_files import encode_image
 
         kind = image_format(self.output) if self.output else ImageFormat.PNG
         return encode_image(image, kind, replace(self.info, seed=seed) if self.info else None)

@@ -8,16 +8,8 @@ import onnx
 
 from zimage_runtime.bundle.manifest import TENSORRT
 from zimage_runtime.bundle.tensors import DType
-from zimage_runtime.model.blocks import (
-    BLOCK_SIGNATURES,
-    MAP,
-    MAP_OUT,
-    BlockKind,
-    BlockPlace,
-    all_blocks,
-    block_dims,
-    is_normed,
-)
+from zimage_runtime.model.block_signatures import BLOCK_SIGNATURES, block_dims
+from zimage_runtime.model.blocks import MAP, MAP_OUT, BlockKind, BlockPlace, all_blocks
 from zimage_runtime.model.config import ModelConfig
 
 from ..graphs.builder import Graph, GraphBuilder
@@ -65,7 +57,7 @@ def build_block(place: BlockPlace, config: ModelConfig, types: EngineTypes, fold
     target = Target(TENSORRT, dataclasses.replace(types, prefix=prefix), folds)
     b = target.builder(place.kind.program, block_dims(place, config))
     if place.kind.component == "vae":
-        _autoencoder_block(place, VaeGraphs(config.vae, target), b, types.cuda_compute("vae"))
+        _autoencoder_block(place, VaeGraphs(config, target), b, types.cuda_compute("vae"))
     else:
         _STATEMENTS[place.kind](place, config, target, b)
     return b.build()
@@ -77,25 +69,7 @@ def _autoencoder_block(place: BlockPlace, graphs: VaeGraphs, b: GraphBuilder, dt
     if x == MAP:
         # convolutions run on channels-last maps: so between blocks, too, no map is copied into another layout
         x = b.op("Transpose", b.input(MAP, dtype), name="channels_first", perm=[0, 3, 1, 2])
-    match place.kind:
-        case BlockKind.DECODER_IN:
-            values = [graphs.decoder_in(b, x)]
-        case BlockKind.RESNET:
-            values = [graphs.resnet(b, x, place.out_channels, place.channels)]
-        case BlockKind.MIDDLE_ATTENTION:
-            values = [graphs.middle_attention(b, x)]
-        case BlockKind.UPSAMPLE:
-            values = [graphs.upsample(b, x, place.channels)]
-        case BlockKind.DOWNSAMPLE:
-            values = [graphs.downsample(b, x, place.channels)]
-        case BlockKind.DECODER_OUT:
-            values = [graphs.decoder_out(b, x)]
-        case BlockKind.DECODER_TILE:
-            values = [graphs.decoder_tile(b, place.out_channels, place.channels, normed=is_normed(place))]
-        case BlockKind.ENCODER_IN:
-            values = [graphs.encoder_in(b, x)]
-        case _:
-            values = list(graphs.encoder_out(b, x))
+    values = graphs.block(b, place, x)
     for name, value in zip(signature.outputs, values, strict=True):
         if name == MAP_OUT:
             value = b.op("Transpose", value, name="channels_last", perm=[0, 2, 3, 1])
@@ -103,27 +77,27 @@ def _autoencoder_block(place: BlockPlace, graphs: VaeGraphs, b: GraphBuilder, dt
 
 
 def _text_layer(place: BlockPlace, config: ModelConfig, target: Target, b: GraphBuilder) -> None:
-    graph = TextEncoderGraph(config.text_encoder, target)
+    graph = TextEncoderGraph(config, target)
     shape = b.integers(0, 0, config.text_encoder.hidden_size)
     b.output(graph.layer(target.layers(b), "x", shape, target.fold("text_encoder", place.name)), "y")
 
 
 def _transformer_block(place: BlockPlace, config: ModelConfig, target: Target, b: GraphBuilder) -> None:
-    graph = TransformerGraphs(config.transformer, target)
+    graph = TransformerGraphs(config, target)
     shape, fold = b.integers(0, 0, config.transformer.dim), target.fold("transformer", place.name)
     b.output(graph.block(target.layers(b), "x", shape, graph.norms(b), Tables("cos", "sin"), fold), "y")
 
 
 def _caption_embedder(place: BlockPlace, config: ModelConfig, target: Target, b: GraphBuilder) -> None:
-    b.output(TransformerGraphs(config.transformer, target).embed_caption(target.layers(b)), "y")
+    b.output(TransformerGraphs(config, target).embed_caption(target.layers(b)), "y")
 
 
 def _image_embedder(place: BlockPlace, config: ModelConfig, target: Target, b: GraphBuilder) -> None:
-    b.output(TransformerGraphs(config.transformer, target).embed_image(target.layers(b), "patches"), "y")
+    b.output(TransformerGraphs(config, target).embed_image(target.layers(b), "patches"), "y")
 
 
 def _final_layer(place: BlockPlace, config: ModelConfig, target: Target, b: GraphBuilder) -> None:
-    b.output(TransformerGraphs(config.transformer, target).final(target.layers(b), "x"), "patches")
+    b.output(TransformerGraphs(config, target).final(target.layers(b), "x"), "patches")
 
 
 _STATEMENTS: dict[BlockKind, Callable[[BlockPlace, ModelConfig, Target, GraphBuilder], None]] = {

@@ -25,9 +25,10 @@ from zimage_runtime.executors.tensorrt.block_catalog import (
     ProgramSpec,
     VariantSpec,
 )
-from zimage_runtime.executors.tensorrt.gpu_targets import GpuTarget, Variant
 from zimage_runtime.executors.tensorrt.trt_api import Library
-from zimage_runtime.model.blocks import BLOCK_SIGNATURES, MAP, MAP_OUT, BlockKind, all_blocks
+from zimage_runtime.machine.gpu_targets import GpuTarget, Variant
+from zimage_runtime.model.block_signatures import BLOCK_SIGNATURES
+from zimage_runtime.model.blocks import MAP, MAP_OUT, BlockKind, all_blocks
 from zimage_runtime.model.config import ModelConfig
 from zimage_runtime.model.tokenizer import MAX_PROMPT_TOKENS
 from zimage_runtime.tiles.tiling import TILE_ROWS

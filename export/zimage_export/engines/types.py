@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from zimage_runtime.bundle.tensors import DType
-from zimage_runtime.executors.tensorrt.gpu_targets import Variant
+from zimage_runtime.machine.gpu_targets import Variant
 
 from ..storage.precision import FLOAT32_LINEARS
 

@@ -33,14 +33,14 @@ def build_weight_only(config: ModelConfig, policy: StoragePolicy, folds: Mapping
     """
     if policy.precision is not Precision.INT8:
         return []
-    return [TransformerGraphs(config.transformer, Target(CUDA_WEIGHT_ONLY, policy, folds)).denoiser()]
+    return [TransformerGraphs(config, Target(CUDA_WEIGHT_ONLY, policy, folds)).denoiser()]
 
 
 def build_graphs(config: ModelConfig, target: Target | None = None) -> list[Graph]:
     """Every program of a model for one target: float32 on the CPU unless another is given."""
     target = target or Target()
     return [
-        TextEncoderGraph(config.text_encoder, target).build(),
-        *TransformerGraphs(config.transformer, target).build(),
-        *VaeGraphs(config.vae, target).build(),
+        TextEncoderGraph(config, target).build(),
+        *TransformerGraphs(config, target).build(),
+        *VaeGraphs(config, target).build(),
     ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from zimage_runtime.bundle.manifest import Precision
 from zimage_runtime.bundle.tensors import DType
+from zimage_runtime.model.linears import Linear
 
 from ..storage.precision import BLOCK_SIZE, Encoding, StoragePolicy, scale_of
 from .layers import CudaLayers, Layers
@@ -24,13 +25,12 @@ class BlockLayers(Layers):
     activations: DType = DType.F32  # of the quantized linears
     accuracy_level: int = _INTEGER_ACTIVATIONS
 
-    def linear(self, x: str, name: str, out_width: int, in_width: int, *, bias: bool = False) -> str:
+    def linear(self, x: str, linear: Linear) -> str:
         """A linear layer on rows [rows, in_width] → [rows, out_width]."""
-        weight = f"{name}.weight"
-        bits = _BITS.get(self.policy.encoding(self.b.program.component, self.b.full_name(weight)))
+        bits = _BITS.get(self.policy.encoding(self.b.program.component, self.b.full_name(linear.weight)))
         if bits is None:
-            return super().linear(x, name, out_width, in_width, bias=bias)
-        blocks = in_width // BLOCK_SIZE
+            return super().linear(x, linear)
+        weight, out_width, blocks = linear.weight, linear.out_width, linear.in_width // BLOCK_SIZE
         inputs = [
             self.b.cast(x, self.activations),
             self.b.weight(weight, (out_width, blocks, BLOCK_SIZE * bits // 8), DType.U8),
@@ -39,9 +39,9 @@ class BlockLayers(Layers):
         return self.b.op(
             "MatMulNBits",
             *inputs,
-            name=name,
+            name=linear.name,
             contrib=True,
-            K=in_width,
+            K=linear.in_width,
             N=out_width,
             bits=bits,
             block_size=BLOCK_SIZE,

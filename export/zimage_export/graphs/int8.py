@@ -18,6 +18,7 @@ from onnx import TensorProto
 from zimage_runtime.bundle.manifest import Precision
 from zimage_runtime.bundle.tensors import DType
 from zimage_runtime.machine.int8_products import ACTIVATION_LEVELS, EXACT_LEVELS, SAFE_LEVELS
+from zimage_runtime.model.linears import Linear
 
 from ..storage.precision import Encoding, StoragePolicy, scale_of
 from .builder import GraphBuilder
@@ -35,15 +36,15 @@ class Quantized:
     zero: str  # a uint8 scalar; empty for int8
 
 
-def is_int8(b: GraphBuilder, policy: StoragePolicy, name: str) -> bool:
+def is_int8(b: GraphBuilder, policy: StoragePolicy, linear: Linear) -> bool:
     """Whether a linear layer of the builder's scope is stored as integers."""
-    return policy.encoding(b.program.component, b.full_name(f"{name}.weight")) is Encoding.INT8
+    return policy.encoding(b.program.component, b.full_name(linear.weight)) is Encoding.INT8
 
 
-def int8_weight(b: GraphBuilder, name: str, out_width: int, in_width: int) -> tuple[str, str]:
+def int8_weight(b: GraphBuilder, linear: Linear) -> tuple[str, str]:
     """A linear layer's weight [in_width, out_width] int8, and its scales [out_width] float32."""
-    weight = b.weight(f"{name}.weight", (in_width, out_width), DType.I8)
-    return weight, b.weight(scale_of(f"{name}.weight"), (out_width,), DType.F32)
+    weight = b.weight(linear.weight, (linear.in_width, linear.out_width), DType.I8)
+    return weight, b.weight(scale_of(linear.weight), (linear.out_width,), DType.F32)
 
 
 @dataclass(frozen=True)
@@ -53,24 +54,24 @@ class Int8Layers(Layers):
     policy: StoragePolicy = field(default_factory=lambda: StoragePolicy(Precision.INT8))
     _known: dict[str, Quantized] = field(default_factory=dict)  # by the value that was quantized
 
-    def linear(self, x: str, name: str, out_width: int, in_width: int, *, bias: bool = False) -> str:
+    def linear(self, x: str, linear: Linear) -> str:
         """A linear layer on rows [rows, in_width] → [rows, out_width] float32."""
-        if not is_int8(self.b, self.policy, name):
-            return super().linear(x, name, out_width, in_width, bias=bias)
+        if not is_int8(self.b, self.policy, linear):
+            return super().linear(x, linear)
         quantized = self._quantized(x)
-        product = self._product(quantized, name, out_width, in_width)
-        return self.b.op("Mul", product, quantized.scale, name=name)
+        product = self._product(quantized, linear)
+        return self.b.op("Mul", product, quantized.scale, name=linear.name)
 
-    def gated(self, x: str, gate: str, up: str, down: str, width: int, inner: int, exponent: int = 0) -> str:
+    def gated(self, x: str, gate: Linear, up: Linear, down: Linear, exponent: int = 0) -> str:
         """SwiGLU on rows. The scale that `up` owes its rows joins the scale that the product is quantized with."""
-        if not all(is_int8(self.b, self.policy, name) for name in (gate, up, down)):
-            return super().gated(x, gate, up, down, width, inner, exponent)
-        gate_out = self.scaled(self.silu(self.linear(x, gate, inner, width), f"{gate}.silu"), exponent, "range")
+        if not all(is_int8(self.b, self.policy, linear) for linear in (gate, up, down)):
+            return super().gated(x, gate, up, down, exponent)
+        gate_out = self.scaled(self.silu(self.linear(x, gate), f"{gate.name}.silu"), exponent, "range")
         source = self._quantized(x)
-        unscaled = self._product(source, up, inner, width)
+        unscaled = self._product(source, up)
         product = self._quantized(self.b.op("Mul", gate_out, unscaled, name="product"))
         scale = self.b.op("Mul", product.scale, source.scale, name="product.row_scale")
-        return self.b.op("Mul", self._product(product, down, width, inner), scale, name=down)
+        return self.b.op("Mul", self._product(product, down), scale, name=down.name)
 
     def _quantized(self, x: str) -> Quantized:
         if x not in self._known:
@@ -99,12 +100,12 @@ class Int8Layers(Layers):
         zeros = b.op("Expand", zero, b.op("Shape", flat, name="quantized.rows"), name="quantized.zeros")
         return Quantized(b.op("QuantizeLinear", x, flat, zeros, name="quantized", axis=0), scale, zero)
 
-    def _product(self, x: Quantized, name: str, out_width: int, in_width: int) -> str:
+    def _product(self, x: Quantized, linear: Linear) -> str:
         """The product in float32, without the rows' scale."""
         b = self.b
-        weight, scale = int8_weight(b, name, out_width, in_width)
+        weight, scale = int8_weight(b, linear)
         inputs = [x.values, weight, b.number(1.0), scale, x.zero]
-        return b.typed(b.op("MatMulIntegerToFloat", *inputs, name=f"{name}.product", contrib=True), DType.F32)
+        return b.typed(b.op("MatMulIntegerToFloat", *inputs, name=f"{linear.name}.product", contrib=True), DType.F32)
 
 
 @dataclass(frozen=True)
@@ -121,12 +122,12 @@ class Int8CudaLayers(Int8Layers, CudaLayers):
         rows = self._rows(x, self.b.number(EXACT_LEVELS), zero)
         return Quantized(rows.values, rows.scale, "")
 
-    def _product(self, x: Quantized, name: str, out_width: int, in_width: int) -> str:
+    def _product(self, x: Quantized, linear: Linear) -> str:
         b = self.b
-        weight, scale = int8_weight(b, name, out_width, in_width)
-        product = b.op("MatMulInteger", x.values, weight, name=f"{name}.integers")
-        product = b.op("Cast", product, name=f"{name}.float", to=TensorProto.FLOAT)
-        return b.op("Mul", b.typed(product, DType.F32), scale, name=f"{name}.product")
+        weight, scale = int8_weight(b, linear)
+        product = b.op("MatMulInteger", x.values, weight, name=f"{linear.name}.integers")
+        product = b.op("Cast", product, name=f"{linear.name}.float", to=TensorProto.FLOAT)
+        return b.op("Mul", b.typed(product, DType.F32), scale, name=f"{linear.name}.product")
 
 
 @dataclass(frozen=True)
@@ -140,14 +141,14 @@ class Int8WeightOnlyLayers(CudaLayers):
     compute: DType = DType.F16
     policy: StoragePolicy = field(default_factory=lambda: StoragePolicy(Precision.INT8))
 
-    def linear(self, x: str, name: str, out_width: int, in_width: int, *, bias: bool = False) -> str:
+    def linear(self, x: str, linear: Linear) -> str:
         """A linear layer on rows [rows, in_width] → [rows, out_width] fp16."""
-        if not is_int8(self.b, self.policy, name):
-            return super().linear(x, name, out_width, in_width, bias=bias)
+        if not is_int8(self.b, self.policy, linear):
+            return super().linear(x, linear)
         b = self.b
-        weight, scale = int8_weight(b, name, out_width, in_width)
+        weight, scale = int8_weight(b, linear)
         scale = b.cast(scale, self.compute)
         with b.widening():
-            widened = b.op("DequantizeLinear", weight, scale, name=f"{name}.widened", axis=1)
+            widened = b.op("DequantizeLinear", weight, scale, name=f"{linear.name}.widened", axis=1)
         widened = b.typed(widened, self.compute)
-        return b.typed(b.op("MatMul", b.cast(x, self.compute), widened, name=name), self.compute)
+        return b.typed(b.op("MatMul", b.cast(x, self.compute), widened, name=linear.name), self.compute)

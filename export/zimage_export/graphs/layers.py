@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from zimage_runtime.bundle.tensors import DType
+from zimage_runtime.model.linears import Linear
+from zimage_runtime.model.norms import Norm
 
 from .builder import GraphBuilder
 
@@ -29,14 +31,14 @@ class Layers:
         """A tensor of the weights file, in the element type that its user needs."""
         return self.b.cast(self.b.weight(name, shape), dtype)
 
-    def linear(self, x: str, name: str, out_width: int, in_width: int, *, bias: bool = False) -> str:
+    def linear(self, x: str, linear: Linear) -> str:
         """A linear layer on rows [rows, in_width] → [rows, out_width]. One stored in float32 is computed in it."""
-        weight = self.b.weight(f"{name}.weight", (out_width, in_width))
+        weight = self.b.weight(linear.weight, (linear.out_width, linear.in_width))
         compute = DType.F32 if self.b.type_of(weight) is DType.F32 else self.compute
         inputs = [self.b.cast(x, compute), self.b.cast(weight, compute)]
-        if bias:
-            inputs.append(self.weight(f"{name}.bias", (out_width,), compute))
-        return self.b.op("Gemm", *inputs, name=name, transB=1)
+        if linear.bias:
+            inputs.append(self.weight(f"{linear.name}.bias", (linear.out_width,), compute))
+        return self.b.op("Gemm", *inputs, name=linear.name, transB=1)
 
     def rows(self, x: str, width: int, name: str = "rows") -> str:
         """[…, width] → [rows, width]; no data moves."""
@@ -64,28 +66,28 @@ class Layers:
         tables = [self.b.cast(table, dtype) for table in (cos, sin)]
         return self.b.op("RotaryEmbedding", x, *tables, "", name=name, interleaved=int(interleaved), num_heads=heads)
 
-    def head_norm(self, x: str, name: str, head_dim: int, epsilon: float) -> str:
+    def head_norm(self, x: str, norm: Norm) -> str:
         """Normalizes each head of a query or key: [rows, heads * head_dim] → [rows * heads, head_dim].
 
         The operator itself computes in float32, whatever it reads and writes.
         """
-        heads = self.rows(x, head_dim, name=f"{name}.heads")
-        scale = self.weight(f"{name}.weight", (head_dim,), self.b.type_of(x))
-        return self.b.op("RMSNormalization", heads, scale, name=name, axis=-1, epsilon=epsilon)
+        heads = self.rows(x, norm.width, name=f"{norm.name}.heads")
+        scale = self.weight(norm.weight, (norm.width,), self.b.type_of(x))
+        return self.b.op("RMSNormalization", heads, scale, name=norm.name, axis=-1, epsilon=norm.epsilon)
 
-    def group_norm(self, x: str, name: str, width: int, groups: int, epsilon: float) -> str:
-        """Group norm of a map [batch, width, height, width], in float32."""
-        b = self.b
+    def group_norm(self, x: str, norm: Norm) -> str:
+        """Group norm of a map [batch, channels, height, width], in float32."""
+        b, name, groups = self.b, norm.name, norm.groups
         shape = b.op("Shape", x, name=f"{name}.shape")
         ones = b.constant(np.ones(groups, np.float32), f"ones_{groups}")
         zeros = b.constant(np.zeros(groups, np.float32), f"zeros_{groups}")
         h = b.op("Reshape", b.cast(x, DType.F32), b.integers(0, groups, -1), name=f"{name}.groups")
-        h = b.op("InstanceNormalization", h, ones, zeros, name=f"{name}.normalized", epsilon=epsilon)
+        h = b.op("InstanceNormalization", h, ones, zeros, name=f"{name}.normalized", epsilon=norm.epsilon)
         h = b.op("Reshape", h, shape, name=f"{name}.channels")
         factors = [
             b.op(
                 "Reshape",
-                b.weight(f"{name}.{kind}", (width,)),
+                b.weight(f"{name}.{kind}", (norm.width,)),
                 b.integers(-1, 1, 1),
                 name=f"{name}.{kind}.column",
             )
@@ -93,6 +95,20 @@ class Layers:
         ]
         h = b.op("Mul", h, factors[0], name=f"{name}.scaled")
         return b.op("Add", h, factors[1], name=name)
+
+    def doubled(self, x: str, channels: int) -> str:
+        """A map [batch, channels, height, width] with each pixel as two by two."""
+        scales = self.b.constant(np.array([1, 1, 2, 2], dtype=np.float32), "scales_1_1_2_2")
+        return self.b.op(
+            "Resize",
+            x,
+            "",
+            scales,
+            name="nearest",
+            mode="nearest",
+            nearest_mode="floor",
+            coordinate_transformation_mode="asymmetric",
+        )
 
     def attention(self, q: str, k: str, v: str, heads: int, head_dim: int, name: str = "scores") -> str:
         """Full attention of [batch, tokens, heads * head_dim]."""
@@ -115,11 +131,11 @@ class Layers:
             return x
         return self.b.op("Mul", x, self.b.cast(self.b.number(2.0**exponent), self.b.type_of(x)), name=name)
 
-    def gated(self, x: str, gate: str, up: str, down: str, width: int, inner: int, exponent: int = 0) -> str:
-        """SwiGLU on rows: down(silu(gate(x)) * up(x) * 2**exponent); the three are the names of linear layers."""
-        gate_out = self.scaled(self.silu(self.linear(x, gate, inner, width), f"{gate}.silu"), exponent, "range")
-        product = self.b.op("Mul", gate_out, self.linear(x, up, inner, width), name="product")
-        return self.linear(product, down, width, inner)
+    def gated(self, x: str, gate: Linear, up: Linear, down: Linear, exponent: int = 0) -> str:
+        """SwiGLU on rows: down(silu(gate(x)) * up(x) * 2**exponent)."""
+        gate_out = self.scaled(self.silu(self.linear(x, gate), f"{gate.name}.silu"), exponent, "range")
+        product = self.b.op("Mul", gate_out, self.linear(x, up), name="product")
+        return self.linear(product, down)
 
     def residual(self, x: str, update: str, name: str) -> str:
         """Adds a branch to the residual stream, which is float32."""
@@ -133,3 +149,12 @@ class CudaLayers(Layers):
     def attention(self, q: str, k: str, v: str, heads: int, head_dim: int, name: str = "scores") -> str:
         """Full attention of [batch, tokens, heads * head_dim]."""
         return self.b.op("Attention", q, k, v, name=name, q_num_heads=heads, kv_num_heads=heads)
+
+    def doubled(self, x: str, channels: int) -> str:
+        """A map with each pixel as two by two. CUDA has no `Resize` in bfloat16, and nothing else would run it."""
+        b = self.b
+        rows = b.op("Mul", b.dim(x, 2, "rows"), b.integers(2), name="rows.doubled")
+        shape = b.op("Concat", b.integers(0, channels), rows, b.integers(-1), name="nearest.shape", axis=0)
+        x = b.op("Unsqueeze", x, b.integers(3, 5), name="pixels")
+        x = b.op("Expand", x, b.integers(1, 1, 1, 2, 1, 2), name="repeated")
+        return b.op("Reshape", x, shape, name="nearest")

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from zimage_runtime.bundle.tensors import DType
+from zimage_runtime.model.linears import Linear
+from zimage_runtime.model.norms import Norm
 
 from ..storage.precision import scale_of
 from .layers import Layers
@@ -29,17 +31,18 @@ _UNSEEN = -3e4  # a score whose exponential is 0 beside any other's, and which f
 class TensorRtLayers(Layers):
     """Layers for TensorRT: a linear multiplies in the type that its weight comes in; int8 ones as W8A8."""
 
-    def linear(self, x: str, name: str, out_width: int, in_width: int, *, bias: bool = False) -> str:
+    def linear(self, x: str, linear: Linear) -> str:
         """A linear layer [..., in_width] → [..., out_width]."""
-        dtype = self.b.storage_of(f"{name}.weight", (out_width, in_width))
+        name, out_width, in_width = linear.name, linear.out_width, linear.in_width
+        dtype = self.b.storage_of(linear.weight, (out_width, in_width))
         if dtype is DType.I8:
-            y = self._w8a8(x, name, out_width, in_width)
+            y = self._w8a8(x, linear)
         else:
-            weight = self.b.weight(f"{name}.weight", (out_width, in_width))
+            weight = self.b.weight(linear.weight, (out_width, in_width))
             weight = self.b.op("Reshape", weight, self.b.integers(1, out_width, in_width), name=f"{name}.batched")
             weight = self.b.op("Transpose", weight, name=f"{name}.transposed", perm=[0, 2, 1])
             y = self.b.op("MatMul", self.b.cast(x, dtype), weight, name=name)
-        if bias:
+        if linear.bias:
             y = self.b.op(
                 "Add",
                 y,
@@ -48,14 +51,14 @@ class TensorRtLayers(Layers):
             )
         return y
 
-    def _w8a8(self, x: str, name: str, out_width: int, in_width: int) -> str:
-        b = self.b
+    def _w8a8(self, x: str, linear: Linear) -> str:
+        b, name = self.b, linear.name
         quantized, scale = self._quantized(x)
-        weight = b.weight(f"{name}.weight", (in_width, out_width))
+        weight = b.weight(linear.weight, (linear.in_width, linear.out_width))
         weight = b.op("DequantizeLinear", weight, self._constant(2.0**_DEQUANTIZED), name=f"{name}.dequantized")
         b.typed(weight, self.compute)
         y = b.cast(b.op("MatMul", quantized, weight, name=name), DType.F32)
-        scales = b.weight(scale_of(f"{name}.weight"), (out_width,))
+        scales = b.weight(scale_of(linear.weight), (linear.out_width,))
         scales = b.op("Mul", scales, b.number(2.0 ** (-2 * _DEQUANTIZED)), name=f"{name}.scales")
         y = b.op("Mul", b.op("Mul", y, scales, name=f"{name}.by_channel"), scale, name=f"{name}.by_token")
         return b.cast(y, self.compute)
@@ -99,12 +102,12 @@ class TensorRtLayers(Layers):
         x = b.op("Div", x, b.op("Sqrt", mean, name=f"{name}.root"), name=f"{name}.normalized")
         return b.op("Mul", x, scale, name=name)
 
-    def head_norm(self, x: str, name: str, head_dim: int, epsilon: float) -> str:
+    def head_norm(self, x: str, norm: Norm) -> str:
         """Normalizes each head: [..., heads * head_dim] → [..., heads, head_dim]."""
         dtype = self.b.type_of(x)
-        heads = self.b.op("Reshape", x, self.b.integers(0, 0, -1, head_dim), name=f"{name}.heads")
-        scale = self.weight(f"{name}.weight", (head_dim,))
-        return self.b.cast(self.rms_norm(heads, scale, epsilon, name), dtype)
+        heads = self.b.op("Reshape", x, self.b.integers(0, 0, -1, norm.width), name=f"{norm.name}.heads")
+        scale = self.weight(norm.weight, (norm.width,))
+        return self.b.cast(self.rms_norm(heads, scale, norm.epsilon, norm.name), dtype)
 
     def attention(self, q: str, k: str, v: str, heads: int, head_dim: int, name: str = "scores") -> str:
         """Full attention of [batch, tokens, heads * head_dim], in the three operators that TensorRT fuses to one.
@@ -180,13 +183,14 @@ class TensorRtLayers(Layers):
         tables = [self.b.cast(table, dtype) for table in (cos, sin)]
         return self.b.op("RotaryEmbedding", x, *tables, name=name, interleaved=int(interleaved), num_heads=heads)
 
-    def group_norm(self, x: str, name: str, width: int, groups: int, epsilon: float) -> str:
+    def group_norm(self, x: str, norm: Norm) -> str:
         """Group norm of a map [batch, width, height, width], in float32, in one pass to measure and one to apply.
 
         The variance is the mean of squares less the square of the mean: with distances to the mean, TensorRT writes
         the whole map in float32 twice.
         """
         b, dtype = self.b, self.b.type_of(x)
+        name, width, groups = norm.name, norm.width, norm.groups
         given, x = x, b.cast(x, DType.F32)
         grouped = b.integers(0, groups, width // groups)
         means = []
@@ -198,7 +202,7 @@ class TensorRtLayers(Layers):
         variance = b.op("Sub", square, b.op("Mul", mean, mean, name=f"{name}.mean_square"), name=f"{name}.difference")
         variance = b.op("Max", variance, b.number(0.0), name=f"{name}.variance")
         deviation = b.op(
-            "Sqrt", b.op("Add", variance, b.number(epsilon), name=f"{name}.safe"), name=f"{name}.deviation"
+            "Sqrt", b.op("Add", variance, b.number(norm.epsilon), name=f"{name}.safe"), name=f"{name}.deviation"
         )
         weight, bias = (
             b.op(

@@ -7,7 +7,10 @@ Source: ``modeling_qwen3.py`` in transformers.
 from dataclasses import dataclass
 
 from zimage_runtime.bundle.tensors import DType
-from zimage_runtime.model.config import TextEncoderConfig
+from zimage_runtime.model.blocks import text_blocks
+from zimage_runtime.model.config import ModelConfig
+from zimage_runtime.model.linears import layer_linears
+from zimage_runtime.model.norms import Norm, layer_norms
 from zimage_runtime.model.programs import Program
 
 from ..storage.folds import BlockFold
@@ -20,52 +23,53 @@ from .target import Target
 class TextEncoderGraph:
     """Builds the text encoder's program from its configuration."""
 
-    config: TextEncoderConfig
+    config: ModelConfig
     target: Target
 
     def build(self) -> Graph:
         """Prompt embeddings → hidden states."""
-        c = self.config
+        c = self.config.text_encoder
         b = self.target.builder(Program.TEXT_ENCODER, {"hidden_size": c.hidden_size, "half_head": c.head_dim // 2})
         layers = self.target.layers(b)
         x = "inputs_embeds"
         shape = b.op("Shape", x, name="shape")
-        for index in range(c.used_layers):
-            fold = self.target.fold("text_encoder", f"layers.{index}")
-            with b.scope(f"layers.{index}"):
-                x = self.layer(layers, x, shape, fold)
+        for place in text_blocks(self.config):
+            with b.scope(place.name):
+                x = self.layer(layers, x, shape, self.target.fold("text_encoder", place.name))
         b.output(x, "hidden_states")
         return b.build()
 
     def layer(self, layers: Layers, x: str, shape: str, fold: BlockFold) -> str:
         """One layer; its weights are named by the builder's scope."""
-        c, b = self.config, layers.b
-        scale = b.weight("input_layernorm.weight", (c.hidden_size,))
-        h = layers.rms_norm(x, scale, c.rms_norm_eps, "input_layernorm")
+        linears, norms = layer_linears("text_encoder", self.config), layer_norms("text_encoder", self.config)
+        b = layers.b
+        h = self._norm(layers, x, norms.attention)
         with b.scope("self_attn"):
-            h = self._attention(layers, layers.rows(h, c.hidden_size))
+            h = self._attention(layers, layers.rows(h, linears.query.in_width))
         h = b.cast(layers.reshape(h, shape, "attention_update"), DType.F32)
         x = layers.residual(x, layers.scaled(h, fold.attention, "attention_range"), "attention_residual")
-        scale = b.weight("post_attention_layernorm.weight", (c.hidden_size,))
-        h = layers.rms_norm(x, scale, c.rms_norm_eps, "post_attention_layernorm")
+        h = self._norm(layers, x, norms.ffn)
         with b.scope("mlp"):
-            names = ("gate_proj", "up_proj", "down_proj")
-            h = layers.gated(layers.rows(h, c.hidden_size), *names, c.hidden_size, c.intermediate_size, -fold.product)
+            gate, up, down = (linear.within("mlp") for linear in (linears.gate, linears.up, linears.down))
+            h = layers.gated(layers.rows(h, gate.in_width), gate, up, down, -fold.product)
         h = b.cast(layers.reshape(h, shape, "mlp_update"), DType.F32)
         return layers.residual(x, layers.scaled(h, fold.ffn + fold.product, "mlp_range"), "mlp_residual")
 
+    def _norm(self, layers: Layers, x: str, norm: Norm) -> str:
+        return layers.rms_norm(x, layers.b.weight(norm.weight, (norm.width,)), norm.epsilon, norm.name)
+
     def _attention(self, layers: Layers, x: str) -> str:
-        c, b = self.config, layers.b
-        widths = {"q": c.num_attention_heads * c.head_dim, "k": c.num_key_value_heads * c.head_dim}
-        heads = {"q": c.num_attention_heads, "k": c.num_key_value_heads}
+        c, b, scope = self.config.text_encoder, layers.b, "self_attn"
+        linears, norms = layer_linears("text_encoder", self.config), layer_norms("text_encoder", self.config)
         rotated = []
-        for kind, width in widths.items():
-            h = layers.linear(x, f"{kind}_proj", width, c.hidden_size)
-            h = layers.head_norm(h, f"{kind}_norm", c.head_dim, c.rms_norm_eps)
-            h = layers.reshape(h, b.integers(1, -1, width), f"{kind}.tokens")
-            rotated.append(layers.rotary(h, "cos", "sin", heads[kind], f"{kind}.rotary", interleaved=False))
-        v = layers.reshape(
-            layers.linear(x, "v_proj", widths["k"], c.hidden_size), b.integers(1, -1, widths["k"]), "v.tokens"
-        )
-        h = layers.causal_attention(rotated[0], rotated[1], v, heads["q"], heads["k"], c.head_dim)
-        return layers.linear(layers.rows(h, widths["q"]), "o_proj", c.hidden_size, widths["q"])
+        for kind, linear, norm, heads in (
+            ("q", linears.query, norms.query, c.num_attention_heads),
+            ("k", linears.key, norms.key, c.num_key_value_heads),
+        ):
+            h = layers.head_norm(layers.linear(x, linear.within(scope)), norm.within(scope))
+            h = layers.reshape(h, b.integers(1, -1, linear.out_width), f"{kind}.tokens")
+            rotated.append(layers.rotary(h, "cos", "sin", heads, f"{kind}.rotary", interleaved=False))
+        value, out = linears.value.within(scope), linears.out.within(scope)
+        v = layers.reshape(layers.linear(x, value), b.integers(1, -1, value.out_width), "v.tokens")
+        h = layers.causal_attention(rotated[0], rotated[1], v, c.num_attention_heads, c.num_key_value_heads, c.head_dim)
+        return layers.linear(layers.rows(h, out.in_width), out)

@@ -12,7 +12,27 @@ from typing import NamedTuple
 
 import numpy as np
 
-from zimage_runtime.model.config import PATCH_SIZE, TransformerConfig
+from zimage_runtime.model.blocks import (
+    CAPTION_EMBEDDER,
+    FINAL_LAYER,
+    IMAGE_EMBEDDER,
+    NORMS,
+    BlockPlace,
+    caption_blocks,
+    main_blocks,
+    modulated_blocks,
+    noise_blocks,
+)
+from zimage_runtime.model.config import PATCH_SIZE, ModelConfig
+from zimage_runtime.model.linears import (
+    PATCH,
+    TIMESTEP_FREQUENCIES,
+    Linear,
+    block_linears,
+    layer_linears,
+    modulation_linears,
+)
+from zimage_runtime.model.norms import block_norms, layer_norms
 from zimage_runtime.model.programs import Program
 
 from ..storage.folds import BlockFold
@@ -20,11 +40,7 @@ from .builder import Graph, GraphBuilder
 from .layers import Layers
 from .target import Target
 
-_QK_NORM_EPS = 1e-5  # fixed in diffusers, whatever norm_eps is
-_FINAL_NORM_EPS = 1e-6
-_FREQUENCIES = 128  # of the timestep embedding
-_TIMESTEP_HIDDEN = 1024
-_PATCH = f"{PATCH_SIZE}-1"
+_FINAL = f"all_final_layer.{PATCH}"
 
 
 class Norms(NamedTuple):
@@ -47,7 +63,7 @@ class Tables(NamedTuple):
 class TransformerGraphs:
     """Builds the transformer's programs from its configuration."""
 
-    config: TransformerConfig
+    config: ModelConfig
     target: Target
 
     def build(self) -> list[Graph]:
@@ -55,7 +71,7 @@ class TransformerGraphs:
         return [self.caption(), self.modulation(), self.denoiser()]
 
     def _builder(self, program: Program) -> GraphBuilder:
-        c = self.config
+        c = self.config.transformer
         return self.target.builder(
             program,
             {
@@ -69,92 +85,89 @@ class TransformerGraphs:
 
     def caption(self) -> Graph:
         """Hidden states → caption tokens: norm, linear, pads, context refiners."""
-        c, b = self.config, self._builder(Program.CAPTION)
+        dim, b = self.config.transformer.dim, self._builder(Program.CAPTION)
         layers = self.target.layers(b)
-        x = layers.reshape(self.embed_caption(layers), b.integers(1, -1, c.dim), "cap_embedder.tokens")
-        x = self._pad(b, x, b.weight("cap_pad_token", (1, c.dim)), "cos", "cap_pad")
+        x = layers.reshape(self.embed_caption(layers), b.integers(1, -1, dim), "cap_embedder.tokens")
+        x = self._pad(b, x, b.weight("cap_pad_token", (1, dim)), "cos", "cap_pad")
         shape = b.op("Shape", x, name="shape")
-        for index in range(c.n_refiner_layers):
-            block = f"context_refiner.{index}"
-            fold = self.target.fold("transformer", block)
-            with b.scope(block):
-                x = self.block(layers, x, shape, self.norms(b), Tables("cos", "sin"), fold)
+        for place in caption_blocks(self.config):
+            with b.scope(place.name):
+                x = self._placed(layers, place, x, shape, self.norms(b), Tables("cos", "sin"))
         b.output(x, "caption")
         return b.build()
 
     def embed_caption(self, layers: Layers) -> str:
         """Hidden states → [tokens, dim]."""
-        c, b = self.config, layers.b
-        scale = b.weight("cap_embedder.0.weight", (c.cap_feat_dim,))
-        x = layers.rms_norm("hidden_states", scale, c.norm_eps, "cap_embedder.0")
-        return layers.linear(layers.rows(x, c.cap_feat_dim), "cap_embedder.1", c.dim, c.cap_feat_dim, bias=True)
+        (norm,), (linear,) = block_norms(CAPTION_EMBEDDER, self.config), block_linears(CAPTION_EMBEDDER, self.config)
+        scale = layers.b.weight(norm.weight, (norm.width,))
+        x = layers.rms_norm("hidden_states", scale, norm.epsilon, norm.name)
+        return layers.linear(layers.rows(x, norm.width), linear)
 
     def norms(self, b: GraphBuilder) -> Norms:
         """A block's own norms, which no timestep changes."""
-        return Norms(*(b.weight(f"{name}.weight", (self.config.dim,)) for name in _NORMS))
+        return Norms(*(b.weight(f"{name}.weight", (self.config.transformer.dim,)) for name in NORMS))
 
     def modulation(self) -> Graph:
         """Timesteps → what each block's norms multiply by, and the final norm's scale."""
-        c, b = self.config, self._builder(Program.MODULATION)
+        b, linears = self._builder(Program.MODULATION), modulation_linears(self.config)
         layers = self.target.layers(b)
         embedding = self._timestep_embedding(b, layers)
-        tables = [self._block_modulation(b, layers, embedding, scope) for scope in self._modulated()]
+        tables = [
+            self._block_modulation(b, layers, embedding, place, linear)
+            for place, linear in zip(modulated_blocks(self.config), linears.blocks, strict=True)
+        ]
         b.output(b.op("Concat", *tables, name="stack", axis=1), "modulation")
-        with b.scope(f"all_final_layer.{_PATCH}"):
+        with b.scope(_FINAL):
             x = layers.silu(embedding, "adaLN_modulation.0")
-            x = layers.linear(x, "adaLN_modulation.1", c.dim, c.adaln_dim, bias=True)
+            x = layers.linear(x, linears.final.within(_FINAL))
             b.output(b.op("Add", x, b.number(1.0), name="scale"), "final_scale")
         return b.build()
 
-    def _modulated(self) -> list[str]:
-        return [
-            *(f"noise_refiner.{index}" for index in range(self.config.n_refiner_layers)),
-            *(f"layers.{index}" for index in range(self.config.n_layers)),
-        ]
-
     def _timestep_embedding(self, b: GraphBuilder, layers: Layers) -> str:
-        exponents = np.arange(_FREQUENCIES, dtype=np.float32) / np.float32(_FREQUENCIES)
+        linears, scope = modulation_linears(self.config), "t_embedder"
+        exponents = np.arange(TIMESTEP_FREQUENCIES, dtype=np.float32) / np.float32(TIMESTEP_FREQUENCIES)
         # float32's own exp is off by a bit or two, which timesteps up to 1000 turn into 6e-5 of an angle
         frequencies = np.exp(np.float64(np.float32(-np.log(10000.0)) * exponents)).astype(np.float32)[None]
-        with b.scope("t_embedder"):
-            t = b.op("Mul", "timesteps", b.number(self.config.t_scale), name="scaled")
+        with b.scope(scope):
+            t = b.op("Mul", "timesteps", b.number(self.config.transformer.t_scale), name="scaled")
             t = b.op("Unsqueeze", t, b.integers(1), name="column")
             angles = b.op("Mul", t, b.constant(frequencies, "t_embedder.frequencies"), name="angles")
             cos, sin = b.op("Cos", angles, name="cos"), b.op("Sin", angles, name="sin")
             x = b.op("Concat", cos, sin, name="sinusoid", axis=1)
-            x = layers.linear(x, "mlp.0", _TIMESTEP_HIDDEN, 2 * _FREQUENCIES, bias=True)
-            return layers.linear(layers.silu(x, "mlp.1"), "mlp.2", self.config.adaln_dim, _TIMESTEP_HIDDEN, bias=True)
+            x = layers.linear(x, linears.hidden.within(scope))
+            return layers.linear(layers.silu(x, "mlp.1"), linears.embedding.within(scope))
 
-    def _block_modulation(self, b: GraphBuilder, layers: Layers, embedding: str, scope: str) -> str:
+    def _block_modulation(
+        self, b: GraphBuilder, layers: Layers, embedding: str, place: BlockPlace, linear: Linear
+    ) -> str:
         """[steps, 1, 4, dim]: scales get their 1, gates their tanh, and each its norm's weight."""
-        c = self.config
-        with b.scope(scope):
-            x = layers.linear(embedding, "adaLN_modulation.0", 4 * c.dim, c.adaln_dim, bias=True)
+        dim = self.config.transformer.dim
+        with b.scope(place.name):
+            x = layers.linear(embedding, linear.within(place.name))
             parts = b.ops("Split", x, name="split", outputs=4, axis=1, num_outputs=4)
             rows = []
-            for part, norm in zip(parts, _NORMS, strict=True):
+            for part, norm in zip(parts, NORMS, strict=True):
                 if norm.endswith("1"):
                     factor = b.op("Add", part, b.number(1.0), name=f"{norm}.scale")
                 else:
                     factor = b.op("Tanh", part, name=f"{norm}.gate")
-                row = b.op("Mul", factor, b.weight(f"{norm}.weight", (c.dim,)), name=norm)
+                row = b.op("Mul", factor, b.weight(f"{norm}.weight", (dim,)), name=norm)
                 rows.append(b.op("Unsqueeze", row, b.integers(1, 2), name=f"{norm}.row"))
             return b.op("Concat", *rows, name="modulation", axis=2)
 
     def denoiser(self) -> Graph:
         """Latents → velocity: one step of the transformer over [image, caption]."""
-        c, b = self.config, self._builder(Program.DENOISER)
+        b, refiners = self._builder(Program.DENOISER), noise_blocks(self.config)
         layers = self.target.layers(b)
         batch = b.dim("latents", 0, "batch")
         image_tables, all_tables = self._tables(b, batch)
         tokens, grid = self._patchify(b, layers, batch)
-        x = self._pad(b, tokens, b.weight("x_pad_token", (1, c.dim)), "image_cos", "x_pad", batch)
+        x = self._pad(b, tokens, b.weight("x_pad_token", (1, self.config.transformer.dim)), "image_cos", "x_pad", batch)
         norms = self._norm_rows(b)
         shape = b.op("Shape", x, name="image_shape")
-        blocks = self._modulated()
-        for block, rows in zip(blocks[: c.n_refiner_layers], norms, strict=False):
-            with b.scope(block):
-                x = self.block(layers, x, shape, rows, image_tables, self.target.fold("transformer", block))
+        for place, rows in zip(refiners, norms[: len(refiners)], strict=True):
+            with b.scope(place.name):
+                x = self._placed(layers, place, x, shape, rows, image_tables)
         caption = b.op(
             "Expand",
             "caption",
@@ -163,9 +176,9 @@ class TransformerGraphs:
         )
         x = b.op("Concat", x, caption, name="unified", axis=1)
         shape = b.op("Shape", x, name="unified_shape")
-        for block, rows in zip(blocks[c.n_refiner_layers :], norms[c.n_refiner_layers :], strict=True):
-            with b.scope(block):
-                x = self.block(layers, x, shape, rows, all_tables, self.target.fold("transformer", block))
+        for place, rows in zip(main_blocks(self.config), norms[len(refiners) :], strict=True):
+            with b.scope(place.name):
+                x = self._placed(layers, place, x, shape, rows, all_tables)
         count = b.dim(tokens, 1, "image_count")
         x = b.op("Slice", x, b.integers(0), count, b.integers(1), name="image_only")
         x = self.final(layers, x)
@@ -174,15 +187,16 @@ class TransformerGraphs:
 
     def final(self, layers: Layers, x: str) -> str:
         """Image tokens → patches [tokens, patch_dim], of what the model predicts."""
-        c, b = self.config, layers.b
-        with b.scope(f"all_final_layer.{_PATCH}"):
-            x = b.op("LayerNormalization", x, "final_scale", name="norm_final", axis=-1, epsilon=_FINAL_NORM_EPS)
-            return layers.linear(layers.rows(x, c.dim), "linear", c.patch_dim, c.dim, bias=True)
+        b = layers.b
+        (norm,), (linear,) = block_norms(FINAL_LAYER, self.config), block_linears(FINAL_LAYER, self.config)
+        norm = norm.within(_FINAL)
+        with b.scope(_FINAL):
+            x = b.op("LayerNormalization", x, "final_scale", name=norm.name, axis=-1, epsilon=norm.epsilon)
+            return layers.linear(layers.rows(x, norm.width), linear.within(_FINAL))
 
     def _norm_rows(self, b: GraphBuilder) -> list[Norms]:
         """The table's rows as [dim] vectors: one `Split`, and no copy of more than a few kilobytes."""
-        c = self.config
-        count = 4 * c.modulated_blocks
+        count = 4 * self.config.transformer.modulated_blocks
         flat = b.op("Reshape", "modulation", b.integers(-1), name="modulation.flat")
         rows = b.ops("Split", flat, name="modulation.rows", outputs=count, axis=0, num_outputs=count)
         return [Norms(*rows[start : start + 4]) for start in range(0, count, 4)]
@@ -199,7 +213,7 @@ class TransformerGraphs:
 
     def _patchify(self, b: GraphBuilder, layers: Layers, batch: str) -> tuple[str, list[str]]:
         """[batch, channels, 2 rows, 2 columns] → embedded tokens [batch, rows * columns, dim], and the grid."""
-        c, two = self.config, b.integers(PATCH_SIZE)
+        c, two = self.config.transformer, b.integers(PATCH_SIZE)
         rows = b.op("Div", b.dim("latents", 2, "latent_h"), two, name="rows")
         columns = b.op("Div", b.dim("latents", 3, "latent_w"), two, name="columns")
         channels = b.integers(c.in_channels)
@@ -212,14 +226,14 @@ class TransformerGraphs:
 
     def embed_image(self, layers: Layers, patches: str) -> str:
         """Patches [..., patch_dim] → [tokens, dim]."""
-        c = self.config
-        with layers.b.scope("all_x_embedder"):
-            return layers.linear(layers.rows(patches, c.patch_dim), _PATCH, c.dim, c.patch_dim, bias=True)
+        (linear,), scope = block_linears(IMAGE_EMBEDDER, self.config), "all_x_embedder"
+        with layers.b.scope(scope):
+            return layers.linear(layers.rows(patches, linear.in_width), linear.within(scope))
 
     def _unpatchify(self, b: GraphBuilder, layers: Layers, x: str, grid: list[str]) -> None:
-        c, two = self.config, b.integers(PATCH_SIZE)
+        two = b.integers(PATCH_SIZE)
         batch, rows, columns = grid
-        channels = b.integers(c.in_channels)
+        channels = b.integers(self.config.transformer.in_channels)
         shape = b.op("Concat", batch, rows, columns, two, two, channels, name="unpatchify.split", axis=0)
         x = b.op("Transpose", layers.reshape(x, shape, "patches"), name="unpatchify", perm=[0, 5, 1, 3, 2, 4])
         x = layers.reshape(x, b.op("Shape", "latents", name="latents.shape"), "model_output")
@@ -230,33 +244,37 @@ class TransformerGraphs:
         """Appends the learned pad token until the sequence is as long as its rotary table."""
         with b.scope(name):
             missing = b.op("Sub", b.dim(table, 1, "padded"), b.dim(x, 1, "count"), name="missing")
-            shape = b.op("Concat", batch or b.integers(1), missing, b.integers(self.config.dim), name="shape", axis=0)
+            count, dim = batch or b.integers(1), b.integers(self.config.transformer.dim)
+            shape = b.op("Concat", count, missing, dim, name="shape", axis=0)
             return b.op("Concat", x, b.op("Expand", token, shape, name="tokens"), name="padded_tokens", axis=1)
+
+    def _placed(self, layers: Layers, place: BlockPlace, x: str, shape: str, norms: Norms, tables: Tables) -> str:
+        return self.block(layers, x, shape, norms, tables, self.target.fold("transformer", place.name))
 
     def block(self, layers: Layers, x: str, shape: str, norms: Norms, tables: Tables, fold: BlockFold) -> str:
         """One block; its weights are named by the builder's scope."""
-        c = self.config
-        h = layers.rms_norm(x, norms.attention_in, c.norm_eps, "attention_norm1")
+        linears, scope = layer_linears("transformer", self.config), "feed_forward"
+        epsilon = self.config.transformer.norm_eps
+        h = layers.rms_norm(x, norms.attention_in, epsilon, "attention_norm1")
         with layers.b.scope("attention"):
-            h = self._attention(layers, layers.rows(h, c.dim), shape, tables)
-        h = layers.branch_norm(h, norms.attention_out, c.norm_eps, fold.attention, "attention_norm2")
+            h = self._attention(layers, layers.rows(h, linears.query.in_width), shape, tables)
+        h = layers.branch_norm(h, norms.attention_out, epsilon, fold.attention, "attention_norm2")
         x = layers.residual(x, layers.reshape(h, shape, "attention_update"), "attention_residual")
-        h = layers.rms_norm(x, norms.ffn_in, c.norm_eps, "ffn_norm1")
-        with layers.b.scope("feed_forward"):
-            h = layers.gated(layers.rows(h, c.dim), "w1", "w3", "w2", c.dim, c.ffn_dim, -fold.product)
-        h = layers.branch_norm(h, norms.ffn_out, c.norm_eps, fold.ffn + fold.product, "ffn_norm2")
+        h = layers.rms_norm(x, norms.ffn_in, epsilon, "ffn_norm1")
+        with layers.b.scope(scope):
+            gate, up, down = (linear.within(scope) for linear in (linears.gate, linears.up, linears.down))
+            h = layers.gated(layers.rows(h, gate.in_width), gate, up, down, -fold.product)
+        h = layers.branch_norm(h, norms.ffn_out, epsilon, fold.ffn + fold.product, "ffn_norm2")
         return layers.residual(x, layers.reshape(h, shape, "ffn_update"), "ffn_residual")
 
     def _attention(self, layers: Layers, x: str, shape: str, tables: Tables) -> str:
-        c = self.config
+        c, scope = self.config.transformer, "attention"
+        linears, norms = layer_linears("transformer", self.config), layer_norms("transformer", self.config)
         rotated = []
-        for kind in ("q", "k"):
-            h = layers.head_norm(layers.linear(x, f"to_{kind}", c.dim, c.dim), f"norm_{kind}", c.head_dim, _QK_NORM_EPS)
+        for kind, linear, norm in (("q", linears.query, norms.query), ("k", linears.key, norms.key)):
+            h = layers.head_norm(layers.linear(x, linear.within(scope)), norm.within(scope))
             h = layers.reshape(h, shape, f"{kind}.tokens")
             rotated.append(layers.rotary(h, tables.cos, tables.sin, c.n_heads, f"{kind}.rotary", interleaved=True))
-        v = layers.reshape(layers.linear(x, "to_v", c.dim, c.dim), shape, "v.tokens")
+        v = layers.reshape(layers.linear(x, linears.value.within(scope)), shape, "v.tokens")
         h = layers.attention(rotated[0], rotated[1], v, c.n_heads, c.head_dim)
-        return layers.linear(layers.rows(h, c.dim), "to_out.0", c.dim, c.dim)
-
-
-_NORMS = ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")
+        return layers.linear(layers.rows(h, c.dim), linears.out.within(scope))

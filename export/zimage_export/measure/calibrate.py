@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from zimage_runtime.command_line.progress import Progress
+from zimage_runtime.model.linears import LAYER_LINEARS
 from zimage_runtime.model.schedule import DEFAULT_STEPS
 
 from ..errors import ExportError
@@ -48,7 +49,7 @@ def measure_peaks(checkpoint: Checkpoint, prompts: list[str], progress: Progress
         model = getattr(pipeline, component)
         for name, peak in by_block.items():
             block = model.get_submodule(name)
-            _watch(block, peak, component == "transformer")
+            _watch(block, peak, component)
             for place in PLACES[component]:
                 reader = block.get_submodule(place.readers[0].removesuffix(".weight"))
                 listeners.append((peak, place.readers[0], _Listener(reader)))
@@ -92,11 +93,10 @@ class _Listener:
         return ActivationRange((self._squares / self.count).sqrt().float().numpy(), self._peaks.float().numpy())
 
 
-def _watch(block: Any, peak: BlockPeak, diffusion: bool) -> None:
-    if diffusion:
-        out, down = block.attention.to_out[0], block.feed_forward.w2
-    else:
-        out, down = block.self_attn.o_proj, block.mlp.down_proj
+def _watch(block: nn.Module, peak: BlockPeak, component: str) -> None:
+    names = LAYER_LINEARS[component]
+    out, down = block.get_submodule(names.out), block.get_submodule(names.down)
+    if component == "text_encoder":
         # v_proj is what is divided, so the projection's input counts too
         out.register_forward_pre_hook(_keep_input(peak, "attention"))
     out.register_forward_hook(_keep_output(peak, "attention"))

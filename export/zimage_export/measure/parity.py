@@ -1,38 +1,17 @@
-"""Distances between a bundle and its checkpoint: how they are computed, told and judged."""
+"""Distances between a bundle and its checkpoint: how they are computed, reported and judged."""
 
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from zimage_runtime.arrays import FloatArray
-from zimage_runtime.bundle.manifest import Manifest, Precision
+from zimage_runtime.bundle.manifest import Manifest
 from zimage_runtime.model.programs import Program
 
 from ..errors import ExportError
-
-
-@dataclass(frozen=True)
-class Gate:
-    """What a precision may be off by."""
-
-    latents: float  # relative error after the last step
-    psnr_db: float  # of the image
-    max_difference: int = 255  # of a pixel's channel, in 255ths
-
-
-GATES = {
-    Precision.FP32: Gate(latents=1e-4, psnr_db=48.0, max_difference=1),
-    # twenty times what a small model shows: errors grow with depth, and few-step images with them
-    Precision.BF16: Gate(latents=0.1, psnr_db=25.0),
-    Precision.FP16: Gate(latents=0.02, psnr_db=35.0),
-    # a small model shows 0.017 and 50 dB, 0.08 and 38 dB; saturated integer products, 0.14 and 32 dB
-    Precision.INT8: Gate(latents=0.1, psnr_db=34.0),
-    Precision.INT4: Gate(latents=0.3, psnr_db=25.0),
-}
 
 
 def relative_error(value: FloatArray, expected: FloatArray) -> float:
@@ -44,7 +23,7 @@ def relative_error(value: FloatArray, expected: FloatArray) -> float:
 def summarize(measured: Sequence[dict[str, float]], name: str, size: str, steps: int) -> dict[str, Any]:
     """The worst over the prompts. A PSNR of null stands for identical images."""
     worst = {key: max(m[key] for m in measured) for key in measured[0]}
-    components = {p.value: _rounded(worst[p.value]) for p in Program}
+    components = {p.value: _rounded(worst[p.value]) for p in Program if p.value in worst}
     return {
         "reference": f"{name} with diffusers in float32",
         "executor": "cpu",
@@ -73,7 +52,7 @@ def _rounded(value: float) -> float:
 
 def check_gate(parity: dict[str, Any], manifest: Manifest) -> None:
     """Raises `ExportError` for a bundle that is further off than its precision may be."""
-    gate = GATES[manifest.precision]
+    gate = manifest.precision.gate
     latents, difference = parity["latents"], parity["picture"]["max_difference"]
     psnr = parity["picture"]["psnr_db"]
     psnr = math.inf if psnr is None else psnr

@@ -15,10 +15,10 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
 from zimage_runtime.bundle.tensors import to_float32
+from zimage_runtime.model.linears import EMBEDDINGS
 
 from ..source.checkpoint import Checkpoint, TensorSource, Weights
 from ..synthetic.byte_tokenizer import chat_template
-from ..weights.streaming import EMBEDDINGS
 
 _BLOCK_CLASSES = {"ZImageTransformerBlock", "Qwen3DecoderLayer"}
 

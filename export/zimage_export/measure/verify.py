@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 
 from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.bundle import Bundle
-from zimage_runtime.bundle.manifest import Precision, write_manifest
+from zimage_runtime.bundle.manifest import CPU, Precision, write_manifest
 from zimage_runtime.bundle.tensors import TensorFile
 from zimage_runtime.command_line.progress import Advance, Progress
 from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
 from zimage_runtime.machine.int8_products import activation_bits
+from zimage_runtime.model.blocks import NORMS, modulated_blocks
 from zimage_runtime.model.geometry import caption_positions, padded, transformer_rotary
 from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import ImageEvent, Pipeline, Request, to_image
@@ -121,8 +122,9 @@ def _measure(
     pipeline.release()
     decoded = pipeline.decode(capture.latents[-1])
     errors["decoder"] = relative_error(decoded, generated)
-    mean, _ = pipeline.executor.encode(generated)
-    errors["encoder"] = relative_error(mean, _encode_reference(reference, generated))
+    if pipeline.bundle.manifest.record(Program.ENCODER, CPU):
+        mean, _ = pipeline.executor.encode(generated)
+        errors["encoder"] = relative_error(mean, _encode_reference(reference, generated))
     pipeline.release()
     latents, image = _draw(pipeline, request)
     errors["latents"] = relative_error(latents, capture.latents[-1][0])
@@ -209,16 +211,13 @@ def _modulation_table(checkpoint: Checkpoint, bundle: Bundle, capture: _Capture)
     The weights are the bundle's own, out of which rebalancing may have moved a part; what it moved wrongly, the
     denoiser's error tells.
     """
-    config = checkpoint.config.transformer
-    prefixes = [f"noise_refiner.{i}" for i in range(config.n_refiner_layers)]
-    prefixes += [f"layers.{i}" for i in range(config.n_layers)]
-    norms = ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")
+    places, dim = modulated_blocks(checkpoint.config), checkpoint.config.transformer.dim
     stored = TensorFile(bundle.file(bundle.manifest.weights["transformer"]))
-    weights = np.stack([np.stack([stored.array(f"{p}.{norm}.weight")[0] for norm in norms]) for p in prefixes])
-    raw = np.stack([np.stack(blocks) for blocks in capture.modulations]).reshape(-1, len(prefixes), 4, config.dim)
+    rows = [np.stack([stored.array(place.tensor(f"{norm}.weight"))[0] for norm in NORMS]) for place in places]
+    raw = np.stack([np.stack(blocks) for blocks in capture.modulations]).reshape(-1, len(places), len(NORMS), dim)
     raw[:, :, 0::2] += 1
     raw[:, :, 1::2] = np.tanh(raw[:, :, 1::2])
-    return np.asarray(raw * weights)
+    return np.asarray(raw * np.stack(rows))
 
 
 def _decode_reference(reference: ReferencePipeline, latents: FloatArray) -> FloatArray:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from zimage_runtime.bundle.tensors import DType, TensorEntry, TensorFileError, read_header, to_float32
 from zimage_runtime.errors import ConfigError
+from zimage_runtime.mistaken_files import mistaken_for
 from zimage_runtime.model.config import PARTS, ModelConfig
 from zimage_runtime.model.programs import COMPONENTS
 
@@ -179,13 +180,16 @@ def _header(path: Path) -> dict[str, TensorEntry]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_bytes())
+        content = path.read_bytes()
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing from the checkpoint; download or copy it again") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+    try:
+        data = json.loads(content)
     except (ValueError, RecursionError):
-        raise CheckpointError(f"{path}: not valid JSON; download or copy it again") from None
+        problem = mistaken_for(content) or "not valid JSON; download or copy it again"
+        raise CheckpointError(f"{path}: {problem}") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
     return data

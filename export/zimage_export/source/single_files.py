@@ -10,13 +10,15 @@ Sources for the names: ``loaders/single_file_utils.py`` in diffusers
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from zimage_runtime.bundle.tensors import TensorEntry, TensorFileError, read_header
+from zimage_runtime.model.comfyui_names import Rows, from_comfyui, is_pixelwise
 from zimage_runtime.model.config import PATCH_SIZE, ModelConfig
+from zimage_runtime.model.linears import PATCH
 from zimage_runtime.model.programs import COMPONENTS
 
 from ..errors import CheckpointError
@@ -101,7 +103,7 @@ def read_single_file(part: str, path: Path) -> dict[str, TensorEntry]:
     _check_stored(own, path, kind)
     if not _is_kind(own, kind):
         _refuse(path, kind, next((k for k in _KINDS.values() if _is_kind(_without_prefix(found, k), k)), None))
-    return _RENAMERS[part](own, path)
+    return _renamed(part, own, path)
 
 
 def _check_format(path: Path, kind: _Kind) -> None:
@@ -155,84 +157,29 @@ def _refuse(path: Path, wanted: _Kind, other: _Kind | None) -> NoReturn:
     raise CheckpointError(f"{path}: holds no {wanted.title} ({wanted.good}), which would have the tensors {markers}")
 
 
-_ATTENTION = re.compile(r"(?<=\.attention\.)(out|q_norm|k_norm)(?=\.)")
-_ATTENTION_NAMES = {"out": "to_out.0", "q_norm": "norm_q", "k_norm": "norm_k"}
-_FUSED = ".attention.qkv.weight"
-_PATCH = f"{PATCH_SIZE}-1"
-
-
-def _rename_transformer(entries: Entries, path: Path) -> dict[str, TensorEntry]:
-    renamed = {}
-    for name, entry in entries.items():
-        if name.endswith(_FUSED):
-            renamed.update(_split(name.removesuffix(_FUSED), name, entry, path))
-            continue
-        stem, dot, rest = name.partition(".")
-        if stem in ("x_embedder", "final_layer"):
-            name = f"all_{stem}.{_PATCH}{dot}{rest}"
-        renamed[_ATTENTION.sub(lambda match: _ATTENTION_NAMES[match[0]], name)] = entry
-    return renamed
-
-
-def _split(scope: str, name: str, entry: TensorEntry, path: Path) -> dict[str, TensorEntry]:
-    """The fused projection [3 * dim, dim] as query, key and value, which are consecutive rows of it."""
-    if len(entry.shape) != 2 or entry.shape[0] % 3:
-        raise CheckpointError(f"{path}: {name} has shape {list(entry.shape)}, which is not query, key and value")
-    nbytes = entry.nbytes // 3
-    part = dataclasses.replace(entry, shape=(entry.shape[0] // 3, entry.shape[1]), nbytes=nbytes)
-    return {
-        f"{scope}.attention.to_{kind}.weight": dataclasses.replace(part, offset=entry.offset + index * nbytes)
-        for index, kind in enumerate("qkv")
-    }
-
-
-def _keep(entries: Entries, path: Path) -> dict[str, TensorEntry]:
-    return dict(entries)
-
-
-_LEVEL = re.compile(r"(?P<coder>encoder\.down|decoder\.up)\.(?P<level>\d{1,3})\.(?P<rest>.+)")
-_MIDDLE_BLOCK = re.compile(r"(?P<coder>(?:en|de)coder)\.mid\.block_(?P<number>[12])\.")
-_MIDDLE_ATTENTION = re.compile(r"(?P<coder>(?:en|de)coder)\.mid\.attn_1\.(?P<layer>norm|q|k|v|proj_out)\.")
-_VAE_ATTENTION_NAMES = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-
-
-def _rename_vae(entries: Entries, path: Path) -> dict[str, TensorEntry]:
-    if any(name.startswith(("quant_conv.", "post_quant_conv.")) for name in entries):
+def _renamed(part: str, entries: Entries, path: Path) -> dict[str, TensorEntry]:
+    """The tensors under diffusers' names."""
+    if part == "vae" and any(name.startswith(("quant_conv.", "post_quant_conv.")) for name in entries):
         raise CheckpointError(f"{path}: has quant_conv, which Z-Image's VAE has not; use {_KINDS['vae'].good}")
-    levels = _count(entries, "decoder.up")
     renamed = {}
-    for name, entry in entries.items():
-        if match := _LEVEL.fullmatch(name):
-            renamed[_level_name(match, levels)] = entry
-        elif match := _MIDDLE_BLOCK.match(name):
-            block = f"{match['coder']}.mid_block.resnets.{int(match['number']) - 1}."
-            renamed[block + name[match.end() :].replace("nin_shortcut", "conv_shortcut")] = entry
-        elif match := _MIDDLE_ATTENTION.match(name):
-            layer = f"{match['coder']}.mid_block.attentions.0.{_VAE_ATTENTION_NAMES[match['layer']]}."
-            if entry.shape[2:] == (1, 1):  # a convolution over single pixels is a linear layer, in the same bytes
-                entry = dataclasses.replace(entry, shape=entry.shape[:2])
-            renamed[layer + name[match.end() :]] = entry
-        else:
-            renamed[name.replace("coder.norm_out.", "coder.conv_norm_out.")] = entry
+    for name, rows in from_comfyui(part, entries).items():
+        entry = _range(rows, entries[rows.name], path)
+        if is_pixelwise(part, name) and entry.shape[2:] == (1, 1):
+            entry = dataclasses.replace(entry, shape=entry.shape[:2])
+        renamed[name] = entry
     return renamed
 
 
-def _level_name(match: re.Match[str], levels: int) -> str:
-    """A level of the encoder or decoder; the file counts the decoder's from the image, diffusers from the latents."""
-    level, rest = int(match["level"]), match["rest"]
-    if match["coder"] == "decoder.up":
-        level = levels - 1 - level
-    rest = rest.replace("nin_shortcut", "conv_shortcut")
-    rest = re.sub(r"^block\.", "resnets.", rest)
-    rest = re.sub(r"^(down|up)sample\.", r"\1samplers.0.", rest)
-    return f"{match['coder']}_blocks.{level}.{rest}"
-
-
-_RENAMERS: dict[str, Callable[[Entries, Path], dict[str, TensorEntry]]] = {
-    "transformer": _rename_transformer,
-    "text_encoder": _keep,
-    "vae": _rename_vae,
-}
+def _range(rows: Rows, entry: TensorEntry, path: Path) -> TensorEntry:
+    """A range of a fused projection's rows, [3 * dim, dim]; any other tensor as it is."""
+    if rows.parts == 1:
+        return entry
+    if len(entry.shape) != 2 or entry.shape[0] % rows.parts:
+        raise CheckpointError(f"{path}: {rows.name} has shape {list(entry.shape)}, which is not query, key and value")
+    count, nbytes = entry.shape[0] // rows.parts, entry.nbytes // rows.parts
+    return dataclasses.replace(
+        entry, shape=(count, entry.shape[1]), nbytes=nbytes, offset=entry.offset + rows.part * nbytes
+    )
 
 
 def _count(entries: Entries, stem: str) -> int:
@@ -288,7 +235,7 @@ def _infer_transformer(shapes: _Shapes) -> dict[str, Any]:
         "dim": dim,
         "n_heads": dim // head_dim,
         "cap_feat_dim": shapes.size("cap_embedder.0.weight", 0, 1),
-        "in_channels": shapes.size(f"all_x_embedder.{_PATCH}.weight", 1, 2) // PATCH_SIZE**2,
+        "in_channels": shapes.size(f"all_x_embedder.{PATCH}.weight", 1, 2) // PATCH_SIZE**2,
         "axes_dims": _AXES_DIMS,
         "axes_lens": (1536, 512, 512),
         "norm_eps": 1e-5,

@@ -10,6 +10,8 @@ output is multiplied back in float32.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from zimage_runtime.model.linears import LAYER_LINEARS
+
 
 @dataclass(frozen=True)
 class BlockFold:
@@ -25,24 +27,27 @@ Folds = Mapping[str, BlockFold]
 
 NO_FOLD = BlockFold()
 
-_ATTENTION = ("attention.to_out.0.weight", "self_attn.v_proj.weight")
-_FFN = ("feed_forward.w3.weight", "mlp.up_proj.weight")
+_ATTENTION = {
+    "transformer": f"{LAYER_LINEARS['transformer'].out}.weight",
+    "text_encoder": f"{LAYER_LINEARS['text_encoder'].value}.weight",
+}
+_FFN = {component: f"{names.up}.weight" for component, names in LAYER_LINEARS.items()}
 
 
 def weight_exponent(folds: Folds, name: str) -> int:
     """The power of two that a stored weight is multiplied by: 0 or less."""
     block, tail = _split(name)
     fold = folds.get(block, NO_FOLD)
-    if tail in _ATTENTION:
+    if tail in _ATTENTION.values():
         return -fold.attention
-    if tail in _FFN:
+    if tail in _FFN.values():
         return -fold.ffn
     return 0
 
 
-def folded_weights(block: str) -> tuple[tuple[str, str], ...]:
-    """The names that a block's attention and feed-forward exponents apply to, one pair an architecture."""
-    return tuple((f"{block}.{attention}", f"{block}.{ffn}") for attention, ffn in zip(_ATTENTION, _FFN, strict=True))
+def folded_weights(component: str, block: str) -> tuple[str, str]:
+    """The names of the weights that a block's attention and feed-forward exponents apply to."""
+    return f"{block}.{_ATTENTION[component]}", f"{block}.{_FFN[component]}"
 
 
 def block_of(name: str) -> str:

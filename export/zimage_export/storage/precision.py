@@ -14,6 +14,7 @@ from enum import StrEnum
 
 from zimage_runtime.bundle.manifest import Precision
 from zimage_runtime.bundle.tensors import DType
+from zimage_runtime.model.linears import LAYER_LINEARS
 
 _HALF = {Precision.BF16: DType.BF16, Precision.FP16: DType.F16}
 
@@ -35,12 +36,7 @@ SCALE_SUFFIX = "_scale"
 
 BLOCK_SIZE = 32
 
-_QUANTIZED = (
-    *(f".attention.{name}.weight" for name in ("to_q", "to_k", "to_v", "to_out.0")),
-    *(f".feed_forward.{name}.weight" for name in ("w1", "w2", "w3")),
-    *(f".self_attn.{name}_proj.weight" for name in "qkvo"),
-    *(f".mlp.{name}_proj.weight" for name in ("gate", "up", "down")),
-)
+_QUANTIZED = tuple(f".{name}.weight" for names in LAYER_LINEARS.values() for name in names)
 """The linears of the transformer's and the text encoder's blocks: all but a fiftieth of the parameters."""
 
 

@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 from zimage_runtime.bundle.tensors import DType
 from zimage_runtime.command_line.progress import Advance, Progress
 from zimage_runtime.model.config import ModelConfig, SchedulerConfig, TextEncoderConfig, TransformerConfig, VaeConfig
+from zimage_runtime.model.linears import EMBEDDINGS
 
 from ..output import check_disk, check_target, replaced_directory
 from ..storage.casts import encode
 from ..storage.stored import StoredTensor, total_bytes
-from ..weights.streaming import EMBEDDINGS, write_weights
+from ..weights.streaming import write_weights
 from .byte_tokenizer import write_byte_tokenizer
 from .published_layout import (
     text_encoder_config,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from zimage_runtime.model.blocks import layer_blocks
 from zimage_runtime.model.config import ModelConfig
 
 from ..source.checkpoint import Checkpoint, Weights
@@ -49,14 +50,8 @@ class BlockPeak:
 
 
 def blocks(config: ModelConfig) -> dict[str, list[str]]:
-    """The names of all blocks, by component."""
-    t = config.transformer
-    names = [f"{kind}.{i}" for kind in ("noise_refiner", "context_refiner") for i in range(t.n_refiner_layers)]
-    names += [f"layers.{i}" for i in range(t.n_layers)]
-    return {
-        "transformer": names,
-        "text_encoder": [f"layers.{i}" for i in range(config.text_encoder.used_layers)],
-    }
+    """The names of all layers, by component."""
+    return {part: [place.name for place in layer_blocks(part, config)] for part in ("transformer", "text_encoder")}
 
 
 def choose_folds(checkpoint: Checkpoint, peaks: Peaks | None = None) -> dict[str, Folds]:
@@ -71,8 +66,7 @@ def choose_folds(checkpoint: Checkpoint, peaks: Peaks | None = None) -> dict[str
 
 
 def _choose(weights: Weights, component: str, block: str, peak: BlockPeak | None) -> BlockFold:
-    attention_name, ffn_name = folded_weights(block)[0 if component == "transformer" else 1]
-    attention, ffn = (_largest_free_fold(weights, name) for name in (attention_name, ffn_name))
+    attention, ffn = (_largest_free_fold(weights, name) for name in folded_weights(component, block))
     if peak is None:
         return BlockFold(attention, ffn)
     # an attention branch has no product to divide at run time: its weights take all of it

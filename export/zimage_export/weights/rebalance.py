@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.tensors import to_float32
 from zimage_runtime.model.config import ModelConfig
+from zimage_runtime.model.linears import LAYER_LINEARS
+from zimage_runtime.model.norms import ATTENTION_NORM, FFN_NORM
 
 from ..source.checkpoint import Checkpoint, TensorSource, Weights
 from ..storage.folds import block_of
@@ -46,23 +48,19 @@ class Place:
     readers: tuple[str, ...]  # multiplied: the columns of these linears
 
 
-PLACES = {
-    "transformer": (
-        Place("attention_norm1.weight", ("attention.to_q.weight", "attention.to_k.weight", "attention.to_v.weight")),
-        Place("attention.to_v.weight", ("attention.to_out.0.weight",)),
-        Place("ffn_norm1.weight", ("feed_forward.w1.weight", "feed_forward.w3.weight")),
-        Place("feed_forward.w3.weight", ("feed_forward.w2.weight",)),
-    ),
-    "text_encoder": (
-        Place(
-            "input_layernorm.weight",
-            ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"),
-        ),
-        Place("self_attn.v_proj.weight", ("self_attn.o_proj.weight",)),
-        Place("post_attention_layernorm.weight", ("mlp.gate_proj.weight", "mlp.up_proj.weight")),
-        Place("mlp.up_proj.weight", ("mlp.down_proj.weight",)),
-    ),
-}
+def _places(component: str) -> tuple[Place, ...]:
+    linears = LAYER_LINEARS[component]
+    attention, ffn = ATTENTION_NORM[component], FFN_NORM[component]
+    readers = {
+        attention: (linears.query, linears.key, linears.value),
+        linears.value: (linears.out,),
+        ffn: (linears.gate, linears.up),
+        linears.up: (linears.down,),
+    }
+    return tuple(Place(f"{maker}.weight", tuple(f"{n}.weight" for n in names)) for maker, names in readers.items())
+
+
+PLACES = {component: _places(component) for component in LAYER_LINEARS}
 """In the order of a block; the third's first reader is the gate of the fourth."""
 
 

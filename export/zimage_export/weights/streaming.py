@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from zimage_runtime.bundle.manifest import FileRecord
 from zimage_runtime.bundle.tensors import DType, encode_header, to_float32
 from zimage_runtime.command_line.progress import Advance
+from zimage_runtime.model.linears import EMBEDDINGS
 from zimage_runtime.model.programs import COMPONENTS
 
 from ..graphs import Graph
@@ -26,8 +27,6 @@ from ..storage.quantize import quantized
 from ..storage.stored import Factors, LazyFactors, StoredTensor, row_chunks
 from .prefetch import ahead
 from .rebalance import Rebalancing
-
-EMBEDDINGS = "embed_tokens.weight"
 
 _CHUNK_BYTES = 16 << 20
 _PIECES_AHEAD = 3

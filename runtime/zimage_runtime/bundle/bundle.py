@@ -6,14 +6,18 @@ from pathlib import Path
 from typing import Self
 
 from ..errors import BundleError
+from ..mistaken_files import mistaken_file
 from ..model.programs import Program
 from .files import hash_file
 from .manifest import MANIFEST_NAME, Manifest
 
+_NEEDED_FOR = {Program.ENCODER: "to start from an image"}
+"""What only some requests need a program for."""
+
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: every file that its manifest names is there and has its size."""
+    """An opened bundle: every file that its manifest lists exists and has its size."""
 
     root: Path
     manifest: Manifest
@@ -22,8 +26,8 @@ class Bundle:
     def open(cls, path: str | Path) -> Self:
         """Opens the bundle in a directory.
 
-        Raises `BundleError` if it is no bundle, if its schema is newer, if a path leads out of it, or if a file is
-        missing or has another size. Hashes take longer: `verify` checks them.
+        Raises `BundleError` if the directory is not a bundle, if its schema is newer, if a path leads out of it, or if
+        a file is missing or has another size. Hashes take longer: `verify` checks them.
         """
         root = Path(path)
         manifest_path = root / MANIFEST_NAME
@@ -49,6 +53,8 @@ class Bundle:
         if found is None:
             raise BundleError(f"{path}: missing from the bundle; export or download it again")
         if found != size:
+            if mistaken := mistaken_file(path):
+                raise BundleError(f"{path}: {mistaken}")
             raise BundleError(f"{path}: {found} bytes instead of {size}; export or download the bundle again")
 
     def file(self, name: str) -> Path:
@@ -57,9 +63,13 @@ class Bundle:
 
     def program(self, program: Program, executor: str) -> Path:
         """The path of a program. Raises `BundleError` if the bundle has none for the executor."""
-        record = self.manifest.programs[program].get(executor)
+        record = self.manifest.record(program, executor)
         if record is None:
-            raise BundleError(f"{self.root}: has no {program} program for executor {executor!r}; export it again")
+            needed = _NEEDED_FOR.get(program)
+            purpose = f", which is needed {needed}" if needed else ""
+            raise BundleError(
+                f"{self.root}: has no {program} program for executor {executor!r}{purpose}; export the bundle again"
+            )
         return self.file(record.path)
 
     def verify(self, progress: Callable[[int], object] | None = None) -> None:

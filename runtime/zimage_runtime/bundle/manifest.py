@@ -1,19 +1,26 @@
-"""``manifest.json``: what a bundle holds, where it came from, and how far it is from its checkpoint."""
+"""``manifest.json``: what a bundle holds, where it came from, and how far it is from its checkpoint.
 
+What decides the image (weights, embeddings, tokenizer, configuration) is required. All that is made from it (programs,
+engines) or that adds to it (rebalancing factors, measurements) may be missing or unknown: a bundle that was made before
+a program existed opens, and so does one of a later version of the same schema.
+"""
+
+import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self
 
 from ..checked_json import Fields, is_unicode
 from ..errors import BundleError, ConfigError
+from ..mistaken_files import mistaken_for
 from ..model.config import PARTS, ModelConfig
 from ..model.programs import COMPONENTS, Program
 from .files import atomic_write
+from .precision import Precision as Precision
 
 FORMAT = "zimage-bundle"
 SCHEMA_VERSION = 1
@@ -28,17 +35,10 @@ CUDA_WEIGHT_ONLY = "cuda-weight-only"
 
 ENGINES_FOLDER = "engines/"
 
+REQUIRED = (Program.TEXT_ENCODER, Program.CAPTION, Program.DENOISER, Program.DECODER)
+"""The programs that an executor cannot do without. Modulation always runs on the CPU; all others are optional."""
+
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
-class Precision(StrEnum):
-    """How a bundle's weights are stored and computed with."""
-
-    FP32 = "fp32"
-    BF16 = "bf16"
-    FP16 = "fp16"
-    INT8 = "int8"
-    INT4 = "int4"
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Manifest:
     exporter: str  # name and version of the program that wrote the bundle
     config: ModelConfig
     defaults: Defaults
-    programs: Mapping[Program, Mapping[str, ProgramRecord]]  # by program, then by executor
+    programs: Mapping[Program, Mapping[str, ProgramRecord]]  # those that are there: by program, then by executor
     weights: Mapping[str, str]  # path of each component's weights
     embeddings: str  # path of the token embeddings
     tokenizer: str  # path of tokenizer.json
@@ -92,6 +92,7 @@ class Manifest:
     folds: Mapping[str, Any] = field(default_factory=dict)  # powers of two divided out of weights, by component
     parity: Mapping[str, Any] | None = None  # distances to the checkpoint; None until measured
     engines: str | None = None  # path of the catalog of block programs and engines for TensorRT
+    earlier_fingerprints: tuple[str, ...] = ()  # that images may record which these weights generated: see `matches`
 
     @property
     def name(self) -> str:
@@ -100,19 +101,65 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all files' hashes: two bundles that generate with the same bytes share it.
+        """What an image records of its bundle: a hash of all that decides the image.
 
-        Engines are left out: they are made from the rest, and renewed without changing what is generated.
+        That is the hashes of the weights, the embeddings and the tokenizer, the configuration, the precision, and the
+        folds, which programs are built with. Programs, engines, rebalancing factors, measurements and the names of
+        files are left out, so that they can be renewed without making the bundle another one.
         """
+        decisive = {
+            "weights": {component: self.files[path].sha256 for component, path in self.weights.items()},
+            "embeddings": self.files[self.embeddings].sha256,
+            "tokenizer": self.files[self.tokenizer].sha256,
+            "config": self.config.to_json(),
+            "precision": self.precision.value,
+            "folds": self.folds,
+        }
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def files_fingerprint(self) -> str:
+        """A hash of all files' hashes but the engines': what images recorded before there was `fingerprint`."""
         digest = hashlib.sha256()
         for path in sorted(path for path in self.files if not path.startswith(ENGINES_FOLDER)):
             digest.update(f"{path} {self.files[path].sha256}\n".encode())
         return digest.hexdigest()
 
+    def matches(self, fingerprint: str) -> bool:
+        """Whether an image that records `fingerprint` was generated with these weights.
+
+        An image may record one of two kinds. `fingerprint` is compared as it is. `files_fingerprint`, the older kind,
+        also depends on the programs: it can be computed as long as they are the ones that the image was generated
+        with, and `with_programs` writes it down before it replaces them.
+        """
+        return fingerprint in (self.fingerprint, self.files_fingerprint, *self.earlier_fingerprints)
+
+    def with_programs(
+        self,
+        programs: Mapping[Program, Mapping[str, ProgramRecord]],
+        files: Mapping[str, FileRecord],
+    ) -> Self:
+        """The manifest with other programs and files, which images of the programs before it still match.
+
+        Anyone who adds or replaces programs of a bundle goes through here. Raises `ValueError` for other weights.
+        """
+        earlier = tuple(dict.fromkeys((*self.earlier_fingerprints, self.files_fingerprint)))
+        renewed = dataclasses.replace(self, programs=programs, files=files, earlier_fingerprints=earlier)
+        if renewed.fingerprint != self.fingerprint:
+            raise ValueError("only programs may be replaced: these files hold other weights")
+        return renewed
+
+    def record(self, program: Program, executor: str) -> ProgramRecord | None:
+        """A program as an executor runs it; None where the bundle has none."""
+        return self.programs.get(program, {}).get(executor)
+
     @property
     def executors(self) -> set[str]:
-        """The executors that every program is written for."""
-        return set.intersection(*(set(r) for program, r in self.programs.items() if program is not Program.MODULATION))
+        """The executors that have every required program."""
+        if self.record(Program.MODULATION, CPU) is None:
+            return set()
+        complete = set.intersection(*(set(self.programs.get(program, {})) for program in REQUIRED))
+        return complete - {CUDA_WEIGHT_ONLY}
 
     def to_json(self) -> str:
         """The file's text."""
@@ -136,6 +183,7 @@ class Manifest:
             "self_check": self.self_check,
             "parity": self.parity,
             "engines": self.engines,
+            "earlier_fingerprints": list(self.earlier_fingerprints),
         }
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
 
@@ -145,6 +193,8 @@ class Manifest:
         try:
             data = json.loads(text)
         except (ValueError, RecursionError):
+            if mistaken := mistaken_for(text.encode(errors="replace") if isinstance(text, str) else text):
+                raise BundleError(f"{where}: {mistaken}") from None
             raise BundleError(f"{where}: not valid JSON; the bundle is damaged, export or download it again") from None
         try:
             return cls._read(Fields(data, where))
@@ -186,7 +236,12 @@ class Manifest:
                 {part: f"{where}: config: {part}" for part in PARTS},
             ),
             defaults=Defaults(defaults.integer("width"), defaults.integer("height"), defaults.integer("steps")),
-            programs={program: _program_records(programs.object(program.value), listed) for program in Program},
+            programs={
+                Program(name): records
+                for name in programs.names()
+                if name in list(Program)  # others are for a later version
+                if (records := _program_records(programs.object(name), listed))
+            },
             weights={component: listed(weights.text(component)) for component in COMPONENTS},
             embeddings=listed(fields.text("embeddings")),
             tokenizer=listed(fields.text("tokenizer")),
@@ -195,11 +250,12 @@ class Manifest:
             self_check=_plain_object(fields, "self_check") or {},
             parity=_plain_object(fields, "parity"),
             engines=listed(fields.text("engines")) if "engines" in fields else None,
+            earlier_fingerprints=_fingerprints(fields),
         )
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Replaces a bundle's manifest in one go."""
+    """Replaces a bundle's manifest atomically."""
     with atomic_write(root / MANIFEST_NAME) as file:
         file.write(manifest.to_json().encode())
 
@@ -220,12 +276,21 @@ def _file_record(fields: Fields) -> FileRecord:
     return FileRecord(fields.integer("size", minimum=0), sha256)
 
 
-def _program_records(fields: Fields, listed: Any) -> dict[str, ProgramRecord]:
+def _program_records(fields: Fields, listed: Callable[[str], str]) -> dict[str, ProgramRecord]:
     records = {}
     for executor in fields.names():
         record = fields.object(executor)
         records[executor] = ProgramRecord(listed(record.text("path")), record.integer("weight_bytes", minimum=0))
     return records
+
+
+def _fingerprints(fields: Fields) -> tuple[str, ...]:
+    if "earlier_fingerprints" not in fields:
+        return ()
+    values = fields.raw("earlier_fingerprints")
+    if not isinstance(values, list) or not all(isinstance(v, str) and _SHA256.fullmatch(v) for v in values):
+        raise fields.fail("earlier_fingerprints", "a list of fingerprints, 64 hexadecimal digits each")
+    return tuple(values)
 
 
 def _plain_object(fields: Fields, key: str) -> dict[str, Any] | None:

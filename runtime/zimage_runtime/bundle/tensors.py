@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ..checked_json import Fields
 from ..errors import ZImageRuntimeError
+from ..mistaken_files import HEAD_BYTES, mistaken_for
 
 _MAX_HEADER = 100_000_000
 _MAX_RANK = 64
@@ -73,7 +74,10 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            start = file.read(_LENGTH.size)
+            head = file.read(HEAD_BYTES)
+            if mistaken := mistaken_for(head):
+                raise TensorFileError(f"{path}: {mistaken}")
+            start = head[: _LENGTH.size]
             if len(start) < _LENGTH.size:
                 raise TensorFileError(f"{path}: truncated: {size} bytes is too short for a safetensors file")
             (length,) = _LENGTH.unpack(start)
@@ -81,6 +85,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
                 raise TensorFileError(f"{path}: not a safetensors file (its header would be {length} bytes)")
             if _LENGTH.size + length > size:
                 raise TensorFileError(f"{path}: truncated inside its header; download or copy it again")
+            file.seek(_LENGTH.size)
             text = file.read(length)
     except FileNotFoundError:
         raise TensorFileError(f"{path}: no such file") from None

@@ -43,8 +43,12 @@ class Progress:
             yield advance
 
     def note(self, text: str) -> None:
-        """A line for the reader, between bars."""
+        """A line about what is done, between bars."""
         if not self.quiet:
-            from tqdm import tqdm
+            self.warn(text)
 
-            tqdm.write(text, file=sys.stderr)
+    def warn(self, text: str) -> None:
+        """A line that the user must not miss: it is printed even when `quiet`."""
+        from tqdm import tqdm
+
+        tqdm.write(text, file=sys.stderr)

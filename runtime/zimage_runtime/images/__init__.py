@@ -1,1 +1,1 @@
-"""Images on their way in and out: sources, img2img, metadata, output files."""
+"""Images in and out: source images and masks, img2img, metadata, output files."""

@@ -1,10 +1,11 @@
-"""Block programs: the model in pieces that take their weights as inputs, one program a block *shape*.
+"""The blocks that the model consists of, in the order in which they run: the one place where they are listed.
 
-The one place where their names and shapes are written: the exporter builds them so, the executor feeds them so.
-Patches and pads are the host's affair, so that no program has a shape that depends on another's values. Inputs and
-outputs named here are float32 in every precision; batch is 1. Every other input is a weight, by its name in the
-component less the block's own (`layers.7.attention.to_q.weight` → `attention.to_q.weight`), or a scalar that
-differs between layers, by the same rule.
+The text encoder and the transformer are chains of layers (attention, then SwiGLU) with an embedder or a projection at
+their ends; the autoencoder is a chain of convolutional blocks. `linears` and `norms` state what each block contains,
+`block_signatures` what a program of one block is fed, `operations` how much work it is.
+
+Sources: ``transformer_z_image.py``, ``autoencoder_kl.py``, ``vae.py`` and ``resnet.py`` in diffusers;
+``modeling_qwen3.py`` in transformers.
 """
 
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from .config import ModelConfig, VaeConfig
-from .programs import Program, Signature
+from .programs import Program
 
 
 class BlockKind(StrEnum):
@@ -43,6 +44,11 @@ class BlockKind(StrEnum):
         """The program that the block is a part of."""
         return _PROGRAMS[self]
 
+    @property
+    def is_layer(self) -> bool:
+        """Whether the block is attention and SwiGLU: where nearly all parameters are, and what integers are for."""
+        return self in (BlockKind.TEXT_LAYER, BlockKind.TRANSFORMER_BLOCK)
+
 
 _PROGRAMS = {
     BlockKind.TEXT_LAYER: Program.TEXT_ENCODER,
@@ -68,49 +74,7 @@ MAP, MAP_OUT = "map", "map_out"
 """Feature maps between the blocks of the autoencoder, channels last: the one value that is of its block's own type."""
 
 TILE, TILE_OUT = "tile", "tile_out"
-"""Pieces of maps that stay on the host, channels first, in float32; what comes out has two rows less."""
-
-BLOCK_SIGNATURES: dict[BlockKind, Signature] = {
-    BlockKind.TEXT_LAYER: Signature(
-        {
-            "x": (1, "tokens", "hidden_size"),
-            "cos": (1, "tokens", "half_head"),
-            "sin": (1, "tokens", "half_head"),
-        },
-        {"y": (1, "tokens", "hidden_size")},
-    ),
-    BlockKind.CAPTION_EMBEDDER: Signature({"hidden_states": (1, "tokens", "hidden_size")}, {"y": (1, "tokens", "dim")}),
-    BlockKind.TRANSFORMER_BLOCK: Signature(
-        {"x": (1, "tokens", "dim"), "cos": (1, "tokens", "half_head"), "sin": (1, "tokens", "half_head")},
-        {"y": (1, "tokens", "dim")},
-    ),
-    BlockKind.IMAGE_EMBEDDER: Signature({"patches": (1, "tokens", "patch_dim")}, {"y": (1, "tokens", "dim")}),
-    # the velocity's negative, still in patches
-    BlockKind.FINAL_LAYER: Signature(
-        {"x": (1, "tokens", "dim"), "final_scale": ("dim",)}, {"patches": (1, "tokens", "patch_dim")}
-    ),
-    BlockKind.DECODER_IN: Signature({"latents": (1, "channels", "h", "w")}, {MAP_OUT: (1, "h", "w", "out_channels")}),
-    BlockKind.RESNET: Signature({MAP: (1, "h", "w", "channels")}, {MAP_OUT: (1, "h", "w", "out_channels")}),
-    BlockKind.MIDDLE_ATTENTION: Signature({MAP: (1, "h", "w", "channels")}, {MAP_OUT: (1, "h", "w", "channels")}),
-    BlockKind.UPSAMPLE: Signature({MAP: (1, "h", "w", "channels")}, {MAP_OUT: (1, "out_h", "out_w", "channels")}),
-    BlockKind.DECODER_OUT: Signature({MAP: (1, "h", "w", "channels")}, {"image": (1, "out_channels", "h", "w")}),
-    # rows of a map with the rows beside them, of which those outside the map do not count: `inside` is 0 there, else 1
-    BlockKind.DECODER_TILE: Signature(
-        {
-            TILE: (1, "channels", "rows", "columns"),
-            "factor": (1, "channels", 1, 1),
-            "summand": (1, "channels", 1, 1),
-            "inside": (1, 1, "rows", 1),
-        },
-        {TILE_OUT: (1, "out_channels", "out_rows", "columns")},
-    ),
-    BlockKind.ENCODER_IN: Signature({"image": (1, "channels", "h", "w")}, {MAP_OUT: (1, "h", "w", "out_channels")}),
-    BlockKind.DOWNSAMPLE: Signature({MAP: (1, "h", "w", "channels")}, {MAP_OUT: (1, "out_h", "out_w", "channels")}),
-    BlockKind.ENCODER_OUT: Signature(
-        {MAP: (1, "h", "w", "channels")},
-        {"mean": (1, "out_channels", "h", "w"), "logvar": (1, "out_channels", "h", "w")},
-    ),
-}
+"""Pieces of maps that stay on the host, channels first, in float32; the output has two rows fewer."""
 
 
 @dataclass(frozen=True)
@@ -119,13 +83,15 @@ class BlockPlace:
 
     kind: BlockKind
     name: str = ""  # `layers.7`; empty where the weights' names have no prefix
-    channels: int = 0  # of a block of the autoencoder: of what it takes, ...
-    out_channels: int = 0  # ... and of what it gives
-    scale: int = 1  # rows of what it takes, for each row of latents
+    channels: int = 0  # of the autoencoder's blocks: of the input ...
+    out_channels: int = 0  # ... and of the output
+    scale: int = 1  # rows of the input for each row of latents
 
     @property
     def out_scale(self) -> int:
-        """Rows of what a block of the autoencoder gives, for each row of latents."""
+        """Rows of the output of a block of the autoencoder, for each row of latents."""
+        if self.kind is BlockKind.DOWNSAMPLE:
+            return self.scale // 2
         return self.scale * 2 if self.kind is BlockKind.UPSAMPLE else self.scale
 
     @property
@@ -138,43 +104,40 @@ class BlockPlace:
         return f"{self.name}.{input_name}" if self.name else input_name
 
 
-def block_dims(place: BlockPlace, config: ModelConfig) -> dict[str, int]:
-    """What the names of widths in its signature's shapes come to; all others are free."""
-    text, transformer = config.text_encoder, config.transformer
-    if place.kind is BlockKind.TEXT_LAYER:
-        return {"hidden_size": text.hidden_size, "half_head": text.head_dim // 2}
-    if place.kind.component == "vae":
-        return {"channels": place.channels, "out_channels": place.out_channels}
-    return {
-        "hidden_size": transformer.cap_feat_dim,
-        "half_head": transformer.head_dim // 2,
-        "dim": transformer.dim,
-        "patch_dim": transformer.patch_dim,
-    }
-
-
 def text_blocks(config: ModelConfig) -> list[BlockPlace]:
-    """The text encoder's layers, in order."""
+    """The text encoder's layers, in order; its last one is never used."""
     return [BlockPlace(BlockKind.TEXT_LAYER, f"layers.{index}") for index in range(config.text_encoder.used_layers)]
 
 
 def caption_blocks(config: ModelConfig) -> list[BlockPlace]:
-    """The context refiners, in order."""
-    return [_block(f"context_refiner.{index}") for index in range(config.transformer.n_refiner_layers)]
+    """The context refiners, in order: they see caption tokens alone."""
+    return _transformer_blocks("context_refiner", config.transformer.n_refiner_layers)
 
 
 def noise_blocks(config: ModelConfig) -> list[BlockPlace]:
     """The noise refiners, in order: they see image tokens alone."""
-    return [_block(f"noise_refiner.{index}") for index in range(config.transformer.n_refiner_layers)]
+    return _transformer_blocks("noise_refiner", config.transformer.n_refiner_layers)
 
 
 def main_blocks(config: ModelConfig) -> list[BlockPlace]:
     """The main layers, in order: they see [image, caption]."""
-    return [_block(f"layers.{index}") for index in range(config.transformer.n_layers)]
+    return _transformer_blocks("layers", config.transformer.n_layers)
 
 
-def _block(name: str) -> BlockPlace:
-    return BlockPlace(BlockKind.TRANSFORMER_BLOCK, name)
+def modulated_blocks(config: ModelConfig) -> list[BlockPlace]:
+    """The blocks whose norms the timestep modulates, in the order of the modulation table."""
+    return [*noise_blocks(config), *main_blocks(config)]
+
+
+def layer_blocks(component: str, config: ModelConfig) -> list[BlockPlace]:
+    """The layers of `text_encoder` or `transformer`."""
+    if component == "text_encoder":
+        return text_blocks(config)
+    return [*noise_blocks(config), *caption_blocks(config), *main_blocks(config)]
+
+
+def _transformer_blocks(stem: str, count: int) -> list[BlockPlace]:
+    return [BlockPlace(BlockKind.TRANSFORMER_BLOCK, f"{stem}.{index}") for index in range(count)]
 
 
 def decoder_blocks(config: ModelConfig) -> list[BlockPlace]:
@@ -192,26 +155,6 @@ def decoder_blocks(config: ModelConfig) -> list[BlockPlace]:
             scale *= 2
     out = BlockPlace(BlockKind.DECODER_OUT, "decoder", before, vae.out_channels, scale)
     return [*places, out]
-
-
-def block_tiles(place: BlockPlace) -> list[BlockPlace]:
-    """The convolutions over 3 x 3 pixels of one block of the decoder: what is computed in tiles of maps on the host."""
-    channels, out = place.channels, place.out_channels
-    parts: dict[BlockKind, dict[str, int]] = {
-        BlockKind.DECODER_IN: {"conv_in": channels},
-        BlockKind.RESNET: {"conv1": channels, "conv2": out},
-        BlockKind.UPSAMPLE: {"conv": channels},
-        BlockKind.DECODER_OUT: {"conv_out": channels},
-    }
-    return [
-        BlockPlace(BlockKind.DECODER_TILE, f"{place.name}.{name}", width, out, place.out_scale)
-        for name, width in parts.get(place.kind, {}).items()
-    ]
-
-
-def is_normed(tile: BlockPlace) -> bool:
-    """Whether a norm and SiLU come before a tile's convolution."""
-    return tile.name.rpartition(".")[2] in ("conv1", "conv2", "conv_out")
 
 
 def _middle(part: str, vae: VaeConfig) -> list[BlockPlace]:
@@ -240,21 +183,83 @@ def encoder_blocks(config: ModelConfig) -> list[BlockPlace]:
     return [*places, *_middle("encoder", vae), out]
 
 
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution of the autoencoder, with a bias; its weight is [out_channels, in_channels, side, side]."""
+
+    name: str  # in its block
+    out_channels: int
+    in_channels: int
+    side: int = 3  # of the kernel, in pixels
+    stride: int = 1
+
+
+NORM_BEFORE = {"conv1": "norm1", "conv2": "norm2", "conv_out": "conv_norm_out"}
+"""The group norms of the autoencoder, each followed by SiLU, by the convolution that comes after it."""
+
+
+def convolutions(place: BlockPlace) -> tuple[Convolution, ...]:
+    """The convolutions of one block of the autoencoder, in order; a residual block's shortcut is the last."""
+    channels, out = place.channels, place.out_channels
+    match place.kind:
+        case BlockKind.DECODER_IN | BlockKind.ENCODER_IN:
+            return (Convolution("conv_in", out, channels),)
+        case BlockKind.DECODER_OUT:
+            return (Convolution("conv_out", out, channels),)
+        case BlockKind.ENCODER_OUT:
+            return (Convolution("conv_out", 2 * out, channels),)  # means, then logarithms of variances
+        case BlockKind.UPSAMPLE:
+            return (Convolution("conv", out, channels),)
+        case BlockKind.DOWNSAMPLE:
+            return (Convolution("conv", out, channels, stride=2),)
+        case BlockKind.RESNET:
+            both = Convolution("conv1", out, channels), Convolution("conv2", out, out)
+            return both if channels == out else (*both, Convolution("conv_shortcut", out, channels, side=1))
+        case _:
+            return ()
+
+
+def block_tiles(place: BlockPlace) -> list[BlockPlace]:
+    """The convolutions over 3 x 3 pixels of one block of the decoder: what is computed in tiles of maps on the host."""
+    return [
+        BlockPlace(BlockKind.DECODER_TILE, place.tensor(c.name), c.in_channels, c.out_channels, place.out_scale)
+        for c in convolutions(place)
+        if c.side == 3
+    ]
+
+
+def is_normed(tile: BlockPlace) -> bool:
+    """Whether a norm and SiLU come before a tile's convolution."""
+    return tile.name.rpartition(".")[2] in NORM_BEFORE
+
+
 CAPTION_EMBEDDER = BlockPlace(BlockKind.CAPTION_EMBEDDER)
 IMAGE_EMBEDDER = BlockPlace(BlockKind.IMAGE_EMBEDDER)
 FINAL_LAYER = BlockPlace(BlockKind.FINAL_LAYER)
 
 
+def program_blocks(program: Program, config: ModelConfig) -> list[BlockPlace]:
+    """The blocks that a program consists of, in order; the modulation program has none."""
+    match program:
+        case Program.TEXT_ENCODER:
+            return text_blocks(config)
+        case Program.CAPTION:
+            return [CAPTION_EMBEDDER, *caption_blocks(config)]
+        case Program.DENOISER:
+            return [IMAGE_EMBEDDER, *modulated_blocks(config), FINAL_LAYER]
+        case Program.DECODER:
+            return decoder_blocks(config)
+        case Program.ENCODER:
+            return encoder_blocks(config)
+        case _:
+            return []
+
+
 def all_blocks(config: ModelConfig) -> Iterator[BlockPlace]:
-    """Every block of a model."""
-    yield from text_blocks(config)
-    yield CAPTION_EMBEDDER
-    yield from caption_blocks(config)
-    yield IMAGE_EMBEDDER
-    yield from noise_blocks(config)
-    yield from main_blocks(config)
-    yield FINAL_LAYER
-    yield from decoder_blocks(config)
-    for place in decoder_blocks(config):
-        yield from block_tiles(place)
-    yield from encoder_blocks(config)
+    """Every block of a model, and the tiles of the decoder's."""
+    for program in Program:
+        places = program_blocks(program, config)
+        yield from places
+        if program is Program.DECODER:
+            for place in places:
+                yield from block_tiles(place)

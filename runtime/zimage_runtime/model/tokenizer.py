@@ -9,6 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from ..errors import BundleError, RequestError
+from ..mistaken_files import mistaken_file
 
 MAX_PROMPT_TOKENS = 512
 """Tokens of a prompt that the model sees, the template's own included."""
@@ -27,7 +28,8 @@ class PromptTokenizer:
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
-            raise BundleError(f"{path}: not a tokenizer: {_first_line(error)}") from None
+            mistaken = mistaken_file(path)
+            raise BundleError(f"{path}: {mistaken or f'not a tokenizer: {_first_line(error)}'}") from None
         # a tokenizer.json may carry padding and truncation of its own; ours are the only ones
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()

@@ -1,1 +1,1 @@
-"""The autoencoder piece by piece, for images that do not fit as a whole."""
+"""The autoencoder in tiles, for images that do not fit in memory as a whole."""

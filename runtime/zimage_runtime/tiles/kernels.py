@@ -1,7 +1,7 @@
-"""What `tiling` does to a tile: a convolution, after a norm and SiLU or on the tile as it is. In numpy.
+"""What `tiling` computes on a tile: a 3 x 3 convolution, with or without a norm and SiLU before it.
 
-Tiles are [channels, rows, width]. A kernel is made once a layer, so that its weights are laid out, or copied to a
-device, once.
+Tiles are [channels, rows, width]. A kernel is made once per layer, so that the layer's weights are laid out, or copied
+to a device, once. The kernels here are numpy's; executors bring those of their devices.
 """
 
 from collections.abc import Callable
@@ -14,16 +14,17 @@ from ..arrays import FloatArray
 from ..bundle.tensors import TensorFile, to_float32
 
 Plain = Callable[[FloatArray], FloatArray]
-"""A tile with a border of one → its convolution, without the border."""
+"""A tile with a border of one pixel → its convolution, without the border."""
 
 Normed = Callable[[FloatArray, FloatArray, FloatArray, int, int], FloatArray]
-"""Rows, a factor and a summand a channel [channels, 1, 1], rows of zeros above and below (0 or 1 each, where the map
-ends) → SiLU of the normed rows, with zeros around, convolved: two rows less than there are with the zeros."""
+"""Rows; a factor and a summand per channel, [channels, 1, 1]; rows of zeros to add above and below, 1 each where the
+map ends and otherwise 0 → SiLU of the normed rows, bordered by zeros and convolved: the rows and those added, less
+two."""
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """A layer of 3 x 3 pixels, by its name in a component's weights."""
+    """A layer's 3 x 3 convolution, by its name in a component's weights."""
 
     name: str
     weights: TensorFile
@@ -40,16 +41,16 @@ class Convolution:
 
     @property
     def out_channels(self) -> int:
-        """Without reading the weight."""
+        """Channels of the result, known from the bias alone."""
         return len(self.weights.array(f"{self.name}.bias")[0])
 
 
 class TileKernels(Protocol):
-    """Where tiles are computed."""
+    """Makes the kernels of layers, on one kind of device."""
 
     @property
     def tile_values(self) -> int:
-        """Values of a tile, all channels together."""
+        """Values in a tile, all channels together."""
 
     def plain(self, convolution: Convolution) -> Plain:
         """The kernel of a convolution."""
@@ -60,12 +61,12 @@ class TileKernels(Protocol):
 
 @dataclass(frozen=True)
 class NumpyTileKernels:
-    """On the CPU: nine matrix products a tile."""
+    """Kernels on the CPU: nine matrix products per tile."""
 
-    tile_values: int = 1 << 20  # 4 MB, which processors' caches hold
+    tile_values: int = 1 << 20  # 4 MB, which fits in processors' caches
 
     def plain(self, convolution: Convolution) -> Plain:
-        """See `TileKernels`."""
+        """The kernel of a convolution, whose weight is laid out by taps once."""
         taps = np.ascontiguousarray(convolution.weight.transpose(2, 3, 0, 1))  # [3, 3, out, in]
         bias = convolution.bias
 
@@ -77,7 +78,7 @@ class NumpyTileKernels:
         return convolve
 
     def normed(self, convolution: Convolution) -> Normed:
-        """See `TileKernels`."""
+        """The same after a norm and SiLU, which are computed in place in the bordered tile."""
         convolve = self.plain(convolution)
 
         def run(rows: FloatArray, scale: FloatArray, shift: FloatArray, above: int, below: int) -> FloatArray:
@@ -96,9 +97,9 @@ class NumpyTileKernels:
 
 
 def convolved(tile: FloatArray, taps: FloatArray) -> FloatArray:
-    """A tile with a border of one, [in, rows + 2, width + 2], under taps [3, 3, out, in]: [out, rows, width].
+    """A tile with a border of one pixel, [in, rows + 2, width + 2], and taps [3, 3, out, in] → [out, rows, width].
 
-    A tap's view of the flattened tile is one slice, shifted; it runs on into the border, whose columns are dropped.
+    In the flattened tile, a tap reads one slice, shifted. The slice runs through the border, whose columns are dropped.
     """
     channels, rows, width = tile.shape[0], tile.shape[1] - 2, tile.shape[2]
     flat = tile.reshape(channels, -1)

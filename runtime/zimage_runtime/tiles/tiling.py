@@ -1,12 +1,20 @@
-"""Decoding a large image in tiles, in a third to a half of the decoder program's memory, and encoding one likewise.
+"""Decoding and encoding a large image in tiles, in a third to a half of the whole program's memory.
 
-Tiles that are decoded by themselves show: the group norms and the attention look at the whole image. Measured with
-random weights on 96 x 96 latents, against the whole image: 20 dB with tiles of 32 latents that overlap by 16, 27 dB
-with 64 and 32. With the middle block on the whole and only the up blocks in tiles
-(24 of 48 latents, overlapping by 12): 21 dB. So the tiles here are cut inside each
-layer. A layer reads a map of the whole image and writes one; in between, it works on a tile of full rows that
-overlaps its neighbours by the row on each side that a 3 x 3 convolution reaches. Group norms take their statistics
-from the whole map. Nothing is approximated, so there is no seam to blend: what is left is rounding, above 100 dB.
+Tiles that are decoded independently leave visible seams, because the group norms and the attention see the whole image.
+Measured against the whole image, with random weights on 96 x 96 latents: 20 dB with tiles of 32 latents that overlap by
+16, and 27 dB with 64 and 32. With the middle block on the whole image and only the up blocks in tiles (24 of 48
+latents, overlapping by 12): 21 dB.
+
+So the tiles here are cut inside each layer. A layer reads a map of the whole image and writes one. In between, it works
+on a tile of full rows, plus the one row on each side that a 3 x 3 convolution reaches. Group norms use the statistics
+of the whole map. Nothing is approximated, so there is no seam to blend: only rounding differs, above 100 dB.
+
+Bytes of a tiled stage are estimated in three places that follow slightly different rules. `tiled_bytes` and
+`tiled_encoder_bytes` count the maps, one layer's weights, and `_TILE_COPIES` tiles of `TILE_VALUES`, as numpy's kernels
+keep them. Where a GPU computes the tiles, the maps stay in the host's memory, which the plan for ONNX Runtime
+(`executors.ort.device_plan._TILE_COPIES_ON_HOST`) corrects by four copies of what a tile there is larger than
+`TILE_VALUES`. TensorRT's tiles (`executors.tensorrt.decoder_tiles.TILES_ON_HOST`) add four whole tiles of their own,
+and so count those of numpy besides.
 
 Shapes: a map is [channels, height, width]; images of a batch are decoded one after the other.
 Source: ``vae.py`` and ``resnet.py`` in diffusers, like the decoder program.
@@ -30,23 +38,26 @@ TILE_VALUES = _ON_CPU.tile_values
 """Values in a tile on the CPU, all channels together."""
 
 TILE_ROWS = 128
-"""The most rows of a tile, so that programs on a device have a limit."""
+"""The most rows in a tile, so that programs on a device have a limit."""
 
-_TILE_COPIES = 5  # tiles held at once: rows, their activation, the padded copy, a product and its sum
+_TILE_COPIES = 5  # tiles in memory at once: rows, their activation, the padded copy, a product and its sum
 _EPS = 1e-6
 
 Rows = Callable[[int, int], FloatArray]
-"""Rows start to stop of a map, computed when asked for: [channels, stop - start, width]."""
+"""Rows start to stop of a map, computed on request: [channels, stop - start, width]."""
 
 
 def tile_rows(channels: int, width: int, values: int = TILE_VALUES) -> int:
-    """Rows of a tile of a map."""
+    """Rows in a tile of a map of `channels` and `width`, so that the tile has about `values`: at least one row."""
     return min(max(values // (channels * width), 1), TILE_ROWS)
 
 
 def tiled_bytes(config: VaeConfig, width: int, height: int) -> int:
-    """What decoding a `width` x `height` image in tiles takes at its peak: the maps that a layer reads and writes,
-    tiles, and one layer's weights."""
+    """Bytes needed at the peak of decoding a `width` x `height` image in tiles on the host.
+
+    They are the maps that a layer reads and writes, tiles, and one layer's weights. See the module's docstring for
+    tiles on a GPU.
+    """
     channels = config.block_out_channels[::-1]
     attention = 5 * channels[0]  # the map, its norm, queries, keys, values
     widest = attention * config.scale**-2  # in values per pixel
@@ -63,7 +74,7 @@ def tiled_bytes(config: VaeConfig, width: int, height: int) -> int:
 
 
 def tiled_encoder_bytes(config: VaeConfig, width: int, height: int) -> int:
-    """The same for encoding."""
+    """Bytes needed at the peak of encoding a `width` x `height` image in tiles, by the same rule as `tiled_bytes`."""
     channels = config.block_out_channels
     widest = max(2 * channels[0], 5 * channels[-1] * config.scale**-2)  # a resnet at the top, the attention below
     before = channels[0]
@@ -76,12 +87,12 @@ def tiled_encoder_bytes(config: VaeConfig, width: int, height: int) -> int:
 
 
 Step = Callable[[FloatArray], FloatArray]
-"""A part of the autoencoder: a map → the next one. May write over the map that it is given."""
+"""A part of the autoencoder: a map → the next one. It may overwrite its input."""
 
 
 @dataclass(frozen=True)
 class _Normed:
-    """A map to be normed, by a factor and a summand a channel [channels, 1, 1], and put through SiLU."""
+    """A map to be normed, by a factor and a summand per channel [channels, 1, 1], and put through SiLU."""
 
     x: FloatArray
     scale: FloatArray
@@ -90,7 +101,7 @@ class _Normed:
 
 @dataclass(frozen=True)
 class _TiledLayers:
-    """The layers that decoder and encoder share, on the bundle's own weights."""
+    """The layers that decoder and encoder share, computed from the bundle's weights."""
 
     config: VaeConfig
     weights: TensorFile
@@ -98,7 +109,7 @@ class _TiledLayers:
 
     @property
     def tile_values(self) -> int:
-        """Values of a tile."""
+        """Values in a tile, all channels together."""
         return self.kernels.tile_values
 
     def _middle(self, name: str) -> list[Step]:
@@ -109,7 +120,7 @@ class _TiledLayers:
         ]
 
     def _resnet(self, name: str, x: FloatArray) -> FloatArray:
-        """Writes over `x` where the result is no wider, so that one map less is held."""
+        """Overwrites `x` unless the result has more channels, so that one map less is in memory."""
         h = self._convolve(f"{name}.conv1", self._norm_silu(f"{name}.norm1", x), x.shape)
         shortcut = _rows(x)
         if h.shape[0] != x.shape[0]:
@@ -124,7 +135,7 @@ class _TiledLayers:
         return self._convolve(f"{name}.conv2", self._norm_silu(f"{name}.norm2", h), h.shape, out, shortcut)
 
     def _attend(self, name: str, x: FloatArray) -> FloatArray:
-        """Adds to `x` the update of one head over all positions, some queries at a time."""
+        """Adds the attention's update to `x`: one head over all positions, some queries at a time."""
         channels, count = x.shape[0], x.shape[1] * x.shape[2]
         scale, shift = self._norm(f"{name}.group_norm", x)
         positions = x.reshape(channels, count)  # a view
@@ -171,7 +182,7 @@ class _TiledLayers:
     ) -> FloatArray:
         """A 3 x 3 convolution of a map of `shape`, whose rows may reach outside the tile but not the map.
 
-        `add` is asked for the tile's own rows before they are written, so that `out` may be the map it reads.
+        `add` computes the tile's own rows before they are written, so `out` may be the map that it reads.
         """
         convolution = Convolution(name, self.weights)
         channels, height, width = shape
@@ -224,7 +235,7 @@ class _TiledLayers:
             high = min(2 * stop + 1, height)
             tile = np.zeros((channels, 2 * (stop - start) + 1, width + 1), np.float32)
             tile[:, : high - 2 * start, :-1] = x[:, 2 * start : high]
-            # the three results of four that are dropped cost less than what the other layers take
+            # three of four results are dropped, which still costs less than the other layers
             out[:, start:stop] = kernel(tile)[:, ::2, ::2]
         return out
 
@@ -234,7 +245,7 @@ class _TiledLayers:
 
 @dataclass(frozen=True)
 class TiledDecoder(_TiledLayers):
-    """The decoder of a bundle, a layer at a time."""
+    """A bundle's decoder, layer by layer."""
 
     def __call__(self, latents: FloatArray) -> FloatArray:
         """Unscaled latents [batch, channels, h, w] → images [batch, 3, 8h, 8w], about -1 to 1.
@@ -244,13 +255,13 @@ class TiledDecoder(_TiledLayers):
         return np.stack([self.resume(one, 0) for one in latents])
 
     def resume(self, x: FloatArray, done: int) -> FloatArray:
-        """The image from the map that the first `done` steps gave, which is written over; from latents for 0."""
+        """The image from the result of the first `done` steps, which is overwritten; from latents if `done` is 0."""
         for step in self.steps()[done:]:
             x = step(x)
         return x
 
     def steps(self) -> list[Step]:
-        """The decoder in order: an input, the middle's three, each level's resnets and upsampler, an output."""
+        """The decoder in order: input, three steps of the middle, each level's resnets and upsampler, output."""
         found = [self._enter, *self._middle("decoder.mid_block")]
         levels = len(self.config.block_out_channels)
         for level in range(levels):
@@ -274,7 +285,7 @@ class TiledDecoder(_TiledLayers):
 
 @dataclass(frozen=True)
 class TiledEncoder(_TiledLayers):
-    """The encoder of a bundle, a layer at a time."""
+    """A bundle's encoder, layer by layer."""
 
     def __call__(self, image: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Images [batch, 3, height, width] in -1 to 1 → mean and log-variance [batch, channels, h, w].
@@ -304,7 +315,7 @@ def _rows(x: FloatArray) -> Rows:
 
 
 def _doubled(x: FloatArray) -> Rows:
-    """Rows of the map of twice the height and width, nearest neighbours."""
+    """Rows of the map at twice its height and width, by nearest neighbours."""
 
     def rows(start: int, stop: int) -> FloatArray:
         first = start // 2

@@ -1,7 +1,7 @@
-"""The systems that take part. A new one is a file here with a class that has `System`'s members, a line in `_HOMES`.
+"""The systems that are measured. A new one is a file with a class that has `System`'s members, and a line in `_HOMES`.
 
-A system draws the case's picture (its prompt, size, steps and seed) and says when each stage ends; time, memory and
-accuracy are measured by others.
+A system generates the case's image (its prompt, size, steps and seed) and reports the end of each stage; time, memory
+and accuracy are measured by the runner.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Mark(Protocol):
-    """Says that a stage of `schema.STAGES` ended."""
+    """Reports that a stage of `schema.STAGES` ended."""
 
     def __call__(self, stage: str, ended: float | None = None) -> None:
         """Now, or at `ended` on time.monotonic."""
@@ -29,24 +29,27 @@ class Mark(Protocol):
 class Model(Protocol):
     """A loaded model."""
 
-    def draw(self, mark: Mark) -> "Image":
-        """Draws once, marking TEXT, each STEP and DECODE as they end, or those that the system shows."""
+    def generate(self, mark: Mark) -> "Image":
+        """One image; marks TEXT, each STEP and DECODE as they end, or those that the system reports."""
+
+    def on_gpu(self) -> bool | None:
+        """Whether it runs on a GPU; None where that is unknown."""
 
     def gpu_allocated(self) -> int | None:
-        """The most bytes that its own GPU allocator held; None without one."""
+        """The peak of its own GPU allocator in bytes; None where it has none or does not report it."""
 
     def notes(self) -> tuple[str, ...]:
-        """What a reader of the numbers should know, a line each."""
+        """What a reader of the numbers should know, one line each."""
 
 
 class System(Protocol):
-    """A way of drawing with Z-Image."""
+    """A way to generate images with Z-Image."""
 
     packages: tuple[str, ...]  # whose versions belong to a result
-    precision: str  # of a baseline; ours has the bundle's
+    precision: str  # of a baseline; ours is the bundle's
 
     def obstacle(self, config: ModelConfig) -> str | None:
-        """Why it cannot draw with a model of these dimensions here, and what to do; None where it can."""
+        """Why it cannot run a model of these dimensions here, and what to do; None where it can."""
 
     def convert(self, model: Path, work: Path) -> Path:
         """What to load instead of `model`, made in the folder `work` before anything is measured; or `model` itself."""
@@ -69,7 +72,7 @@ _HOMES: dict[str, tuple[str, str]] = {
 }
 
 REFERENCE = "diffusers"
-"""The baseline whose float32 picture is the reference."""
+"""The baseline whose float32 image is the reference."""
 
 STREAMED_REFERENCE = "diffusers-streamed"
 """The same, for checkpoints that do not fit in memory."""

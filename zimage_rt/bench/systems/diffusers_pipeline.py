@@ -37,12 +37,12 @@ class _Diffusers:
     _notes: list[str] = field(default_factory=list)
 
     def obstacle(self, config: ModelConfig) -> str | None:
-        """Packages, and a GPU where it makes no sense without."""
+        """Missing packages, or a GPU where offloading needs one."""
         missing = [name for name in ("torch", "diffusers", "transformers") if find_spec(name) is None]
         if missing:
             return f"{', '.join(missing)} not installed; pip install 'zimage-rt[export]'"
         if self.offloads and not _sees_gpu():
-            return "offloading moves weights between the CPU and a GPU, and torch sees no GPU here"
+            return "offloading moves weights between the CPU and a GPU, and torch finds no GPU here"
         return None
 
     def convert(self, model: Path, work: Path) -> Path:
@@ -50,7 +50,7 @@ class _Diffusers:
         return model
 
     def prepare(self) -> None:
-        """torch and diffusers."""
+        """Imports torch, diffusers and transformers."""
         import diffusers  # noqa: F401
         import torch  # noqa: F401
         import transformers  # noqa: F401
@@ -81,7 +81,7 @@ class Streamed(_Diffusers):
         super().__init__(prefers_gpu=False)
 
     def load(self, job: Job) -> "DiffusersModel":
-        """Nothing but the VAE: blocks are read each time that they run."""
+        """Loads only the VAE: blocks are read each time that they run."""
         import torch
 
         from zimage_export.measure.reference import reference_pipeline
@@ -92,14 +92,14 @@ class Streamed(_Diffusers):
 
 
 class Eager(_Diffusers):
-    """In float32 on the CPU: the reference, to which every picture's distance is measured."""
+    """In float32 on the CPU: the reference, that every image is compared with."""
 
     def __init__(self) -> None:
         super().__init__(prefers_gpu=False)
 
 
 class EagerBf16(_Diffusers):
-    """As published: bf16, on the GPU where torch sees one."""
+    """As published: bf16, on the GPU where torch finds one."""
 
     def __init__(self) -> None:
         super().__init__(precision="bf16")
@@ -120,13 +120,13 @@ class Offloaded(_Diffusers):
 
 
 class DiffusersModel:
-    """A pipeline, loaded."""
+    """A loaded pipeline."""
 
     def __init__(self, pipeline: Any, job: Job, device: str) -> None:
         self._pipeline, self._case, self._device = pipeline, job.case, device
 
-    def draw(self, mark: Mark) -> "Image":
-        """See `Model`. The generator is torch's on the CPU, whose noise is ours, too."""
+    def generate(self, mark: Mark) -> "Image":
+        """One image. The generator is torch's on the CPU, which gives the same noise as ours."""
         import torch
 
         case, pipeline = self._case, self._pipeline
@@ -158,15 +158,19 @@ class DiffusersModel:
             decoded = vae.decode(unscaled, return_dict=False)[0]
             (image,) = pipeline.image_processor.postprocess(decoded.float(), output_type="pil")
         wait_and_mark(DECODE)
-        picture: Image = image
-        return picture
+        generated: Image = image
+        return generated
+
+    def on_gpu(self) -> bool:
+        """Whether the pipeline was moved there, or is moved there piece by piece."""
+        return self._device == "cuda"
 
     def gpu_allocated(self) -> int | None:
-        """Of torch's caching allocator."""
+        """The peak of torch's caching allocator."""
         import torch
 
-        return int(torch.cuda.max_memory_allocated()) if torch.cuda.is_available() else None
+        return int(torch.cuda.max_memory_allocated()) if self.on_gpu() else None
 
     def notes(self) -> tuple[str, ...]:
-        """Where it ran, and what makes its text stage longer than ours."""
+        """The device, and why its text stage takes longer than ours."""
         return (f"on {self._device}; it pads every prompt to 512 tokens before the text encoder",)

@@ -1,8 +1,9 @@
-"""zimage-rt itself, as its Python API draws."""
+"""zimage-rt itself, through its Python API."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from zimage_runtime.bundle.manifest import CPU
 from zimage_runtime.model.config import ModelConfig
 
 from ..job import Job
@@ -30,7 +31,7 @@ class Ours:
         return model
 
     def prepare(self) -> None:
-        """What a first picture imports."""
+        """Imports what a first image needs."""
         import numpy  # noqa: F401
         import onnxruntime  # noqa: F401
         import PIL.Image  # noqa: F401
@@ -38,7 +39,7 @@ class Ours:
         import zimage_runtime.pipeline  # noqa: F401
 
     def load(self, job: Job) -> "OurModel":
-        """Opens the bundle. Programs are loaded when they are first used: in the cold picture."""
+        """Opens the bundle. Programs are loaded when they are first used: with the cold image."""
         from zimage_runtime.pipeline import Pipeline
 
         case = job.case
@@ -51,8 +52,8 @@ class OurModel:
     def __init__(self, pipeline: "Pipeline", job: Job) -> None:
         self._pipeline, self._case = pipeline, job.case
 
-    def draw(self, mark: Mark) -> "Image":
-        """See `Model`."""
+    def generate(self, mark: Mark) -> "Image":
+        """One image, by the pipeline's own events."""
         from zimage_runtime.pipeline import CaptionEvent, ImageEvent, StepEvent
 
         case, image = self._case, None
@@ -65,13 +66,17 @@ class OurModel:
                 case ImageEvent():
                     mark(DECODE)
                     image = event.image
-        assert image is not None, "a pipeline ends with a picture or an error"
+        assert image is not None, "a pipeline ends with an image or an error"
         return image
 
+    def on_gpu(self) -> bool:
+        """Every executor but `cpu` does."""
+        return self._case.executor != CPU
+
     def gpu_allocated(self) -> int | None:
-        """None: ONNX Runtime's Python API does not tell its arena's peak."""
+        """None: ONNX Runtime's Python API does not report its arena's peak."""
         return None
 
     def notes(self) -> tuple[str, ...]:
-        """Nothing."""
+        """None: its numbers need no explanation."""
         return ()

@@ -7,7 +7,7 @@ The factors were measured with `benchmarks/memory_model.py`.
 
 from dataclasses import dataclass
 
-from ...bundle.manifest import Manifest, Precision
+from ...bundle.manifest import CPU, Manifest, Precision
 from ...errors import MemoryLimitError, RequestError
 from ...machine.host_memory import available_memory
 from ...model.geometry import ImageGeometry, image_geometry, padded
@@ -95,7 +95,8 @@ def _plan(
         if program is Program.ENCODER and not encodes:
             continue
         # packed copies are what a program cannot do without; mapped weights are the page cache's, which yields
-        weights = max((r.weight_bytes for r in manifest.programs[program].values()), default=0)
+        record = manifest.record(program, CPU)
+        weights = record.weight_bytes if record else 0
         copies = {Program.DECODER: _DECODER_WEIGHTS, Program.ENCODER: _ENCODER_WEIGHTS}.get(program, not low_memory)
         programs[program] = int(weights * copies) + _activations(program, manifest, geometry, tokens, batch)
         if low_memory and manifest.precision in _WIDENED:

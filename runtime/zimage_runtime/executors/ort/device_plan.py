@@ -189,7 +189,7 @@ def _plan(manifest: Manifest, asked: _Asked, denoiser: str) -> VramPlan:
 
 
 def _weights(program: Program, manifest: Manifest) -> int:
-    record = manifest.programs[program].get(CUDA)
+    record = manifest.record(program, CUDA)
     return record.weight_bytes if record else 0
 
 

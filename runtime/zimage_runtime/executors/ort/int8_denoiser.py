@@ -45,7 +45,7 @@ def denoiser_programs(manifest: Manifest, capability: Capability | None) -> tupl
 
     Without a capability, the one that multiplies int8 comes first.
     """
-    if CUDA_WEIGHT_ONLY not in manifest.programs[Program.DENOISER]:
+    if manifest.record(Program.DENOISER, CUDA_WEIGHT_ONLY) is None:
         return (CUDA,)
     both = (CUDA, CUDA_WEIGHT_ONLY)
     return both[::-1] if capability in _SLOW_INT8 else both

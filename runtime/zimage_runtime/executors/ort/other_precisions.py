@@ -8,7 +8,9 @@ import dataclasses
 from collections.abc import Mapping
 
 from ...bundle.manifest import CUDA, CUDA_WEIGHT_ONLY, Manifest, Precision, ProgramRecord
+from ...model.blocks import program_blocks
 from ...model.config import ModelConfig
+from ...model.linears import block_linears
 from ...model.programs import Program
 from .int8_denoiser import INT8_PRODUCTS, Capability
 
@@ -71,14 +73,6 @@ def _linear_bytes(shapes: list[tuple[int, int]], precision: Precision) -> int:
 
 
 def _linears(program: Program, config: ModelConfig) -> list[tuple[int, int]]:
-    """The shapes [out, in] of the linears of a program's blocks."""
-    text, model = config.text_encoder, config.transformer
-    if program is Program.TEXT_ENCODER:
-        heads = text.num_attention_heads * text.head_dim
-        grouped = text.num_key_value_heads * text.head_dim
-        hidden, inner = text.hidden_size, text.intermediate_size
-        layer = [(heads, hidden), (grouped, hidden), (grouped, hidden), (hidden, heads)]
-        return [*layer, (inner, hidden), (inner, hidden), (hidden, inner)] * text.used_layers
-    block = [(model.dim, model.dim)] * 4 + [(model.ffn_dim, model.dim)] * 2 + [(model.dim, model.ffn_dim)]
-    counts = {Program.CAPTION: model.n_refiner_layers, Program.DENOISER: model.modulated_blocks}
-    return block * counts.get(program, 0)
+    """The shapes [out, in] of the linears of a program's layers."""
+    layers = (place for place in program_blocks(program, config) if place.kind.is_layer)
+    return [(linear.out_width, linear.in_width) for place in layers for linear in block_linears(place, config)]

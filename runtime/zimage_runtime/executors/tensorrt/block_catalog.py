@@ -11,8 +11,8 @@ from ...bundle.manifest import checked_path
 from ...bundle.tensors import DType
 from ...checked_json import Fields
 from ...errors import BundleError, ConfigError
+from ...machine.gpu_targets import GpuTarget, Variant
 from ...model.blocks import BlockKind, BlockPlace
-from .gpu_targets import GpuTarget, Variant
 
 CATALOG_PATH = "engines/blocks.json"
 SCHEMA_VERSION = 1

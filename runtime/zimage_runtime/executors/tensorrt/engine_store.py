@@ -16,9 +16,9 @@ from typing import Any
 from ...bundle.bundle import Bundle
 from ...bundle.files import atomic_write
 from ...errors import BundleError, ExecutorError
+from ...machine.gpu_targets import OLDEST, GpuTarget, gpu_of, variant_of
 from .block_catalog import Catalog, ProgramSpec, VariantSpec
 from .device import Context
-from .gpu_targets import OLDEST, GpuTarget, gpu_of, variant_of
 from .trt_api import EngineRuntime, Library
 
 Note = Callable[[str], object]

@@ -11,10 +11,10 @@ from types import ModuleType
 from typing import Any
 
 from ...errors import ExecutorError
+from ...machine.gpu_targets import GpuTarget
 from .block_catalog import ProgramSpec
 from .cuda import NO_PACKAGE
 from .device import Stream
-from .gpu_targets import GpuTarget
 
 RTX, FULL = "tensorrt_rtx", "tensorrt"
 

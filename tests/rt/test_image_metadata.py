@@ -1,8 +1,9 @@
-"""What an image file says about itself, read back with Pillow, ElementTree and another project's A1111 parser."""
+"""Image metadata, read back with Pillow, ElementTree and another project's A1111 parser."""
 
 import json
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -13,9 +14,11 @@ from sd_parsers import ParserManager
 from sd_parsers.data import Generators
 
 from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.checked_json import Fields
 from zimage_runtime.errors import RequestError
-from zimage_runtime.images.metadata import REPLAY_VERSION, ImageInfo, encode_image, read_image_info
-from zimage_runtime.images.outputs import ImageFormat
+from zimage_runtime.images.formats import ImageFormat
+from zimage_runtime.images.image_files import encode_image, read_image_info
+from zimage_runtime.images.metadata import REPLAY_VERSION, ImageInfo, Recorded, differences
 
 FORMATS = {".png": ImageFormat.PNG, ".jpg": ImageFormat.JPEG, ".webp": ImageFormat.WEBP}
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -55,7 +58,7 @@ def info() -> ImageInfo:
     )
 
 
-def draw(capsys: Capture, bundle: Path, prompt: str, output: str, *options: object) -> Path:
+def generate(capsys: Capture, bundle: Path, prompt: str, output: str, *options: object) -> Path:
     size = ("--size", "48x32", "--steps", 2, "--seed", 7)
     outcome = call_rt(capsys, "run", "-m", bundle, *size, "-o", output, "--quiet", *options, "--", prompt)
     assert (outcome.status, outcome.err) == (0, "")
@@ -87,7 +90,7 @@ def pixels(path: Path) -> Any:
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("prompt", PROMPTS.values(), ids=PROMPTS)
 def test_prompts_come_back_as_they_were(info: ImageInfo, suffix: str, prompt: str) -> None:
-    info = ImageInfo(**{**vars(info), "prompt": prompt})
+    info = replace(info, prompt=prompt)
     path = Path(f"image{suffix}")
     path.write_bytes(encode_image(Image.new("RGB", (48, 32)), FORMATS[suffix], info))
     assert read_image_info(path) == info
@@ -97,28 +100,28 @@ def test_prompts_come_back_as_they_were(info: ImageInfo, suffix: str, prompt: st
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_command_describes_what_it_drew(bundle: Path, capsys: Capture, suffix: str) -> None:
+def test_command_describes_what_it_generated(bundle: Path, capsys: Capture, suffix: str) -> None:
     manifest = Bundle.open(bundle).manifest
-    path = draw(capsys, bundle, "a fox,\na hen", f"image{suffix}")
+    path = generate(capsys, bundle, "a fox,\na hen", f"image{suffix}")
     assert read_image_info(path) == ImageInfo("a fox,\na hen", 7, 48, 32, 2, manifest.name, manifest.fingerprint, "cpu")
     assert parameters(path).splitlines()[:2] == ["a fox,", "a hen"]
 
 
 def test_each_of_several_images_bears_its_own_seed(bundle: Path, capsys: Capture) -> None:
-    draw(capsys, bundle, "a fox", "image.png", "-n", 2)
+    generate(capsys, bundle, "a fox", "image.png", "-n", 2)
     assert [read_image_info(Path(f"image-{seed}.png")).seed for seed in (7, 8)] == [7, 8]
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_source_type_says_that_a_model_made_it(bundle: Path, capsys: Capture, suffix: str) -> None:
-    path = draw(capsys, bundle, "a fox", f"image{suffix}")
+    path = generate(capsys, bundle, "a fox", f"image{suffix}")
     assert [e.get(SOURCE_TYPE_NAME) for e in xmp(path).iter() if e.get(SOURCE_TYPE_NAME)] == [SOURCE_TYPE]
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
 @pytest.mark.parametrize("prompt", ["a red fox, 35mm: grain", "two\nlines", "雪地里的红狐狸"])
 def test_another_projects_parser_reads_it(bundle: Path, capsys: Capture, suffix: str, prompt: str) -> None:
-    found = ParserManager().parse(draw(capsys, bundle, prompt, f"image{suffix}"))
+    found = ParserManager().parse(generate(capsys, bundle, prompt, f"image{suffix}"))
     assert found is not None
     assert found.generator == Generators.AUTOMATIC1111
     (sampler,) = found.samplers
@@ -143,17 +146,132 @@ def test_another_projects_parser_reads_it(bundle: Path, capsys: Capture, suffix:
     ],
 )
 def test_values_are_quoted_where_the_grammar_needs_it(info: ImageInfo, model: str, written: str) -> None:
-    text = ImageInfo(**{**vars(info), "model": model}).parameters()
+    text = replace(info, model=model).parameters()
     assert text.count("\n") == 1
     assert text.endswith(f", Model: {written}")
     if written != model:
         assert json.loads(written) == model
 
 
+# as the first releases wrote them
+VERSION_1 = (
+    '{"version": 1, "prompt": "a fox", "seed": 7, "width": 48, "height": 32, "steps": 8, '
+    '"model": "Z-Image-Turbo-fp32", "fingerprint": "%s", "executor": "cpu"}'
+) % ("0" * 64)
+VERSION_2 = (
+    VERSION_1.replace('"version": 1', '"version": 2').removesuffix("}")
+    + ', "strength": 0.6, "image": "abc", "mask": "def"}'
+)
+
+
+def test_documents_of_older_versions_are_read(info: ImageInfo) -> None:
+    assert ImageInfo.from_replay(VERSION_1, "cat.png") == info
+    from_image = replace(info, strength=0.6, image="abc", mask="def")
+    assert ImageInfo.from_replay(VERSION_2, "cat.png") == from_image
+    # and written as they were, so that those releases read ours
+    assert json.loads(info.replay()) == json.loads(VERSION_1)
+    assert json.loads(from_image.replay()) == json.loads(VERSION_2)
+
+
+def test_how_an_image_was_computed_needs_no_newer_reader(info: ImageInfo) -> None:
+    computed = replace(info, program="cpu", activation_bits=7, library="onnxruntime 1.29.0")
+    document = json.loads(computed.replay())
+    added = {"program": "cpu", "activation_bits": 7, "library": "onnxruntime 1.29.0"}
+    assert document == {**json.loads(VERSION_1), **added}
+    assert ImageInfo.from_replay(json.dumps(document), "cat.png") == computed
+
+
+def test_what_changes_the_image_needs_a_reader_that_knows_it(info: ImageInfo) -> None:
+    """A reader of version 2 would ignore how far the mask was grown, and generate another image."""
+    grown = replace(info, strength=1.0, image="abc", mask="def", mask_grow=4)
+    assert json.loads(grown.replay())["version"] == 3
+    assert ImageInfo.from_replay(grown.replay(), "cat.png") == grown
+    assert "mask_grow" not in replace(grown, mask_grow=0).replay()
+
+
+def test_unknown_keys_are_ignored(info: ImageInfo) -> None:
+    document = {**json.loads(VERSION_1), "version": REPLAY_VERSION, "made in": {"a later": ["version"]}}
+    assert ImageInfo.from_replay(json.dumps(document), "cat.png") == info
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("mask_grow", -1),
+        ("mask_grow", 1.5),
+        ("program", ""),
+        ("program", 7),
+        ("activation_bits", "8"),
+        ("library", ["onnxruntime"]),
+        ("strength", "1"),
+        ("image", 1),
+    ],
+)
+def test_optional_values_are_checked(key: str, value: object) -> None:
+    with pytest.raises(RequestError, match=f"cat.png: {key} must be"):
+        ImageInfo.from_replay(json.dumps({**json.loads(VERSION_1), key: value}), "cat.png")
+
+
+def test_a_setting_that_is_added_is_a_field_and_nothing_else(info: ImageInfo) -> None:
+    @dataclass(frozen=True)
+    class Later(ImageInfo):
+        cfg_scale: Annotated[float | None, Recorded(Fields.number, since=REPLAY_VERSION + 1)] = None
+
+    guided = Later(**vars(info), cfg_scale=4.5)
+    assert Later.from_replay(guided.replay(), "cat.png") == guided
+    assert Later.from_replay(VERSION_1, "cat.png") == Later(**vars(info))
+    assert json.loads(Later(**vars(info)).replay()) == json.loads(VERSION_1)
+    with pytest.raises(RequestError, match="newer version"):
+        ImageInfo.from_replay(guided.replay(), "cat.png")
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_all_that_is_recorded_comes_back_from_a_file(info: ImageInfo, suffix: str) -> None:
+    full = replace(
+        info,
+        strength=0.25,
+        image="a" * 64,
+        mask="b" * 64,
+        mask_grow=4,
+        program="cuda-weight-only",
+        activation_bits=8,
+        library='onnxruntime 1.29.0, with a "name"',
+    )
+    assert all(getattr(full, each.name) != each.default for each in fields(full))  # a new field belongs here, too
+    path = Path(f"image{suffix}")
+    path.write_bytes(encode_image(Image.new("RGB", (48, 32)), FORMATS[suffix], full))
+    assert read_image_info(path) == full
+
+
+def test_what_differs_in_how_an_image_is_computed_is_said(info: ImageInfo) -> None:
+    recorded = replace(info, program="cpu", activation_bits=8, library="onnxruntime 1.29.0")
+    assert differences(recorded, recorded) == []
+    for change, facts in (
+        ({"activation_bits": 7}, ("8-bit", "7-bit")),
+        ({"library": "onnxruntime 1.30.0"}, ("onnxruntime 1.29.0", "onnxruntime 1.30.0")),
+        ({"program": "cpu-other"}, ("program cpu,", "program cpu-other")),
+        # whose program is another one by itself
+        (
+            {"executor": "tensorrt", "program": "tensorrt", "activation_bits": None},
+            ("the cpu exec", "the tensorrt exec"),
+        ),
+    ):
+        (line,) = differences(recorded, replace(recorded, **change))
+        assert all(fact in line for fact in facts), line
+        assert "\n" not in line
+    assert len(differences(recorded, replace(recorded, executor="cuda", activation_bits=7, library="other 2"))) == 3
+
+
+def test_what_an_older_image_does_not_record_is_not_compared(info: ImageInfo) -> None:
+    now = replace(info, program="cpu", activation_bits=8, library="onnxruntime 1.29.0")
+    assert differences(info, now) == []
+    assert len(differences(info, replace(now, executor="cuda"))) == 1
+
+
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_no_metadata_leaves_nothing_but_the_image(bundle: Path, capsys: Capture, suffix: str) -> None:
-    bare = draw(capsys, bundle, "a fox", f"bare{suffix}", "--no-metadata")
-    described = draw(capsys, bundle, "a fox", f"described{suffix}")
+    bare = generate(capsys, bundle, "a fox", f"bare{suffix}", "--no-metadata")
+    described = generate(capsys, bundle, "a fox", f"described{suffix}")
     with Image.open(bare) as image:
         image.load()
         assert not set(image.info) & {"parameters", "zimage", "XML:com.adobe.xmp", "xmp", "exif", "comment"}
@@ -164,23 +282,23 @@ def test_no_metadata_leaves_nothing_but_the_image(bundle: Path, capsys: Capture,
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_replay_draws_the_same_image(bundle: Path, capsys: Capture, suffix: str) -> None:
-    path = draw(capsys, bundle, "a 🦊,\n“red”", f"image{suffix}")
+def test_replay_generates_the_same_image(bundle: Path, capsys: Capture, suffix: str) -> None:
+    path = generate(capsys, bundle, "a 🦊,\n“red”", f"image{suffix}")
     outcome = call_rt(capsys, "run", "-m", bundle, "--replay", path, "-o", f"again{suffix}", "--quiet")
     assert (outcome.lines, outcome.err) == ([f"again{suffix}"], "")
     assert Path(f"again{suffix}").read_bytes() == path.read_bytes()
 
 
-def test_replay_of_a_jpeg_as_png_is_what_was_drawn(bundle: Path, capsys: Capture) -> None:
-    png = draw(capsys, bundle, "a fox", "original.png")
-    jpeg = draw(capsys, bundle, "a fox", "image.jpg")
+def test_replay_of_a_jpeg_as_png_is_what_was_generated(bundle: Path, capsys: Capture) -> None:
+    png = generate(capsys, bundle, "a fox", "original.png")
+    jpeg = generate(capsys, bundle, "a fox", "image.jpg")
     outcome = call_rt(capsys, "run", "-m", bundle, "--replay", jpeg, "--quiet")
     assert outcome.lines == ["zimage-7.png"]
     assert Path("zimage-7.png").read_bytes() == png.read_bytes()
 
 
 def test_replay_of_one_of_several(bundle: Path, capsys: Capture) -> None:
-    draw(capsys, bundle, "a fox", "cat.png", "-n", 2)
+    generate(capsys, bundle, "a fox", "cat.png", "-n", 2)
     outcome = call_rt(capsys, "run", "-m", bundle, "--replay", "cat-8.png", "-o", "again.png", "--quiet")
     assert outcome.status == 0
     assert Path("again.png").read_bytes() == Path("cat-8.png").read_bytes()
@@ -242,7 +360,7 @@ def write_png(path: Path, document: str) -> None:
     ],
 )
 def test_replay_of_a_document_with_a_wrong_value(bundle: Path, capsys: Capture, change: dict[str, object]) -> None:
-    info = read_image_info(draw(capsys, bundle, "a fox", "image.png"))
+    info = read_image_info(generate(capsys, bundle, "a fox", "image.png"))
     write_png(Path("changed.png"), json.dumps({**json.loads(info.replay()), **change}))
     with unchanged(Path()):
         outcome = call_rt(capsys, "run", "-m", bundle, "--replay", "changed.png", "--quiet")
@@ -256,7 +374,7 @@ def test_replay_of_a_damaged_document(bundle: Path, capsys: Capture, document: s
 
 
 def test_replay_of_a_prompt_that_is_not_unicode(bundle: Path, capsys: Capture) -> None:
-    info = read_image_info(draw(capsys, bundle, "a fox", "image.png"))
+    info = read_image_info(generate(capsys, bundle, "a fox", "image.png"))
     write_png(Path("changed.png"), json.dumps({**json.loads(info.replay()), "prompt": "\ud83e"}))
     outcome = call_rt(capsys, "run", "-m", bundle, "--replay", "changed.png", "--quiet")
     assert_one_line_error(outcome, "prompt", "UTF-8")
@@ -271,13 +389,13 @@ def test_damaged_xmp_holds_nothing(encoding: str) -> None:
 
 
 def test_replay_of_another_bundles_image(bundle: Path, qwen_bundle: Path, capsys: Capture) -> None:
-    path = draw(capsys, bundle, "a fox", "image.png")
+    path = generate(capsys, bundle, "a fox", "image.png")
     refuse_replay(capsys, qwen_bundle, path, Bundle.open(bundle).manifest.name, "another bundle", "-m")
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".webp"])
 @pytest.mark.parametrize("prompt", ["x" * 40_000, "狐" * 11_000], ids=["english", "chinese"])
-def test_prompt_too_long_for_the_format_fails_before_drawing(
+def test_prompt_too_long_for_the_format_fails_before_generating(
     bundle: Path, capsys: Capture, suffix: str, prompt: str
 ) -> None:
     path = Path(f"image{suffix}")
@@ -292,7 +410,7 @@ def test_longest_prompt_that_fits_is_written(info: ImageInfo, bundle: Path, caps
     """Whether a prompt fits does not depend on the seed, so what is accepted is written in the end."""
 
     def fits(length: int) -> bool:
-        longest = ImageInfo(**{**vars(info), "prompt": "狐" * length, "seed": 2**64 - 1})
+        longest = replace(info, prompt="狐" * length, seed=2**64 - 1)
         try:
             encode_image(Image.new("RGB", (1, 1)), ImageFormat.JPEG, longest)
         except RequestError:
@@ -300,7 +418,7 @@ def test_longest_prompt_that_fits_is_written(info: ImageInfo, bundle: Path, caps
         return True
 
     length = max(length for length in range(10_000, 11_000) if fits(length))
-    path = draw(capsys, bundle, "狐" * (length - 100), "image.jpg")
-    assert read_image_info(path).prompt == "狐" * (length - 100)
-    png = draw(capsys, bundle, "狐" * 20_000, "image.png")
+    path = generate(capsys, bundle, "狐" * (length - 300), "image.jpg")
+    assert read_image_info(path).prompt == "狐" * (length - 300)
+    png = generate(capsys, bundle, "狐" * 20_000, "image.png")
     assert read_image_info(png).prompt == "狐" * 20_000

@@ -24,6 +24,7 @@ class Card:
     free: int = 20 * GIB
     id: uuid.UUID = field(default_factory=uuid.uuid4)
     processes: Any = field(default_factory=list)  # of `process`
+    graphics: Any = field(default_factory=list)  # those of them that draw on a screen
     slice: bool = False  # of the card before it, partitioned (MIG)
     answers: dict[str, Any] = field(default_factory=dict)  # of other functions of NVML, by name
 
@@ -91,7 +92,7 @@ class Nvml:
             "nvmlDeviceGetDeviceHandleFromMigDeviceHandle": lambda card: self.cards[self.cards.index(card) - 1],
             "nvmlDeviceGetMemoryInfo": memory,
             "nvmlDeviceGetComputeRunningProcesses": lambda card: given(card.processes),
-            "nvmlDeviceGetGraphicsRunningProcesses": lambda card: [],
+            "nvmlDeviceGetGraphicsRunningProcesses": lambda card: given(card.graphics),
             "nvmlSystemGetDriverVersion": lambda: "580.65.06",
             "nvmlSystemGetCudaDriverVersion_v2": lambda: 13020,
         }

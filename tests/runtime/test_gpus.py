@@ -3,6 +3,7 @@
 import ctypes
 import os
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from zimage_runtime.machine.gpu_monitor import GpuMonitor, open_monitor
 from zimage_runtime.machine.gpus import Gpu, find_gpu, list_gpus, memory_of_this_process
 from zimage_runtime.machine.nvml import NOT_LISTED, Unavailable
 
-OLD, NEW = Card("NVIDIA GeForce GTX 1080", (6, 1), 8 * GIB, 7 * GIB), Card()
+OLD = Card("NVIDIA GeForce GTX 1080", (6, 1), 8 * GIB, 7 * GIB, id=uuid.UUID(int=1))
+NEW = Card(id=uuid.UUID(int=2))
 
 
 def test_a_gpu_is_described(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,19 +133,20 @@ def test_no_gpu_names_the_variable_that_hides_it(monkeypatch: pytest.MonkeyPatch
         find_gpu()
 
 
-def test_the_id_is_sixteen_bytes() -> None:
-    """CUuuid of cuda.h: the call writes so many, and no more."""
+def test_an_old_driver_has_the_older_question_for_the_id() -> None:
+    """Before CUDA 11.4. The answer is a CUuuid of cuda.h: 16 bytes, and no more."""
     written: list[int] = []
 
     class Driver:
         def cuDeviceGet(self, device: Any, number: int) -> int:  # noqa: N802
             return 0
 
-        def cuDeviceGetUuid_v2(self, found: Any, device: Any) -> int:  # noqa: N802
+        def cuDeviceGetUuid(self, found: Any, device: Any) -> int:  # noqa: N802
             written.append(ctypes.sizeof(found._obj))
+            found._obj[:] = list(NEW.id.bytes)
             return 0
 
-    cuda_driver._device_id(Driver(), 0)
+    assert cuda_driver._device_id(Driver(), 0) == NEW.id
     assert written == [16]
 
 
@@ -156,6 +159,11 @@ def test_a_process_holds_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_gpu(0).used_by(42) == 3 * GIB
     assert find_gpu(1).used_by(42) == NOT_LISTED
     assert nvml.sessions == 0
+
+
+def test_a_process_that_computes_and_draws_is_counted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_gpus(monkeypatch, Card(processes=[process(42, 300)], graphics=[process(42, 300), process(1, 900)]))
+    assert find_gpu().used_by(42) == 300
 
 
 @pytest.mark.parametrize(

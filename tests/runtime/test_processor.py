@@ -52,6 +52,7 @@ RASPBERRY_PI_5 = (
 )
 ALTRA = f"""\
 processor\t: 0
+model name\t: ARMv8 Processor rev 1 (v8l)
 BogoMIPS\t: 50.00
 Features\t: {PI_FEATURES} ssbs
 CPU implementer\t: 0x41

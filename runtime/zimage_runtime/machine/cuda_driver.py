@@ -52,7 +52,9 @@ def has_cuda_library() -> bool:
 def _device_id(cuda: Any, number: int) -> uuid.UUID:
     device, found = ctypes.c_int(), (ctypes.c_ubyte * 16)()
     _check(cuda, cuda.cuDeviceGet(ctypes.byref(device), number))
-    _check(cuda, cuda.cuDeviceGetUuid_v2(ctypes.byref(found), device))  # of the slice, where the GPU is partitioned
+    # from CUDA 11.4 on there is a second one, which gives the slice's id where the GPU is partitioned
+    ask = getattr(cuda, "cuDeviceGetUuid_v2", None) or cuda.cuDeviceGetUuid
+    _check(cuda, ask(ctypes.byref(found), device))
     return uuid.UUID(bytes=bytes(found))
 
 

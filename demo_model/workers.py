@@ -15,6 +15,8 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from zimage_runtime.machine.cores import thread_count
+
 
 class Task(Protocol):
     """What to learn. Pickled to the workers, with `model` in shared memory."""
@@ -72,8 +74,8 @@ class Gradients:
 
 @contextmanager
 def gradient_workers(task: Task, microbatches: int, processes: int | None = None) -> Iterator[Gradients]:
-    """Starts `processes` workers (as many as there are cores for us), and stops them at the end."""
-    gradients = Gradients(task, microbatches, processes or len(os.sched_getaffinity(0)))
+    """Starts `processes` workers (one per physical core that this process may use), and stops them at the end."""
+    gradients = Gradients(task, microbatches, processes or thread_count())
     try:
         yield gradients
     finally:

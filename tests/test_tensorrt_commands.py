@@ -251,7 +251,7 @@ def test_run_without_a_gpu_is_one_line(engined: Path, executor: str, capsys: Cap
 
 
 def test_run_without_the_packages_is_one_line(engined: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    monkeypatch.setattr(choice, "_gpu", lambda: nvidia.GpuTarget("a GPU", (8, 9), 8 << 30, 8 << 30, "13.0"))
+    monkeypatch.setattr(choice, "_gpu", lambda: nvidia.Gpu("a GPU", (8, 9), 8 << 30, 8 << 30, "13.0"))
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     outcome = call_rt(capsys, "run", "x", "-m", engined, "--executor", "tensorrt")
     assert_one_line_error(outcome, "pip install 'zimage-rt[tensorrt]'")

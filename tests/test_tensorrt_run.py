@@ -56,7 +56,7 @@ def later(engined: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run
     opened = Bundle.open(engined)
     device = StandInDevice(limit=1 << 30, capability=(8, 9))
     made = RunningLibrary(OnnxEngines(device, twins(opened), read_catalog(opened).variants[Variant.AMPERE]))
-    monkeypatch.setattr(choice, "find_gpu", lambda: nvidia.GpuTarget("a GPU", (8, 9), 1 << 30, 1 << 30, "13.0"))
+    monkeypatch.setattr(choice, "find_gpu", lambda: nvidia.Gpu("a GPU", (8, 9), 1 << 30, 1 << 30, "13.0"))
     monkeypatch.setattr(cuda, "CudaDevice", lambda: device)
     monkeypatch.setattr(library, "Library", lambda: made)
     monkeypatch.setattr(store, "cache_folder", lambda: tmp_path / "cache")

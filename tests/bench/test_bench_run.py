@@ -26,6 +26,8 @@ from zimage_runtime.bundle.tensors import read_header
 from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.pipeline import Pipeline
 
+pytestmark = pytest.mark.deep
+
 QUICK = ("--size", "48x32", "--steps", "2", "--repeat", "2", "--quiet")
 
 

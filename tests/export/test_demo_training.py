@@ -17,6 +17,8 @@ from demo_model.velocity import VelocityTask, shares
 from demo_model.workers import gradient_workers
 from zimage_export.source.checkpoint import DEMO
 
+pytestmark = pytest.mark.deep
+
 COURSE = Course(steps=6, microbatches=4, matrix_rate=0.02, vector_rate=1e-2, warmup=2)
 
 

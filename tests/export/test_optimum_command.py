@@ -52,6 +52,7 @@ def test_registering_loads_nothing_heavy() -> None:
     assert result.stdout == "[]\n"
 
 
+@pytest.mark.deep
 def test_the_bundle_is_the_one_that_build_writes(checkpoint: Path, bundle: Path, tmp_path: Path) -> None:
     out = tmp_path / "bundle"
     result = optimum_cli("export", "zimage", "--model", checkpoint, out, "--precision=fp32", "--quiet")

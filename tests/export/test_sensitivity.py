@@ -15,6 +15,8 @@ from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import Precision
 from zimage_runtime.machine.int8_products import activation_bits
 
+pytestmark = pytest.mark.deep
+
 
 def errors(x: Any, weights: Any, columns: Any = None) -> dict[str, float]:
     found = _squares(x.astype(np.float32), weights.astype(np.float32), columns)

@@ -8,7 +8,7 @@ comma := ,
 # TensorRT for RTX (104 MB to download, 230 MB installed) builds engines without a GPU; its wheels are for these.
 EXTRAS := export,report,test,dev$(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(comma)tensorrt)
 
-.PHONY: demo demo-model demo-bundle demo-scores test test-slow check bench bench-int8 bench-report bench-full-size bench-full-size-systems bench-gpu install clean
+.PHONY: demo demo-model demo-bundle demo-scores test test-fast test-slow check bench bench-int8 bench-report bench-full-size bench-full-size-systems bench-gpu install clean
 
 install: $(STAMP)
 
@@ -42,16 +42,22 @@ demo-scores: $(STAMP)
 	PYTHONPATH=. $(BIN)/python benchmarks/demo_scores.py
 	$(BIN)/python benchmarks/contact_sheet.py docs/demo.png
 
+# One worker per core, each with its part of the tests; whoever is done first takes over from the others.
+WORKERS := -n auto --dist worksteal
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not gpu"
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not gpu and not deep"
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
+# Types are checked as they are on each system that we support; a cache for each, or each would undo the others'.
 check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	for system in linux win32 darwin; do $(BIN)/mypy --platform $$system --cache-dir .mypy_cache/$$system || exit; done
 
 # WORK keeps the synthetic models between runs: 10 GB, and 55 GB more for the full-size one.
 WORK ?= out/bench

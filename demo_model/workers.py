@@ -7,7 +7,6 @@ the same whoever computed what.
 
 import os
 import queue
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -15,6 +14,8 @@ from typing import Any, Protocol
 import torch
 import torch.multiprocessing as mp
 from torch import Tensor, nn
+
+from zimage_runtime.machine.cores import thread_count
 
 
 class Task(Protocol):
@@ -73,8 +74,8 @@ class Gradients:
 
 @contextmanager
 def gradient_workers(task: Task, microbatches: int, processes: int | None = None) -> Iterator[Gradients]:
-    """Starts `processes` workers (as many as there are cores for us), and stops them at the end."""
-    gradients = Gradients(task, microbatches, processes or _usable_processors())
+    """Starts `processes` workers (one per physical core that this process may use), and stops them at the end."""
+    gradients = Gradients(task, microbatches, processes or thread_count())
     try:
         yield gradients
     finally:
@@ -105,10 +106,3 @@ def _work(task: Task, slots: Tensor, losses: Tensor, todo: Any, done: Any) -> No
             done.put(f"{type(error).__name__}: {error}")
             raise
         done.put(None)
-
-
-def _usable_processors() -> int:
-    """As many as this process may use; all of them where the system has no affinity."""
-    if sys.platform == "win32" or sys.platform == "darwin":
-        return os.cpu_count() or 1
-    return len(os.sched_getaffinity(0))

@@ -4,12 +4,13 @@ Files are made once a run, whichever worker needs them first, and must not be wr
 on a copy.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
+from leftovers import REPOSITORY, assert_nothing_left, children, names_in
 from sharing import made_once, one_core_per_worker
 
 from zimage_runtime.bundle.manifest import Precision
@@ -18,12 +19,35 @@ from zimage_runtime.machine.cores import thread_count
 one_core_per_worker()
 
 MOST_WORKERS = 4  # each takes 1.5 GB
+BEFORE = pytest.StashKey[tuple[set[int], set[str]]]()
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
     """Workers of `-n auto`: as many as there are cores that may be used, of which a container may leave few."""
     return min(thread_count(), MOST_WORKERS)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Without `deep`, modules that are it as a whole are not imported either: torch and diffusers take seconds."""
+    if "not deep" not in config.option.markexpr or collection_path.suffix != ".py":
+        return None
+    return True if "\npytestmark = pytest.mark.deep\n" in collection_path.read_text("utf-8") else None
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
+    """Notes what is there before a test and its fixtures."""
+    item.stash[BEFORE] = children(), names_in(REPOSITORY)
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
+    """A test fails that leaves a process, or a file in the repository."""
+    result = yield
+    assert_nothing_left(*item.stash[BEFORE])
+    return result
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +61,7 @@ def bundle_in(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
     """The bundle of `checkpoint` in a precision."""
 
     def find(precision: Precision) -> Path:
-        return made_once(tmp_path_factory, f"bundle-{precision}", lambda out: _build(checkpoint, out, precision))
+        return made_once(tmp_path_factory, f"checkpoint-{precision}", lambda out: _build(checkpoint, out, precision))
 
     return find
 
@@ -74,7 +98,7 @@ def qwen_checkpoint(qwen_tokenizer: Path, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="session")
 def qwen_bundle(qwen_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The fp32 bundle of `qwen_checkpoint`."""
-    return made_once(tmp_path_factory, "qwen-bundle", lambda out: _build(qwen_checkpoint, out, Precision.FP32))
+    return made_once(tmp_path_factory, "qwen-checkpoint-fp32", lambda out: _build(qwen_checkpoint, out, Precision.FP32))
 
 
 @pytest.fixture(scope="session")

@@ -51,6 +51,7 @@ def test_both_are_small_enough_to_ship() -> None:
     assert folder_size(demo_bundle()) <= 12e6
 
 
+@pytest.mark.deep
 def test_the_bundle_is_what_the_checkpoint_exports_to(tmp_path: Path) -> None:
     """Weights and programs, byte for byte; `make demo-bundle` renews them when the exporter has changed."""
     shipped = Bundle.open(demo_bundle())
@@ -60,6 +61,7 @@ def test_the_bundle_is_what_the_checkpoint_exports_to(tmp_path: Path) -> None:
     assert again.manifest.files == shipped.manifest.files  # with their hashes
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(
     "case",
     [
@@ -85,6 +87,7 @@ def test_run_without_a_bundle_draws_what_was_asked_for(capsys: Capture, tmp_path
     assert verdict.position, verdict
 
 
+@pytest.mark.deep
 def test_tiny_is_a_model_to_build_from_and_to_verify_against(capsys: Capture, tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     assert call_export(capsys, "build", "tiny", bundle, "--quiet").status == 0
@@ -93,6 +96,7 @@ def test_tiny_is_a_model_to_build_from_and_to_verify_against(capsys: Capture, tm
     assert outcome.status == 0, outcome.err
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_held_out_prompts_are_drawn_as_asked(pipeline: Pipeline, language: Any) -> None:
     """A few of those that the model card's figures are over."""

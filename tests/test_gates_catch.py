@@ -29,6 +29,8 @@ from zimage_runtime.model.schedule import Schedule
 from zimage_runtime.model.tokenizer import PromptTokenizer
 from zimage_runtime.pipeline import Pipeline
 
+pytestmark = pytest.mark.deep
+
 # 35 image tokens and a caption that is no multiple of 32 either: both have pads
 CASE = Case("a red fox in the snow", (80, 112), 4, 3)
 

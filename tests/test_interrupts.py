@@ -15,6 +15,8 @@ from PIL import Image
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.errors import BundleError
 
+pytestmark = pytest.mark.deep
+
 LONG = ("--steps", 256, "--size", "512x512", "--seed", 1)
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.deep
+
 REPOSITORY = Path(__file__).parents[1]
 PACKAGES = {  # name → folder of the repository that holds it
     "zimage_export": REPOSITORY / "export",

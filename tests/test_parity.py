@@ -13,6 +13,8 @@ from PIL import Image
 
 from zimage_runtime.pipeline import CaptionEvent, Pipeline
 
+pytestmark = pytest.mark.deep
+
 ENGLISH = "a red fox in the snow, golden hour, 35mm photograph"
 CHINESE = "雪地里的一只红狐狸，黄昏的光线"
 EMOJI = "a 🦊 and a 👩‍🚀 under a 🌈"

@@ -11,6 +11,8 @@ from PIL import Image
 
 from zimage_runtime.pipeline import EncodeEvent, ImageEvent, Pipeline, StepEvent
 
+pytestmark = pytest.mark.deep
+
 PROMPT = "a red fox in the snow 雪"
 
 

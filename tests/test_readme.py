@@ -10,6 +10,8 @@ import zimage_export.cli
 import zimage_rt.cli
 from zimage_runtime.command_line.console import run_command
 
+pytestmark = pytest.mark.deep
+
 README = Path(__file__).parents[1] / "README.md"
 COMMANDS = {"zimage-export": zimage_export.cli.cli, "zimage-rt": zimage_rt.cli.cli}
 

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from zimage_rt.bench.systems.comfyui_files import FILES, ConversionError, convert
 
+pytestmark = pytest.mark.deep
+
 
 @pytest.fixture(scope="module")
 def converted(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

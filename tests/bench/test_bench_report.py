@@ -40,13 +40,14 @@ def unchecked(row: Row) -> Row:
     )
 
 
-@pytest.fixture
-def written(bundle: Path, tmp_path: Path) -> Path:
-    (tmp_path / "pictures").mkdir()
-    Image.effect_noise((64, 64), 80).save(tmp_path / "pictures" / "a.png")
+@pytest.fixture(scope="module")
+def written(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("report")
+    (out / "pictures").mkdir()
+    Image.effect_noise((64, 64), 80).save(out / "pictures" / "a.png")
     rows = [replace(ROWS[0], picture="pictures/a.png"), *ROWS[1:], unchecked(made_row("e", "unchecked"))]
-    write_report(tmp_path, rows, open_bundles([str(bundle)]))
-    return tmp_path
+    write_report(out, rows, open_bundles([str(bundle)]))
+    return out
 
 
 def table_rows(markdown: str, heading: str) -> list[list[str]]:
@@ -103,6 +104,7 @@ def test_a_value_that_is_missing_is_named_with_its_reason_and_never_0(written: P
     assert "| 0 |" not in text
 
 
+@pytest.mark.deep
 def test_plots_are_valid_svg_and_the_same_each_time() -> None:
     pytest.importorskip("matplotlib")
     first, second = plots(ROWS), plots(ROWS)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.tensors import read_header
 from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.pipeline import Pipeline
+
+pytestmark = pytest.mark.deep
 
 QUICK = ("--size", "48x32", "--steps", "2", "--repeat", "2", "--quiet")
 
@@ -48,7 +51,8 @@ def measured(bundle: Path, broken: Path, tmp_path_factory: pytest.TempPathFactor
     out = tmp_path_factory.mktemp("bench") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "cpu_rates", lambda: unknown_rates("not measured in this test"))
-        outcome = _call("bench", bundle, broken, *QUICK, "--out", out)
+        patch.setattr("sys.argv", ["zimage-rt", "bench", str(bundle), str(broken), *QUICK, "--out", str(out)])
+        outcome = _call(*sys.argv[1:])
     rows = {row.case.model: row for row in read_rows(out / "results.jsonl")}
     return {"out": out, "outcome": outcome, "right": rows[bundle.name], "broken": rows["scaled-by-10"]}
 
@@ -103,7 +107,7 @@ def test_rows_name_no_path_of_the_machine(measured: dict[str, Any], bundle: Path
     text = (measured["out"] / "results.jsonl").read_text() + (measured["out"] / "report.md").read_text()
     for folder in (bundle.parent, measured["out"].parent):
         assert str(folder) not in text
-    assert measured["right"].command.startswith("zimage-rt ")
+    assert measured["right"].command.startswith(f"zimage-rt bench {bundle.name} scaled-by-10 --size 48x32 ")
 
 
 def test_reports_are_written_and_the_page_needs_nothing_else(measured: dict[str, Any]) -> None:

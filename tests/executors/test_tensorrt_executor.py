@@ -25,6 +25,8 @@ from zimage_runtime.model.geometry import image_geometry
 from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import Pipeline
 
+pytestmark = pytest.mark.deep
+
 # The chain of block programs is the model
 
 

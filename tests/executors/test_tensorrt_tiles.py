@@ -23,6 +23,8 @@ from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import Pipeline
 from zimage_runtime.tiles.tiling import TiledDecoder
 
+pytestmark = pytest.mark.deep
+
 
 @pytest.mark.parametrize("values", [1 << 11, 1 << 13])
 def test_a_decoder_that_does_not_fit_works_in_tiles(

@@ -18,24 +18,28 @@ def wavering(shape: Shape, amplitude: float, rng: np.random.Generator) -> Area:
     radius = rng.uniform(16, 40)
     place = np.arange(SIDE) - (SIDE - 1) / 2
     x, y = np.meshgrid(place, place)
-    across, down = (field * amplitude * 2 * radius for field in _fields(x / radius, y / radius, rng))
+    across, down = (field * amplitude * 2 * radius for field in _fields(place / radius, rng))
     moved_x, moved_y = (x + across).astype(np.float32), (y + down).astype(np.float32)
     return distance(shape, moved_x, moved_y, radius, float(rng.uniform(-8, 8))) < 0
 
 
-def _fields(
-    x: NDArray[np.float64], y: NDArray[np.float64], rng: np.random.Generator
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Sums of waves of up to three periods over 2.8 radii, short ones weaker; each with mean square 1 over that."""
-    periods = [(i, j) for i in range(-3, 4) for j in range(-3, 4) if (i, j) != (0, 0)]
+def _fields(place: NDArray[np.float64], rng: np.random.Generator) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Two sums of waves of up to three periods over 2.8 radii, short ones weaker; each with mean square 1 over that.
+
+    `place` [n] is x along a row and y along a column. A wave of i periods in x and j in y is the real part of a product
+    of one that only x decides and one that only y does, so that each sum [n, n] is two products of matrices.
+    """
+    numbers = range(-3, 4)
+    periods = [(i, j) for i in numbers for j in numbers if (i, j) != (0, 0)]
     power = sum(1 / (i * i + j * j) / 2 for i, j in periods)
+    along = np.exp(2j * math.pi / 2.8 * np.outer(numbers, place))  # [7, n]
     found = []
     for _ in range(2):
-        waves = (
-            rng.normal() * np.cos(2 * math.pi * (i * x + j * y) / 2.8 + rng.uniform(0, 2 * math.pi)) / math.hypot(i, j)
-            for i, j in periods
-        )
-        found.append(sum(waves, start=np.zeros_like(x)) / math.sqrt(power))
+        waves = np.zeros((len(numbers), len(numbers)), complex)
+        for i, j in periods:
+            strength, turn = rng.normal(), rng.uniform(0, 2 * math.pi)
+            waves[j + 3, i + 3] = strength / math.hypot(i, j) * np.exp(1j * turn)
+        found.append((along.T @ waves @ along).real / math.sqrt(power))
     return found[0], found[1]
 
 

@@ -272,6 +272,7 @@ def test_tokenizer_that_is_none(damaged: Path, capsys: Capture) -> None:
     refuse(capsys, damaged, damaged / "tokenizer/tokenizer.json", "not a tokenizer")
 
 
+@pytest.mark.deep
 def test_tokenizer_with_more_tokens_than_embeddings(damaged: Path, qwen_tokenizer: Path, capsys: Capture) -> None:
     shutil.copyfile(qwen_tokenizer, damaged / "tokenizer/tokenizer.json")
     refuse(capsys, damaged, damaged / "tokenizer/tokenizer.json", "151669", "320")

@@ -18,6 +18,8 @@ from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
 from zimage_runtime.model.programs import Program
 
+pytestmark = pytest.mark.deep
+
 WIDE = Scale(
     replace(
         SMALL.config,

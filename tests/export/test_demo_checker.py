@@ -8,6 +8,8 @@ from outlines import blob, letter, painted, wavering
 from demo_model.checker import see
 from demo_model.scenes import SHAPES, Shape
 
+pytestmark = pytest.mark.deep
+
 WAVER = 0.04
 """Of the diameter. The most at which the nearest outline is still the right one in 97 of 100 cases, for every shape."""
 

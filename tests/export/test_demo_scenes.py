@@ -29,6 +29,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("size", SIZES)
 def test_the_checker_reads_what_was_drawn(size: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
@@ -105,6 +106,7 @@ def test_places_are_where_their_names_say() -> None:
     assert PLACES["bottom"] == (0, 1)
 
 
+@pytest.mark.deep
 @given(st.text(max_size=80))
 def test_the_tokenizer_keeps_any_text(tokenizer: Path, text: str) -> None:
     import unicodedata

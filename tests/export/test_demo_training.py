@@ -17,6 +17,8 @@ from demo_model.velocity import VelocityTask, shares
 from demo_model.workers import gradient_workers
 from zimage_export.source.checkpoint import DEMO
 
+pytestmark = pytest.mark.deep
+
 COURSE = Course(steps=6, microbatches=4, matrix_rate=0.02, vector_rate=1e-2, warmup=2)
 
 
@@ -71,14 +73,21 @@ def trained(state: Path, course: Course = COURSE, processes: int | None = None) 
     return dict(task.model.state_dict())
 
 
-def test_one_process_or_two_train_to_the_same_bits(tmp_path: Path) -> None:
-    one, two = trained(tmp_path / "one.pt", processes=1), trained(tmp_path / "two.pt", processes=2)
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    assert not torch.equal(one["0.weight"], Fitting().model[0].weight)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
+    """What one process trains without an interruption."""
+    return trained(tmp_path_factory.mktemp("training") / "whole.pt", processes=1)
 
 
-def test_an_interrupted_course_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = trained(tmp_path / "whole.pt", processes=1)
+def test_one_process_or_two_train_to_the_same_bits(whole: dict[str, Tensor], tmp_path: Path) -> None:
+    two = trained(tmp_path / "two.pt", processes=2)
+    assert all(torch.equal(whole[name], two[name]) for name in whole)
+    assert not torch.equal(whole["0.weight"], Fitting().model[0].weight)
+
+
+def test_an_interrupted_course_goes_on_to_the_same_bits(
+    whole: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, calls = MuonAdamW.step, []
 
     def failing(self: MuonAdamW, scale: float) -> None:

@@ -29,12 +29,15 @@ from zimage_runtime.executors.tensorrt.trt_api import Built, Library
 from zimage_runtime.machine.gpu_targets import GpuTarget, Variant
 from zimage_runtime.model.blocks import BlockKind, all_blocks
 
-pytestmark = pytest.mark.skipif(
-    find_spec("tensorrt_rtx") is None
-    and not (sys.platform == "linux" and platform.machine() == "x86_64")
-    and not (sys.platform == "win32" and platform.machine() == "AMD64"),
-    reason="TensorRT for RTX has no wheel for this platform",
-)
+pytestmark = [
+    pytest.mark.deep,
+    pytest.mark.skipif(
+        find_spec("tensorrt_rtx") is None
+        and not (sys.platform == "linux" and platform.machine() == "x86_64")
+        and not (sys.platform == "win32" and platform.machine() == "AMD64"),
+        reason="TensorRT for RTX has no wheel for this platform",
+    ),
+]
 
 ENDS = ("t_embedder.", "cap_embedder.", "all_x_embedder.", "all_final_layer.")
 TOKENS = 4224  # of a 1024 x 1024 image and its caption

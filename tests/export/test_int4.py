@@ -30,6 +30,8 @@ from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
 from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import Pipeline
 
+pytestmark = pytest.mark.deep
+
 # measured on the small model, and a half more; a wrong graph is off by more than the whole
 LATENTS_GATE = 0.13
 PSNR_GATE = 34.0

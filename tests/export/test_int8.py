@@ -27,6 +27,8 @@ from zimage_runtime.machine.int8_products import ACTIVATION_LEVELS, EXACT_LEVELS
 from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import Pipeline
 
+pytestmark = pytest.mark.deep
+
 # measured on the small model with 7 bits, and a half more; a wrong graph is off by tenths
 LATENTS_GATE = 0.026
 PSNR_GATE = 47.0

@@ -31,6 +31,8 @@ from zimage_runtime.model.linears import (
 from zimage_runtime.model.norms import Norm, NormKind, block_norms
 from zimage_runtime.model.programs import COMPONENTS, Program
 
+pytestmark = pytest.mark.deep
+
 Modules = dict[str, nn.Module]
 
 

@@ -4,11 +4,15 @@ import dataclasses
 import shutil
 from pathlib import Path
 
+import pytest
+
 from zimage_export.measure.verify import verify
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import write_manifest
 from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.model.programs import Program
+
+pytestmark = pytest.mark.deep
 
 
 def test_a_bundle_without_an_encoder_is_measured(bundle: Path, checkpoint: Path, tmp_path: Path) -> None:

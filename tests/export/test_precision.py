@@ -20,6 +20,8 @@ from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
 from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import Pipeline
 
+pytestmark = pytest.mark.deep
+
 # measured on the small model and doubled; a wrong graph is off by tenths
 LATENTS_GATE = {Precision.BF16: 5e-3, Precision.FP16: 8e-4}
 PSNR_GATE = {Precision.BF16: 53.0, Precision.FP16: 62.0}

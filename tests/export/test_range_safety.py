@@ -29,6 +29,8 @@ from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
 from zimage_runtime.model.geometry import caption_positions, image_geometry, image_positions, transformer_rotary
 from zimage_runtime.model.programs import Program
 
+pytestmark = pytest.mark.deep
+
 FP16_GATE = 3e-3
 QUIET = Progress(quiet=True)
 

@@ -22,6 +22,8 @@ from zimage_runtime.bundle.rebalancing import PLACES, Factors, SharedHeads
 from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.pipeline import Pipeline
 
+pytestmark = pytest.mark.deep
+
 CASE = Case("a red fox in the snow", (80, 112), 4, 3)
 QUIET = Progress(quiet=True)
 

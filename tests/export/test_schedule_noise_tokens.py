@@ -6,8 +6,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
-from transformers import AutoTokenizer
 
 from zimage_runtime.model.config import SchedulerConfig
 from zimage_runtime.model.noise import TorchGenerator
@@ -17,10 +15,13 @@ from zimage_runtime.model.tokenizer import MAX_PROMPT_TOKENS, PromptTokenizer
 # Schedule
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("shift", [3.0, 6.0, 1.0])
 @pytest.mark.parametrize("steps", [*range(1, 21), 50])
 def test_sigmas_and_timesteps(steps: int, shift: float) -> None:
     """Equal to the last bit or two: how torch rounds `linspace` depends on the CPU's vector width."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift)
     scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1.0 / steps, steps).tolist())
     found = make_schedule(steps, SchedulerConfig(shift=shift, num_train_timesteps=1000))
@@ -29,7 +30,10 @@ def test_sigmas_and_timesteps(steps: int, shift: float) -> None:
     np.testing.assert_allclose(found.timesteps, ((1000 - scheduler.timesteps) / 1000).numpy(), rtol=0, atol=2e-7)
 
 
+@pytest.mark.deep
 def test_a_step_is_the_schedulers_step() -> None:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
     scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=3.0)
     scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1.0 / 8, 8).tolist())
     schedule = make_schedule(8, SchedulerConfig(shift=3.0, num_train_timesteps=1000))
@@ -104,8 +108,11 @@ def reference_ids(tokenizer: Any, prompt: str) -> list[int]:
     return encoded.input_ids[0][encoded.attention_mask[0].astype(bool)].tolist()
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("kind", ["checkpoint", "qwen_checkpoint"])
 def test_token_ids(kind: str, request: pytest.FixtureRequest) -> None:
+    from transformers import AutoTokenizer
+
     folder: Path = request.getfixturevalue(kind) / "tokenizer"
     reference = AutoTokenizer.from_pretrained(folder)
     tokenizer = PromptTokenizer(folder / "tokenizer.json")

@@ -1,6 +1,8 @@
 """The sensitivity report: what it measures, against what ONNX Runtime's own programs do, and where it is written."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +10,12 @@ import numpy as np
 import pytest
 from cli_tools import call_export
 
-from zimage_export.build import BuildOptions, build
 from zimage_export.measure.sensitivity import BF16, INT4, INT8, INT8_OF_7, PRECISIONS, _squares
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import Precision
-from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.machine.int8_products import activation_bits
+
+pytestmark = pytest.mark.deep
 
 
 def errors(x: Any, weights: Any, columns: Any = None) -> dict[str, float]:
@@ -47,9 +49,13 @@ def test_rebalancing_is_counted() -> None:
 
 
 def test_verify_tells_every_layer_and_keeps_the_summary(
-    checkpoint: Path, diffusers_pipeline: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path,
+    bundle_in: Callable[[Precision], Path],
+    diffusers_pipeline: Any,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    bundle = build(checkpoint, tmp_path / "int8", BuildOptions(Precision.INT8), Progress(quiet=True))
+    bundle = Bundle.open(shutil.copytree(bundle_in(Precision.INT8), tmp_path / "int8"))
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\na blue square\n一只猫\n", encoding="utf-8")
     options = ["--reference", checkpoint, "--prompts", prompts, "--size", "64x64", "--quiet"]

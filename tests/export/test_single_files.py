@@ -32,6 +32,8 @@ from zimage_runtime.command_line.console import run_command
 from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.model.config import SchedulerConfig, TextEncoderConfig, TransformerConfig, VaeConfig
 
+pytestmark = pytest.mark.deep
+
 # --- what the files give ---------------------------------------------------------------------------------------------
 
 

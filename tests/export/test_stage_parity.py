@@ -30,6 +30,8 @@ from zimage_runtime.model.programs import Program
 from zimage_runtime.model.schedule import make_schedule
 from zimage_runtime.pipeline import Pipeline, to_image
 
+pytestmark = pytest.mark.deep
+
 TOLERANCE = 1e-5  # relative; float32 rounding comes to a few 1e-7 a layer
 
 CAPTIONS = [1, 31, 32, 33, 100, 512]

@@ -388,6 +388,7 @@ def test_damaged_xmp_holds_nothing(encoding: str) -> None:
         read_image_info(Path("image.jpg"))
 
 
+@pytest.mark.deep
 def test_replay_of_another_bundles_image(bundle: Path, qwen_bundle: Path, capsys: Capture) -> None:
     path = generate(capsys, bundle, "a fox", "image.png")
     refuse_replay(capsys, qwen_bundle, path, Bundle.open(bundle).manifest.name, "another bundle", "-m")
@@ -406,6 +407,7 @@ def test_prompt_too_long_for_the_format_fails_before_generating(
     assert_one_line_error(outcome, "too long", "PNG", "--no-metadata")
 
 
+@pytest.mark.deep
 def test_longest_prompt_that_fits_is_written(info: ImageInfo, bundle: Path, capsys: Capture) -> None:
     """Whether a prompt fits does not depend on the seed, so what is accepted is written in the end."""
 

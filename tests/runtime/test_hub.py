@@ -253,6 +253,7 @@ def test_a_disk_that_fills_up_on_the_way_is_one_line(
     assert_one_line_error(outcome, tmp_path / "cache", "no space left", NAME, "HF_HOME")
 
 
+@pytest.mark.deep
 def test_the_environment_says_where_the_hub_and_the_cache_are_and_that_there_is_none(
     hub: HubServer, tmp_path: Path
 ) -> None:

@@ -171,6 +171,7 @@ print(peak - before, peak)
 """
 
 
+@pytest.mark.deep
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_a_decoder_takes_what_was_predicted(bundle: Path, manifest: Manifest) -> None:
     side = 896

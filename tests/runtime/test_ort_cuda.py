@@ -155,6 +155,7 @@ def tight_budget(bundle: Bundle, geometry: ImageGeometry, *programs: Program) ->
     return ort_cuda.CONTEXT + min(stages[program].total for program in programs or (Program.DECODER,)) - 1
 
 
+@pytest.mark.deep
 def test_an_image_that_the_gpu_has_no_room_for_is_decoded_in_tiles(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

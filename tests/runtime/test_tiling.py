@@ -169,6 +169,7 @@ def test_an_image_drawn_in_tiles_is_the_same(bundle: Path, pipeline: Pipeline, m
     assert difference.max() <= 1
 
 
+@pytest.mark.deep
 def test_an_image_to_start_from_is_encoded_in_tiles_before_it_is_refused(
     bundle: Path, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ import ctypes
 import mmap
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 _SECONDS = 0.02
@@ -23,13 +23,10 @@ def bounded_mappings(folder: Path, limit: int) -> Iterator[None]:
     """While the block runs, hands back pages of files below `folder` whenever more than `limit` bytes are mapped in.
 
     What is mapped when the block begins must stay mapped, and unwritten, until it ends: load before, release after.
-    Does nothing where there is no /proc.
+    Does nothing on other systems than Linux.
     """
-    if sys.platform == "win32":
-        yield
-        return
-    advise = _advice()
-    if advise is None:
+    hand_back = _hand_back()
+    if hand_back is None:
         yield
         return
     done = threading.Event()
@@ -39,7 +36,7 @@ def bounded_mappings(folder: Path, limit: int) -> Iterator[None]:
         while not done.wait(_SECONDS):
             if _mapped_bytes() > limit:
                 for address, length in mappings:
-                    advise(ctypes.c_void_p(address), ctypes.c_size_t(length), mmap.MADV_DONTNEED)
+                    hand_back(address, length)
 
     watcher = threading.Thread(target=watch, name="residency", daemon=True)
     watcher.start()
@@ -50,12 +47,14 @@ def bounded_mappings(folder: Path, limit: int) -> Iterator[None]:
         watcher.join()
 
 
-def _advice() -> "ctypes._NamedFuncPointer | None":
-    if not _MAPS.exists() or not hasattr(mmap, "MADV_DONTNEED"):
+def _hand_back() -> Callable[[int, int], object] | None:
+    """Takes the address and the length of a mapping whose pages this process no longer needs."""
+    if sys.platform != "linux" or not _MAPS.exists():
         return None
     advise = ctypes.CDLL(None, use_errno=True).madvise
     advise.restype = ctypes.c_int
-    return advise
+    advise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    return lambda address, length: advise(address, length, mmap.MADV_DONTNEED)
 
 
 def _mapped_bytes() -> int:

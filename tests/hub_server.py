@@ -42,8 +42,8 @@ class Model:
 
     commits: dict[str, dict[str, bytes]]
     branches: dict[str, str]  # commit by name
-    token: str | None = None  # without it, the model is as good as not there
-    gated: bool = False  # to whoever
+    token: str | None = None  # without it, the model is reported as missing
+    gated: bool = False  # to everyone
 
 
 @dataclass

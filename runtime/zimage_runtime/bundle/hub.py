@@ -103,7 +103,7 @@ class Hub:
         path = ask(name, revision, lambda: hf_hub_download(name, index, revision=revision))
         folder = Path(path).parent
         if folder.name != found.sha:
-            raise HubError(f"{name}: changed on the Hub at this moment; run the command again")
+            raise HubError(f"{name}: changed on the Hub during the download; run the command again")
         return Download(self.progress, name, revision, folder.name, folder, files)
 
     @contextmanager

@@ -3,7 +3,7 @@
 Where the server offers Xet, huggingface_hub downloads by itself. Otherwise weights are collected in a partial file of
 our own beside its blobs, so that the next run continues where this one stopped: huggingface_hub does not continue a
 file after the process that downloaded it has ended, and a partial file of its own may have been written in any order.
-Whatever way a file takes, it is hashed before it is used.
+Every file whose hash is known is checked before it is used.
 """
 
 import json
@@ -68,7 +68,7 @@ class Download:
     revision: str | None  # as the user gave it
     commit: str
     folder: Path  # in the cache
-    files: Mapping[str, RemoteFile]  # all files of the commit, as far as they are known
+    files: Mapping[str, RemoteFile]  # all files of the commit; offline, those in the cache
     offline: str | None = None  # why the Hub is not asked
 
     def weights(self, component: str) -> list[str]:
@@ -147,10 +147,10 @@ class Download:
         return path
 
     def _collect(self, file: str, url: str, found: Any, sha256: str | None) -> bool:
-        """Brings a file's blob into the cache, continuing where an earlier run stopped; whether it did.
+        """Downloads a file's blob into the cache, continuing where an earlier run stopped. Returns whether it did.
 
-        It does not where the blob is there already, or where the cache cannot consist of links: there, huggingface_hub
-        would copy the blob.
+        It does not if the cache has the blob already, or if the cache cannot consist of links: huggingface_hub would
+        copy the blob.
         """
         from huggingface_hub.file_download import are_symlinks_supported, http_get
         from huggingface_hub.utils import WeakFileLock, build_hf_headers

@@ -60,7 +60,7 @@ def explain(error: BaseException, name: str, revision: str | None, cache: Path) 
             case RevisionNotFoundError():
                 text = f"has no revision {revision or 'main'!r} on the Hub"
             case HFValidationError():
-                text = "no such directory, and no name that a model on the Hub can have"
+                text = "no such directory, and not a possible name of a model on the Hub"
             case EntryNotFoundError() if not isinstance(cause, LocalEntryNotFoundError):
                 text = f"a file is missing on the Hub: {_first_line(cause)}"
             case HfHubHTTPError() if (status := _status(cause)) and status < 500:

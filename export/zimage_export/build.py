@@ -1,4 +1,4 @@
-"""Checkpoint → bundle, in a temporary folder beside the target that is renamed when all is well."""
+"""Checkpoint → bundle, in a temporary folder beside the target that is renamed when it is complete."""
 
 import dataclasses
 import math
@@ -60,7 +60,7 @@ class BuildOptions:
 
 
 class Phases:
-    """How long each phase took, one after the other."""
+    """How long each phase took."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -82,7 +82,7 @@ class BuildReport:
 
 
 def build(model: str | Path, out: str | Path, options: BuildOptions, progress: Progress) -> Bundle:
-    """As `build_reported`, for those who want the bundle alone."""
+    """Like `build_reported`, but returns only the bundle."""
     return build_reported(model, out, options, progress).bundle
 
 
@@ -90,7 +90,7 @@ def build_reported(model: str | Path, out: str | Path, options: BuildOptions, pr
     """Exports a checkpoint, a directory or a name on the Hub, to a bundle at `out` and returns it opened.
 
     Raises `HubError` for a checkpoint that cannot be fetched, `CheckpointError` for a bad one, and `ExportError` for
-    an output that is in the way, a full disk or a failed self-check. Whatever happens, `out` is either untouched or
+    an output that is in the way, a full disk or a failed self-check. In every case, `out` is either untouched or
     complete.
     """
     target, phases = Path(out), Phases()

@@ -35,7 +35,7 @@ from zimage_runtime.command_line.progress import Progress
         ({"diffusion_model.layers.0.attention.qkv.lora_A.weight": "BF16"}, "is a LoRA, not a model"),
         ({"lora_unet_layers_0_attention_qkv.lora_down.weight": "BF16"}, "is a LoRA, not a model"),
         ({"lycoris_layers_0_attention_qkv.lokr_w1": "BF16"}, "is a LoRA, not a model"),
-        ({"double_blocks.0.img_attn.qkv.weight": "BF16"}, "holds no Z-Image transformer .*x_pad_token"),
+        ({"double_blocks.0.img_attn.qkv.weight": "BF16"}, "has no Z-Image transformer .*x_pad_token"),
     ],
 )
 def test_unsupported_content_is_named(tensors: dict[str, str], said: str, tmp_path: Path) -> None:
@@ -121,11 +121,11 @@ def _add_layer(tensors: Tensors) -> None:
 @pytest.mark.parametrize(
     ("alter", "said"),
     [
-        (_drop_norm, r"holds no tensor layers\.1\.attention_norm1\.weight"),
-        (_drop_qkv, r"holds no tensor layers\.1\.attention\.to_q\.weight"),
+        (_drop_norm, r"has no tensor layers\.1\.attention_norm1\.weight"),
+        (_drop_qkv, r"has no tensor layers\.1\.attention\.to_q\.weight"),
         (_narrow, r"layers\.1\.attention\.to_q\.weight has shape \[85, 256\], the configuration says \[256, 256\]"),
         (_fuse_badly, r"layers\.1\.attention\.qkv\.weight has shape \[256, 256\], which is not query, key and value"),
-        (_add_layer, r"has n_layers 3, the configuration says 2|holds no tensor layers\.2\."),
+        (_add_layer, r"has n_layers 3, the configuration says 2|has no tensor layers\.2\."),
     ],
 )
 def test_wrong_tensor_is_named_with_its_file(

@@ -1,8 +1,8 @@
 """Components in single files, as ComfyUI and fine-tuners publish them, under the names that diffusers gives them.
 
-Only headers are read here: a tensor keeps its bytes where they lie and gets another name, and the fused query, key
+Only headers are read here: a tensor's bytes stay where they are and it gets another name, and the fused query, key
 and value projection becomes three ranges of its rows. What diffusers keeps in ``config.json`` is not in these
-files: sizes are read off the tensors' shapes, and what shapes cannot tell is the published model's.
+files: sizes are derived from the tensors' shapes, and other values are the published model's.
 
 Sources for the names: ``loaders/single_file_utils.py`` in diffusers
 (``convert_z_image_transformer_checkpoint_to_diffusers``, ``convert_ldm_vae_checkpoint``).
@@ -55,7 +55,7 @@ class _Kind:
     title: str
     good: str  # the file that people have, in a type that we read
     prefixes: tuple[str, ...]  # before every name, where a file holds more than this component
-    markers: tuple[str, ...]  # tensors that tell it from anything else, prefix taken off
+    markers: tuple[str, ...]  # tensors that identify it, without the prefix
 
 
 _KINDS = {
@@ -138,7 +138,7 @@ def _check_stored(entries: Entries, path: Path, kind: _Kind) -> None:
 
 
 def _without_prefix(entries: Entries, kind: _Kind) -> Entries:
-    """What lies under the component's prefix, without it; everything, where nothing does."""
+    """The tensors under the component's prefix, without it; all tensors if none has the prefix."""
     for prefix in kind.prefixes:
         own = {name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix)}
         if own:
@@ -154,7 +154,7 @@ def _refuse(path: Path, wanted: _Kind, other: _Kind | None) -> NoReturn:
     if other is not None:
         raise CheckpointError(f"{path}: holds a {other.title} where a {wanted.title} ({wanted.good}) is expected")
     markers = ", ".join(wanted.markers)
-    raise CheckpointError(f"{path}: holds no {wanted.title} ({wanted.good}), which would have the tensors {markers}")
+    raise CheckpointError(f"{path}: has no {wanted.title} ({wanted.good}), which would have the tensors {markers}")
 
 
 def _renamed(part: str, entries: Entries, path: Path) -> dict[str, TensorEntry]:
@@ -199,15 +199,15 @@ class _Shapes:
         """The size of one axis of a tensor of so many axes."""
         entry = self.entries.get(name)
         if entry is None:
-            raise CheckpointError(f"{self.path}: holds no tensor {name}; is this the whole file?")
+            raise CheckpointError(f"{self.path}: has no tensor {name}; is this the whole file?")
         if len(entry.shape) != rank or 0 in entry.shape:
             raise CheckpointError(f"{self.path}: {name} has shape {list(entry.shape)}, expected {rank} axes")
         return entry.shape[axis]
 
     def need_config(self, found: str, published: str, part: str) -> CheckpointError:
-        """The error for sizes that do not say all: the caller raises it."""
+        """The error for sizes that leave values open: the caller raises it."""
         return CheckpointError(
-            f"{self.path}: {found}, the published model's {published}; what its shapes do not tell "
+            f"{self.path}: {found}, the published model's {published}; values that do not follow from shapes "
             f"must come from a MODEL directory with {part}/config.json"
         )
 
@@ -215,7 +215,7 @@ class _Shapes:
 def infer_config(part: str, entries: Entries, path: Path) -> dict[str, Any]:
     """What ``config.json`` would say of a file's tensors, which have diffusers' names.
 
-    Raises `CheckpointError` where the shapes do not tell, which is for sizes other than the published ones.
+    Raises `CheckpointError` for sizes other than the published ones, from which the rest does not follow.
     """
     return {"transformer": _infer_transformer, "text_encoder": _infer_text_encoder, "vae": _infer_vae}[part](
         _Shapes(entries, path)
@@ -295,7 +295,7 @@ def _depths(part: str, entries: Entries) -> dict[str, int]:
 def check_depth(part: str, entries: Entries, path: Path, config: ModelConfig) -> None:
     """Raises `CheckpointError` for a file with more layers than the configuration, which would leave some out.
 
-    Whatever else differs is a tensor that is missing or has another shape, and is noticed when it is asked for.
+    Any other difference is a tensor that is missing or has another shape, which is found when it is used.
     """
     expected = getattr(config, part)
     for key, count in _depths(part, entries).items():

@@ -26,6 +26,8 @@ from zimage_runtime.images.image_files import encode_image, read_image_info
 from zimage_runtime.images.metadata import ImageInfo
 from zimage_runtime.pipeline import Pipeline
 
+pytestmark = pytest.mark.deep
+
 FIXED = {
     "derandomize": True,  # the same examples everywhere, so that a failure is nobody's bad luck
     "deadline": None,

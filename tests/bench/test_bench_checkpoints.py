@@ -40,6 +40,7 @@ def test_tiny_is_the_demo_checkpoint_wherever_the_command_runs(tmp_path: Path, m
     assert Path(reference.model).samefile(DEMO)
 
 
+@pytest.mark.deep
 def test_a_name_on_the_hub_is_fetched_and_gives_results_their_name(
     bundle: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

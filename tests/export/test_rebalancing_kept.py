@@ -31,6 +31,8 @@ from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.errors import BundleError
 from zimage_runtime.pipeline import Pipeline
 
+pytestmark = pytest.mark.deep
+
 QUIET = Progress(quiet=True)
 CASE = Case("a red fox in the snow", (80, 112), 4, 3)
 DATA = Path(__file__).parents[1] / "data"

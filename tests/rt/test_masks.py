@@ -63,7 +63,7 @@ def test_white_is_repainted_and_black_kept(mode: str) -> None:
     np.testing.assert_array_equal(latents(stroke(24, 16, 47, 31).convert(mode)), expected)
 
 
-@pytest.mark.parametrize("grow", [1, 3, 4, 9, 200])
+@pytest.mark.parametrize("grow", [1, 3, 4, 9, pytest.param(200, marks=pytest.mark.deep)])
 @pytest.mark.parametrize("mask", [soft(), stroke(0, 0, 2, 5), stroke(90, 60, 95, 63)], ids=["soft", "first", "last"])
 def test_a_mask_grows_as_pillows_filter_grows_it(mask: Image.Image, grow: int) -> None:
     white = mask.point(lambda value: 255 * (value >= 128))

@@ -122,6 +122,7 @@ def test_prompt_that_is_cut_is_said(bundle: Path, capsys: Capture) -> None:
     assert call_rt(capsys, "run", "a" * 600, *options, "--quiet").err == ""
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
 @pytest.mark.parametrize("options", [(), ("--json",)])
 def test_name_that_is_not_text(bundle: Path, tmp_path: Path, locale: str, options: tuple[str, ...]) -> None:

@@ -121,6 +121,7 @@ def test_a_partial_file_of_another_program_is_neither_continued_nor_touched(
     assert [asked.first_byte for asked in hub.log if asked.file == WEIGHTS and asked.method == "GET"] == [None]
 
 
+@pytest.mark.deep
 def test_two_processes_download_a_file_once_and_whole(hub: HubServer, tmp_path: Path) -> None:
     """The second one waits for the first, which is held in the middle of it."""
     hub.held[WEIGHTS] = threading.Event()

@@ -1,4 +1,4 @@
-"""A checkpoint in diffusers layout, opened lazily: configurations at once, tensors when they are asked for.
+"""A checkpoint in diffusers layout, opened lazily: configurations at once, tensors on demand.
 
 Components may come from single files instead (see `single_files`).
 """
@@ -87,7 +87,7 @@ class TensorSource:
 
 
 class Weights:
-    """The tensors of one component by name, whichever shard they lie in."""
+    """The tensors of one component by name, from all of its shards."""
 
     def __init__(self, where: Path, tensors: Mapping[str, TensorSource]) -> None:
         """`where` is the folder or file that they come from."""
@@ -126,7 +126,7 @@ class Weights:
         """
         tensor = self._tensors.get(name)
         if tensor is None:
-            raise CheckpointError(f"{self.where}: holds no tensor {name}; is this the whole checkpoint?")
+            raise CheckpointError(f"{self.where}: tensor {name} not found; is the checkpoint complete?")
         if tensor.entry.dtype not in FLOATING:
             raise CheckpointError(
                 f"{tensor.path}: {name} is stored as {tensor.entry.dtype}, which is not supported; "
@@ -139,7 +139,7 @@ class Weights:
         return tensor
 
     def without_prefix(self, prefix: str) -> Self:
-        """Accepts names with or without a prefix: it is taken off wherever it stands."""
+        """Accepts names with or without a prefix, which is removed."""
         self._tensors = {
             short: dataclasses.replace(tensor, name=short)
             for short, tensor in ((t.name.removeprefix(prefix), t) for t in self._tensors.values())
@@ -166,7 +166,7 @@ def _read_sharded(index: Path) -> dict[str, TensorSource]:
     for name, shard in weight_map.items():
         entry = headers[shard].get(name)
         if entry is None:
-            raise CheckpointError(f"{index.with_name(shard)}: holds no tensor {name}, which {index.name} says it does")
+            raise CheckpointError(f"{index.with_name(shard)}: tensor {name} not found, although {index.name} lists it")
         tensors[name] = TensorSource(name, index.with_name(shard), entry)
     return tensors
 
@@ -228,7 +228,7 @@ class Checkpoint:
         Such a component's folder may be missing; where it has a ``config.json``, that one counts. With a file for
         every component, `path` need only have the tokenizer: ``tokenizer.json``, or a directory with it.
         ``"tiny"`` is the demo model (``"./tiny"`` a directory of that name).
-        Raises `CheckpointError` for whatever is missing or wrong.
+        Raises `CheckpointError` for anything that is missing or wrong.
         """
         root = demo_checkpoint() if path == DEMO.name else Path(path)
         if not files.complete:
@@ -309,5 +309,7 @@ def _find_tokenizer(root: Path, files: SingleFiles) -> Path:
     if found:
         return found
     if files.complete:
-        raise CheckpointError(f"{root}: has no tokenizer.json, which single files lack; give one or its directory")
+        raise CheckpointError(
+            f"{root}: tokenizer.json not found, and single files do not contain it; give its path or its directory"
+        )
     raise CheckpointError(f"{tokenizer}: missing from the checkpoint; download or copy it again")

@@ -1,7 +1,8 @@
 """A small server that speaks as much of the Hub's API as huggingface_hub uses to read a model.
 
-It keeps a log of what was asked, answers ranges, sends weights from a second host as the Hub does, and fails on
-request: a connection that breaks off in the middle of a file, a private or gated model, an outage.
+It keeps a log of what was asked, answers ranges, sends weights from a second host as the Hub does, offers Xet, and
+fails on request: a connection that breaks off in the middle of a file, damaged bytes, a private or gated model, an
+outage.
 """
 
 import contextlib
@@ -41,8 +42,8 @@ class Model:
 
     commits: dict[str, dict[str, bytes]]
     branches: dict[str, str]  # commit by name
-    token: str | None = None  # without it, the model is as good as not there
-    gated: bool = False  # to whoever
+    token: str | None = None  # without it, the model is reported as missing
+    gated: bool = False  # to everyone
 
 
 @dataclass
@@ -52,6 +53,9 @@ class HubServer:
     models: dict[str, Model] = field(default_factory=dict)
     log: list[Asked] = field(default_factory=list)
     break_after: dict[str, list[int]] = field(default_factory=dict)  # bytes that the next answers for a file give
+    damaged: list[str] = field(default_factory=list)  # files whose next answer has a wrong byte, once per entry
+    held: dict[str, threading.Event] = field(default_factory=dict)  # files that are not sent before the event
+    xet: set[str] = field(default_factory=set)  # files that are also offered through Xet
     known_tokens: list[str] | None = None  # where it is a list, any other token is refused
     status: int | None = None  # what every request is answered with, whatever it asks
 
@@ -181,6 +185,11 @@ class _Handler(BaseHTTPRequestHandler):
                 "X-Linked-ETag": f'"{_sha256(data)}"',
                 "Location": f"http://localhost:{port}/cdn/{name}/{commit}/{file}?signature=1",
             }
+            if file in self.hub.xet:
+                headers |= {
+                    "X-Xet-Hash": _sha256(b"xet" + data),
+                    "Link": f'<{self.hub.url}/api/models/{name}/xet-read-token/{commit}>; rel="xet-auth"',
+                }
             self._send(302, b"", headers)
         else:
             self._file(file, data, {**headers, "ETag": f'"{_git_hash(data)}"'})
@@ -188,6 +197,11 @@ class _Handler(BaseHTTPRequestHandler):
     def _file(self, file: str, data: bytes, headers: dict[str, str]) -> None:
         self._note(self.path, file)
         start = self.hub.log[-1].first_byte or 0
+        if self.command == "GET" and file in self.hub.held:
+            self.hub.held[file].wait(60)
+        if self.command == "GET" and file in self.hub.damaged:
+            self.hub.damaged.remove(file)
+            data = data[:-1] + bytes([data[-1] ^ 1])
         if start:
             headers |= {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
         breaks = self.hub.break_after.get(file)

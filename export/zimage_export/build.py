@@ -60,7 +60,7 @@ class BuildOptions:
 
 
 class Phases:
-    """How long each phase took, one after the other."""
+    """How long each phase took."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

@@ -123,7 +123,7 @@ def test_the_rest_of_a_file_is_not_put_to_a_damaged_beginning(
     hub.break_after.clear()
     (partial,) = (tmp_path / "cache").glob("models--*/blobs/*.incomplete")
     partial.write_bytes(bytes(1 << 20))
-    with pytest.raises(HubError, match=f"{WEIGHTS} was damaged on the way; run the command again"):
+    with pytest.raises(HubError, match=f"{WEIGHTS} was damaged during the download; run the command again"):
         quiet.bundle(NAME)
     assert (quiet.bundle(NAME).path / WEIGHTS).read_bytes() == (bundle / WEIGHTS).read_bytes()
 
@@ -236,7 +236,7 @@ def test_a_disk_without_room_is_found_before_anything_is_fetched(
     hub: HubServer, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=70 << 20)
-    monkeypatch.setattr("zimage_runtime.bundle.hub.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("zimage_runtime.bundle.hub_download.shutil.disk_usage", lambda path: usage)
     outcome = call_rt(capsys, "run", "a cat", "-m", NAME, *DRAW)
     assert_one_line_error(outcome, tmp_path / "cache", "no space left", "0.07 GB is free", "HF_HOME")
     assert hub.fetched() == ["manifest.json"]

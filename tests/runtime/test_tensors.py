@@ -138,5 +138,5 @@ def test_a_type_that_we_lack_is_refused_only_when_read(tmp_path: Path) -> None:
     np.testing.assert_array_equal(file.array("w")[0], [1.25])
     with pytest.raises(TensorFileError, match="I64 is not supported"):
         file.array("step")
-    with pytest.raises(TensorFileError, match="holds no tensor nothing"):
+    with pytest.raises(TensorFileError, match="has no tensor nothing"):
         file.array("nothing")

@@ -1,4 +1,4 @@
-"""Streaming tensors from a checkpoint's shards into a bundle's weight files, a piece at a time.
+"""Streaming tensors from a checkpoint's shards into a bundle's weight files, in pieces of bounded size.
 
 A precision decides how each tensor is stored. The writer is independent of precisions: it is given tensors with a
 name, a type and a shape that produce their bytes on demand.

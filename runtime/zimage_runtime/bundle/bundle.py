@@ -1,4 +1,4 @@
-"""A bundle on disk: opened, checked, and its files found."""
+"""A bundle on the disk: opened, checked, and the paths of its files."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -73,7 +73,7 @@ class Bundle:
         return self.file(record.path)
 
     def verify(self, progress: Callable[[int], object] | None = None) -> None:
-        """Checks every file's hash. Raises `BundleError` that names the altered ones."""
+        """Checks every file's hash. Raises `BundleError` that names the altered files."""
         altered = []
         for name, record in self.manifest.files.items():
             try:

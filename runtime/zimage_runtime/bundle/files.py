@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees the whole of one or nothing of it."""
+"""Writing files so that a reader sees a whole file or none."""
 
 import contextlib
 import hashlib
@@ -13,15 +13,15 @@ _CHUNK = 1 << 22
 
 def temporary_sibling(path: Path) -> Path:
     """A fresh hidden name in the folder of `path`, so that a rename stays on one file system."""
-    # cut, for a name may be as long as the file system takes
+    # cut: a name may be as long as the file system allows
     return path.with_name(f".{path.name[:32]}.{secrets.token_hex(4)}.part")
 
 
 @contextlib.contextmanager
 def atomic_write(path: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
-    """A file that appears at `path` only when the block ends well; whatever fails, nothing is left behind.
+    """A file that appears at `path` only when the block ends without an error; otherwise nothing is left behind.
 
-    Without `overwrite`, raises `FileExistsError` if the name was taken in the meantime.
+    Without `overwrite`, raises `FileExistsError` if the name was taken while the block ran.
     """
     temporary = temporary_sibling(path)
     try:
@@ -38,7 +38,7 @@ def atomic_write(path: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
 
 
 def _link(source: Path, target: Path) -> bool:
-    """Give `source` the name `target` too, failing if it is taken; False where the file system has no links."""
+    """Gives `source` the name `target` too, or fails if it is taken. False if the file system has no hard links."""
     try:
         os.link(source, target)
     except FileExistsError:
@@ -49,7 +49,7 @@ def _link(source: Path, target: Path) -> bool:
 
 
 def hash_file(path: Path, progress: Callable[[int], object] | None = None) -> str:
-    """The SHA-256 of a file; `progress` is told the bytes of each piece read."""
+    """The SHA-256 of a file; `progress` gets the bytes of each piece read."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(_CHUNK):

@@ -12,7 +12,7 @@ class HubError(ZImageRuntimeError):
 
 
 def unreachable(error: BaseException) -> str | None:
-    """Why the Hub could not be asked, or None if it was, and answered."""
+    """Why the Hub could not be reached; None if it answered."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     for cause in _chain(error):
@@ -27,13 +27,13 @@ def unreachable(error: BaseException) -> str | None:
 
 
 def not_cached(name: str, reason: str, file: str | None = None) -> HubError:
-    """The error for what is needed, not in the cache, and for `reason` not to be had."""
-    advice = "unset it to fetch it" if "OFFLINE" in reason else "run the command again to go on"
+    """The error for a file that is needed, not in the cache, and because of `reason` not available from the Hub."""
+    advice = "unset it to download it" if "OFFLINE" in reason else "run the command again to continue"
     return HubError(f"{name}: {f'{file} is not' if file else 'not completely'} in the cache, and {reason}; {advice}")
 
 
 def explain(error: BaseException, name: str, revision: str | None, cache: Path) -> HubError:
-    """The error to raise instead of one of huggingface_hub's or of the libraries that it stands on."""
+    """The error to raise instead of one of huggingface_hub's or of the libraries that it uses."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -60,7 +60,7 @@ def explain(error: BaseException, name: str, revision: str | None, cache: Path) 
             case RevisionNotFoundError():
                 text = f"has no revision {revision or 'main'!r} on the Hub"
             case HFValidationError():
-                text = "no such directory, and no name that a model on the Hub can have"
+                text = "no such directory, and not a possible name of a model on the Hub"
             case EntryNotFoundError() if not isinstance(cause, LocalEntryNotFoundError):
                 text = f"a file is missing on the Hub: {_first_line(cause)}"
             case HfHubHTTPError() if (status := _status(cause)) and status < 500:
@@ -76,19 +76,19 @@ def explain(error: BaseException, name: str, revision: str | None, cache: Path) 
             case _:
                 continue
         return HubError(f"{name}: {text}")
-    return HubError(f"{name}: the download failed: {_first_line(error)}; run the command again to go on")
+    return HubError(f"{name}: the download failed: {_first_line(error)}; run the command again to continue")
 
 
 def _refusals() -> dict[int, str]:
     return {
         401: "the Hub does not accept your token; log in again with `hf auth login`",
-        403: "the Hub does not let you read it; log in with a token that may, `hf auth login`",
-        429: "the Hub says that you ask too often; wait a few minutes, or log in with `hf auth login`",
+        403: "the Hub does not let you read it; log in with a token that has access, `hf auth login`",
+        429: "the Hub limits your requests; wait a few minutes, or log in with `hf auth login`",
     }
 
 
 def _transport_errors() -> tuple[type[BaseException], ...]:
-    """What the HTTP library raises when no answer comes; which library it is depends on huggingface_hub's version."""
+    """What the HTTP library raises when there is no answer; the library depends on huggingface_hub's version."""
     from huggingface_hub import errors
 
     library = next(base for base in errors.HfHubHTTPError.__mro__ if base.__name__ == "HTTPError")

@@ -1,6 +1,6 @@
 """Safetensors files: a header that says where each tensor lies, and the tensors' bytes.
 
-ONNX programs point into these files by offset, so both sides need the header itself, not only the tensors.
+ONNX programs refer to these files by offset, so both the exporter and the runtime need the header itself.
 Format: 8 bytes of header length (little endian), a JSON header, then the data, in order and without gaps.
 """
 
@@ -30,7 +30,7 @@ class TensorFileError(ZImageRuntimeError):
 
 
 class DType(StrEnum):
-    """The element types that we read and write, by their safetensors names."""
+    """The supported element types, by their safetensors names."""
 
     F32 = "F32"
     F16 = "F16"
@@ -56,7 +56,7 @@ _STORAGE = {DType.F32: "<f4", DType.F16: "<f2", DType.BF16: "<u2", DType.I8: "i1
 class TensorEntry:
     """One tensor of a file."""
 
-    dtype: str  # as the file names it; maybe one that `DType` lacks
+    dtype: str  # as the file names it, which `DType` may lack
     shape: tuple[int, ...]
     offset: int  # from the start of the file
     nbytes: int
@@ -160,7 +160,7 @@ class TensorFile:
         """A view of a tensor's stored elements, and their type."""
         entry = self.entries.get(name)
         if entry is None or self._bytes is None:
-            raise TensorFileError(f"{self.path}: holds no tensor {name}")
+            raise TensorFileError(f"{self.path}: has no tensor {name}")
         if entry.dtype not in DType.__members__:
             raise TensorFileError(f"{self.path}: {name}: {entry.dtype} is not supported")
         dtype = DType(entry.dtype)

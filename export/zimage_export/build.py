@@ -24,6 +24,7 @@ from zimage_runtime.bundle.manifest import (
 from zimage_runtime.bundle.rebalancing import PLACES
 from zimage_runtime.bundle.tensors import DType, read_header
 from zimage_runtime.command_line.progress import Progress
+from zimage_runtime.errors import BundleError
 from zimage_runtime.machine.gpu_targets import GpuTarget
 from zimage_runtime.model.programs import COMPONENTS, Program
 from zimage_runtime.model.schedule import DEFAULT_STEPS
@@ -123,13 +124,26 @@ def build_reported(model: str | Path, out: str | Path, options: BuildOptions, pr
     with replaced_directory(target) as folder:
         manifest = _write(folder, checkpoint, graphs, streams, options, progress, phases)
         checked = self_check(Bundle(folder, manifest))
-        manifest = dataclasses.replace(manifest, self_check=checked, folds=_plain(folds))
+        manifest = _with_earlier(target, dataclasses.replace(manifest, self_check=checked, folds=_plain(folds)))
         write_manifest(folder, manifest)
         phases.end("self_check")
         if options.engines:
             add_engines(Bundle(folder, manifest), options.gpus, progress)
             phases.end("engines")
     return BuildReport(Bundle.open(target), phases.seconds)
+
+
+def _with_earlier(target: Path, manifest: Manifest) -> Manifest:
+    """The manifest, which images of the bundle that it replaces still match if the weights are the same."""
+    try:
+        replaced = Bundle.open(target).manifest
+    except BundleError:
+        return manifest
+    if replaced.fingerprint != manifest.fingerprint:
+        return manifest
+    earlier = dict.fromkeys((*replaced.earlier_fingerprints, replaced.files_fingerprint))
+    earlier.pop(manifest.files_fingerprint, None)
+    return dataclasses.replace(manifest, earlier_fingerprints=tuple(earlier))
 
 
 def _open(model: str | Path, options: BuildOptions, progress: Progress) -> tuple[Checkpoint, BuildOptions]:

@@ -113,7 +113,7 @@ def _english(scene: Scene, rng: np.random.Generator) -> str:
         )
     if text.startswith("a"):  # and not with "in the middle"
         text = _pick((text, text, text, f"a picture of {text}", f"draw {text}"), rng)
-    if scene.tells_background:
+    if scene.mentions_background:
         ground = (
             f"{scene.background[0]} background"
             if len(scene.background) == 1
@@ -153,7 +153,7 @@ def _chinese(scene: Scene, rng: np.random.Generator) -> str:
             ),
             rng,
         )
-    if scene.tells_background:
+    if scene.mentions_background:
         names = [_ZH_BACKGROUND[colour] for colour in scene.background]
         ground = f"{names[0]}背景" if len(names) == 1 else f"{names[0]}到{names[1]}的渐变背景"
         if _simple(scene):

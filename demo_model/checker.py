@@ -1,4 +1,4 @@
-"""Reads simple scenes back from pictures by hue, connected areas and outlines; knows nothing of any model."""
+"""Reads simple scenes back from pictures by hue, connected areas and outlines; independent of any model."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,8 +21,11 @@ _LIKENESS: dict[Shape, float] = {
     "ring": 0.67,
     "heart": 0.78,
 }
-"""Overlap with the nearest outline below which a shape counts as none. 19 of 20 outlines reach theirs whose points are
-moved by 4 % of the diameter; one number for all would pass any lump as a circle and refuse most stars drawn by hand."""
+"""Overlap with the nearest outline below which a shape is not recognized.
+
+Of outlines whose points are moved by 4 % of the diameter, 19 of 20 reach theirs. One threshold for all would accept any
+lump as a circle and refuse most hand-drawn stars.
+"""
 _SIDE = 32
 
 
@@ -38,7 +41,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether all that a scene's prompt told is there, and no more. `position` is None if it told none."""
+    """Whether a picture shows what the scene's prompt mentions, and no more. `position` is None if it mentions none."""
 
     colour: bool
     shape: bool
@@ -66,7 +69,7 @@ def see(picture: NDArray[np.uint8]) -> list[Seen]:
 
 
 def judge(scene: Scene, seen: list[Seen]) -> Verdict:
-    """Compares what is seen with what the scene's prompt told."""
+    """Compares what is seen with what the scene's prompt mentions."""
     wanted = [(thing.colour, thing.shape) for thing in scene.things]
     return Verdict(
         colour=_same((colour for colour, _ in wanted), (one.colour for one in seen)),
@@ -101,7 +104,7 @@ def _position(scene: Scene, seen: list[Seen]) -> bool | None:
 
 
 def _is(one: Seen, colour: Colour, shape: Shape, other: Seen) -> bool:
-    """Whether `one` is the object meant, told from `other` by its colour, or by its shape where colours agree."""
+    """Whether `one` is the object meant: distinguished from `other` by colour, or by shape if the colours agree."""
     return one.colour == colour and (other.colour != colour or one.shape == shape)
 
 

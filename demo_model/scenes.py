@@ -71,29 +71,31 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What there is to see, and which of it a caption is to tell."""
+    """What there is to see, and which of it a caption mentions."""
 
     things: tuple[Thing, ...]
     background: tuple[str, ...]  # one name, or two for a gradient from top to bottom
-    place: str | None = None  # of a single object, when captions tell it
-    relation: Relation | None = None  # of the first object to the second, when captions tell it (else it is left)
-    tells_background: bool = False
+    place: str | None = None  # of a single object, if captions mention it
+    relation: Relation | None = None  # of the first object to the second, if captions mention it (otherwise left)
+    mentions_background: bool = False
 
 
 def random_scene(rng: np.random.Generator, *, held_out: bool = False) -> Scene:
     """A scene whose pairs of colour and shape are all training pairs, or (`held_out`) one of them is held out."""
     first = _pair(rng, held_out)
-    background, tells_background = _background(rng)
+    background, mentions_background = _background(rng)
     if rng.random() < 0.5:
-        return _one_thing(rng, first, background, tells_background)
+        return _one_thing(rng, first, background, mentions_background)
     second = _pair(rng, False)
     while second == first:
         second = _pair(rng, False)
     pairs = (first, second) if rng.random() < 0.5 else (second, first)
     relation = RELATIONS[rng.integers(4)]
-    # untold means side by side in the order of reading: a choice between arrangements would be left to the noise
-    tells = relation != "left" or bool(rng.random() < 0.6)
-    return Scene(_two_things(rng, pairs, relation), background, None, relation if tells else None, tells_background)
+    # without a mention, side by side in reading order: otherwise the noise would choose between arrangements
+    mentions = relation != "left" or bool(rng.random() < 0.6)
+    return Scene(
+        _two_things(rng, pairs, relation), background, None, relation if mentions else None, mentions_background
+    )
 
 
 def _pair(rng: np.random.Generator, held_out: bool) -> tuple[Colour, Shape]:
@@ -115,7 +117,7 @@ def _background(rng: np.random.Generator) -> tuple[tuple[str, ...], bool]:
 
 
 def _one_thing(
-    rng: np.random.Generator, pair: tuple[Colour, Shape], background: tuple[str, ...], tells_background: bool
+    rng: np.random.Generator, pair: tuple[Colour, Shape], background: tuple[str, ...], mentions_background: bool
 ) -> Scene:
     place = list(PLACES)[rng.integers(len(PLACES))] if rng.random() < 0.5 else None
     size: Literal["", "small", "large"] = ""
@@ -129,7 +131,7 @@ def _one_thing(
     column, row = PLACES[place] if place else (0, 0)
     x, y = (0.5 + 0.26 * side + rng.uniform(-0.03, 0.03) for side in (column, row))
     thing = Thing(pair[1], pair[0], float(x), float(y), float(radius), float(rng.uniform(-8, 8)), size)
-    return Scene((thing,), background, place, None, tells_background)
+    return Scene((thing,), background, place, None, mentions_background)
 
 
 def _two_things(

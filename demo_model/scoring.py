@@ -16,7 +16,7 @@ Draw = Callable[[str, int], NDArray[np.uint8]]
 
 @dataclass(frozen=True)
 class Scores:
-    """Shares between 0 and 1. `position` is over the prompts that tell a place or a relation."""
+    """Shares between 0 and 1. `position` is over the prompts that mention a place or a relation."""
 
     prompts: int
     positioned: int

@@ -1,8 +1,8 @@
 """Gradients from several processes, one thread each, with the same result for any number of them.
 
-A step is cut into microbatches. Whoever is free takes the next one, so that a core which is busy elsewhere holds
-nobody up; each microbatch's gradient has its own place in shared memory and they are added in order, so the sum is
-the same whoever computed what.
+A step is cut into microbatches. A free worker takes the next one, so that a core that is busy elsewhere delays no
+other. Each microbatch's gradient has its own place in shared memory, and they are added in order, so the sum does not
+depend on which worker computed which.
 """
 
 import os

@@ -25,6 +25,7 @@ from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
 from zimage_runtime.model import geometry, schedule
 from zimage_runtime.model.config import TextEncoderConfig
 from zimage_runtime.model.geometry import ImageGeometry, Rotary
+from zimage_runtime.model.linears import Linear
 from zimage_runtime.model.schedule import Schedule
 from zimage_runtime.model.tokenizer import PromptTokenizer
 from zimage_runtime.pipeline import Pipeline
@@ -199,8 +200,8 @@ def test_gate_and_value_of_swiglu_swapped(
 ) -> None:
     gated = Layers.gated
 
-    def broken(self: Layers, x: str, gate: str, up: str, *args: Any, **kwargs: Any) -> str:
-        if gate == branch:
+    def broken(self: Layers, x: str, gate: Linear, up: Linear, *args: Any, **kwargs: Any) -> str:
+        if gate.name == branch:
             gate, up = up, gate
         return gated(self, x, gate, up, *args, **kwargs)
 

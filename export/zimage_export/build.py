@@ -24,6 +24,7 @@ from zimage_runtime.bundle.manifest import (
 from zimage_runtime.bundle.rebalancing import PLACES
 from zimage_runtime.bundle.tensors import DType, read_header
 from zimage_runtime.command_line.progress import Progress
+from zimage_runtime.errors import BundleError
 from zimage_runtime.machine.gpu_targets import GpuTarget
 from zimage_runtime.model.programs import COMPONENTS, Program
 from zimage_runtime.model.schedule import DEFAULT_STEPS
@@ -42,7 +43,7 @@ from .storage.precision import StoragePolicy
 from .storage.stored import StoredTensor, total_bytes
 from .weights.folding import Peaks, choose_folds
 from .weights.int4_layers import eight_bit_layers
-from .weights.rebalance import Rebalancing, loudness
+from .weights.rebalance import Rebalancing, measured_ranges
 from .weights.streaming import plan_embeddings, plan_weights, write_weights
 
 
@@ -82,7 +83,7 @@ class BuildReport:
 
 
 def build(model: str | Path, out: str | Path, options: BuildOptions, progress: Progress) -> Bundle:
-    """Like `build_reported`, but returns only the bundle."""
+    """Like `build_reported`, without the report."""
     return build_reported(model, out, options, progress).bundle
 
 
@@ -90,7 +91,7 @@ def build_reported(model: str | Path, out: str | Path, options: BuildOptions, pr
     """Exports a checkpoint, a directory or a name on the Hub, to a bundle at `out` and returns it opened.
 
     Raises `HubError` for a checkpoint that cannot be fetched, `CheckpointError` for a bad one, and `ExportError` for
-    an output that is in the way, a full disk or a failed self-check. In every case, `out` is either untouched or
+    an output that already exists, a full disk or a failed self-check. In every case, `out` is either untouched or
     complete.
     """
     target, phases = Path(out), Phases()
@@ -101,7 +102,7 @@ def build_reported(model: str | Path, out: str | Path, options: BuildOptions, pr
     _check_tokenizer(checkpoint)
     peaks = _measured(checkpoint, options, progress)
     folds = choose_folds(checkpoint, peaks)
-    balance = Rebalancing(checkpoint, loudness(peaks))
+    balance = Rebalancing(checkpoint, measured_ranges(peaks))
     policy = StoragePolicy(options.precision, checkpoint.vae_type, checkpoint.timestep_type)
     if options.precision is Precision.INT4:
         plan_weights(checkpoint, build_graphs(checkpoint.config), StoragePolicy(Precision.FP32), {})  # checks shapes
@@ -113,7 +114,7 @@ def build_reported(model: str | Path, out: str | Path, options: BuildOptions, pr
     embeddings = plan_embeddings(checkpoint)
     streams = {f"{component}/weights.safetensors": tensors for component, tensors in weights.items()}
     streams["text_encoder/embeddings.safetensors"] = embeddings
-    if policy.rebalanced:  # a LoRA needs them; chosen with the weights, so written after them
+    if policy.rebalanced:  # a LoRA needs them; they are chosen with the weights, so written after them
         streams |= {_rebalancing_file(component): balance.stored(component) for component in PLACES}
     needed = sum(total_bytes(tensors) for tensors in streams.values())
     check_disk(target, needed)
@@ -123,7 +124,7 @@ def build_reported(model: str | Path, out: str | Path, options: BuildOptions, pr
     with replaced_directory(target) as folder:
         manifest = _write(folder, checkpoint, graphs, streams, options, progress, phases)
         checked = self_check(Bundle(folder, manifest))
-        manifest = dataclasses.replace(manifest, self_check=checked, folds=_plain(folds))
+        manifest = _with_earlier(target, dataclasses.replace(manifest, self_check=checked, folds=_plain(folds)))
         write_manifest(folder, manifest)
         phases.end("self_check")
         if options.engines:
@@ -132,13 +133,26 @@ def build_reported(model: str | Path, out: str | Path, options: BuildOptions, pr
     return BuildReport(Bundle.open(target), phases.seconds)
 
 
+def _with_earlier(target: Path, manifest: Manifest) -> Manifest:
+    """The manifest, which images of the bundle that it replaces still match if the weights are the same."""
+    try:
+        replaced = Bundle.open(target).manifest
+    except BundleError:
+        return manifest
+    if replaced.fingerprint != manifest.fingerprint:
+        return manifest
+    earlier = dict.fromkeys((*replaced.earlier_fingerprints, replaced.files_fingerprint))
+    earlier.pop(manifest.files_fingerprint, None)
+    return dataclasses.replace(manifest, earlier_fingerprints=tuple(earlier))
+
+
 def _open(model: str | Path, options: BuildOptions, progress: Progress) -> tuple[Checkpoint, BuildOptions]:
-    """Opens the checkpoint, fetched where it is on the Hub; the options come back with the commit that it is."""
+    """Opens the checkpoint, fetched if it is on the Hub; the returned options contain the commit that was fetched."""
     found = find_model(model, progress, options.revision, options.files)
     checkpoint = Checkpoint.open(found.path, options.files)
     if found.name is None:
         return checkpoint, options
-    if options.files.transformer:  # what gives the bundle its name is not on the Hub
+    if options.files.transformer:  # the file that the bundle is named after is not on the Hub
         return checkpoint, dataclasses.replace(options, revision=None)
     return dataclasses.replace(checkpoint, name=found.name), dataclasses.replace(options, revision=found.revision)
 
@@ -188,7 +202,7 @@ def _rebalancing_file(component: str) -> str:
 
 
 def _file_name(graph: Graph) -> str:
-    """The modulation program bears no executor's name: it always runs on the CPU."""
+    """The modulation program's name has no executor: it always runs on the CPU."""
     return "modulation.onnx" if graph.program is Program.MODULATION else f"{graph.program}.{graph.executor}.onnx"
 
 

@@ -32,7 +32,7 @@ _gpu_option = click.option(
 
 
 def _single_files(command: Callable[..., None]) -> Callable[..., None]:
-    """Options for the components that come from a file of their own."""
+    """Options for components from single files."""
     for part, example in (("vae", ""), ("text-encoder", ""), ("transformer", ", such as a fine-tune")):
         say = f"A safetensors file to use in place of the checkpoint's{example}."
         command = click.option(f"--{part}", type=_FILE, help=say)(command)
@@ -55,17 +55,22 @@ def cli() -> None:
     show_default=True,
     help="How weights are stored and computed with.",
 )
-@click.option("--revision", help="Of MODEL on the Hub: a branch, tag or commit.  [default: main]")
+@click.option("--revision", help="Branch, tag or commit of MODEL on the Hub.  [default: main]")
 @_single_files
 @click.option(
     "--calibrate",
     type=click.Path(path_type=Path),
-    help="Text file of prompts, one a line, to measure activations with.  [default: from the weights alone]",
+    help="Text file of prompts, one per line, for measuring activation ranges.  [default: from the weights alone]",
 )
-@click.option("--engines", is_flag=True, help="Write TensorRT block programs and engines, as `engines` does.")
+@click.option("--engines", is_flag=True, help="Also write TensorRT block programs and engines, as `engines` does.")
 @_gpu_option
-@click.option("--verify", "measure", is_flag=True, help="Measure the bundle against the checkpoint when it is done.")
-@click.option("--force", is_flag=True, help="Replace a bundle that is already at OUT.")
+@click.option(
+    "--verify",
+    "measure",
+    is_flag=True,
+    help="Then measure the bundle against MODEL, as `verify` does.",
+)
+@click.option("--force", is_flag=True, help="Replace the bundle at OUT, if there is one.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the path.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 def build(
@@ -91,7 +96,7 @@ def build(
     """
     require_extra()
     if gpus and not engines:
-        raise click.UsageError("--gpu is for --engines, which is missing")
+        raise click.UsageError("--gpu requires --engines")
     from zimage_runtime.machine.gpu_targets import GpuTarget
 
     from .build import BuildOptions, build_reported
@@ -132,9 +137,9 @@ def build(
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the path.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 def engines(bundle: Path, gpus: tuple[str, ...], as_json: bool, quiet: bool) -> None:
-    """Add TensorRT block programs and engines to BUNDLE, or renew them.
+    """Add TensorRT block programs and engines to BUNDLE, or replace them.
 
-    No GPU is needed. Engines hold no weights; one that does not fit a GPU or a version of TensorRT is built again
+    No GPU is needed. Engines contain no weights. An engine that does not suit a GPU or a version of TensorRT is rebuilt
     there, in seconds.
     """
     require_extra()
@@ -155,10 +160,8 @@ def engines(bundle: Path, gpus: tuple[str, ...], as_json: bool, quiet: bool) -> 
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--reference", required=True, help="The checkpoint that the bundle was made from, as for build.")
 @_single_files
-@click.option(
-    "--size", type=SizeType(), help="Of the images generated.  [default: the bundle's own, at most 256 a side]"
-)
-@click.option("--prompts", type=_FILE, help="Text file of prompts, one a line, each generated once.  [default: two]")
+@click.option("--size", type=SizeType(), help="Size of the images.  [default: the bundle's own, at most 256x256]")
+@click.option("--prompts", type=_FILE, help="Text file of prompts, one per line, each generated once.  [default: two]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the table.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 def verify(
@@ -174,9 +177,9 @@ def verify(
 ) -> None:
     """Measure BUNDLE against its checkpoint in float32 and write the result to its manifest.
 
-    Each component is compared on its own, then the final latents and the image. The reference is diffusers, a
-    block at a time, so that no checkpoint is too large. Fails if the bundle is further off than its precision allows.
-    What each precision would cost each layer is printed with it, and its summary written too.
+    Each component is compared on its own, then the final latents and the image. The reference is diffusers, run a block
+    at a time, so that even the largest checkpoint fits into memory. Fails if the bundle is further from the checkpoint
+    than its precision allows. Also prints what each precision would cost each layer, and writes a summary of it.
     """
     from zimage_runtime.bundle.bundle import Bundle
 
@@ -218,17 +221,17 @@ def _verify(
 @cli.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--scale", type=click.Choice(["small", "full"]), default="small", show_default=True)
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the random weights.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the random weights.")
 @click.option(
     "--tokenizer",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="A tokenizer.json to use instead of the small one that knows bytes only.",
+    help="A tokenizer.json to use instead of the small byte-level one.",
 )
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 def synthesize(out: Path, scale: str, seed: int, tokenizer: Path | None, quiet: bool) -> None:
-    """Write a checkpoint of random weights to OUT, in the published layout, to try the tools on.
+    """Write a checkpoint of random weights to OUT, in the published layout, for trying out the tools.
 
-    A small one takes 6 MB; a full one has the published shapes and types, and takes 33 GB.
+    A small one takes 6 MB. A full one has the published shapes and types, and takes 33 GB.
     """
     require_extra()
     from .synthetic.checkpoint import SCALES, write_checkpoint

@@ -1,4 +1,4 @@
-"""What can go wrong in an export, said in one line."""
+"""The errors of an export, each with a message of one line."""
 
 from importlib.util import find_spec
 
@@ -10,7 +10,7 @@ class ExportError(ZImageRuntimeError):
 
 
 def require_extra() -> None:
-    """Raises `ExportError` with the command that installs what exporting needs, where it is not installed."""
+    """Raises `ExportError` with the command that installs the export extra, if a part of it is missing."""
     missing = [name for name in ("onnx", "torch", "diffusers", "transformers") if find_spec(name) is None]
     if missing:
         raise ExportError(f"exporting needs {', '.join(missing)}: pip install 'zimage-rt[export]'")

@@ -20,9 +20,7 @@ def check_disk(target: Path, needed: int) -> None:
     """Raises `ExportError` where `needed` bytes do not fit beside `target`."""
     free = shutil.disk_usage(_existing_parent(target)).free
     if needed + _SPARE > free:
-        raise ExportError(
-            f"{target}: no space left: it takes {(needed + _SPARE) / 1e9:.2f} GB, {free / 1e9:.2f} GB is free"
-        )
+        raise ExportError(f"{target}: no space left: {(needed + _SPARE) / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
 
 
 def _existing_parent(target: Path) -> Path:
@@ -42,9 +40,9 @@ def check_target(target: Path, force: bool) -> None:
     if not force:
         raise ExportError(f"{target}: already exists; use --force to replace it")
     if target.is_dir() and target.samefile(Path()):
-        raise ExportError(f"{target}: is the current folder, which cannot be replaced; name a folder in it")
+        raise ExportError(f"{target}: is the current folder, which cannot be replaced; give a folder inside it")
     if not target.is_dir() or target.is_symlink() or (any(target.iterdir()) and not _is_bundle(target)):
-        raise ExportError(f"{target}: exists and is no bundle, so --force does not replace it; choose another place")
+        raise ExportError(f"{target}: exists and is not a bundle, so --force does not replace it; choose another path")
 
 
 def _is_bundle(path: Path) -> bool:
@@ -57,11 +55,11 @@ def _is_bundle(path: Path) -> bool:
 
 @contextlib.contextmanager
 def replaced_directory(target: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `target` when the block ends well, and vanishes otherwise.
+    """A temporary folder that replaces `target` when the block ends normally, and is removed otherwise.
 
-    Folders above `target` are made as needed, and vanish with it. An `OSError` names `target`, as it was given.
+    Folders above `target` are created as needed, and removed with it. An `OSError` names `target` as it was given.
     """
-    place = Path(os.path.abspath(target))  # "." has no name that a suffix could be put to
+    place = Path(os.path.abspath(target))  # "." has no name to append a suffix to
     suffix = f"{os.getpid()}-{secrets.token_hex(4)}"
     folder = place.with_name(f".{place.name}.{suffix}.part")
     missing = [parent for parent in place.parents if not parent.exists()]
@@ -94,9 +92,9 @@ def _swap(folder: Path, target: Path, aside: Path) -> None:
 
 
 def _clear_leftovers(target: Path) -> None:
-    """Removes what exports to the same target left behind when they were killed.
+    """Removes what killed exports to the same target left behind.
 
-    A bundle that was set aside to be replaced comes back if nothing took its place.
+    A bundle that was moved aside to be replaced is restored if nothing replaced it.
     """
     import psutil
 

@@ -55,7 +55,7 @@ def test_force_spares_a_folder_that_is_no_bundle(
         (target / "manifest.json").write_text(manifest)
     with unchanged(tmp_path):
         outcome = call_export(capsys, "build", checkpoint, target, "--force", "--quiet")
-    assert_one_line_error(outcome, target, "no bundle")
+    assert_one_line_error(outcome, target, "not a bundle")
 
 
 def test_force_spares_a_file(checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -63,7 +63,7 @@ def test_force_spares_a_file(checkpoint: Path, tmp_path: Path, capsys: Capture) 
     target.write_text("dear")
     with unchanged(tmp_path):
         outcome = call_export(capsys, "build", checkpoint, target, "--force", "--quiet")
-    assert_one_line_error(outcome, target, "no bundle")
+    assert_one_line_error(outcome, target, "not a bundle")
 
 
 def test_force_spares_a_link_and_what_it_points_to(

@@ -81,7 +81,7 @@ def test_captions_tell_what_the_scene_says() -> None:
         for thing in scene.things:
             assert words.count(thing.colour) >= 1
             assert thing.shape in words
-        assert ("background" in words) == scene.tells_background
+        assert ("background" in words) == scene.mentions_background
     plain = [Scene((Thing(shape, colour, 0.5, 0.5, 0.2),), ("white",)) for shape in SHAPES for colour in COLOURS]
     told = [{caption(scene, "zh", rng) for _ in range(40)} for scene in plain]
     assert sum(map(len, told)) == len(set().union(*told))

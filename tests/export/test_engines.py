@@ -28,6 +28,7 @@ from zimage_runtime.bundle.tensors import DType
 from zimage_runtime.executors.tensorrt.trt_api import Built, Library
 from zimage_runtime.machine.gpu_targets import GpuTarget, Variant
 from zimage_runtime.model.blocks import BlockKind, all_blocks
+from zimage_runtime.model.linears import Linear
 
 pytestmark = [
     pytest.mark.deep,
@@ -271,10 +272,10 @@ def test_an_attention_that_is_not_fused_is_noticed() -> None:
 def test_scales_inside_the_dequantization_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that are dequantized by the channel before the product: weight-only int8, in effect."""
 
-    def w8a16(self: TensorRtLayers, x: str, name: str, out_width: int, in_width: int) -> str:
-        b = self.b
-        weight = b.weight(f"{name}.weight", (in_width, out_width))
-        scale = b.cast(b.weight(f"{name}.weight_scale", (out_width,)), self.compute)
+    def w8a16(self: TensorRtLayers, x: str, linear: Linear) -> str:
+        b, name = self.b, linear.name
+        weight = b.weight(linear.weight, (linear.in_width, linear.out_width))
+        scale = b.cast(b.weight(f"{name}.weight_scale", (linear.out_width,)), self.compute)
         weight = b.op(
             "Mul", b.op("Cast", weight, name=f"{name}.cast", to=onnx.TensorProto.BFLOAT16), scale, name=f"{name}.w"
         )
@@ -290,12 +291,12 @@ def test_scales_inside_the_dequantization_are_noticed(monkeypatch: pytest.Monkey
 def test_weights_that_are_transposed_first_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A two-dimensional Transpose of the weight is the natural thing to write, and costs a kernel a linear."""
 
-    def linear(self: TensorRtLayers, x: str, name: str, out_width: int, in_width: int, *, bias: bool = False) -> str:
-        weight = self.b.weight(f"{name}.weight", (out_width, in_width))
-        weight = self.b.op("Transpose", weight, name=f"{name}.transposed", perm=[1, 0])
-        return self.b.op("MatMul", self.b.cast(x, self.b.type_of(weight)), weight, name=name)
+    def transposing(self: TensorRtLayers, x: str, linear: Linear) -> str:
+        weight = self.b.weight(linear.weight, (linear.out_width, linear.in_width))
+        weight = self.b.op("Transpose", weight, name=f"{linear.name}.transposed", perm=[1, 0])
+        return self.b.op("MatMul", self.b.cast(x, self.b.type_of(weight)), weight, name=linear.name)
 
-    monkeypatch.setattr(TensorRtLayers, "linear", linear)
+    monkeypatch.setattr(TensorRtLayers, "linear", transposing)
     broken = programs.__wrapped__("bf16", Variant.AMPERE)["transformer_block"]
     assert only_moves(build(broken, GpuTarget.PORTABLE, 512))
 

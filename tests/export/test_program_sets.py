@@ -17,7 +17,7 @@ from zimage_export.measure.self_check import fixed_inputs
 from zimage_export.storage.precision import StoragePolicy
 from zimage_export.synthetic.checkpoint import SMALL
 from zimage_runtime.bundle.bundle import Bundle
-from zimage_runtime.bundle.manifest import CPU, CUDA, CUDA_WEIGHT_ONLY, Precision
+from zimage_runtime.bundle.manifest import CPU, CUDA, CUDA_WEIGHT_ONLY, Manifest, Precision
 from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
 from zimage_runtime.model.programs import Program
@@ -87,3 +87,23 @@ def test_a_set_is_for_the_precisions_that_it_names(monkeypatch: pytest.MonkeyPat
     for precision in Precision:
         graphs = build_programs(SMALL.config, StoragePolicy(precision), {})
         assert any(graph.executor == "wind" for graph in graphs) is (precision is Precision.FP32)
+
+
+def test_images_of_a_bundle_match_the_one_that_replaces_it(
+    checkpoint: Path, qwen_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where only programs have changed; an image may record the hash of all files, as earlier versions did."""
+
+    def renewed(source: Path = checkpoint) -> Manifest:
+        return build(source, tmp_path / "bundle", BuildOptions(force=True), Progress(quiet=True)).manifest
+
+    first = renewed()
+    assert first.earlier_fingerprints == renewed().earlier_fingerprints == ()
+    monkeypatch.setitem(PROGRAM_SETS, "wind", WIND_PROGRAMS)
+    second = renewed()
+    assert second.files_fingerprint != first.files_fingerprint
+    assert second.matches(first.files_fingerprint)
+    assert renewed().earlier_fingerprints == second.earlier_fingerprints
+    monkeypatch.delitem(PROGRAM_SETS, "wind")
+    assert renewed().earlier_fingerprints == (second.files_fingerprint,)
+    assert not renewed(qwen_checkpoint).matches(second.files_fingerprint)

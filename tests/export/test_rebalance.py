@@ -38,10 +38,12 @@ def random_factors(monkeypatch: pytest.MonkeyPatch, only: int | None) -> None:
     calls = iter(range(10**9))
     rng = np.random.default_rng(0)
 
-    def factors(loudness: ActivationRange, readers: Any) -> FloatArray:
+    def factors(activations: ActivationRange, readers: Any) -> FloatArray:
         place = next(calls) % 4
         chosen = (
-            np.exp(rng.uniform(-3.4, 3.4, len(loudness.rms))) if only in (None, place) else np.ones(len(loudness.rms))
+            np.exp(rng.uniform(-3.4, 3.4, len(activations.rms)))
+            if only in (None, place)
+            else np.ones(len(activations.rms))
         )
         return chosen.astype(np.float32)
 

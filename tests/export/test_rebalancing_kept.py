@@ -195,8 +195,8 @@ def test_a_change_of_the_weights_is_transformed_into_the_bundles(
 
     rng = np.random.default_rng(0)
 
-    def factors(loudness: ActivationRange, readers: object) -> FloatArray:
-        return np.exp(rng.uniform(-3, 3, len(loudness.rms))).astype(np.float32)
+    def factors(activations: ActivationRange, readers: object) -> FloatArray:
+        return np.exp(rng.uniform(-3, 3, len(activations.rms))).astype(np.float32)
 
     monkeypatch.setattr(rebalance, "choose", factors)
     monkeypatch.setattr(StoragePolicy, "rebalanced", True)

@@ -35,7 +35,7 @@ from zimage_runtime.command_line.progress import Progress
         ({"diffusion_model.layers.0.attention.qkv.lora_A.weight": "BF16"}, "is a LoRA, not a model"),
         ({"lora_unet_layers_0_attention_qkv.lora_down.weight": "BF16"}, "is a LoRA, not a model"),
         ({"lycoris_layers_0_attention_qkv.lokr_w1": "BF16"}, "is a LoRA, not a model"),
-        ({"double_blocks.0.img_attn.qkv.weight": "BF16"}, "has no Z-Image transformer .*x_pad_token"),
+        ({"double_blocks.0.img_attn.qkv.weight": "BF16"}, "no Z-Image transformer .*x_pad_token"),
     ],
 )
 def test_unsupported_content_is_named(tensors: dict[str, str], said: str, tmp_path: Path) -> None:
@@ -86,14 +86,14 @@ def test_another_component_is_told_apart(given: str, wanted: str, comfy: SingleF
     if given == wanted:
         assert Weights.in_file(wanted, path).names()
         return
-    with pytest.raises(CheckpointError, match=f"{path}: holds a {titles[given]} where a {titles[wanted]} .* expected"):
+    with pytest.raises(CheckpointError, match=f"{path}: .*{titles[given]}.*expected a {titles[wanted]}"):
         Weights.in_file(wanted, path)
 
 
 def test_vae_of_another_model_is_refused(stored: dict[str, Tensors], tmp_path: Path) -> None:
     path = tmp_path / "sdxl_vae.safetensors"
     save_file(to_ldm_vae(stored["vae"]) | {"post_quant_conv.weight": torch.zeros(4, 4, 1, 1)}, path)
-    with pytest.raises(CheckpointError, match=f"{path}: has quant_conv"):
+    with pytest.raises(CheckpointError, match=f"{path}: .*quant_conv"):
         Weights.in_file("vae", path)
 
 
@@ -121,11 +121,11 @@ def _add_layer(tensors: Tensors) -> None:
 @pytest.mark.parametrize(
     ("alter", "said"),
     [
-        (_drop_norm, r"has no tensor layers\.1\.attention_norm1\.weight"),
-        (_drop_qkv, r"has no tensor layers\.1\.attention\.to_q\.weight"),
+        (_drop_norm, r"tensor layers\.1\.attention_norm1\.weight not found"),
+        (_drop_qkv, r"tensor layers\.1\.attention\.to_q\.weight not found"),
         (_narrow, r"layers\.1\.attention\.to_q\.weight has shape \[85, 256\], the configuration says \[256, 256\]"),
         (_fuse_badly, r"layers\.1\.attention\.qkv\.weight has shape \[256, 256\], which is not query, key and value"),
-        (_add_layer, r"has n_layers 3, the configuration says 2|has no tensor layers\.2\."),
+        (_add_layer, r"has n_layers 3, but the configuration has 2|tensor layers\.2\..* not found"),
     ],
 )
 def test_wrong_tensor_is_named_with_its_file(
@@ -173,7 +173,7 @@ def test_shapes_that_tell_nothing_are_refused(
 def test_some_files_still_need_a_checkpoint(single_files_model: Path, wide: SingleFiles, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"has no model_index\.json"):
         Checkpoint.open(single_files_model / "tokenizer", replace(wide, vae=None))
-    with pytest.raises(CheckpointError, match=rf"{tmp_path}: has no tokenizer\.json, which single files lack"):
+    with pytest.raises(CheckpointError, match=rf"{tmp_path}: tokenizer\.json not found"):
         Checkpoint.open(tmp_path, wide)
 
 
@@ -199,4 +199,4 @@ def test_command_says_what_is_wrong_in_one_line(
     lines = capsys.readouterr().err.splitlines()
     assert status == 1
     assert len(lines) == 1
-    assert lines[0].startswith(f"error: {comfy.vae}: holds a VAE where")
+    assert lines[0].startswith(f"error: {comfy.vae}: contains a VAE")

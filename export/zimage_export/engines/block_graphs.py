@@ -32,10 +32,9 @@ class BlockProgram:
 
 
 def build_blocks(config: ModelConfig, types: EngineTypes, folds: Mapping[str, Folds]) -> list[BlockProgram]:
-    """The programs that all blocks of a model take, in the order of their first use.
+    """The programs for all blocks of a model, in the order of their first use.
 
-    Blocks whose programs are the same to the byte share one; a block whose weights are stored otherwise than its
-    neighbours' gets its own.
+    Blocks whose programs are identical share one; a block whose weights are stored differently gets its own.
     """
     programs: dict[bytes, BlockProgram] = {}
     for place in all_blocks(config):
@@ -67,7 +66,7 @@ def _autoencoder_block(place: BlockPlace, graphs: VaeGraphs, b: GraphBuilder, dt
     signature = BLOCK_SIGNATURES[place.kind]
     x = next(iter(signature.inputs))
     if x == MAP:
-        # convolutions run on channels-last maps: so between blocks, too, no map is copied into another layout
+        # convolutions run on channels-last maps: so no map is copied into another layout between blocks either
         x = b.op("Transpose", b.input(MAP, dtype), name="channels_first", perm=[0, 3, 1, 2])
     values = graphs.block(b, place, x)
     for name, value in zip(signature.outputs, values, strict=True):

@@ -1,8 +1,8 @@
 """Block programs and TensorRT engines for a bundle, written into its `engines/` folder.
 
-Needs neither GPU nor weights in memory: what the weights are stored as is read from their files' headers, and an
-engine holds none. How much scratch memory a program takes at several sizes is read from TensorRT's own build log, so
-that an image can be planned without a GPU.
+Needs neither a GPU nor weights in memory: the weights' types are read from their files' headers, and engines contain no
+weights. The scratch memory of a program at several sizes is read from TensorRT's build log, so that memory can be
+planned without a GPU.
 """
 
 import dataclasses
@@ -40,10 +40,10 @@ from .block_graphs import BlockProgram, build_blocks
 from .types import EngineTypes
 
 IMAGE_TOKENS = 128 * 128
-"""The most image tokens that engines take: those of a 2048 x 2048 image."""
+"""The most image tokens that engines accept: those of a 2048 x 2048 image."""
 
 LATENT_SIDE = 256
-"""The most rows or columns of latents that the autoencoder's engines take: those of 2048 pixels."""
+"""The most rows or columns of latents that the autoencoder's engines accept: those of 2048 pixels."""
 
 _USUAL_IMAGE_TOKENS = 64 * 64  # 1024 x 1024
 _USUAL_CAPTION_TOKENS = 128
@@ -66,11 +66,11 @@ class Sizes:
 
 
 def add_engines(bundle: Bundle, gpus: Sequence[GpuTarget] = (), progress: Progress | None = None) -> Bundle:
-    """Writes or renews a bundle's block programs and engines and returns the bundle opened anew.
+    """Writes or replaces a bundle's block programs and engines and returns the bundle, opened again.
 
-    Without `gpus`: portable and Turing. Files get names that hold their content's
-    hash, and the manifest is replaced last: a killed run leaves the bundle as it was, and at most files that the
-    next one removes. Raises `ExportError`, or `ExecutorError` where TensorRT is missing or refuses a program.
+    Without `gpus`: portable and Turing. File names contain a hash of the
+    content, and the manifest is replaced last: a killed run leaves the bundle as it was, with at most a few files that
+    the next one removes. Raises `ExportError`, or `ExecutorError` where TensorRT is missing or refuses a program.
     """
     library = Library()
     targets = list(dict.fromkeys(gpus)) or [GpuTarget.PORTABLE, GpuTarget.SM75]
@@ -93,7 +93,7 @@ def add_engines(bundle: Bundle, gpus: Sequence[GpuTarget] = (), progress: Progre
 
 
 def half_type(precision: str, variant: Variant) -> DType:
-    """What 16-bit products are in. Other weights are converted when uploaded: folds keep them in fp16's range."""
+    """The element type of 16-bit products. Other weights are converted when uploaded: folds keep fp16's range."""
     if precision == "fp16" or variant is Variant.TURING:
         return DType.F16
     return DType.BF16
@@ -102,7 +102,7 @@ def half_type(precision: str, variant: Variant) -> DType:
 def check_engine_precision(precision: Precision) -> None:
     """Raises `ExportError` for a precision that block programs do not multiply in."""
     if precision is Precision.INT4:
-        raise ExportError("TensorRT's block programs multiply no int4 weights; use an int8, bf16 or fp16 bundle")
+        raise ExportError("TensorRT's block programs do not support int4 weights; use an int8, bf16 or fp16 bundle")
 
 
 def bundle_blocks(bundle: Bundle, variant: Variant) -> list[BlockProgram]:
@@ -114,7 +114,7 @@ def bundle_blocks(bundle: Bundle, variant: Variant) -> list[BlockProgram]:
     def stored(component: str, name: str, shape: tuple[int, ...]) -> DType:
         entry: TensorEntry | None = headers[component].get(name)
         if entry is None:
-            raise ExportError(f"{bundle.root}: holds no tensor {name}; export the bundle again")
+            raise ExportError(f"{bundle.root}: tensor {name} not found; export the bundle again")
         return DType(entry.dtype)
 
     types = EngineTypes(stored, variant, half_type(precision, variant))
@@ -129,7 +129,7 @@ def read_folds(plain: Mapping[str, Mapping[str, Mapping[str, int]]]) -> dict[str
 
 
 def program_spec(program: BlockProgram, config: ModelConfig, path: str, most: int | None = None) -> ProgramSpec:
-    """What the catalog says of a program, without its scratch. `most` replaces the profile's largest size."""
+    """A program's entry in the catalog, without its scratch memory. `most` replaces the profile's largest size."""
     sizes = program_sizes(program, config)
     if most is not None:
         sizes = dataclasses.replace(sizes, usual=most, most=most)
@@ -164,7 +164,7 @@ def program_spec(program: BlockProgram, config: ModelConfig, path: str, most: in
 def program_sizes(program: BlockProgram, config: ModelConfig) -> Sizes:
     """How large a program's free inputs may be: tokens, or rows and columns of its map."""
     if program.kind.component == "vae":
-        # of a program that serves several levels, the largest
+        # the largest, of a program that serves several levels
         scales = [place.scale for place in all_blocks(config) if place.key in program.scalars]
         most = LATENT_SIDE * max(scales)
         if program.kind is BlockKind.DECODER_TILE:
@@ -226,7 +226,7 @@ def measure_scratch(
 ) -> tuple[tuple[int, int], ...]:
     """Scratch memory at several sizes: (tokens, or rows times columns; bytes). `known` is by size, from other builds.
 
-    Never falling, for larger images run in the same engine.
+    It never decreases, as larger images run in the same engine.
     """
     onnx = program.model.SerializeToString(deterministic=True)
     found: list[tuple[int, int]] = []
@@ -234,7 +234,9 @@ def measure_scratch(
         spec = program_spec(program, config, "", size)
         nbytes = known[size] if size in known else library.build(onnx, spec, [gpu], detailed=True).activation_bytes
         if nbytes is None:
-            raise ExportError(f"TensorRT's build log does not say what {program.name} needs; use TensorRT for RTX 1.7")
+            raise ExportError(
+                f"TensorRT's build log does not report the memory that {program.name} needs; use TensorRT for RTX 1.7"
+            )
         found.append((_positions(spec), max(nbytes, found[-1][1] if found else 0)))
     return tuple(found)
 
@@ -264,7 +266,7 @@ class _Writer:
         return path
 
     def remove_others(self) -> None:
-        """Removes files of the folder that earlier runs left, now that nothing names them."""
+        """Removes files that earlier runs left in the folder and that the manifest no longer lists."""
         for path in (self._root / ENGINES_FOLDER).iterdir():
             if path.is_file() and f"{ENGINES_FOLDER}{path.name}" not in self.files:
                 path.unlink()

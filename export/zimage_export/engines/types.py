@@ -1,4 +1,4 @@
-"""What block programs take their weights in, and compute in, for a GPU generation."""
+"""The element types of block programs, for weights and for products, by GPU generation."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,21 +9,21 @@ from zimage_runtime.machine.gpu_targets import Variant
 from ..storage.precision import FLOAT32_LINEARS
 
 Stored = Callable[[str, str, tuple[int, ...]], DType]
-"""What a bundle stores a tensor in: by component, name and published shape."""
+"""The element type that a bundle stores a tensor in: by component, name and published shape."""
 
 
 @dataclass(frozen=True)
 class EngineTypes:
     """A `TypePolicy` for one block of a bundle.
 
-    The weights' inputs are of the type that they are computed with, so that the device holds no more than it needs;
-    whoever uploads converts. int8 stays int8.
+    The weights' inputs have the type that is computed with, so that the device stores no more than it needs; weights
+    are converted when they are uploaded. int8 stays int8.
     """
 
     stored: Stored
     variant: Variant
     half: DType  # what 16-bit products are in
-    full: bool = False  # all in float32 but int8 weights: the twin, which the CPU runs
+    full: bool = False  # everything but int8 weights in float32: for checks on the CPU
     prefix: str = ""  # of the block's names in the component
 
     def storage(self, component: str, name: str, shape: tuple[int, ...]) -> DType:
@@ -42,7 +42,7 @@ class EngineTypes:
         return self.half
 
     def _vae(self, name: str) -> DType:
-        """Never fp16, but for the attention's products on Turing, which has no others."""
+        """Never fp16, except for the attention's products on Turing, which has no bf16."""
         if "norm" in name:
             return DType.F32
         if self.variant is Variant.AMPERE:
@@ -50,7 +50,7 @@ class EngineTypes:
         return DType.F16 if ".attentions." in f".{name}" else DType.F32
 
     def gpu_compute(self, component: str) -> DType:
-        """What values that come from no weight are computed in."""
+        """The element type of values that do not come from a weight."""
         if self.full:
             return DType.F32
         if component == "vae":

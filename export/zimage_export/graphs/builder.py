@@ -1,7 +1,7 @@
 """Building an ONNX graph whose weights are only names and shapes.
 
 Nothing is traced and no weight is ever in memory: the model is stated operator by operator, in milliseconds and a
-few megabytes at any size, and every node, value and initializer bears the name that the checkpoint gives it.
+few megabytes at any size, and every node, value and initializer has the name that the checkpoint uses.
 """
 
 import contextlib
@@ -45,8 +45,8 @@ class Graph:
     weights: dict[str, tuple[int, ...]]  # name → shape, outside the file
     dims: Mapping[str, int]  # the config's values for names in the signature's shapes
     settings: tuple[str, ...] = ()  # the constants that the runtime may override
-    types: Mapping[str, DType] = field(default_factory=dict)  # of weights, and of whatever else is not float32
-    scalars: Mapping[str, float] = field(default_factory=dict)  # float32 inputs of one element, and what to feed them
+    types: Mapping[str, DType] = field(default_factory=dict)  # of weights, and of other values that are not float32
+    scalars: Mapping[str, float] = field(default_factory=dict)  # float32 inputs of one element, with the values to feed
 
     def to_model(self, weights_file: str, entries: Mapping[str, TensorEntry]) -> onnx.ModelProto:
         """The ONNX model, whose initializers point into a safetensors file beside it.
@@ -60,7 +60,7 @@ class Graph:
             self.program.value,
             [
                 *(self._value(name, shape) for name, shape in signature.inputs.items()),
-                # an input that has an initializer may be left out, and then has its value
+                # an input with an initializer is optional, and by default has its value
                 *(helper.make_tensor_value_info(name, TensorProto.FLOAT, []) for name in self.settings),
             ],
             [self._value(name, shape) for name, shape in signature.outputs.items()],
@@ -135,7 +135,7 @@ class GraphBuilder:
 
     @contextlib.contextmanager
     def outside(self) -> Iterator[None]:
-        """Names inside the block are the program's own, whatever scope they are in."""
+        """Names inside the block are the program's own, independent of the current scope."""
         scope, self._scope = self._scope, []
         try:
             yield
@@ -144,7 +144,7 @@ class GraphBuilder:
 
     @contextlib.contextmanager
     def widening(self) -> Iterator[None]:
-        """Nodes of the block widen a weight, as casts of weights do: each runs just before what reads it."""
+        """Nodes of the block widen a weight, as casts of weights do: each runs just before the node that reads it."""
         start = len(self._nodes)
         yield
         self._widening.extend(self._nodes[start:])
@@ -180,14 +180,14 @@ class GraphBuilder:
         return self._full(name)
 
     def weight(self, name: str, shape: Sequence[int], dtype: DType | None = None) -> str:
-        """A tensor of the component's weights file; its stored type is the builder's affair unless it is given."""
+        """A tensor of the component's weights file; in its stored type unless another is given."""
         full = self._full(name)
         self._weights[full] = tuple(shape)
         self._types[full] = dtype or self.storage(full, tuple(shape))
         return full
 
     def typed(self, value: str, dtype: DType) -> str:
-        """The value, of which it is now known that it has another element type than its node's first input."""
+        """The value, now known to have another element type than its node's first input."""
         self._types[value] = dtype
         return value
 
@@ -205,11 +205,11 @@ class GraphBuilder:
         return full
 
     def storage_of(self, name: str, shape: Sequence[int]) -> DType:
-        """The element type that a weight of the scope comes in."""
+        """The element type of a weight of the scope, as the program receives it."""
         return self.storage(self._full(name), tuple(shape))
 
     def has(self, value: str) -> bool:
-        """Whether a node of this name is there already."""
+        """Whether there is a node of this name."""
         return value in self._names
 
     def type_of(self, value: str) -> DType:

@@ -1,6 +1,6 @@
 """Linear layers whose weights are 4 bits in blocks of 32 (or 8, where 4 lose too much), for small memories.
 
-`MatMulNBits` holds them as they are stored. On the CPU it quantizes activations to int8 in the same blocks
+`MatMulNBits` reads them as they are stored. On the CPU it quantizes activations to int8 in the same blocks
 (accuracy level 4), which is several times faster than widening the weights; on CUDA it widens them to fp16.
 """
 

@@ -1,13 +1,13 @@
-"""Linear layers of int8 weights and 8-bit activations (W8A8); and, on the same weights, of fp16 activations.
+"""Linear layers of int8 weights and 8-bit activations (W8A8).
 
-Weights have a scale an output channel, activations a scale a token, so that neither a loud channel nor a loud token
-(pads, in this model) costs the others their resolution. Activations are quantized once for all layers that read them.
-What is quantized is symmetric: the CPU's kernels are fast for uint8 times int8 alone, so a token's zero there is
-levels + 1; CUDA's are for int8 times int8, with zero at 0.
+Weights have one scale per output channel, activations one per token, so that neither a channel nor a token of large
+values (pads, in this model) costs the others their resolution. Activations are quantized once for all layers that read
+them. Quantization is symmetric. The CPU has fast kernels for uint8 times int8 only, so zero is stored as levels + 1
+there; CUDA has them for int8 times int8, with zero at 0.
 
-The CPU's product goes to float32, times the output channels' scales, tile by tile as it is computed
-(`MatMulIntegerToFloat`); of the three passes over a layer's output that scaling would take there is one left, and
-where the output goes into a product that is quantized again, none.
+The CPU's product is converted to float32 and multiplied by the output channels' scales tile by tile as it is computed
+(`MatMulIntegerToFloat`). Of the three passes over a layer's output that scaling would take, one is left, and none
+where the output is a factor of a product that is quantized again.
 """
 
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ from ..storage.precision import Encoding, StoragePolicy, scale_of
 from .builder import GraphBuilder
 from .layers import Layers
 
-_TINY = 1e-30  # a token of zeros has a scale, too
+_TINY = 1e-30  # the least scale, for tokens of zeros
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Int8Layers(Layers):
         return self.b.op("Mul", product, quantized.scale, name=linear.name)
 
     def gated(self, x: str, gate: Linear, up: Linear, down: Linear, exponent: int = 0) -> str:
-        """SwiGLU on rows. The scale that `up` owes its rows joins the scale that the product is quantized with."""
+        """SwiGLU on rows. The rows' scales of `up` are applied together with those of the quantized product."""
         if not all(is_int8(self.b, self.policy, linear) for linear in (gate, up, down)):
             return super().gated(x, gate, up, down, exponent)
         gate_out = self.scaled(self.silu(self.linear(x, gate), f"{gate.name}.silu"), exponent, "range")

@@ -1,12 +1,11 @@
-"""The layers that the transformer and the text encoder are made of, in the operators that each executor is best at.
+"""The layers that all components consist of, as the CPU runs them best; other executors override what differs.
 
-The CPU's: `Gemm` on two-dimensional operands, which takes weights as published ([out, in]); fused
-`RMSNormalization` and `RotaryEmbedding`; and an attention that never holds the [tokens, tokens] scores. CUDA's are
-the same, but for the attention, which is opset 23's and dispatches to flash attention.
+The CPU uses `Gemm` on two-dimensional operands, which takes weights as published ([out, in]); fused
+`RMSNormalization` and `RotaryEmbedding`; and an attention that never stores the [tokens, tokens] scores.
 
 Activations are [batch, tokens, width]; `shape` arguments are int64 vectors of that shape. Linears multiply in the
-`compute` type; norms and whatever is added to the residual stream are float32. Values are cast where they must be,
-which in float32 is nowhere.
+`compute` type; norms and everything that is added to the residual stream are float32. Values are cast only where types
+differ, so in float32 nowhere.
 """
 
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ class Layers:
     compute: DType = DType.F32
 
     def weight(self, name: str, shape: tuple[int, ...], dtype: DType = DType.F32) -> str:
-        """A tensor of the weights file, in the element type that its user needs."""
+        """A tensor of the weights file, cast to an element type."""
         return self.b.cast(self.b.weight(name, shape), dtype)
 
     def linear(self, x: str, linear: Linear) -> str:
@@ -54,7 +53,7 @@ class Layers:
         return self.b.op("RMSNormalization", x, scale, name=name, axis=-1, epsilon=epsilon)
 
     def branch_norm(self, x: str, scale: str, epsilon: float, exponent: int, name: str) -> str:
-        """The norm of a branch's output that comes divided by 2**exponent: it ignores scale, but for its epsilon."""
+        """The norm of a branch's output that was divided by 2**exponent: it ignores scale, except for its epsilon."""
         return self.rms_norm(x, scale, epsilon * 2.0 ** (-2 * exponent), name)
 
     def rotary(self, x: str, cos: str, sin: str, heads: int, name: str, *, interleaved: bool) -> str:
@@ -118,7 +117,7 @@ class Layers:
     def causal_attention(
         self, q: str, k: str, v: str, heads: int, kv_heads: int, head_dim: int, name: str = "scores"
     ) -> str:
-        """Causal attention in which `heads` queries share `kv_heads` keys and values. For short sequences."""
+        """Causal attention in which `heads` queries share `kv_heads` keys and values; for short sequences."""
         return self.b.op("Attention", q, k, v, name=name, q_num_heads=heads, kv_num_heads=kv_heads, is_causal=1)
 
     def silu(self, x: str, name: str) -> str:

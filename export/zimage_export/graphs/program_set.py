@@ -16,10 +16,10 @@ class TypePolicy(Protocol):
     """Decides element types."""
 
     def storage(self, component: str, name: str, shape: tuple[int, ...]) -> DType:
-        """The element type that a program gets a weight in."""
+        """The element type of a weight, as a program receives it."""
 
     def gpu_compute(self, component: str) -> DType:
-        """What a GPU's programs of a component multiply in."""
+        """The element type in which a GPU's programs of a component multiply."""
 
 
 ON_DEVICE = tuple(program for program in Program if program is not Program.MODULATION)

@@ -1,12 +1,12 @@
 """Layers in the forms that TensorRT fuses best; for programs whose weights are inputs.
 
-What differs between layers that share a program is an input too: the epsilon of a norm whose branch comes divided by
+What differs between layers that share a program is an input as well: the epsilon of a norm whose branch was divided by
 a power of two, and the factors that keep fp16 in range.
 
-W8A8: int8 weights are stored [in, out] with a float32 scale an output channel. A token is quantized by its own
+W8A8: int8 weights are stored [in, out] with one float32 scale per output channel. A token is quantized by its own
 largest magnitude. Both sides are dequantized by the *scalar* 2**-7, which TensorRT folds into one Int8 x Int8
 product; the true scales multiply its result in float32. With them inside the DequantizeLinear, the sum of products
-would leave fp16's range before it is scaled.
+would exceed fp16's range before it is scaled.
 """
 
 import math
@@ -26,7 +26,7 @@ from .program_set import ProgramSet, TypePolicy
 
 _DEQUANTIZED = -7  # exponent of the scalar scale
 _LEVELS = 127.0
-_TINY = 1e-30  # a token of zeros stays zeros
+_TINY = 1e-30  # the least magnitude: a token of zeros stays zeros
 _UNSEEN = -3e4  # a score whose exponential is 0 beside any other's, and which fp16 holds
 
 
@@ -67,7 +67,7 @@ class TensorRtLayers(Layers):
         return b.cast(y, self.compute)
 
     def _quantized(self, x: str) -> tuple[str, str]:
-        """A value as int8 times 2**-7, in the compute type, and what each token of that is to be multiplied by."""
+        """A value as int8 times 2**-7, in the compute type, and the factor of each token."""
         b = self.b
         x = b.cast(x, DType.F32)
         name = f"{x}.quantization"
@@ -91,11 +91,11 @@ class TensorRtLayers(Layers):
         return self.b.number(value, self.compute)
 
     def rows(self, x: str, width: int, name: str = "rows") -> str:
-        """Nothing: products take any leading dimensions."""
+        """The value itself: products accept any leading dimensions."""
         return x
 
     def branch_norm(self, x: str, scale: str, epsilon: float, exponent: int, name: str) -> str:
-        """With its epsilon as an input, `<name>.epsilon`, as layers differ in it."""
+        """The norm with its epsilon as an input, `<name>.epsilon`, as layers differ in it."""
         b = self.b
         x = b.cast(x, DType.F32)
         mean = b.op(

@@ -1,6 +1,6 @@
 """The text encoder (Qwen3) up to ``hidden_states[-2]``: the last layer, the final norm and the head never run.
 
-The embedding table stays on the host, where a prompt reads its few rows; the program starts from embeddings.
+The embedding table stays on the host, which reads a few of its rows per prompt; the program starts from embeddings.
 Source: ``modeling_qwen3.py`` in transformers.
 """
 

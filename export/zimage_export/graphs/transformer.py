@@ -1,9 +1,9 @@
-"""The diffusion transformer as three programs: caption (once a prompt), modulation (once a schedule), denoiser.
+"""The diffusion transformer as three programs: caption (once per prompt), modulation (once per schedule), denoiser.
 
 Architecture (``transformer_z_image.py`` in diffusers). A block is attention, then SwiGLU; each sits between two
 RMS norms, of which the second is on the branch's output, before it is added to the residual stream. The timestep
 scales the first norm's output and gates the second's. Both are factors per channel, as the norm's weight is, so
-the modulation program multiplies them into the weights and a block has nothing left but four norms.
+the modulation program multiplies them into the weights, and a block is left with four norms.
 Queries and keys are normalized per head; rotary embedding is interleaved; pads are attended to, there is no mask.
 """
 
@@ -136,7 +136,7 @@ class TransformerGraphs:
     def _block_modulation(
         self, b: GraphBuilder, layers: Layers, embedding: str, place: BlockPlace, linear: Linear
     ) -> str:
-        """[steps, 1, 4, dim]: scales get their 1, gates their tanh, and each its norm's weight."""
+        """[steps, 1, 4, dim]: 1 + scale and tanh(gate), each times its norm's weight."""
         dim = self.config.transformer.dim
         with b.scope(place.name):
             x = layers.linear(embedding, linear.within(place.name))
@@ -182,7 +182,7 @@ class TransformerGraphs:
         return b.build()
 
     def final(self, layers: Layers, x: str) -> str:
-        """Image tokens → patches [tokens, patch_dim], of what the model predicts."""
+        """Image tokens → patches [tokens, patch_dim] of the model's prediction."""
         b = layers.b
         (norm,), (linear,) = block_norms(FINAL_LAYER, self.config), block_linears(FINAL_LAYER, self.config)
         norm = norm.within(_FINAL)
@@ -191,7 +191,7 @@ class TransformerGraphs:
             return layers.linear(layers.rows(x, norm.width), linear.within(_FINAL))
 
     def _norm_rows(self, b: GraphBuilder) -> list[Norms]:
-        """The table's rows as [dim] vectors: one `Split`, and no copy of more than a few kilobytes."""
+        """The table's rows as [dim] vectors: one `Split` that copies a few kilobytes."""
         count = 4 * self.config.transformer.modulated_blocks
         flat = b.op("Reshape", "modulation", b.integers(-1), name="modulation.flat")
         rows = b.ops("Split", flat, name="modulation.rows", outputs=count, axis=0, num_outputs=count)

@@ -1,7 +1,8 @@
 """The autoencoder as two programs: decoder, and encoder (with mean and log-variance, for img2img).
 
-Group norms are instance norms over reshaped groups, which ONNX Runtime has a CPU kernel for; `GroupNormalization`
-would be expanded into a dozen operators each. Source: ``autoencoder_kl.py``, ``vae.py``, ``resnet.py`` in diffusers.
+Group norms are instance norms over reshaped groups, for which ONNX Runtime has a CPU kernel; each
+`GroupNormalization` would be expanded into a dozen operators.
+Source: ``autoencoder_kl.py``, ``vae.py``, ``resnet.py`` in diffusers.
 """
 
 from dataclasses import dataclass

@@ -1,8 +1,8 @@
-"""Measuring how large activations grow over a handful of prompts, with the reference, a block at a time.
+"""Measuring how large activations get over a few prompts, with the reference, a block at a time.
 
-What is measured is what leaves fp16's range in this model: each block's out-projection, its SwiGLU product and what
-`w2` makes of it, and the same in the text encoder (see `graphs.folds`); and how loud each channel is that a linear
-reads (see `rebalance`).
+Measured are the values that exceed fp16's range in this model: the outputs of each block's out-projection, of its
+SwiGLU product and of `w2`, and the same in the text encoder (see `storage.folds`); and the range of each channel that a
+linear reads (see `weights.rebalance`).
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ _SIDE = 512  # pixels, or the model's own default where that is less
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts in a text file, one a line; empty lines and lines that start with # do not count."""
+    """The prompts in a text file, one per line; empty lines and lines that start with # are skipped."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -36,7 +36,7 @@ def read_prompts(path: Path) -> list[str]:
         raise ExportError(f"{path}: cannot be read as UTF-8 text: {error}") from None
     prompts = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not 1 <= len(prompts) <= _MAX_PROMPTS:
-        raise ExportError(f"{path}: holds {len(prompts)} prompts; give 1 to {_MAX_PROMPTS}, one a line")
+        raise ExportError(f"{path}: contains {len(prompts)} prompts; give 1 to {_MAX_PROMPTS}, one per line")
     return prompts
 
 
@@ -44,7 +44,7 @@ def measure_peaks(checkpoint: Checkpoint, prompts: list[str], progress: Progress
     """The largest magnitudes in every block while each prompt is generated once."""
     pipeline = reference_pipeline(checkpoint)
     peaks = {component: {name: BlockPeak() for name in names} for component, names in blocks(checkpoint.config).items()}
-    listeners = []
+    meters = []
     for component, by_block in peaks.items():
         model = getattr(pipeline, component)
         for name, peak in by_block.items():
@@ -52,7 +52,7 @@ def measure_peaks(checkpoint: Checkpoint, prompts: list[str], progress: Progress
             _watch(block, peak, component)
             for place in PLACES[component]:
                 reader = block.get_submodule(place.readers[0].removesuffix(".weight"))
-                listeners.append((peak, place.readers[0], _Listener(reader)))
+                meters.append((peak, place.readers[0], _RangeMeter(reader)))
     side = min(_SIDE, checkpoint.config.vae.sample_size)
     with progress.task("calibrating", len(prompts) * DEFAULT_STEPS) as advance, torch.inference_mode():
         pipeline.transformer.register_forward_hook(lambda module, inputs, output: advance(1))
@@ -66,30 +66,30 @@ def measure_peaks(checkpoint: Checkpoint, prompts: list[str], progress: Progress
                 generator=torch.Generator("cpu").manual_seed(seed),
                 output_type="latent",
             )
-    for peak, reader_name, listener in listeners:
-        if listener.count:
-            peak.places[reader_name] = listener.loudness()
+    for peak, reader_name, meter in meters:
+        if meter.count:
+            peak.places[reader_name] = meter.measured()
     return peaks
 
 
-class _Listener:
-    """Adds up what a linear reads, by channel."""
+class _RangeMeter:
+    """Measures what a linear reads, per channel."""
 
     def __init__(self, linear: nn.Module) -> None:
         self.count = 0
         self._squares = torch.zeros(0, dtype=torch.float64)
         self._peaks = torch.zeros(0)
-        linear.register_forward_pre_hook(self._listen)
+        linear.register_forward_pre_hook(self._add)
 
-    def _listen(self, module: nn.Module, inputs: Any) -> None:
+    def _add(self, module: nn.Module, inputs: Any) -> None:
         rows = inputs[0].reshape(-1, inputs[0].shape[-1])
         squares, peaks = rows.square().sum(0, dtype=torch.float64), rows.abs().amax(0)
         self._squares = self._squares + squares if self.count else squares
         self._peaks = torch.maximum(self._peaks, peaks) if self.count else peaks
         self.count += len(rows)
 
-    def loudness(self) -> ActivationRange:
-        """What was heard so far."""
+    def measured(self) -> ActivationRange:
+        """The range of everything that was read so far."""
         return ActivationRange((self._squares / self.count).sqrt().float().numpy(), self._peaks.float().numpy())
 
 
@@ -97,7 +97,7 @@ def _watch(block: nn.Module, peak: BlockPeak, component: str) -> None:
     names = LAYER_LINEARS[component]
     out, down = block.get_submodule(names.out), block.get_submodule(names.down)
     if component == "text_encoder":
-        # v_proj is what is divided, so the projection's input counts too
+        # v_proj is divided, so the projection's input counts too
         out.register_forward_pre_hook(_keep_input(peak, "attention"))
     out.register_forward_hook(_keep_output(peak, "attention"))
     down.register_forward_pre_hook(_keep_input(peak, "product"))

@@ -1,8 +1,8 @@
 """Keeping mapped weights from piling up in memory while a program runs through all of them once.
 
 A mapped file's pages stay with the process until the kernel needs the memory. They are only cache, but they count as
-the process's own wherever its size is looked at or limited. On Linux they can be handed back while the program runs:
-a page that is needed again is read again.
+the process's own wherever its memory is measured or limited. On Linux they can be released while the program runs: a
+page that is needed again is read again.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ _STATUS = Path("/proc/self/status")
 
 @contextlib.contextmanager
 def bounded_mappings(folder: Path, limit: int) -> Iterator[None]:
-    """While the block runs, hands back pages of files below `folder` whenever more than `limit` bytes are mapped in.
+    """While the block runs, releases pages of files below `folder` whenever more than `limit` bytes are mapped in.
 
     What is mapped when the block begins must stay mapped, and unwritten, until it ends: load before, release after.
     Does nothing on other systems than Linux.

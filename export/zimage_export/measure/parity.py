@@ -15,7 +15,7 @@ from ..errors import ExportError
 
 
 def relative_error(value: FloatArray, expected: FloatArray) -> float:
-    """The norm of the difference over the norm of what was expected."""
+    """The norm of the difference over the norm of the expected value."""
     difference = np.linalg.norm(value.astype(np.float64) - expected.astype(np.float64))
     return float(difference / np.linalg.norm(expected.astype(np.float64)))
 
@@ -51,7 +51,7 @@ def _rounded(value: float) -> float:
 
 
 def check_gate(parity: dict[str, Any], manifest: Manifest) -> None:
-    """Raises `ExportError` for a bundle that is further off than its precision may be."""
+    """Raises `ExportError` for a bundle that is further from its checkpoint than its precision allows."""
     gate = manifest.precision.gate
     latents, difference = parity["latents"], parity["picture"]["max_difference"]
     psnr = parity["picture"]["psnr_db"]

@@ -1,4 +1,4 @@
-"""The reference: diffusers' own pipeline in float32, with weights that are in memory only while their block runs.
+"""The reference: diffusers' own pipeline in float32, with weights in memory only while their block runs.
 
 Blocks are built on torch's meta device, take their tensors from the checkpoint just before they run and drop them
 just after, so that a checkpoint of any size is run by the code that defines it, in the memory of one block.
@@ -44,7 +44,7 @@ def reference_pipeline(checkpoint: Checkpoint) -> ReferencePipeline:
     return pipeline
 
 
-# Components in single files may lack a folder with their configuration; what was read off their shapes stands in.
+# Components in single files may have no folder with their configuration; then it is derived from their shapes.
 
 
 def _has_config(checkpoint: Checkpoint, part: str) -> bool:
@@ -100,7 +100,7 @@ def _text_encoder(checkpoint: Checkpoint) -> nn.Module:
 
 
 class _RowEmbedding(nn.Module):
-    """An embedding that reads the rows it is asked for, of a table that may be larger than memory."""
+    """An embedding that reads single rows of a table that may be larger than memory."""
 
     def __init__(self, table: TensorSource) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The check that ends every export: each program runs once on a fixed input and must give a live output."""
+"""The check that ends every export: each program runs once on a fixed input, and its output must be finite and vary."""
 
 from typing import Any
 
@@ -29,8 +29,8 @@ _SIDE = 96  # pixels: 36 image tokens at the published scale, so that there are 
 def self_check(bundle: Bundle) -> dict[str, Any]:
     """Runs every program and returns the root mean square of each output.
 
-    Weights stay mapped and are handed back as they are used, so the check is small at any size. Raises `ExportError`
-    for an output that is not finite or is constant.
+    Weights stay mapped and are released as they are used, so the check needs little memory at any size. Raises
+    `ExportError` for an output that is not finite or is constant.
     """
     executor = OrtCpuExecutor(bundle, low_memory=True)
     results: dict[str, Any] = {}
@@ -41,9 +41,9 @@ def self_check(bundle: Bundle) -> dict[str, Any]:
         executor.release()
         for name, value in outputs.items():
             if not np.isfinite(value).all():
-                raise ExportError(f"self-check: {program} gives values that are not finite in {name}")
+                raise ExportError(f"self-check: {name} of {program} has values that are not finite")
             if np.ptp(value) == 0:
-                raise ExportError(f"self-check: {program} gives the same value everywhere in {name}")
+                raise ExportError(f"self-check: {name} of {program} has the same value everywhere")
         results[program.value] = {name: round(_rms(value), 6) for name, value in outputs.items()}
     return results
 

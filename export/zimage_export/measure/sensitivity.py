@@ -1,8 +1,8 @@
 """What each precision costs each layer: the error that it adds to a linear's output, on the reference's activations.
 
-While the reference runs, every linear of every block is looked at twice: some of the rows that it reads, and some of
-the rows of its weight, are stored as each precision would store them and multiplied again. So an error is counted
-where it arises, whatever precision the bundle has; nothing is kept but sums.
+While the reference runs, every linear of every block is sampled twice: some of the rows that it reads, and some of the
+rows of its weight, are rounded as each precision would store them and multiplied again. So an error is counted where
+it arises, independent of the bundle's precision. Only sums are kept.
 """
 
 import math
@@ -26,9 +26,9 @@ from ..storage.quantize import rounded
 from ..weights.folding import blocks
 from ..weights.rebalance import Rebalancing
 
-_ROWS = 64  # of activations, and
-_OUTPUTS = 128  # of weights that are looked at, evenly spread
-_LOOKS = 2  # at each linear: the first steps, where the image is laid out
+_ROWS = 64  # sampled of activations, evenly spread
+_OUTPUTS = 128  # sampled of weights, evenly spread
+_LOOKS = 2  # samples of each linear: of the first steps, which decide the composition
 
 BF16, INT8, INT8_OF_7, INT4 = "bf16", "int8", "int8 (7-bit)", "int4"
 PRECISIONS = (BF16, INT8, INT8_OF_7, INT4)
@@ -39,7 +39,7 @@ Layers = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 @dataclass
 class LayerErrors:
-    """Looks at the linears of a reference from its making on."""
+    """Samples the linears of a reference while it runs."""
 
     _sums: dict[tuple[str, str], list[dict[str, tuple[float, float]]]] = field(default_factory=dict)
 
@@ -122,7 +122,7 @@ def summary(layers: Layers) -> dict[str, dict[str, Any]]:
                 "layer": max(by_name, key=lambda name: by_name[name][precision]),
             }
             for precision in PRECISIONS
-            if all(precision in errors for errors in by_name.values())  # int4 has no form for some widths
+            if all(precision in errors for errors in by_name.values())  # int4 does not support some widths
         }
         for component, by_name in layers.items()
     }

@@ -34,7 +34,7 @@ from .reference import ReferencePipeline, reference_pipeline
 from .sensitivity import LayerErrors, Layers, summary
 
 PROMPTS = ("a red circle left of a blue square", "白色背景上的一个红色圆形")
-"""What is generated unless the user says otherwise: one prompt in each of the model's languages."""
+"""The default prompts: one in each of the model's languages."""
 
 _MAX_SIDE = 256  # pixels: enough to measure, and hours less than 1024 on a CPU
 _FIRST_SEED = 1
@@ -45,7 +45,7 @@ class _Capture:
     """What the reference computed on the way to one image."""
 
     hidden_states: FloatArray  # [1, tokens, hidden_size]
-    captions: list[FloatArray] = field(default_factory=list)  # [1, caption_tokens, dim], once a step
+    captions: list[FloatArray] = field(default_factory=list)  # [1, caption_tokens, dim], once per step
     modulations: list[list[FloatArray]] = field(default_factory=list)  # a step's blocks, [4 * dim] each
     latents: list[FloatArray] = field(default_factory=list)  # [1, channels, h, w], before each step and after the last
     velocities: list[FloatArray] = field(default_factory=list)
@@ -67,7 +67,7 @@ def verify(
     files: SingleFiles = NO_FILES,
     prompts: Sequence[str] = PROMPTS,
 ) -> Bundle:
-    """As `verify_reported`, for those who want the bundle alone."""
+    """Like `verify_reported`, without the report."""
     return verify_reported(bundle, model, progress, size, files, prompts).bundle
 
 
@@ -90,7 +90,7 @@ def verify_reported(
     manifest = bundle.manifest
     if checkpoint.config != manifest.config:
         raise ExportError(
-            f"{checkpoint.root}: its dimensions are not the bundle's; give the checkpoint it was made from"
+            f"{checkpoint.root}: has other dimensions than the bundle; give the checkpoint that it was made from"
         )
     bundle.verify()
     pipeline = Pipeline(bundle, OrtCpuExecutor(bundle, low_memory=True), keep_loaded=False, low_memory=True)
@@ -206,10 +206,10 @@ def _component_errors(
 
 
 def _modulation_table(checkpoint: Checkpoint, bundle: Bundle, capture: _Capture) -> FloatArray:
-    """The reference's modulation in the form of the contract: [steps, blocks, 4, dim], times the norms' weights.
+    """The reference's modulation as our program gives it: [steps, blocks, 4, dim], times the norms' weights.
 
-    The weights are the bundle's own, out of which rebalancing may have moved a part; what it moved wrongly, the
-    denoiser's error tells.
+    The weights are the bundle's own, part of which rebalancing may have moved elsewhere; if it did so wrongly, the
+    denoiser's error shows it.
     """
     places, dim = modulated_blocks(checkpoint.config), checkpoint.config.transformer.dim
     stored = TensorFile(bundle.file(bundle.manifest.weights["transformer"]))

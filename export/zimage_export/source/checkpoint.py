@@ -1,4 +1,4 @@
-"""A checkpoint in diffusers layout, opened lazily: configurations at once, tensors when they are used.
+"""A checkpoint in diffusers layout, opened lazily: configurations at once, tensors on demand.
 
 Components may come from single files instead (see `single_files`).
 """
@@ -126,7 +126,7 @@ class Weights:
         """
         tensor = self._tensors.get(name)
         if tensor is None:
-            raise CheckpointError(f"{self.where}: has no tensor {name}; is this the whole checkpoint?")
+            raise CheckpointError(f"{self.where}: tensor {name} not found; is the checkpoint complete?")
         if tensor.entry.dtype not in FLOATING:
             raise CheckpointError(
                 f"{tensor.path}: {name} is stored as {tensor.entry.dtype}, which is not supported; "
@@ -166,7 +166,7 @@ def _read_sharded(index: Path) -> dict[str, TensorSource]:
     for name, shard in weight_map.items():
         entry = headers[shard].get(name)
         if entry is None:
-            raise CheckpointError(f"{index.with_name(shard)}: has no tensor {name}, which {index.name} lists")
+            raise CheckpointError(f"{index.with_name(shard)}: tensor {name} not found, although {index.name} lists it")
         tensors[name] = TensorSource(name, index.with_name(shard), entry)
     return tensors
 
@@ -309,5 +309,7 @@ def _find_tokenizer(root: Path, files: SingleFiles) -> Path:
     if found:
         return found
     if files.complete:
-        raise CheckpointError(f"{root}: has no tokenizer.json, which single files lack; give one or its directory")
+        raise CheckpointError(
+            f"{root}: tokenizer.json not found, and single files do not contain it; give its path or its directory"
+        )
     raise CheckpointError(f"{tokenizer}: missing from the checkpoint; download or copy it again")

@@ -1,11 +1,10 @@
 """Components in single files, as ComfyUI and fine-tuners publish them, under the names that diffusers gives them.
 
-Only headers are read here: a tensor's bytes stay where they are and it gets another name, and the fused query, key
-and value projection becomes three ranges of its rows. What diffusers keeps in ``config.json`` is not in these
-files: sizes are derived from the tensors' shapes, and other values are the published model's.
+Only headers are read here: a tensor's bytes stay where they are in the file, and the fused query, key and value
+projection becomes three ranges of its rows. These files have no ``config.json``: sizes are derived from the tensors'
+shapes, and everything that shapes do not determine is assumed to be the published model's.
 
-Sources for the names: ``loaders/single_file_utils.py`` in diffusers
-(``convert_z_image_transformer_checkpoint_to_diffusers``, ``convert_ldm_vae_checkpoint``).
+The names: `model.comfyui_names`.
 """
 
 import dataclasses
@@ -53,9 +52,9 @@ class _Kind:
     """What a component's file looks like."""
 
     title: str
-    good: str  # the file that people have, in a type that we read
+    good: str  # the published file, in a type that we read
     prefixes: tuple[str, ...]  # before every name, where a file holds more than this component
-    markers: tuple[str, ...]  # tensors that identify it, without the prefix
+    markers: tuple[str, ...]  # tensors that distinguish it from other components, without the prefix
 
 
 _KINDS = {
@@ -88,10 +87,10 @@ _QUANTIZED_TYPES = ("F8_", "F6_", "F4")
 
 
 def read_single_file(part: str, path: Path) -> dict[str, TensorEntry]:
-    """The tensors of a component's file by diffusers' names. A file that has these names already is taken as it is.
+    """The tensors of a component's file by diffusers' names. A file that uses these names already is read as it is.
 
-    Raises `CheckpointError` for a file that is no safetensors file, holds something else than the component, or
-    holds it in a form that is not supported.
+    Raises `CheckpointError` for a file that is not a safetensors file, contains something else than the component, or
+    contains it in a form that is not supported.
     """
     kind = _KINDS[part]
     _check_format(path, kind)
@@ -128,17 +127,17 @@ def _check_stored(entries: Entries, path: Path, kind: _Kind) -> None:
     for name, entry in entries.items():
         if _LORA.search(name):
             raise CheckpointError(
-                f"{path}: is a LoRA, not a model (it holds {name}); merge it into the {kind.title} and give that"
+                f"{path}: is a LoRA, not a model (it contains {name}); merge it into the {kind.title} and give that"
             )
         if _QUANTIZED_KEYS.search(name) or entry.dtype.startswith(_QUANTIZED_TYPES):
             raise CheckpointError(
-                f"{path}: quantized weights (fp8, int8, 4-bit) are not supported yet (it holds {name} as "
+                f"{path}: quantized weights (fp8, int8, 4-bit) are not supported yet (it contains {name} as "
                 f"{entry.dtype}); use the bf16 file ({kind.good})"
             )
 
 
 def _without_prefix(entries: Entries, kind: _Kind) -> Entries:
-    """The tensors under the component's prefix, without it; all tensors if none has the prefix."""
+    """The tensors under the component's prefix, without it; all tensors if there are none."""
     for prefix in kind.prefixes:
         own = {name.removeprefix(prefix): entry for name, entry in entries.items() if name.startswith(prefix)}
         if own:
@@ -152,15 +151,15 @@ def _is_kind(entries: Entries, kind: _Kind) -> bool:
 
 def _refuse(path: Path, wanted: _Kind, other: _Kind | None) -> NoReturn:
     if other is not None:
-        raise CheckpointError(f"{path}: holds a {other.title} where a {wanted.title} ({wanted.good}) is expected")
+        raise CheckpointError(f"{path}: contains a {other.title}; expected a {wanted.title} ({wanted.good})")
     markers = ", ".join(wanted.markers)
-    raise CheckpointError(f"{path}: has no {wanted.title} ({wanted.good}), which would have the tensors {markers}")
+    raise CheckpointError(f"{path}: contains no {wanted.title} ({wanted.good}), which would have the tensors {markers}")
 
 
 def _renamed(part: str, entries: Entries, path: Path) -> dict[str, TensorEntry]:
     """The tensors under diffusers' names."""
     if part == "vae" and any(name.startswith(("quant_conv.", "post_quant_conv.")) for name in entries):
-        raise CheckpointError(f"{path}: has quant_conv, which Z-Image's VAE has not; use {_KINDS['vae'].good}")
+        raise CheckpointError(f"{path}: contains quant_conv, unlike Z-Image's VAE; use {_KINDS['vae'].good}")
     renamed = {}
     for name, rows in from_comfyui(part, entries).items():
         entry = _range(rows, entries[rows.name], path)
@@ -183,14 +182,14 @@ def _range(rows: Rows, entry: TensorEntry, path: Path) -> TensorEntry:
 
 
 def _count(entries: Entries, stem: str) -> int:
-    """How many different numbers follow a stem: the layers of a stack."""
+    """How many different numbers follow a stem: the number of layers."""
     start = stem + "."
     return len({name[len(start) :].partition(".")[0] for name in entries if name.startswith(start)})
 
 
 @dataclass(frozen=True)
 class _Shapes:
-    """Sizes of a file's tensors, which must be there."""
+    """Sizes of a file's tensors, all of which are required."""
 
     entries: Entries
     path: Path
@@ -199,23 +198,23 @@ class _Shapes:
         """The size of one axis of a tensor of so many axes."""
         entry = self.entries.get(name)
         if entry is None:
-            raise CheckpointError(f"{self.path}: has no tensor {name}; is this the whole file?")
+            raise CheckpointError(f"{self.path}: tensor {name} not found; is the file complete?")
         if len(entry.shape) != rank or 0 in entry.shape:
             raise CheckpointError(f"{self.path}: {name} has shape {list(entry.shape)}, expected {rank} axes")
         return entry.shape[axis]
 
     def need_config(self, found: str, published: str, part: str) -> CheckpointError:
-        """The error for sizes that leave values open: the caller raises it."""
+        """The error, for the caller to raise, for sizes from which the configuration does not follow."""
         return CheckpointError(
-            f"{self.path}: {found}, the published model's {published}; values that do not follow from shapes "
-            f"must come from a MODEL directory with {part}/config.json"
+            f"{self.path}: {found}, the published model's {published}; the shapes do not determine its configuration: "
+            f"give a MODEL directory with {part}/config.json"
         )
 
 
 def infer_config(part: str, entries: Entries, path: Path) -> dict[str, Any]:
-    """What ``config.json`` would say of a file's tensors, which have diffusers' names.
+    """The content of a ``config.json`` for a file's tensors, which have diffusers' names.
 
-    Raises `CheckpointError` for sizes other than the published ones, from which the rest does not follow.
+    Raises `CheckpointError` where it does not follow from the shapes: for sizes other than the published ones.
     """
     return {"transformer": _infer_transformer, "text_encoder": _infer_text_encoder, "vae": _infer_vae}[part](
         _Shapes(entries, path)
@@ -295,9 +294,9 @@ def _depths(part: str, entries: Entries) -> dict[str, int]:
 def check_depth(part: str, entries: Entries, path: Path, config: ModelConfig) -> None:
     """Raises `CheckpointError` for a file with more layers than the configuration, which would leave some out.
 
-    Any other difference is a tensor that is missing or has another shape, which is found when it is used.
+    Any other difference is a tensor that is missing or has another shape, which is reported when it is read.
     """
     expected = getattr(config, part)
     for key, count in _depths(part, entries).items():
         if count > getattr(expected, key):
-            raise CheckpointError(f"{path}: has {key} {count}, the configuration says {getattr(expected, key)}")
+            raise CheckpointError(f"{path}: has {key} {count}, but the configuration has {getattr(expected, key)}")

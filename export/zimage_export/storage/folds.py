@@ -1,7 +1,7 @@
 """Powers of two that are divided out of weights so that fp16 does not overflow, without changing any result.
 
-Two results of a transformer block leave fp16's range in the published model: the attention's out-projection and the
-SwiGLU product that goes into `w2`. Both branches end in an RMS norm, which ignores the scale of what it is given. So
+In a transformer block of the published model, two values exceed fp16's range: the output of the attention's
+out-projection and the SwiGLU product that `w2` reads. Both branches end in an RMS norm, which ignores scale. So
 `to_out` and `w3` are divided by 2**k, and that norm's epsilon by 2**2k: the same result, bit for bit, in float32 and
 bf16. In Qwen3 the branches end in the residual stream; there `v_proj` and `up_proj` are divided, and the branch's
 output is multiplied back in float32.

@@ -2,11 +2,11 @@
 
 Linear layers hold nearly all parameters and are stored in 16 bits; norms, biases, pad tokens and the small linears
 at the model's ends stay float32, and so do the residual stream and every norm's arithmetic. The VAE is never fp16,
-whose range it leaves (white or black images); it keeps the checkpoint's own type where that is bf16. In a 16-bit
+whose range it exceeds (white or black images); it keeps the checkpoint's own type where that is bf16. In a 16-bit
 bundle the CPU's programs widen the weights to float32, the CUDA programs multiply in 16 bits.
 
-In an int8 or int4 bundle the linears of the blocks are integers with float32 scales; modulation is bf16, and all that
-is left is float32.
+In an int8 or int4 bundle the linears of the blocks are integers with float32 scales, modulation is bf16, and everything
+else is float32.
 """
 
 from dataclasses import dataclass, field
@@ -26,13 +26,13 @@ class Encoding(StrEnum):
     """How the weight of a linear layer is stored."""
 
     FLOAT = "float"  # [out, in], in a floating-point type
-    INT8 = "int8"  # [in, out] int8, one float32 scale an output channel
-    BLOCKS8 = "blocks8"  # [out, in / 32, 32] uint8 around 128, one float32 scale a block of 32 inputs
+    INT8 = "int8"  # [in, out] int8, one float32 scale per output channel
+    BLOCKS8 = "blocks8"  # [out, in / 32, 32] uint8 around 128, one float32 scale per block of 32 inputs
     BLOCKS4 = "blocks4"  # [out, in / 32, 16] uint8, two values around 8 in each; scales as above
 
 
 SCALE_SUFFIX = "_scale"
-"""What the name of a weight's scales ends in."""
+"""The suffix of the names of a weight's scales."""
 
 BLOCK_SIZE = 32
 
@@ -54,7 +54,7 @@ def linear_shape(stored: tuple[int, ...], encoding: Encoding) -> tuple[int, ...]
 
 @dataclass(frozen=True)
 class StoragePolicy:
-    """What a precision stores a component's tensors as. Small enough to be asked for every tensor."""
+    """How a precision stores a component's tensors."""
 
     precision: Precision
     vae_type: DType = DType.F32  # of the checkpoint's own VAE weights
@@ -63,7 +63,7 @@ class StoragePolicy:
 
     @property
     def rebalanced(self) -> bool:
-        """Whether magnitudes are moved between activations and weights: where a token has one scale."""
+        """Whether magnitudes are moved between activations and weights: where a token's activations share one scale."""
         return self.precision is Precision.INT8
 
     def encoding(self, component: str, name: str) -> Encoding:

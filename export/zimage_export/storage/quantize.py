@@ -1,9 +1,9 @@
 """Weights as integers: scales with the least error, and values as a bundle stores them.
 
-int8 has a scale an output channel. The largest magnitude of a channel need not be representable: cutting a few
-values off makes the steps of all others smaller. Which cut gives the least squared error is computed for each
-channel. int4 has a scale a block of 32 inputs, and the cut is chosen by quantizing with each. Symmetric throughout:
-integers only multiply, and no zero point is subtracted at run time.
+int8 has one scale per output channel. The largest magnitude of a channel need not be representable: clipping a few
+values makes the steps of all others smaller. The clipping of least squared error is computed for each channel. int4
+has one scale per block of 32 inputs, and the clipping is chosen by trying each. All quantization is symmetric: no zero
+point is subtracted at run time.
 """
 
 import functools
@@ -94,7 +94,7 @@ def _stored(source: TensorSource, encoding: Encoding, factors: Factors) -> tuple
 
 
 def int8_rows(weights: FloatArray) -> tuple[NDArray[np.int8], FloatArray]:
-    """Rows [rows, width] → int8 values of the same shape, and a scale a row."""
+    """Rows [rows, width] → int8 values of the same shape, and one scale per row."""
     scales = int8_scales(weights)
     values = weights * (np.float32(1) / scales)[:, None]
     np.rint(values, out=values)
@@ -105,8 +105,8 @@ def int8_rows(weights: FloatArray) -> tuple[NDArray[np.int8], FloatArray]:
 def int8_scales(weights: FloatArray) -> FloatArray:
     """The scale of each row with the least squared error.
 
-    Rounding to steps of size d costs d²/12 a value, which at 255 steps a row is as good as counting; what a cut costs
-    is summed over the values beyond it, which are few.
+    Rounding to steps of size d costs d²/12 per value, which is accurate at 255 steps per row. The cost of clipping is
+    summed over the few values beyond it.
     """
     magnitudes = np.abs(weights)
     peaks = np.maximum(magnitudes.max(axis=1), np.float32(1e-30))
@@ -153,7 +153,7 @@ def _steps(blocks: FloatArray, scales: FloatArray) -> FloatArray:
 
 
 def blocks8(weights: FloatArray) -> tuple[NDArray[np.uint8], FloatArray]:
-    """Rows [rows, width] → bytes [rows, width / 32, 32] around 128, and scales; at 8 bits no cut is worth it."""
+    """Rows [rows, width] → bytes [rows, width / 32, 32] around 128, and scales; at 8 bits, clipping does not pay."""
     blocks = weights.reshape(len(weights), -1, BLOCK_SIZE)
     peaks = np.abs(blocks).max(axis=-1)
     scales = np.where(peaks == 0, np.float32(1), peaks / np.float32(INT8_MOST))
@@ -174,7 +174,7 @@ def dequantized(integers: Integers, scales: FloatArray, encoding: Encoding) -> F
 
 
 def rounded(weights: FloatArray, encoding: Encoding) -> FloatArray:
-    """What is left of rows [rows, width] once they are stored."""
+    """The values that rows [rows, width] have after they were stored."""
     if encoding is Encoding.INT8:
         values, scales = int8_rows(weights)
         return dequantized(values.T, scales, encoding)

@@ -1,4 +1,4 @@
-"""A tensor on its way into a bundle: how it will be stored, and what it is multiplied by on the way."""
+"""A tensor on its way into a bundle: how it is stored, and what it is multiplied by before."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +27,7 @@ class StoredTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes in the file."""
+        """Bytes in the file."""
         return math.prod(self.shape) * self.dtype.size
 
 

@@ -1,4 +1,4 @@
-"""A tokenizer that knows the 256 bytes and Qwen's special tokens: it reads any text, in a few kilobytes.
+"""A tokenizer of the 256 bytes and Qwen's special tokens: a few kilobytes, for any text.
 
 Structure as in Qwen's ``tokenizer.json``: NFC, Qwen's splitting rule, byte-level BPE (here without merges).
 """
@@ -37,7 +37,7 @@ def byte_level_bpe() -> Tokenizer:
 
 
 def chat_template() -> str:
-    """What Qwen's template comes to for a user message with the generation prompt added."""
+    """Qwen's chat template, reduced to a user message and the generation prompt."""
     return (
         "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

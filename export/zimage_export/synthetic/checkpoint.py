@@ -1,8 +1,8 @@
 """Checkpoints of random weights in the exact published layout, names, shapes and types.
 
-Names and shapes come from diffusers' and transformers' own classes, so they are the true ones. Weights are scaled
-so that activations stay near one, as in a trained model: a model whose output is constant or NaN proves nothing.
-A tensor's values depend on the seed and its name alone, and one tensor is in memory at a time.
+Names and shapes come from diffusers' and transformers' own classes. Weights are scaled so that activations stay near
+one, as in a trained model: a model whose output is constant or NaN proves nothing. A tensor's values depend on the seed
+and its name only, and one tensor is in memory at a time.
 """
 
 import math
@@ -38,7 +38,7 @@ from .published_layout import (
 
 @dataclass(frozen=True)
 class Scale:
-    """How large a synthetic model is, and in how many files its parts lie."""
+    """How large a synthetic model is, and how many files its parts have."""
 
     config: ModelConfig
     shards: int = 3  # of the transformer and the text encoder, as published
@@ -143,8 +143,8 @@ def write_checkpoint(
 ) -> None:
     """Writes a checkpoint to `out`, which must not exist. `tokenizer` replaces the small byte-level one.
 
-    Without diffusers, names and shapes are those that our programs use, which are the published ones, too, but for
-    the text encoder's last layer, which no program needs.
+    Without diffusers, names and shapes are those that our programs use: the published ones without the text encoder's
+    last layer, which no program uses.
 
     Raises `ExportError` if `out` exists.
     """
@@ -183,7 +183,7 @@ def _with_vocabulary_of(config: ModelConfig, tokenizer: Path) -> ModelConfig:
 
 
 def program_shapes(config: ModelConfig, component: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what our programs use of a component, as its file in a checkpoint has them."""
+    """Names and shapes of the tensors that our programs use of a component, as published."""
     from ..graphs import Target, build_graphs
 
     used = (graph.weights for graph in build_graphs(config, Target()) if graph.program.component == component)
@@ -221,7 +221,7 @@ def _text_encoder_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _meta_shapes(model_class: Any, *args: Any, **kwargs: Any) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a class's state, with no memory behind them."""
+    """Names and shapes of a class's state, without allocating it."""
     import torch
 
     with torch.device("meta"):

@@ -12,7 +12,7 @@ from .byte_tokenizer import chat_template
 
 
 def text_encoder_config(config: TextEncoderConfig) -> dict[str, Any]:
-    """What `transformers.Qwen3Config` takes, and its ``config.json`` holds."""
+    """The arguments of `transformers.Qwen3Config`, and the content of its ``config.json``."""
     return {
         **asdict(config),
         "architectures": ["Qwen3ForCausalLM"],
@@ -27,7 +27,7 @@ def text_encoder_config(config: TextEncoderConfig) -> dict[str, Any]:
 
 
 def transformer_config(config: TransformerConfig) -> dict[str, Any]:
-    """What `diffusers.ZImageTransformer2DModel` takes."""
+    """The arguments of `diffusers.ZImageTransformer2DModel`."""
     return {
         **asdict(config),
         "n_kv_heads": config.n_heads,
@@ -38,7 +38,7 @@ def transformer_config(config: TransformerConfig) -> dict[str, Any]:
 
 
 def vae_config(config: VaeConfig) -> dict[str, Any]:
-    """What `diffusers.AutoencoderKL` takes."""
+    """The arguments of `diffusers.AutoencoderKL`."""
     levels = len(config.block_out_channels)
     return {
         **asdict(config),
@@ -78,7 +78,7 @@ def write_configs(folder: Path, config: ModelConfig) -> None:
 
 
 def write_tokenizer_config(folder: Path) -> None:
-    """Writes the file that stands beside ``tokenizer.json``."""
+    """Writes the configuration file beside ``tokenizer.json``."""
     write_json(
         folder / "tokenizer_config.json",
         {
@@ -92,6 +92,6 @@ def write_tokenizer_config(folder: Path) -> None:
 
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
-    """Writes `data`, and the folder that it lies in."""
+    """Writes `data`, and creates its folder."""
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
 """Choosing the powers of two that keep fp16 in range: from the weights alone, or from measured activations.
 
 Dividing a stored fp16 weight by 2**k costs nothing until its values go subnormal (below 6e-5), and buys k bits of
-range. So the weights alone say how much may be divided out: as much as rounding does not notice, at most 2**6.
-Where measured activations need more than that, the rest is divided out of the SwiGLU product at run time.
+range. So the weights alone determine how much may be divided out: as much as does not add to the rounding error, at
+most 2**6. Where measured activations need more than that, the rest is divided out of the SwiGLU product at run time.
 """
 
 import math
@@ -33,7 +33,7 @@ Peaks = Mapping[str, Mapping[str, "BlockPeak"]]
 
 @dataclass(frozen=True)
 class ActivationRange:
-    """How large the activations are that a linear reads, by channel."""
+    """How large the activations are that a linear reads, per channel."""
 
     rms: NDArray[np.float32]  # [width]
     peak: NDArray[np.float32]  # [width], the largest magnitude
@@ -43,10 +43,10 @@ class BlockPeak:
     """The largest magnitudes seen in a block without any fold."""
 
     def __init__(self) -> None:
-        self.attention = 0.0  # the out-projection's result (Qwen3: o_proj's input and result)
+        self.attention = 0.0  # the output of the out-projection (Qwen3: input and output of o_proj)
         self.product = 0.0  # the SwiGLU product
-        self.ffn = 0.0  # w2's result
-        self.places: dict[str, ActivationRange] = {}  # by the linear that reads, as in `rebalance.PLACES`
+        self.ffn = 0.0  # the output of w2
+        self.places: dict[str, ActivationRange] = {}  # by the linear that reads them, as in `rebalancing.PLACES`
 
 
 def blocks(config: ModelConfig) -> dict[str, list[str]]:
@@ -55,7 +55,7 @@ def blocks(config: ModelConfig) -> dict[str, list[str]]:
 
 
 def choose_folds(checkpoint: Checkpoint, peaks: Peaks | None = None) -> dict[str, Folds]:
-    """The folds of every block. With `peaks`, measured by `calibrate`, more is divided out where it is needed."""
+    """The folds of every block. With `peaks`, which `calibrate` measures, more is divided out where necessary."""
     return {
         component: {
             block: _choose(checkpoint.weights(component), component, block, (peaks or {}).get(component, {}).get(block))

@@ -1,7 +1,7 @@
 """Which layers of an int4 bundle keep 8 bits: those that 4 bits cost most, within a budget.
 
-Each linear's loss is measured: some of its rows are quantized, and their error counts as much as the channels that
-they read are loud. What is known of that is what `rebalance` knows: from the weights, or from calibration.
+Each linear's loss is measured: some of its rows are quantized, and their errors are weighted by the range of the
+channels that they read. Ranges come from calibration, or are estimated from the weights, as in `rebalance`.
 """
 
 import math
@@ -19,11 +19,11 @@ from ..storage.quantize import rounded
 from .folding import blocks
 from .rebalance import Rebalancing, sample_rows
 
-_BUDGET = 0.1  # of all quantized parameters, those that keep 8 bits: a tenth adds a tenth to what 5 bits take
+_BUDGET = 0.1  # share of the quantized parameters that keep 8 bits: a tenth makes the weights a tenth larger
 
 
 def eight_bit_layers(checkpoint: Checkpoint, balance: Rebalancing) -> frozenset[str]:
-    """`component/weight` of the linears that keep 8 bits, in either component the worst tenth of the parameters."""
+    """`component/weight` of the linears that keep 8 bits: in each component, the worst tenth of the parameters."""
     kept: set[str] = set()
     for component, names in blocks(checkpoint.config).items():
         losses = [loss for block in names for loss in _losses(checkpoint, balance, component, block)]
@@ -39,7 +39,7 @@ def _losses(
     checkpoint: Checkpoint, balance: Rebalancing, component: str, block: str
 ) -> Iterator[tuple[float, str, int]]:
     """Relative error of the output, name and parameters of each linear in a block."""
-    loudness = balance.loudness(component, block)
+    ranges = balance.ranges(component, block)
     for place in PLACES[component]:
         for reader in place.readers:
             source = checkpoint.weights(component).get(f"{block}.{reader}")
@@ -48,12 +48,12 @@ def _losses(
                     f"{source.name} has {source.shape[1]} inputs, and int4 needs a multiple of {BLOCK_SIZE}; "
                     "use --precision int8"
                 )
-            rms = loudness[place.readers[0]].rms
+            rms = ranges[place.readers[0]].rms
             yield output_loss(sample_rows(source), rms, Encoding.BLOCKS4), source.name, math.prod(source.shape)
 
 
 def output_loss(rows: FloatArray, rms: FloatArray, encoding: Encoding) -> float:
-    """The relative error of what rows [rows, width] give for independent inputs of these magnitudes [width]."""
+    """The relative error of the outputs of rows [rows, width], for independent inputs of magnitudes `rms` [width]."""
     error = np.sum(np.square((rounded(rows, encoding) - rows) * rms, dtype=np.float64))
     whole = np.sum(np.square(rows * rms, dtype=np.float64))
     return float(np.sqrt(error / whole)) if whole else 0.0

@@ -11,7 +11,7 @@ _POLL_SECONDS = 0.1
 
 
 class _End:
-    """What the thread sends last: the exception that stopped it, if one did."""
+    """The last item that the thread sends: with the exception that stopped it, if there was one."""
 
     def __init__(self, error: BaseException | None = None) -> None:
         self.error = error

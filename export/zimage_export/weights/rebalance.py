@@ -1,14 +1,15 @@
 """Moving magnitudes between activations and weights before both are quantized, without changing any result.
 
-A token's activations share one scale, so a channel that is fifty times as loud as the rest leaves the rest six levels.
+A token's activations share one scale, so a channel of fifty times the others' magnitude leaves them six levels.
+
 Dividing a channel by s where it is made, and multiplying the column of every weight that reads it by s, is exact and
-free: what makes a channel is a norm's weight, a row of `to_v` (attention averages its rows and mixes no channels), or
-a row of `w3` (which is multiplied in the SwiGLU product). The norms' weights reach the blocks through the modulation
-table, which holds them times 1 + scale; so dividing the stored weight divides the table.
+costs nothing. What makes a channel is a norm's weight, a row of `to_v` (attention averages its rows and mixes no
+channels), or a row of `w3` (a factor of the SwiGLU product). The norms' weights reach the blocks through the
+modulation table, which contains them times 1 + scale, so dividing the stored weight divides the table.
 
 How far to go (`s = a^α / w^(1-α)`, SmoothQuant, arXiv 2211.10438) is chosen for each place by the error that
-quantizing its activations and its weights is expected to add to the layers' outputs; not at all is among the choices.
-`a` is how loud each channel is: measured by `calibrate`, or estimated from the weights alone.
+quantizing its activations and its weights is expected to add to the layers' outputs; leaving it alone is among the
+choices. `a` is the range of each channel: measured by `calibrate`, or estimated from the weights alone.
 """
 
 import functools
@@ -29,7 +30,7 @@ from .folding import ActivationRange, Peaks, blocks
 _STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _SAMPLE_ROWS = 192  # of each weight that reads a channel
 _PEAK = 4.0  # the largest of a few thousand normal values, over their standard deviation
-_LEAST = 1e-4  # of the median: a channel that is silent, or that no weight reads, gets no unbounded factor
+_LEAST = 1e-4  # of the median: a channel that is always zero, or that no weight reads, gets no unbounded factor
 _LEVELS = 127.0
 
 
@@ -37,8 +38,8 @@ Ranges = Mapping[str, Mapping[str, Mapping[str, ActivationRange]]]
 """By component, block and place."""
 
 
-def loudness(peaks: Peaks | None) -> Ranges:
-    """What calibration saw of each place; nothing where it did not run."""
+def measured_ranges(peaks: Peaks | None) -> Ranges:
+    """The activation ranges that calibration measured; empty without calibration."""
     return {
         component: {block: peak.places for block, peak in by_block.items()}
         for component, by_block in (peaks or {}).items()
@@ -49,9 +50,9 @@ class Rebalancing:
     """The factors of every tensor of a checkpoint. A block is examined when its first tensor is requested."""
 
     def __init__(self, checkpoint: Checkpoint, ranges: Ranges | None = None) -> None:
-        """With `ranges`, measured by `calibrate`; otherwise loudness is estimated from the weights."""
+        """`ranges` are those that `calibrate` measured; without them, ranges are estimated from the weights."""
         self._checkpoint = checkpoint
-        self._ranges = ranges or {}
+        self._measured = ranges or {}
         self._chosen = functools.cache(self._choose_block)
         self._block = functools.cache(self._factors_of_block)
 
@@ -64,10 +65,10 @@ class Rebalancing:
             return None
         return lambda: self._block(component, block)[tail]
 
-    def loudness(self, component: str, block: str) -> dict[str, ActivationRange]:
-        """How loud the activations of each place of a block are, by its first reader."""
+    def ranges(self, component: str, block: str) -> dict[str, ActivationRange]:
+        """The activation ranges of each place of a block, by its first reader."""
         weights, heads = self._checkpoint.weights(component), SharedHeads.of(self._checkpoint.config, component)
-        measured = self._ranges.get(component, {}).get(block, {})
+        measured = self._measured.get(component, {}).get(block, {})
         places = [place.readers[0] for place in PLACES[component]]
         if all(place in measured for place in places):
             return dict(measured)
@@ -89,7 +90,7 @@ class Rebalancing:
         """The factors of each place of a block, by its maker."""
         weights = self._checkpoint.weights(component)
         heads = SharedHeads.of(self._checkpoint.config, component)
-        ranges = self.loudness(component, block)
+        ranges = self.ranges(component, block)
         chosen: dict[str, FloatArray] = {}
         for index, place in enumerate(PLACES[component]):
             samples = [sample_rows(weights.get(f"{block}.{reader}")) for reader in place.readers]
@@ -102,13 +103,13 @@ class Rebalancing:
         return block_factors(component, self._chosen(component, block), heads)
 
 
-def choose(loudness: ActivationRange, readers: Sequence[FloatArray]) -> FloatArray:
+def choose(activations: ActivationRange, readers: Sequence[FloatArray]) -> FloatArray:
     """What to multiply the readers' columns by, [width]: the choice of least expected error.
 
     `readers` are rows of each weight that reads the channels.
     """
     rows = np.concatenate(readers).astype(np.float64)
-    rms, peak = loudness.rms.astype(np.float64), loudness.peak.astype(np.float64)
+    rms, peak = activations.rms.astype(np.float64), activations.peak.astype(np.float64)
     energy = np.mean(rows**2, axis=0)
     most = np.abs(rows).max(axis=0)
     best, least = np.ones_like(rms), _expected_error(rms, peak, energy, rows)
@@ -134,14 +135,14 @@ def _floored(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.maximum(values, max(float(np.median(values)) * _LEAST, 1e-30))
 
 
-def _gather(loudness: ActivationRange, heads: SharedHeads) -> ActivationRange:
-    """Of all heads → of the channels that they share: the loudest of those that share."""
+def _gather(activations: ActivationRange, heads: SharedHeads) -> ActivationRange:
+    """Of all heads → of the channels that they share: the largest range among the heads that share."""
     if heads.groups == 1:
-        return loudness
+        return activations
     shape = (-1, heads.groups, heads.width)
     return ActivationRange(
-        np.sqrt(np.square(loudness.rms).reshape(shape).mean(axis=1)).reshape(-1),
-        loudness.peak.reshape(shape).max(axis=1).reshape(-1),
+        np.sqrt(np.square(activations.rms).reshape(shape).mean(axis=1)).reshape(-1),
+        activations.peak.reshape(shape).max(axis=1).reshape(-1),
     )
 
 
@@ -154,8 +155,10 @@ def _stack(samples: Sequence[FloatArray], heads: SharedHeads) -> list[FloatArray
 
 
 def _estimate(weights: Weights, component: str, block: str, heads: SharedHeads) -> dict[str, ActivationRange]:
-    """Ranges from the weights alone, by place: behind a norm, channels are as loud as its weight says, and a linear
-    of inputs that know nothing of each other is as loud as its row."""
+    """Ranges from the weights alone, by place.
+
+    After a norm, a channel's magnitude is its weight's; after a linear, with independent inputs, its row's norm.
+    """
     attention, value, ffn, product = PLACES[component]
     found = {}
     entering = np.abs(weights.get(f"{block}.{attention.maker}").read())

@@ -1,7 +1,7 @@
 """Streaming tensors from a checkpoint's shards into a bundle's weight files, in pieces of bounded size.
 
-A precision decides for each tensor how it is stored. The writer does not depend on precisions: it takes tensors with a
-name, a type and a shape that produce their bytes on request.
+A precision decides how each tensor is stored. The writer is independent of precisions: it is given tensors with a
+name, a type and a shape that produce their bytes on demand.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ def converted(
 ) -> StoredTensor:
     """A tensor times 2**exponent, in another element type; as it is where nothing changes.
 
-    `factors` are computed when they are needed.
+    `factors` are computed when they are first needed.
     """
 
     def chunks() -> Iterator[NDArray[np.generic]]:
@@ -72,8 +72,8 @@ def plan_weights(
 ) -> dict[str, list[StoredTensor]]:
     """The tensors of each component's weights file, which are those that its programs use.
 
-    Raises `CheckpointError` if the checkpoint lacks one, or has it in another shape or an unusable type. Nothing is
-    read but headers, so a bad checkpoint fails before anything is written.
+    Raises `CheckpointError` if the checkpoint lacks one, or has it in another shape or an unusable type. Only
+    headers are read, so a bad checkpoint fails before anything is written.
     """
     plan: dict[str, dict[str, StoredTensor]] = {component: {} for component in COMPONENTS}
     for graph in graphs:
@@ -95,7 +95,7 @@ def plan_weights(
 
 
 def _by_block(tensors: Mapping[str, StoredTensor]) -> list[StoredTensor]:
-    """In the order of the programs, but with the tensors of a block together, because they are read together."""
+    """In the order of the programs, with a block's tensors together, as they are read together."""
     places: dict[str, int] = {}
     for name in tensors:
         places.setdefault(block_of(name), len(places))
@@ -103,14 +103,14 @@ def _by_block(tensors: Mapping[str, StoredTensor]) -> list[StoredTensor]:
 
 
 def plan_embeddings(checkpoint: Checkpoint) -> list[StoredTensor]:
-    """The token embeddings, kept as published in every precision: the host reads a few rows per prompt."""
+    """The token embeddings, stored as published in every precision: the host reads a few rows per prompt."""
     config = checkpoint.config.text_encoder
     source = checkpoint.text_encoder.get(EMBEDDINGS, (config.vocab_size, config.hidden_size))
     return [converted(source, source.dtype)]
 
 
 def write_weights(path: Path, tensors: Iterable[StoredTensor], advance: Advance) -> FileRecord:
-    """Writes a safetensors file, hashed as it is written. `advance` gets the bytes of each piece.
+    """Writes a safetensors file, hashed as it is written. `advance` is called with the bytes of each piece.
 
     Reading and converting run in a second thread, a few pieces ahead of hashing and writing.
     """

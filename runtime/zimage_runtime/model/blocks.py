@@ -2,7 +2,7 @@
 
 The text encoder and the transformer are chains of layers (attention, then SwiGLU) with an embedder or a projection at
 their ends; the autoencoder is a chain of convolutional blocks. `linears` and `norms` state what each block contains,
-`block_signatures` what a program of one block is fed, `operations` how much work it is.
+`block_signatures` states the inputs and outputs of a program of one block, `operations` the work.
 
 Sources: ``transformer_z_image.py``, ``autoencoder_kl.py``, ``vae.py`` and ``resnet.py`` in diffusers;
 ``modeling_qwen3.py`` in transformers.

@@ -1,7 +1,7 @@
 """The model's dimensions, as typed and checked values.
 
 They are read from a checkpoint's ``config.json`` files by the exporter and from ``manifest.json`` by the runtime,
-with the same code. Nothing is fixed to the published sizes: any dimensions that the architecture allows will do.
+with the same code. Nothing is fixed to the published sizes: any dimensions that the architecture allows are accepted.
 
 Sources: the published configurations; ``transformer_z_image.py`` and ``autoencoder_kl.py`` in diffusers;
 ``modeling_qwen3.py`` in transformers.
@@ -19,7 +19,7 @@ PATCH_SIZE = 2
 
 _ADALN_WIDTH = 256
 
-# Far more than any model has; a damaged file with more would keep us busy for hours
+# Far more than any model has; a damaged file with more would take hours
 _MOST_LAYERS = 1024
 _MOST_POSITIONS = 1 << 16
 
@@ -189,7 +189,7 @@ class VaeConfig:
     norm_num_groups: int
     scaling_factor: float
     shift_factor: float
-    sample_size: int  # default image size, in pixels a side
+    sample_size: int  # default image size, in pixels per side
 
     @property
     def scale(self) -> int:
@@ -254,7 +254,7 @@ class SchedulerConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """All four parts, checked against each other."""
+    """The configurations of all four parts, checked against each other."""
 
     text_encoder: TextEncoderConfig
     transformer: TransformerConfig

@@ -1,7 +1,7 @@
 """The linear layers of the model: their names and shapes, block by block; the one place where they are listed.
 
-Layers of the text encoder and of the transformer consist of the same seven linears under different names. Whoever
-folds, rebalances, quantizes or counts them asks for them here by what they do.
+Layers of the text encoder and of the transformer consist of the same seven linears under different names; here they are
+found by what they do, for folding, rebalancing, quantizing and counting.
 """
 
 from collections.abc import Iterator

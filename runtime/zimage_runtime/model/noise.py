@@ -32,7 +32,7 @@ class TorchGenerator:
         return (raw & 0xFFFFFF).astype(np.float32) * np.float32(2**-24)
 
     def normals(self, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """Standard normals of `shape`, which must hold 16 values or more (torch draws fewer in another way)."""
+        """Standard normals of `shape`, of at least 16 values (torch draws fewer in another way)."""
         size = math.prod(shape)
         if size < _BLOCK:
             raise RequestError(f"noise of {size} values is not supported; at least {_BLOCK} are")

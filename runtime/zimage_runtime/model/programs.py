@@ -1,7 +1,7 @@
-"""The programs of a bundle: their inputs and outputs, with shapes. The one place where these names are written.
+"""The programs of a bundle: their inputs and outputs, with shapes. The one place where these names are stated.
 
 The exporter builds programs with exactly these names, and every executor feeds them by these names. All arrays are
-float32 in every precision; what is inside a program is the precision's own affair.
+float32 in every precision; the precision decides what is inside a program.
 
 Symbols: ``batch`` images of one prompt in one call; ``tokens`` of the prompt; ``caption_tokens`` and
 ``image_tokens`` are padded to a multiple of 32; ``half_head`` is half of an attention head's channels; ``latent_h``
@@ -38,7 +38,7 @@ _COMPONENTS = {
 }
 
 COMPONENTS = ("text_encoder", "transformer", "vae")
-"""The parts of a bundle that hold weights."""
+"""The parts of a bundle that have weights."""
 
 Shape = tuple[int | str, ...]
 
@@ -68,7 +68,7 @@ SIGNATURES: dict[Program, Signature] = {
         },
         outputs={"caption": (1, "caption_tokens", "dim")},
     ),
-    # The table holds what a step's norms multiply by: in order 1 + attention scale, tanh(attention gate),
+    # The table contains the factors of a step's norms: in order 1 + attention scale, tanh(attention gate),
     # 1 + feed-forward scale and tanh(feed-forward gate), each already times its norm's weight.
     Program.MODULATION: Signature(
         inputs={"timesteps": ("steps",)},

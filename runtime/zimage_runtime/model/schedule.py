@@ -22,7 +22,7 @@ class Schedule:
     """`steps` Euler steps from pure noise to the image."""
 
     sigmas: FloatArray  # [steps + 1], from 1 down to 0
-    timesteps: FloatArray  # [steps], what the transformer is told: 1 - sigma
+    timesteps: FloatArray  # [steps], the transformer's input: 1 - sigma
 
     @property
     def steps(self) -> int:

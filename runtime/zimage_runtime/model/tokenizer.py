@@ -12,7 +12,7 @@ from ..errors import BundleError, RequestError
 from ..mistaken_files import mistaken_file
 
 MAX_PROMPT_TOKENS = 512
-"""Tokens of a prompt that the model sees, the template's own included."""
+"""The most tokens of a prompt that the model sees, including the template's."""
 
 
 def apply_template(prompt: str) -> str:
@@ -24,7 +24,7 @@ class PromptTokenizer:
     """A bundle's tokenizer."""
 
     def __init__(self, path: Path) -> None:
-        """Raises `BundleError` if the file is no tokenizer."""
+        """Raises `BundleError` if the file is not a tokenizer."""
         try:
             self._tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception

@@ -1,10 +1,10 @@
-"""`optimum-cli export zimage`: what `zimage-export build` does, for people who live in Hugging Face's tools.
+"""`optimum-cli export zimage`: `zimage-export build` for users of Hugging Face's tools.
 
 optimum imports every file of the namespace package `optimum.commands.register` when it starts and registers what
 `REGISTER_COMMANDS` lists. No folder here may have an `__init__.py`: it would hide optimum's own modules.
 
-The options are those of `zimage-export build`, read from it, and what was typed is handed to it as it stands, so the
-two commands cannot diverge: argparse only has to know which options take a value.
+The options are read from `zimage-export build`, and arguments are passed on to it unchanged, so the two commands cannot
+diverge: argparse only has to know which options have a value.
 """
 
 import sys
@@ -50,7 +50,7 @@ _COLLECTED = "zimage_options"
 
 
 class _Collect(Action):
-    """Appends an option to what is handed on, as it was typed."""
+    """Collects an option, unchanged, to be passed on."""
 
     def __call__(
         self, parser: ArgumentParser, namespace: Namespace, values: Any, option_string: str | None = None

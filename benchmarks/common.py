@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +29,7 @@ __all__ = [
     "markdown_table",
     "measure_child",
     "mib",
+    "open_session",
     "physical_threads",
     "prepared_bundle",
     "python_child",
@@ -39,7 +41,15 @@ __all__ = [
 
 RESULTS = Path(__file__).with_name("results")
 
+_SESSIONS = ExitStack()
+"""Open until the process ends."""
+
 _INTERVAL = 0.003  # seconds between two looks at a child's memory
+
+
+def open_session(job: Any) -> Any:
+    """A session of a prepared job whose stages are called one by one."""
+    return _SESSIONS.enter_context(job.executor.session(job.plan))
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from common import (
     interleave,
     machine,
     markdown_table,
+    open_session,
     physical_threads,
     prepared_bundle,
     ratio,
@@ -155,12 +156,14 @@ def step_calls(models: Models, side: int) -> dict[str, Callable[[], FloatArray]]
     """
     import torch
 
+    from zimage_runtime.pipeline import Request
+
     ours = models.ours
-    request = ours.request(_PROMPT, (side, side), 8, _SEED)
-    ids = ours.token_ids(_PROMPT)
+    request = ours.prepare(Request(_PROMPT, size=(side, side), steps=8, seed=_SEED))
     latents = ours.initial_latents(request.geometry, request.seeds)
-    hidden_states = ours.encode_prompt(ids)
-    denoiser = ours.executor.prepare(ours.conditioning(request.geometry, request.schedule, hidden_states))
+    session = open_session(request)
+    hidden_states = ours.hidden_states(session, request.ids)
+    denoiser = session.denoiser(ours.conditioning(request.geometry, request.schedule, hidden_states))
     hidden = torch.from_numpy(hidden_states[0])
     timestep = torch.from_numpy(request.schedule.timesteps[:1])
 
@@ -185,7 +188,7 @@ def picture_calls(models: Models, side: int, steps: int) -> dict[str, Callable[[
     import torch
 
     def ours() -> FloatArray:
-        result = models.ours.generate(_PROMPT, (side, side), steps, _SEED)
+        result = models.ours.generate(_PROMPT, size=(side, side), steps=steps, seed=_SEED)
         return np.asarray(result.images[0], np.float32)
 
     def with_diffusers(pipeline: Any, transformer: Any) -> Callable[[], FloatArray]:

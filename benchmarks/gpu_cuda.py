@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import RESULTS, interleave, machine, ratio, relative_error, write_results
+from common import RESULTS, interleave, machine, open_session, ratio, relative_error, write_results
 from gpu_report import report
 from gpu_tools import VramWatch, best_backend, diffusers_step, matrix_rate, median_seconds, step_flops
 
@@ -38,29 +38,46 @@ _SHAPES_ONLY = {"Concat", "Div", "Gather", "Mul", "Shape", "Slice", "Sub", "Unsq
 Child = dict[str, Any]
 
 
-def open_pipeline(bundle: str, executor: str, vram: int | None = None, denoiser: str | None = None) -> Any:
+def open_pipeline(
+    bundle: str, executor: str, vram: int | None = None, denoiser: str | None = None, *, keep_loaded: bool = True
+) -> Any:
     """A pipeline on the CUDA programs: on the GPU, or for a trial on the CPU."""
     from zimage_runtime.bundle.bundle import Bundle
-    from zimage_runtime.executors.choose import budget
-    from zimage_runtime.executors.ort.device import Device, OrtCudaExecutor
+    from zimage_runtime.executors.ort.cuda import budget_of, cuda_executor
+    from zimage_runtime.executors.ort.device import OrtDevice
+    from zimage_runtime.machine.gpus import find_gpu
     from zimage_runtime.pipeline import Pipeline
 
-    opened = Bundle.open(bundle)
-    room = 1 << 40 if executor == "cpu" else budget(vram)
-    return Pipeline(opened, OrtCudaExecutor(opened, budget=room, device=Device(executor), denoiser=denoiser))
+    opened, gpu = Bundle.open(bundle), None if executor == "cpu" else find_gpu()
+    room = vram if vram is not None else 1 << 40 if gpu is None else budget_of(gpu)
+    capability = None if gpu is None else gpu.capability
+    made = cuda_executor(
+        opened,
+        budget=room,
+        device=OrtDevice(executor),
+        capability=capability,
+        denoiser=denoiser,
+        keep_loaded=keep_loaded,
+    )
+    return Pipeline.on(opened, made)
 
 
 def child_pictures(options: Child) -> Child:
     """Whole pictures of one size: the first loads everything, those that follow find it loaded."""
+    from zimage_runtime.pipeline import Request
+
     size = tuple(options["size"])
     with VramWatch() as watch:
         pipeline = open_pipeline(options["bundle"], options["executor"], options["vram"], options["denoiser"])
-        first = pipeline.generate(_PROMPT, size, options["steps"], _SEED).timings
-        later = [pipeline.generate(_PROMPT, size, options["steps"], _SEED).timings for _ in range(options["repeat"])]
+        found = []
+        for _ in range(1 + options["repeat"]):
+            pipeline.forget_prompt()  # every picture encodes it
+            found.append(pipeline.generate(_PROMPT, size=size, steps=options["steps"], seed=_SEED).timings)
+        first, *later = found
     pipeline.release()
     with VramWatch() as idle:
         time.sleep(0.1)
-    plan = pipeline.executor.plan(pipeline.request(_PROMPT, size).geometry, len(pipeline.token_ids(_PROMPT)))
+    plan = pipeline.prepare(Request(_PROMPT, size=size)).plan
     best = min(later, key=lambda timings: timings.total)
     return {
         "first_seconds": first.total,
@@ -79,14 +96,17 @@ def child_pictures(options: Child) -> Child:
 
 def our_step(options: Child) -> tuple[Any, int, Any]:
     """A call that runs one step of ours at a size; the tokens of the prompt; the geometry."""
-    pipeline = open_pipeline(options["bundle"], options["executor"], options["vram"], options["denoiser"])
-    request = pipeline.request(_PROMPT, tuple(options["size"]), options["steps"], _SEED)
-    ids = pipeline.token_ids(_PROMPT)
-    conditioning = pipeline.conditioning(request.geometry, request.schedule, pipeline.encode_prompt(ids))
-    denoiser = pipeline.executor.prepare(conditioning)
-    pipeline.executor.release(Program.TEXT_ENCODER, Program.CAPTION, Program.MODULATION)
-    latents = pipeline.initial_latents(request.geometry, (_SEED,))
-    return (lambda: denoiser(latents, options["steps"] // 2)), len(ids), request.geometry
+    from zimage_runtime.pipeline import Request
+
+    pipeline = open_pipeline(
+        options["bundle"], options["executor"], options["vram"], options["denoiser"], keep_loaded=False
+    )
+    job = pipeline.prepare(Request(_PROMPT, size=tuple(options["size"]), steps=options["steps"], seed=_SEED))
+    session = open_session(job)
+    hidden = pipeline.hidden_states(session, job.ids)
+    denoiser = session.denoiser(pipeline.conditioning(job.geometry, job.schedule, hidden))
+    latents = pipeline.initial_latents(job.geometry, (_SEED,))
+    return (lambda: denoiser(latents, options["steps"] // 2)), len(job.ids), job.geometry
 
 
 def child_steps(options: Child) -> Child:
@@ -160,7 +180,7 @@ def child_parity(options: Child) -> Child:
         open_pipeline(options["bundle"], options["executor"], denoiser=options["denoiser"]),
         Pipeline.from_bundle(options["bundle"], "cpu"),
     ):
-        events = pipeline.stream(_PROMPT, (256, 256), options["steps"], _SEED)
+        events = pipeline.stream(_PROMPT, size=(256, 256), steps=options["steps"], seed=_SEED)
         drawn += [event for event in events if isinstance(event, ImageEvent)]
     ours, reference = drawn
     pixels = [np.asarray(event.image, np.float64) for event in drawn]
@@ -178,7 +198,7 @@ def child_placement(options: Child) -> Child:
     from zimage_export.measure.self_check import fixed_inputs
     from zimage_runtime.bundle.bundle import Bundle
     from zimage_runtime.bundle.manifest import CUDA
-    from zimage_runtime.executors.ort.device import DISABLED_OPTIMIZERS, PROVIDER, preload_libraries
+    from zimage_runtime.executors.ort.cuda import DISABLED_OPTIMIZERS, PROVIDER, preload_libraries
 
     bundle, wanted = Bundle.open(options["bundle"]), "CPUExecutionProvider"
     if options["executor"] == "cuda":

@@ -23,10 +23,12 @@ from common import describe, machine, markdown_table, mib, write_results
 
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.errors import ZImageRuntimeError
-from zimage_runtime.executors.tensorrt.executor import TensorRtExecutor, open_executor
+from zimage_runtime.executors.protocol import Options
+from zimage_runtime.executors.tensorrt.executor import TensorRtExecutor
+from zimage_runtime.executors.tensorrt.kind import open_executor
 from zimage_runtime.executors.tensorrt.plan import CONTEXT_BYTES, ResidencyPlan
 from zimage_runtime.model.programs import Program
-from zimage_runtime.pipeline import CaptionEvent, ImageEvent, Pipeline, StepEvent
+from zimage_runtime.pipeline import CaptionEvent, ImageEvent, Pipeline, Request, StepEvent
 
 PROMPT = "a red fox in the snow, golden hour"
 PLAN_TOLERANCE = 0.05  # of the peak, between prediction and measurement
@@ -61,7 +63,8 @@ def draw(pipeline: Pipeline, settings: Settings) -> Drawn:
     """Draws one picture, every stage timed by itself."""
     start = time.perf_counter()
     caption, steps = 0.0, []
-    for event in pipeline.stream(PROMPT, settings.size, settings.steps, 7):
+    pipeline.forget_prompt()  # every picture encodes it
+    for event in pipeline.stream(PROMPT, size=settings.size, steps=settings.steps, seed=7):
         match event:
             case CaptionEvent():
                 caption = event.seconds
@@ -93,7 +96,7 @@ def _row(
     executor = opening(bundle, vram)
     free_before = executor.device.memory()[0]
     try:
-        pipeline = Pipeline(bundle, executor)
+        pipeline = Pipeline.on(bundle, executor)
         cold = draw(pipeline, settings)
         start = time.perf_counter() - begin
         warm = [draw(pipeline, settings) for _ in range(settings.repeat)]
@@ -130,10 +133,9 @@ def _row(
 
 def predicted(pipeline: Pipeline, settings: Settings) -> ResidencyPlan:
     """What `zimage-rt plan` says of the same picture."""
-    request = pipeline.request(PROMPT, settings.size, settings.steps, 7)
-    executor = pipeline.executor
-    assert isinstance(executor, TensorRtExecutor)
-    return executor.plan(request.geometry, len(pipeline.token_ids(PROMPT))).residency
+    plan = pipeline.prepare(Request(PROMPT, size=settings.size, steps=settings.steps, seed=7)).plan
+    assert isinstance(plan, ResidencyPlan)
+    return plan
 
 
 def report(rows: Sequence[dict[str, Any]], settings: Settings, description: dict[str, Any]) -> str:
@@ -207,7 +209,9 @@ def main() -> None:
     try:
         with tempfile.TemporaryDirectory() as cache:
             os.environ["XDG_CACHE_HOME"] = cache  # so that the first start is a first one
-            rows, text = run(arguments.bundles, settings, open_executor)
+            rows, text = run(
+                arguments.bundles, settings, lambda bundle, vram: open_executor(bundle, Options(vram=vram))
+            )
     except ZImageRuntimeError as error:
         parser.exit(1, f"error: {error}\n")
     write_results(arguments.out, {"settings": dataclasses.asdict(settings), "rows": rows}, text)

@@ -27,6 +27,7 @@ from common import (
     interleave,
     machine,
     markdown_table,
+    open_session,
     physical_threads,
     prepared_bundle,
     ratio,
@@ -62,17 +63,14 @@ def quantized_bundle(checkpoint: Path, fp32: Path, precision: str) -> Path:
 
 def our_step(bundle: Path, side: int) -> Callable[[], FloatArray]:
     """A call that gives the velocity of the first step. Every bundle gets its own hidden states and modulation."""
-    from zimage_runtime.pipeline import Pipeline
+    from zimage_runtime.pipeline import Pipeline, Request
 
-    pipeline = Pipeline.from_bundle(bundle)
-    request = pipeline.request(_PROMPT, (side, side), 8, _SEED)
+    pipeline = Pipeline.from_bundle(bundle, "cpu", keep_loaded=False)  # so the text encoder is freed
+    request = pipeline.prepare(Request(_PROMPT, size=(side, side), steps=8, seed=_SEED))
     latents = pipeline.initial_latents(request.geometry, request.seeds)
-    hidden_states = pipeline.encode_prompt(pipeline.token_ids(_PROMPT))
-    conditioning = pipeline.conditioning(request.geometry, request.schedule, hidden_states)
-    from zimage_runtime.model.programs import Program
-
-    pipeline.executor.release(Program.TEXT_ENCODER)
-    denoiser = pipeline.executor.prepare(conditioning)
+    session = open_session(request)
+    hidden_states = pipeline.hidden_states(session, request.ids)
+    denoiser = session.denoiser(pipeline.conditioning(request.geometry, request.schedule, hidden_states))
     return lambda: denoiser(latents, 0)
 
 
@@ -165,16 +163,20 @@ def profile(bundle: Path, side: int, runs: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         onnxruntime.SessionOptions = Profiled
         try:
-            from zimage_runtime.pipeline import Pipeline
+            from zimage_runtime.bundle.bundle import Bundle
+            from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
+            from zimage_runtime.pipeline import Pipeline, Request
 
-            pipeline = Pipeline.from_bundle(bundle)
-            request = pipeline.request(_PROMPT, (side, side), 8, _SEED)
-            hidden = pipeline.encode_prompt(pipeline.token_ids(_PROMPT))
-            denoiser = pipeline.executor.prepare(pipeline.conditioning(request.geometry, request.schedule, hidden))
+            executor = OrtCpuExecutor(Bundle.open(bundle))
+            pipeline = Pipeline.on(executor.bundle, executor)
+            request = pipeline.prepare(Request(_PROMPT, size=(side, side), steps=8, seed=_SEED))
+            opened = open_session(request)
+            hidden = pipeline.hidden_states(opened, request.ids)
+            denoiser = opened.denoiser(pipeline.conditioning(request.geometry, request.schedule, hidden))
             latents = pipeline.initial_latents(request.geometry, request.seeds)
             for _ in range(runs + 1):
                 denoiser(latents, 0)
-            session = pipeline.executor._sessions[Program.DENOISER]
+            session = executor.programs._sessions[Program.DENOISER]
             events = json.loads(Path(session.end_profiling()).read_text())
             pipeline.release()
         finally:

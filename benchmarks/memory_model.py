@@ -149,34 +149,32 @@ def child(bundle_path: str, point: Point) -> None:
 
     import zimage_runtime.pipeline  # noqa: F401
     from zimage_runtime.bundle.bundle import Bundle
-    from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
+    from zimage_runtime.executors.ort.host_programs import HostPrograms
 
     bundle = Bundle.open(bundle_path)
     if point.program == "base":
         import onnxruntime  # noqa: F401
 
         return
-    executor = OrtCpuExecutor(bundle, low_memory=point.low_memory)
+    programs = HostPrograms(bundle, low_memory=point.low_memory)
     inputs = feeds(bundle.manifest.config, point)
     for _ in range(1 if point.program in (Program.DECODER, Program.ENCODER) else _RUNS):
-        executor.run(Program(point.program), inputs)
+        programs.run(Program(point.program), inputs)
 
 
 def predicted(manifest: Any, point: Point) -> int:
     """What the plan says for the point's program alone: the base, weights and activations."""
     from zimage_runtime.executors.ort.cpu_plan import plan_memory
+    from zimage_runtime.executors.protocol import Work
     from zimage_runtime.model.geometry import image_geometry
 
-    geometry = image_geometry(point.width, point.height, manifest.config)
-    plan = plan_memory(
-        manifest,
-        geometry,
-        point.tokens,
-        point.batch,
-        low_memory=point.low_memory,
+    work = Work(
+        geometry=image_geometry(point.width, point.height, manifest.config),
+        tokens=point.tokens,
+        batch=point.batch,
         encodes=point.program == Program.ENCODER,
-        available=1 << 50,
     )
+    plan = plan_memory(manifest, work, low_memory=point.low_memory, available=1 << 50)
     base = plan.peak - max(plan.programs.values())
     return base if point.program == "base" else base + plan.programs[Program(point.program)]
 

@@ -60,11 +60,7 @@ def call_redirected(command: click.Command, *arguments: object) -> Outcome:
 
 
 def _run(command: click.Command, arguments: Iterable[object]) -> int:
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        return run_command(command, [str(argument) for argument in arguments])
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    return run_command(command, [str(argument) for argument in arguments])
 
 
 def call_rt(capture: Capture, *arguments: object) -> Outcome:

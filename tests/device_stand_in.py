@@ -371,6 +371,7 @@ class StandInDevice:
         assert not self._events, "events were never destroyed"
         assert not self._graphs, "graphs were never destroyed"
         assert not any(self._queues.values()), "work was left queued"
+        assert not self._queues, "streams were never destroyed"
 
     def _call(self, name: str) -> None:
         self.calls.append(name)

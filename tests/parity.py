@@ -38,7 +38,9 @@ class Drawing:
 
 def draw(pipeline: Pipeline, case: Case, count: int = 1, batch_size: int = 1) -> list[Drawing]:
     """Generates `count` images with our pipeline, from the case's seed on."""
-    events = pipeline.stream(case.prompt, case.size, case.steps, case.seed, count, batch_size)
+    events = pipeline.stream(
+        case.prompt, size=case.size, steps=case.steps, seed=case.seed, count=count, batch_size=batch_size
+    )
     return [Drawing(e.latents, np.asarray(e.image)) for e in events if isinstance(e, ImageEvent)]
 
 

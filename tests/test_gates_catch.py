@@ -21,7 +21,7 @@ from zimage_runtime import pipeline
 from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.tensors import read_header
 from zimage_runtime.command_line.progress import Progress
-from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
+from zimage_runtime.executors.ort.cpu import CpuSession
 from zimage_runtime.model import geometry, schedule
 from zimage_runtime.model.config import TextEncoderConfig
 from zimage_runtime.model.geometry import ImageGeometry, Rotary
@@ -160,13 +160,13 @@ def test_the_final_text_norm_applied(
     bundle: Path, checkpoint: Path, expected: Drawing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight = Checkpoint.open(checkpoint).text_encoder.get("norm.weight").read()
-    encode_text = OrtCpuExecutor.encode_text
+    encode_text = CpuSession.encode_text
 
-    def broken(self: OrtCpuExecutor, embeddings: FloatArray, rotary: Rotary) -> FloatArray:
+    def broken(self: CpuSession, embeddings: FloatArray, rotary: Rotary) -> FloatArray:
         hidden = encode_text(self, embeddings, rotary)
         return hidden / np.sqrt(np.mean(hidden**2, axis=-1, keepdims=True) + np.float32(1e-6)) * weight
 
-    monkeypatch.setattr(OrtCpuExecutor, "encode_text", broken)
+    monkeypatch.setattr(CpuSession, "encode_text", broken)
     assert_caught(bundle, expected)
 
 
@@ -200,13 +200,17 @@ def test_gate_and_value_of_swiglu_swapped(
 ) -> None:
     gated = Layers.gated
 
+    swapped = []
+
     def broken(self: Layers, x: str, gate: Linear, up: Linear, *args: Any, **kwargs: Any) -> str:
-        if gate.name == branch:
+        if gate.name.endswith(branch):
+            swapped.append(gate.name)
             gate, up = up, gate
         return gated(self, x, gate, up, *args, **kwargs)
 
     monkeypatch.setattr(Layers, "gated", broken)
     assert_caught(rebuild(), expected)
+    assert swapped
 
 
 def test_queries_and_keys_not_normalized(
@@ -265,8 +269,8 @@ def test_latents_not_unscaled_rightly(key: str, value: float, copy: Path, expect
 
 
 def test_the_image_upside_down(bundle: Path, expected: Drawing, monkeypatch: pytest.MonkeyPatch) -> None:
-    decode = Pipeline.decode
-    monkeypatch.setattr(Pipeline, "decode", lambda self, latents, **tiled: decode(self, latents, **tiled)[:, :, ::-1])
+    decode = CpuSession.decode
+    monkeypatch.setattr(CpuSession, "decode", lambda self, latents: decode(self, latents)[:, :, ::-1])
     assert_caught(bundle, expected, "a pixel is .* away from diffusers'")
 
 

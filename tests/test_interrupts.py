@@ -1,19 +1,24 @@
 """Commands that are stopped: by Ctrl-C, by a signal, by a reader who has gone. Nothing half-written is left."""
 
+import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from cli_tools import Capture, Outcome, assert_one_line_error, call_export, finish, start, unchanged
 from PIL import Image
 
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.errors import BundleError
+from zimage_runtime.model.programs import Program
 
 pytestmark = pytest.mark.deep
 
@@ -44,13 +49,95 @@ def stop_at_work(bundle: Path, folder: Path, number: signal.Signals) -> Outcome:
     return Outcome(outcome.status, outcome.out, read + outcome.err)
 
 
+def with_denoiser(bundle: Path, folder: Path, side: int, products: int) -> Path:
+    """A copy whose denoiser multiplies `products` square matrices of a side, one after another."""
+    import onnx
+    from onnx import TensorProto, helper
+
+    copy = folder / "slow-bundle"
+    shutil.copytree(bundle, copy)
+    manifest = Bundle.open(copy).manifest
+    record = manifest.record(Program.DENOISER, "cpu")
+    assert record is not None
+    path = copy / record.path
+    model = onnx.load(str(path), load_external_data=False)
+    number = helper.make_tensor("number", TensorProto.INT64, [2], [side, side])
+    scale = helper.make_tensor("scale", TensorProto.FLOAT, [], [1 / side])
+    nodes = [
+        helper.make_node("ReduceMax", ["latents"], ["most"], keepdims=0),  # so that nothing is known in advance
+        helper.make_node("Mul", ["most", "zero"], ["none"]),
+        helper.make_node("Add", ["none", "one"], ["unit"]),
+        helper.make_node("Expand", ["unit", "number"], ["m0"]),  # ones, of which every product is ones
+        *(
+            node
+            for index in range(products)
+            for node in (
+                helper.make_node("MatMul", [f"m{index}", f"m{index}"], [f"p{index}"]),
+                helper.make_node("Mul", [f"p{index}", "scale"], [f"m{index + 1}"]),
+            )
+        ),
+        helper.make_node("ReduceMin", [f"m{products}"], ["least"], keepdims=0),
+        helper.make_node("Mul", ["least", "zero"], ["nothing"]),
+        helper.make_node("Add", ["latents", "nothing"], ["velocity"]),
+    ]
+    zero = helper.make_tensor("zero", TensorProto.FLOAT, [], [0.0])
+    one = helper.make_tensor("one", TensorProto.FLOAT, [], [1.0])
+    graph = helper.make_graph(nodes, "slow", model.graph.input, model.graph.output, [number, scale, zero, one])
+    path.write_bytes(helper.make_model(graph, opset_imports=model.opset_import, ir_version=10).SerializeToString())
+    document = json.loads((copy / "manifest.json").read_text())
+    document["files"][record.path]["size"] = path.stat().st_size
+    (copy / "manifest.json").write_text(json.dumps(document))
+    return copy
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_ends_a_long_step_at_its_next_operator(
+    bundle: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """A step of half a minute or more, made of operators of about a second, ends within three seconds."""
+    slow = with_denoiser(bundle, tmp_path, 3072, 80)
+    process = start_run(slow, tmp_path, "--size", "32x32", "--steps", 1)
+    wait_until(process, lambda watched: watched.cpu_times().user > 4)  # which nothing before the denoiser takes
+    begin = time.monotonic()
+    process.send_signal(number)
+    outcome = finish(process)
+    assert time.monotonic() - begin < 3
+    assert outcome.status == 128 + number
+    assert "Traceback" not in outcome.err
+    assert sorted(os.listdir(tmp_path)) == ["slow-bundle"]
+
+
+@pytest.mark.deep
+def test_the_second_signal_ends_an_operator_that_does_not_stop(bundle: Path, tmp_path: Path) -> None:
+    slow = with_denoiser(bundle, tmp_path, 11264, 1)
+    process = start_run(slow, tmp_path, "--size", "32x32", "--steps", 1)
+    wait_until(process, lambda watched: watched.memory_info().rss > 1 << 30)
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=2)
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=2)
+    assert process.returncode == 130
+    process.communicate()
+
+
+def wait_until(process: "subprocess.Popen[str]", at_work: Callable[[psutil.Process], bool]) -> None:
+    """Waits until the denoiser runs, as its use of time or memory shows."""
+    watched = psutil.Process(process.pid)
+    while not at_work(watched):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+
+
 def test_ctrl_c_while_drawing(bundle: Path, tmp_path: Path) -> None:
     with unchanged(tmp_path):
         outcome = stop_at_work(bundle, tmp_path, signal.SIGINT)
     assert outcome.status == 130
     assert outcome.out == ""
-    bar, *after = [line for line in outcome.err.splitlines() if line]
-    assert bar.startswith("generating")
+    first, *after = [line for line in outcome.err.splitlines() if line.strip()]
+    assert first.startswith("Using the CPU")
+    assert any(line.startswith("generating") for line in after)
     assert "256/256" not in outcome.err
     assert [line for line in after if not line.startswith("generating")] == ["interrupted"]
     assert outcome.err.endswith("interrupted\n")

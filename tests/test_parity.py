@@ -81,7 +81,7 @@ def test_draws_what_diffusers_draws_with_the_published_tokenizer(
 def test_the_long_prompts_are_cut(kind: str, pipeline: Pipeline, request: pytest.FixtureRequest) -> None:
     """Keeps the parity cases honest: they do go beyond the 512 tokens that the model sees."""
     one = pipeline if kind == "byte" else request.getfixturevalue("qwen_pipeline")
-    (event,) = islice(one.stream(LONG if kind == "byte" else LONGER, (16, 16), 1, 0), 1)
+    (event,) = islice(one.stream(LONG if kind == "byte" else LONGER, size=(16, 16), steps=1, seed=0), 1)
     assert isinstance(event, CaptionEvent)
     assert event.tokens == 512
     assert event.cut_tokens > 0
@@ -95,10 +95,11 @@ def test_low_memory_draws_the_same(bundle: Path, diffusers_pipeline: Any) -> Non
 
 def test_several_images_equal_single_runs(pipeline: Pipeline) -> None:
     case = Case(ENGLISH, (80, 112), 4, 2**32 - 2)
-    result = pipeline.generate(case.prompt, case.size, case.steps, case.seed, count=3)
+    result = pipeline.generate(case.prompt, size=case.size, steps=case.steps, seed=case.seed, count=3)
     assert result.seeds == [2**32 - 2, 2**32 - 1, 2**32]
     singles = [
-        pipeline.generate(one.prompt, one.size, one.steps, one.seed).images[0].tobytes() for one in next_seeds(case, 3)
+        pipeline.generate(one.prompt, size=one.size, steps=one.steps, seed=one.seed).images[0].tobytes()
+        for one in next_seeds(case, 3)
     ]
     assert [image.tobytes() for image in result.images] == singles
     assert len(set(singles)) == 3

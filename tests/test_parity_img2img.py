@@ -9,7 +9,8 @@ import pytest
 from parity import Drawing, check_parity, relative_error
 from PIL import Image
 
-from zimage_runtime.pipeline import EncodeEvent, ImageEvent, Pipeline, StepEvent
+from zimage_runtime.images.img2img import Encoded
+from zimage_runtime.pipeline import EncodeEvent, ImageEvent, Pipeline, Request, StepEvent
 
 pytestmark = pytest.mark.deep
 
@@ -62,7 +63,14 @@ def blot(width: int, height: int) -> Image.Image:
 
 def draw(pipeline: Pipeline, case: Case, image: Image.Image, mask: Image.Image | None, count: int = 1) -> list[Drawing]:
     events = pipeline.stream(
-        PROMPT, case.size, case.steps, case.seed, count, image=image, strength=case.strength, mask=mask
+        PROMPT,
+        size=case.size,
+        steps=case.steps,
+        seed=case.seed,
+        count=count,
+        image=image,
+        strength=case.strength,
+        mask=mask,
     )
     return [Drawing(e.latents, np.asarray(e.image)) for e in events if isinstance(e, ImageEvent)]
 
@@ -97,7 +105,9 @@ def test_draws_what_diffusers_draws(pipeline: Pipeline, diffusers_pipeline: Any,
     image = photograph(*case.size)
     mask = blot(*case.size) if case.masked else None
     expected = draw_with_diffusers(diffusers_pipeline, case, image, mask)
-    events = list(pipeline.stream(PROMPT, None, case.steps, case.seed, image=image, strength=case.strength, mask=mask))
+    events = list(
+        pipeline.stream(PROMPT, steps=case.steps, seed=case.seed, image=image, strength=case.strength, mask=mask)
+    )
     assert isinstance(events[0], EncodeEvent)
     steps = [event for event in events if isinstance(event, StepEvent)]
     assert [event.step for event in steps] == list(range(1, case.taken + 1))
@@ -115,16 +125,16 @@ def test_an_image_of_any_size_is_resized_as_diffusers_resizes_it(
     case = Case(0.6, masked, (80, 112), 2, taken=2)
     image, mask = photograph(93, 127), blot(93, 127) if masked else None
     expected = draw_with_diffusers(diffusers_pipeline, case, image, mask)
-    result = pipeline.generate(PROMPT, None, 2, case.seed, image=image, mask=mask, strength=0.6)
+    result = pipeline.generate(PROMPT, steps=2, seed=case.seed, image=image, mask=mask, strength=0.6)
     assert result.images[0].size == (80, 112)
     assert np.abs(np.asarray(result.images[0], np.int16) - expected.pixels).max() <= 1
 
 
 def test_default_strengths_are_diffusers_own(pipeline: Pipeline) -> None:
     image, mask = photograph(64, 64), blot(64, 64)
-    assert pipeline.request(PROMPT, image=image).strength == 0.6
-    assert pipeline.request(PROMPT, image=image, mask=mask).strength == 1.0
-    assert pipeline.request(PROMPT).strength is None
+    assert pipeline.prepare(Request(PROMPT, image=image)).info.strength == 0.6
+    assert pipeline.prepare(Request(PROMPT, image=image, mask=mask)).info.strength == 1.0
+    assert pipeline.prepare(Request(PROMPT)).info.strength is None
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -141,7 +151,7 @@ def test_several_images_equal_single_runs(pipeline: Pipeline, masked: bool) -> N
 
 def test_a_batch_draws_what_diffusers_draws_one_by_one(pipeline: Pipeline, diffusers_pipeline: Any) -> None:
     image, mask = photograph(64, 64), blot(64, 64)
-    events = pipeline.stream(PROMPT, None, 4, 11, 3, 2, image=image, strength=0.6, mask=mask)
+    events = pipeline.stream(PROMPT, steps=4, seed=11, count=3, batch_size=2, image=image, strength=0.6, mask=mask)
     found = [Drawing(e.latents, np.asarray(e.image)) for e in events if isinstance(e, ImageEvent)]
     for index, one in enumerate(found):
         case = Case(0.6, True, (64, 64), 4, 11 + index, taken=3)
@@ -162,7 +172,10 @@ def test_what_the_mask_keeps_is_the_image(pipeline: Pipeline) -> None:
 
 def test_the_less_strength_the_closer_to_the_image(pipeline: Pipeline) -> None:
     image = photograph(64, 64)
-    encoded = pipeline.encode(pipeline.request(PROMPT, image=image).source.pixels)  # type: ignore[union-attr]
+    job = pipeline.prepare(Request(PROMPT, image=image))
+    assert job.source is not None
+    with job.executor.session(job.plan) as session:
+        encoded = Encoded(*session.encode(job.source.pixels))
     clean, _ = encoded.sample((5,), pipeline.bundle.manifest.config.vae)
     generated = [
         draw(pipeline, Case(strength, False, (64, 64), 8, taken=0), image, None)[0].latents

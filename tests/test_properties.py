@@ -24,7 +24,7 @@ from zimage_runtime.errors import BundleError, ConfigError, RequestError
 from zimage_runtime.images.formats import ImageFormat
 from zimage_runtime.images.image_files import encode_image, read_image_info
 from zimage_runtime.images.metadata import ImageInfo
-from zimage_runtime.pipeline import Pipeline
+from zimage_runtime.pipeline import Pipeline, Request
 
 pytestmark = pytest.mark.deep
 
@@ -350,7 +350,7 @@ def test_any_order_of_commands(tmp_path: Path, words: list[str]) -> None:
 @settings(max_examples=200, **FIXED)
 def test_any_request(pipeline: Pipeline, size: tuple[int, int], steps: int, seed: int | None, count: int) -> None:
     try:
-        request = pipeline.request("a fox", size, steps, seed, count)
+        request = pipeline.prepare(Request("a fox", size=size, steps=steps, seed=seed, count=count))
     except RequestError:
         return
     assert (request.geometry.width, request.geometry.height) == size

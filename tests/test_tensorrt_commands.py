@@ -10,24 +10,23 @@ from typing import Any
 import pytest
 from cli_tools import Capture, assert_one_line_error, call_export, call_rt, unchanged
 from device_stand_in import StandInDevice
+from gpu_stand_in import Card, install_gpus
 from library_stand_in import LibraryStandIn
 from onnx_engines import OnnxEngines, twin_spec, twins
 
 from zimage_export.engines import build as export_engines
-from zimage_rt.bench.cards import CARDS_GB, PLANNERS, RESERVED, TOKENS, answers, card_table
-from zimage_rt.commands import doctor
-from zimage_rt.commands.doctor import Verdict
+from zimage_rt.bench.cards import CARDS_GB, TOKENS, answers, card_table
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.errors import ExecutorError
-from zimage_runtime.executors import choose as choice
+from zimage_runtime.executors.examination import Verdict
 from zimage_runtime.executors.ort.device_plan import plan_vram
-from zimage_runtime.executors.tensorrt import cuda
+from zimage_runtime.executors.overheads import CARD
+from zimage_runtime.executors.protocol import UNLIMITED, Hardware, Work
+from zimage_runtime.executors.tensorrt import kind
 from zimage_runtime.executors.tensorrt import trt_api as library
 from zimage_runtime.executors.tensorrt.engine_store import read_catalog
-from zimage_runtime.executors.tensorrt.executor import TensorRtExecutor, why_no_tensorrt
+from zimage_runtime.executors.tensorrt.executor import TensorRtExecutor
 from zimage_runtime.executors.tensorrt.plan import CONTEXT_BYTES, plan_residency
-from zimage_runtime.executors.tensorrt.stage_sizes import ImageSizes
-from zimage_runtime.machine import gpus as nvidia
 from zimage_runtime.machine.gpu_targets import GpuTarget, Variant
 from zimage_runtime.model.geometry import image_geometry
 
@@ -215,7 +214,7 @@ def test_plan_for_cuda_is_the_executors_own(bundle: Path, capsys: Capture) -> No
     options = ("--size", "512x512", "--tokens", 40, "--json")
     found = json.loads(call_rt(capsys, "plan", bundle, *options).out)
     manifest = Bundle.open(bundle).manifest
-    expected = plan_vram(manifest, image_geometry(512, 512, manifest.config), 40, 1 << 60)
+    expected = plan_vram(manifest, Work(geometry=image_geometry(512, 512, manifest.config), tokens=40), UNLIMITED)
     assert (found["executor"], found["peak"]) == ("cuda", expected.peak)
     lines = call_rt(capsys, "plan", bundle, "--size", "512x512").lines
     assert [line.split()[0] for line in lines][:4] == ["image", "executor", "budget", "peak"]
@@ -226,14 +225,12 @@ def test_which_card_can_run_it_is_told_for_tensorrt_too(engined: Path, bundle: P
     opened = Bundle.open(engined)
     table = {row.executor: row for row in card_table([("m", opened)], [(512, 512)], [])}
     assert set(table) == {"tensorrt", "cuda", "cpu"}
-    spec, geometry = read_catalog(opened).variants[Variant.AMPERE], image_geometry(512, 512, opened.manifest.config)
-    sizes = ImageSizes.of(geometry, TOKENS, 1)
+    spec = read_catalog(opened).variants[Variant.AMPERE]
+    work = Work(geometry=image_geometry(512, 512, opened.manifest.config), tokens=TOKENS)
     for card, answer in zip(CARDS_GB, table["tensorrt"].answers, strict=True):
-        budget = (card << 30) - RESERVED
-        assert answer.peak == plan_residency(spec, opened.manifest.config, sizes, budget).peak
-    planner = PLANNERS["tensorrt"](opened)
-    assert planner is not None
-    (none,) = answers(planner, geometry, None, cards=(0,))
+        budget = (card << 30) - CARD.nbytes
+        assert answer.peak == plan_residency(spec, opened.manifest, work, budget).peak
+    (none,) = answers(lambda room: kind.predict(opened, work, Hardware(memory=room)).peak, None, cards=(0,))
     assert not none.fits
     assert "tensorrt" not in {row.executor for row in card_table([("m", Bundle.open(bundle))], [(512, 512)], [])}
 
@@ -246,12 +243,12 @@ def test_run_without_a_gpu_is_one_line(engined: Path, executor: str, capsys: Cap
     """It says what is missing, and what to do."""
     outcome = call_rt(capsys, "run", "x", "-m", engined, "--executor", executor)
     assert_one_line_error(
-        outcome, f"'{executor}' cannot run here", "no NVIDIA GPU", "`zimage-rt doctor`", "--executor cpu"
+        outcome, f"'{executor}' cannot run here", "no NVIDIA driver", "`zimage-rt doctor`", "--executor cpu"
     )
 
 
 def test_run_without_the_packages_is_one_line(engined: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    monkeypatch.setattr(choice, "_gpu", lambda: nvidia.Gpu("a GPU", (8, 9), 8 << 30, 8 << 30, "13.0"))
+    install_gpus(monkeypatch, Card())
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     outcome = call_rt(capsys, "run", "x", "-m", engined, "--executor", "tensorrt")
     assert_one_line_error(outcome, "pip install 'zimage-rt[tensorrt]'")
@@ -262,36 +259,44 @@ def test_vram_is_for_gpus(bundle: Path, capsys: Capture) -> None:
     assert_one_line_error(call_rt(capsys, "run", "x", "-m", bundle, "--vram", "4"), "8GiB", status=2)
 
 
-class Card:
-    """A GPU as `CudaDevice` tells of it."""
+class Device:
+    """A GPU as `CudaDevice` describes it."""
 
     name, capability = "a card", (8, 9)
 
-
-def test_doctor_tells_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    finding = doctor.check_tensorrt("tensorrt")
-    assert finding.verdict is Verdict.NOTE
-    assert "no NVIDIA driver" in finding.text
-    monkeypatch.setattr(cuda, "CudaDevice", Card)
-    finding = doctor.check_tensorrt("tensorrt")
-    assert finding.verdict is Verdict.OK
-    assert "a card, sm89 (Ada: RTX 40, L4)" in finding.text
-    monkeypatch.setattr(Card, "capability", (6, 1))
-    assert "older than TensorRT serves" in doctor.check_tensorrt("tensorrt").text
-    monkeypatch.setattr(doctor, "find_spec", lambda name: None)
-    finding = doctor.check_tensorrt("tensorrt")
-    assert finding.verdict is Verdict.NOTE
-    assert "tensorrt_rtx and cuda-bindings not installed" in finding.text
+    def __init__(self, index: int = 0) -> None:
+        assert index == 0
 
 
-def test_the_obstacle_is_in_words(engined: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "NVIDIA GPU" in (why_no_tensorrt(Bundle.open(engined)) or "")
-    monkeypatch.setattr(cuda, "CudaDevice", Card)
-    monkeypatch.setattr(Card, "capability", (8, 6))
-    assert why_no_tensorrt(Bundle.open(engined)) is None
-    assert "zimage-export engines" in (why_no_tensorrt(Bundle.open(bundle)) or "")
-    monkeypatch.setattr(Card, "capability", (7, 0))
-    assert "older" in (why_no_tensorrt(Bundle.open(engined)) or "")
+def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = kind.examine()
+    assert found.verdict is Verdict.NOTE
+    assert "no NVIDIA driver" in found.text
+    monkeypatch.setattr(kind, "CudaDevice", Device)
+    found = kind.examine()
+    assert found.verdict is Verdict.OK
+    assert "a card, sm89 (Ada: RTX 40, L4)" in found.text
+    monkeypatch.setattr(Device, "capability", (6, 1))
+    assert "older than TensorRT supports" in kind.examine().text
+    monkeypatch.setattr(kind, "find_spec", lambda name: None)
+    found = kind.examine()
+    assert found.verdict is Verdict.NOTE
+    assert "tensorrt_rtx and cuda-bindings not installed" in found.text
+
+
+def test_why_it_is_unavailable_is_in_words(engined: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reason(path: Path) -> str:
+        unavailable = kind.why_unavailable(Bundle.open(path), 0)
+        return "" if unavailable is None else unavailable.reason
+
+    assert "no NVIDIA driver" in reason(engined)
+    install_gpus(monkeypatch, Card())
+    monkeypatch.setattr(kind, "CudaDevice", Device)
+    monkeypatch.setattr(Device, "capability", (8, 6))
+    assert reason(engined) == ""
+    assert "zimage-export engines" in reason(bundle)
+    monkeypatch.setattr(Device, "capability", (7, 0))
+    assert "older" in reason(engined)
 
 
 # The benchmark for a machine with a GPU

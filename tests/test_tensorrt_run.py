@@ -8,18 +8,16 @@ import numpy as np
 import pytest
 from cli_tools import Capture, call_rt
 from device_stand_in import StandInDevice
+from gpu_stand_in import Card, install_gpus
 from library_stand_in import LibraryStandIn
 from onnx_engines import OnnxEngines, twins
 from PIL import Image
 
 from zimage_export.engines import build as export_engines
 from zimage_runtime.bundle.bundle import Bundle
-from zimage_runtime.executors import choose as choice
-from zimage_runtime.executors.tensorrt import cuda
 from zimage_runtime.executors.tensorrt import engine_store as store
-from zimage_runtime.executors.tensorrt import trt_api as library
+from zimage_runtime.executors.tensorrt import kind
 from zimage_runtime.executors.tensorrt.engine_store import read_catalog
-from zimage_runtime.machine import gpus as nvidia
 from zimage_runtime.machine.gpu_targets import Variant
 from zimage_runtime.model.blocks import BlockKind, all_blocks, encoder_blocks
 
@@ -56,9 +54,9 @@ def later(engined: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run
     opened = Bundle.open(engined)
     device = StandInDevice(limit=1 << 30, capability=(8, 9))
     made = RunningLibrary(OnnxEngines(device, twins(opened), read_catalog(opened).variants[Variant.AMPERE]))
-    monkeypatch.setattr(choice, "find_gpu", lambda: nvidia.Gpu("a GPU", (8, 9), 1 << 30, 1 << 30, "13.0"))
-    monkeypatch.setattr(cuda, "CudaDevice", lambda: device)
-    monkeypatch.setattr(library, "Library", lambda: made)
+    install_gpus(monkeypatch, Card())
+    monkeypatch.setattr(kind, "CudaDevice", lambda index: device)
+    monkeypatch.setattr(kind, "Library", lambda: made)
     monkeypatch.setattr(store, "cache_folder", lambda: tmp_path / "cache")
     return made
 

@@ -18,11 +18,18 @@ class RequestError(ZImageRuntimeError):
 
 
 class MemoryLimitError(RequestError):
-    """An image was asked for that does not fit in the memory at hand."""
+    """An image was asked for that does not fit in the memory that is available."""
 
 
 class ExecutorError(ZImageRuntimeError):
     """The device or its library refused to load or run a program."""
+
+
+class CancelledError(ZImageRuntimeError):
+    """The request was cancelled."""
+
+    def __init__(self) -> None:
+        super().__init__("cancelled")
 
 
 class DeviceLostError(ExecutorError):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from zimage_rt.bench import requirements
 from zimage_rt.bench.blocks import Section, Table, Text, to_html
-from zimage_rt.bench.cards import PLANNERS, RESERVED, Source, answers, card_table
+from zimage_rt.bench.cards import Source, _predict, answers, card_table
 from zimage_rt.bench.compare import compare_rows
 from zimage_rt.bench.jobs import open_bundles
 from zimage_rt.bench.plots import plots
@@ -22,7 +22,7 @@ from zimage_rt.bench.results import append_row
 from zimage_rt.bench.schema import Row, absent
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.errors import RequestError
-from zimage_runtime.model.geometry import image_geometry
+from zimage_runtime.executors.overheads import CARD
 
 GIB = 1 << 30
 ROWS = [
@@ -138,13 +138,12 @@ def test_only_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cards_are_answered_from_the_plan_and_then_from_the_measurement(bundle: Path) -> None:
     opened = Bundle.open(bundle)
-    planner, geometry = PLANNERS["cpu"](opened), image_geometry(64, 64, opened.manifest.config)
-    assert planner is not None
-    for answer in answers(planner, geometry, None, cards=(1, 6)):
+    predict = _predict(opened, "cpu", (64, 64))
+    for answer in answers(predict, None, cards=(1, 6)):
         assert (answer.fits, answer.source) == (True, Source.PREDICTED)
         assert answer.peak is not None
         assert 100 << 20 < answer.peak < GIB
-    small, large = answers(planner, geometry, 2 * GIB, cards=(1, 6))
+    small, large = answers(predict, 2 * GIB, cards=(1, 6))
     assert small.source is Source.PREDICTED, "what was measured with everything loaded does not fit; a plan does"
     assert small.fits
     assert (large.source, large.peak) == (Source.MEASURED, 2 * GIB)
@@ -152,13 +151,11 @@ def test_cards_are_answered_from_the_plan_and_then_from_the_measurement(bundle: 
 
 def test_a_card_that_is_too_small_cannot(bundle: Path) -> None:
     opened = Bundle.open(bundle)
-    planner = PLANNERS["cpu"](opened)
-    assert planner is not None
-    (answer,) = answers(planner, image_geometry(4096, 4096, opened.manifest.config), None, cards=(1,))
+    (answer,) = answers(_predict(opened, "cpu", (4096, 4096)), None, cards=(1,))
     assert not answer.fits
     assert answer.peak is None
     assert answer.text == "no (predicted)"
-    assert RESERVED < GIB
+    assert CARD.nbytes < GIB
 
 
 def test_a_peak_within_a_budget_is_no_answer_for_the_card(bundle: Path) -> None:

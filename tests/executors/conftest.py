@@ -48,7 +48,7 @@ def make(opened: Bundle, programs: list[BlockProgram], spec: VariantSpec) -> Ite
         executor = TensorRtExecutor(opened, device, OnnxEngines(device, programs, spec), spec, vram, pinnable)
         if clean:
             made.append((device, executor))
-        return device, Pipeline(opened, executor)
+        return device, Pipeline.on(opened, executor)
 
     yield make_pipeline
     for device, executor in made:

@@ -6,6 +6,7 @@ from device_stand_in import StandInDevice
 from parity import Case
 
 from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.executors.protocol import Work
 from zimage_runtime.executors.tensorrt.block_catalog import VariantSpec
 from zimage_runtime.executors.tensorrt.plan import smallest_budget
 from zimage_runtime.executors.tensorrt.stage_sizes import STAGES, ImageSizes, stage_needs
@@ -22,6 +23,10 @@ Make = Callable[..., tuple[StandInDevice, Pipeline]]
 
 def sizes_of(opened: Bundle, case: Case, tokens: int, images: int = 1) -> ImageSizes:
     return ImageSizes.of(image_geometry(*case.size, opened.manifest.config), tokens, images)
+
+
+def work_of(opened: Bundle, case: Case, tokens: int) -> Work:
+    return Work(geometry=image_geometry(*case.size, opened.manifest.config), tokens=tokens)
 
 
 def least(opened: Bundle, spec: VariantSpec, sizes: ImageSizes) -> int:

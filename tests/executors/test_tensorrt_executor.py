@@ -10,20 +10,21 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from device_stand_in import MisuseError, StandInDevice
-from executor_tools import CASE, EVERYTHING, TOLERANCE, Make, least, sizes_of
+from executor_tools import CASE, EVERYTHING, TOLERANCE, Make, least, sizes_of, work_of
 from parity import Case, check_parity, draw, relative_error
+from sessions import session
 
 from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.errors import ExecutorError, MemoryLimitError, RequestError
 from zimage_runtime.events import NoticeEvent
+from zimage_runtime.executors.protocol import Work
 from zimage_runtime.executors.tensorrt import weight_stream as stack
 from zimage_runtime.executors.tensorrt.block_catalog import VariantSpec
 from zimage_runtime.executors.tensorrt.plan import CONTEXT_BYTES, plan_residency
-from zimage_runtime.executors.tensorrt.stage_sizes import ImageSizes
 from zimage_runtime.model.geometry import image_geometry
 from zimage_runtime.model.programs import Program
-from zimage_runtime.pipeline import Pipeline
+from zimage_runtime.pipeline import Pipeline, Request
 
 pytestmark = pytest.mark.deep
 
@@ -34,12 +35,12 @@ pytestmark = pytest.mark.deep
 def test_text_encoder_and_caption(make: Make, cpu: Pipeline, tokens: int) -> None:
     _, pipeline = make()
     ids = np.random.default_rng(tokens).integers(0, 320, tokens).tolist()
-    expected, found = cpu.encode_prompt(ids), pipeline.encode_prompt(ids)
+    expected, found = cpu.hidden_states(session(cpu), tuple(ids)), pipeline.hidden_states(session(pipeline), tuple(ids))
     assert relative_error(found, expected) < TOLERANCE
     geometry = image_geometry(64, 64, cpu.bundle.manifest.config)
-    schedule = cpu.request("x", (64, 64), 2).schedule
-    captions = [p.executor.prepare(p.conditioning(geometry, schedule, expected)) for p in (pipeline, cpu)]
-    assert relative_error(captions[0].caption, captions[1].fixed["caption"]) < TOLERANCE  # type: ignore[attr-defined]
+    schedule = cpu.prepare(Request("x", size=(64, 64), steps=2)).schedule
+    captions = [session(p).denoiser(p.conditioning(geometry, schedule, expected)) for p in (pipeline, cpu)]
+    assert relative_error(captions[0].steps.caption, captions[1].fixed["caption"]) < TOLERANCE  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("size", [(64, 64), (80, 112), (16, 16), (256, 48)])
@@ -47,19 +48,19 @@ def test_denoiser(make: Make, cpu: Pipeline, size: tuple[int, int]) -> None:
     _, pipeline = make()
     geometry = image_geometry(*size, cpu.bundle.manifest.config)
     hidden = np.random.default_rng(1).standard_normal((1, 40, 64), dtype=np.float32)
-    schedule = cpu.request("x", size, 2).schedule
+    schedule = cpu.prepare(Request("x", size=size, steps=2)).schedule
     latents = cpu.initial_latents(geometry, (1,))
     conditioning = cpu.conditioning(geometry, schedule, hidden)
-    found, expected = (p.executor.prepare(conditioning)(latents, 1) for p in (pipeline, cpu))
+    found, expected = (session(p).denoiser(conditioning)(latents, 1) for p in (pipeline, cpu))
     assert relative_error(found, expected) < TOLERANCE
 
 
 def test_autoencoder(make: Make, cpu: Pipeline) -> None:
     _, pipeline = make()
     latents = np.random.default_rng(2).standard_normal((2, 16, 6, 10), dtype=np.float32)
-    assert relative_error(pipeline.executor.decode(latents), cpu.executor.decode(latents)) < TOLERANCE
+    assert relative_error(session(pipeline).decode(latents), session(cpu).decode(latents)) < TOLERANCE
     image = np.tanh(np.random.default_rng(3).standard_normal((2, 3, 32, 48), dtype=np.float32))
-    for found, expected in zip(pipeline.executor.encode(image), cpu.executor.encode(image), strict=True):
+    for found, expected in zip(session(pipeline).encode(image), session(cpu).encode(image), strict=True):
         assert relative_error(found, expected) < TOLERANCE
 
 
@@ -81,7 +82,8 @@ def test_every_budget_from_the_smallest_on_draws_the_same(
     smallest = least(opened, spec, sizes)
     streamed, peaks = set(), []
     for extra in (0, 450_000, 1_000_000, 60_000_000):
-        plan = plan_residency(spec, opened.manifest.config, sizes, smallest + extra)
+        work = work_of(opened, CASE, len(cpu.token_ids(CASE.prompt)))
+        plan = plan_residency(spec, opened.manifest, work, smallest + extra)
         streamed.add(len(plan.stages[Program.DENOISER].streamed))
         device, pipeline = make(smallest + extra, seed=extra)
         check_parity(draw(pipeline, CASE)[0], expected)
@@ -98,7 +100,7 @@ def test_a_budget_below_the_smallest_is_refused_before_anything_is_loaded(
     smallest = least(opened, spec, sizes_of(opened, CASE, len(cpu.token_ids(CASE.prompt))))
     device, pipeline = make(smallest - 1)
     with pytest.raises(MemoryLimitError) as refusal:
-        pipeline.stream(CASE.prompt, CASE.size, CASE.steps, CASE.seed)
+        pipeline.stream(CASE.prompt, size=CASE.size, steps=CASE.steps, seed=CASE.seed)
     assert not device.uploaded
     asked = re.search(r"would fit in is ([\d.]+) GiB", str(refusal.value))
     assert asked is not None
@@ -111,24 +113,24 @@ def test_what_does_not_fit_of_the_autoencoder_runs_on_the_cpu(
 ) -> None:
     smallest = least(opened, spec, sizes_of(opened, CASE, len(cpu.token_ids(CASE.prompt))))
     _, pipeline = make(smallest)
-    events = list(pipeline.stream(CASE.prompt, CASE.size, 1, CASE.seed))
+    events = list(pipeline.stream(CASE.prompt, size=CASE.size, steps=1, seed=CASE.seed))
     (said,) = [event.text for event in events if isinstance(event, NoticeEvent) and "decoded" in event.text]
     assert re.search(r"decoded on the CPU, in tiles; on the GPU from a budget of [\d.]+ GiB", said)
     (found,) = draw(pipeline, CASE)
     assert Program.DECODER not in pipeline.executor.loaded  # type: ignore[attr-defined]
     check_parity(found, draw(cpu, CASE)[0])
     image = np.tanh(np.random.default_rng(3).standard_normal((1, 3, 96, 64), dtype=np.float32))
-    for one, other in zip(pipeline.executor.encode(image), cpu.executor.encode(image), strict=True):
+    for one, other in zip(session(pipeline).encode(image), session(cpu).encode(image), strict=True):
         assert relative_error(one, other) < TOLERANCE
 
 
 def test_sizes_that_the_engines_were_not_built_for(make: Make, spec: VariantSpec, opened: Bundle) -> None:
     _, pipeline = make()
     with pytest.raises(RequestError, match=r"at most 16896 tokens, about a 20\d\dx20\d\d image"):
-        pipeline.stream("x", (4096, 4096), 1, 0)
+        pipeline.stream("x", size=(4096, 4096), steps=1, seed=0)
     config = opened.manifest.config
-    sizes = [ImageSizes.of(image_geometry(*size, config), 10) for size in ((4096, 16), (16, 4096))]
-    wide, tall = (plan_residency(spec, config, size, EVERYTHING) for size in sizes)
+    works = [Work(geometry=image_geometry(*size, config), tokens=10) for size in ((4096, 16), (16, 4096))]
+    wide, tall = (plan_residency(spec, opened.manifest, work, EVERYTHING) for work in works)
     assert Program.DENOISER in wide.stages
     assert wide.how_decoded == "on the CPU, in tiles; no engine of the bundle takes maps of this size"
     assert tall.how_decoded == "in tiles; no engine of the bundle takes maps of this size"
@@ -316,7 +318,7 @@ def test_whatever_fails_the_error_is_its_own_and_nothing_is_left(
 
 def test_cancelling_between_steps_leaves_nothing_under_way(make: Make) -> None:
     device, pipeline = make()
-    events = pipeline.stream("x", (32, 32), 4, 0)
+    events = pipeline.stream("x", size=(32, 32), steps=4, seed=0)
     next(events)
     next(events)
     events.close()  # type: ignore[attr-defined]
@@ -329,8 +331,10 @@ def test_latents_are_not_views_of_pinned_memory(make: Make) -> None:
     device, pipeline = make()
     geometry = image_geometry(32, 32, pipeline.bundle.manifest.config)
     hidden: FloatArray = np.ones((1, 8, 64), np.float32)
-    conditioning = pipeline.conditioning(geometry, pipeline.request("x", (32, 32), 2).schedule, hidden)
-    denoiser = pipeline.executor.prepare(conditioning)
+    conditioning = pipeline.conditioning(
+        geometry, pipeline.prepare(Request("x", size=(32, 32), steps=2)).schedule, hidden
+    )
+    denoiser = session(pipeline).denoiser(conditioning)
     velocity = denoiser(pipeline.initial_latents(geometry, (0,)), 0)
     kept = velocity.copy()
     denoiser(pipeline.initial_latents(geometry, (1,)), 1)

@@ -1,17 +1,20 @@
 """The decoder in tiles on the stand-in device, where its maps do not fit: the image of the `cpu` executor."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
-from executor_tools import CASE, TOLERANCE, Make, least, sizes_of
+from executor_tools import CASE, EVERYTHING, TOLERANCE, Make, least, sizes_of, work_of
 from parity import Case, check_parity, draw, relative_error
+from sessions import session
 
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.tensors import TensorFile
 from zimage_runtime.errors import MemoryLimitError
 from zimage_runtime.events import NoticeEvent
 from zimage_runtime.executors.ort import cpu_plan as memory
+from zimage_runtime.executors.protocol import Work
 from zimage_runtime.executors.tensorrt import decoder_tiles as tiles
 from zimage_runtime.executors.tensorrt import tile_kernels as device_tiles
 from zimage_runtime.executors.tensorrt.block_catalog import VariantSpec
@@ -19,6 +22,7 @@ from zimage_runtime.executors.tensorrt.loaded_stage import LoadedStage
 from zimage_runtime.executors.tensorrt.plan import CONTEXT_BYTES, StagePlan, plan_residency, plan_stage
 from zimage_runtime.executors.tensorrt.stage_sizes import ImageSizes
 from zimage_runtime.model.blocks import BlockPlace, block_tiles, decoder_blocks
+from zimage_runtime.model.geometry import image_geometry
 from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import Pipeline
 from zimage_runtime.tiles.tiling import TiledDecoder
@@ -36,7 +40,9 @@ def test_a_decoder_that_does_not_fit_works_in_tiles(
     config = opened.manifest.config
     sizes = ImageSizes(1, 1, 32, latent_height=14, latent_width=10)
     latents = np.random.default_rng(4).standard_normal((2, 16, 14, 10), dtype=np.float32)
-    expected = cpu.executor.decode(latents)
+    expected = session(cpu).decode(latents)
+    work = Work(geometry=image_geometry(80, 112, config), tokens=1)
+    generous = plan_residency(spec, opened.manifest, work, EVERYTHING)
     budgets = {
         CONTEXT_BYTES + StagePlan(needs, frozenset(range(len(needs.blocks))), 1).nbytes
         for whole in range(len(decoder_blocks(config)))
@@ -52,7 +58,9 @@ def test_a_decoder_that_does_not_fit_works_in_tiles(
         assert whole >= max(seen, default=0), "a larger budget does more on whole maps"
         seen.add(whole)
         device, pipeline = make(budget, seed=budget)
-        found = pipeline.executor.decode(latents)
+        executor = pipeline.executor
+        with executor.session(replace(generous, keep_all=False)) as opened_session:
+            found = opened_session.decode(latents)
         assert relative_error(found, expected) < TOLERANCE
         assert device.peak == plan.nbytes
     assert min(seen) == 0
@@ -65,15 +73,15 @@ def test_it_is_said_that_an_image_is_decoded_in_tiles(
     for module in (tiles, device_tiles):
         monkeypatch.setattr(module, "TILE_VALUES", 1 << 11)
     case = Case("a red fox", (128, 128), 1, 3)
-    sizes = sizes_of(opened, case, len(cpu.token_ids(case.prompt)))
-    smallest = least(opened, spec, sizes)
-    plan = plan_residency(spec, opened.manifest.config, sizes, smallest)
+    work = work_of(opened, case, len(cpu.token_ids(case.prompt)))
+    smallest = least(opened, spec, sizes_of(opened, case, work.tokens))
+    plan = plan_residency(spec, opened.manifest, work, smallest)
     assert plan.in_tiles
     assert not plan.keep_all
     device, pipeline = make(smallest)
     (said,) = [
         e.text
-        for e in pipeline.stream(case.prompt, case.size, 1, case.seed)
+        for e in pipeline.stream(case.prompt, size=case.size, steps=1, seed=case.seed)
         if isinstance(e, NoticeEvent) and "decoded" in e.text
     ]
     asked = re.search(r"the image is decoded in tiles; as a whole from a budget of ([\d.]+) GiB", said)
@@ -89,7 +97,7 @@ def test_it_is_said_that_an_image_is_decoded_in_tiles(
     check_parity(draw(pipeline, case)[0], draw(cpu, case)[0])
     assert layers == [tile.place.name for tile in plan.stages[Program.DECODER].needs.tiles]
     assert CONTEXT_BYTES + device.peak == plan.peak
-    enough = plan_residency(spec, opened.manifest.config, sizes, int(float(asked[1]) * 2**30))
+    enough = plan_residency(spec, opened.manifest, work, int(float(asked[1]) * 2**30))
     assert enough.how_decoded is None
 
 
@@ -99,9 +107,9 @@ def test_tiles_need_memory_on_the_host(
     _, pipeline = make(least(opened, spec, sizes_of(opened, CASE, len(cpu.token_ids(CASE.prompt)))))
     monkeypatch.setattr(memory, "available_memory", lambda: 1 << 20)
     with pytest.raises(MemoryLimitError, match=r"64x96 does not fit on the GPU, and in tiles it needs 0\.\d GiB"):
-        pipeline.stream(CASE.prompt, CASE.size, 1, CASE.seed)
+        pipeline.stream(CASE.prompt, size=CASE.size, steps=1, seed=CASE.seed)
     _, pipeline = make()
-    pipeline.stream(CASE.prompt, CASE.size, 1, CASE.seed)
+    pipeline.stream(CASE.prompt, size=CASE.size, steps=1, seed=CASE.seed)
 
 
 def test_the_decoders_steps_are_its_blocks(opened: Bundle) -> None:

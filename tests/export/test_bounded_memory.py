@@ -15,7 +15,7 @@ from zimage_export.synthetic.checkpoint import SMALL, Scale, write_checkpoint
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import CPU, Precision
 from zimage_runtime.command_line.progress import Progress
-from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
+from zimage_runtime.executors.ort.host_programs import HostPrograms
 from zimage_runtime.model.programs import Program
 
 pytestmark = pytest.mark.deep
@@ -36,7 +36,7 @@ from pathlib import Path
 from zimage_export.measure.self_check import fixed_inputs
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.model.programs import Program
-from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
+from zimage_runtime.executors.ort.host_programs import HostPrograms
 
 def anonymous():
     status = Path("/proc/self/status").read_text()
@@ -44,7 +44,7 @@ def anonymous():
 
 bundle = Bundle.open(sys.argv[1])
 feeds = fixed_inputs(bundle.manifest.config)
-executor = OrtCpuExecutor(bundle, low_memory=True)
+executor = HostPrograms(bundle, low_memory=True)
 executor.run(Program.MODULATION, feeds[Program.MODULATION])  # whatever the library takes once, it has now taken
 executor.release()
 before, peak, done = anonymous(), 0, threading.Event()
@@ -90,7 +90,7 @@ def test_weights_are_widened_one_at_a_time(wide_bundle: Bundle) -> None:
 def test_outputs_do_not_keep_a_released_programs_memory(bundle: Path) -> None:
     """An output that lay in the session's arena would keep all of it alive, weights included."""
     opened = Bundle.open(bundle)
-    executor = OrtCpuExecutor(opened)
+    executor = HostPrograms(opened)
     for program, feeds in fixed_inputs(opened.manifest.config).items():
         for name, value in executor.run(program, feeds).items():
             assert value.flags.owndata, (program, name)

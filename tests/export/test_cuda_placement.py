@@ -145,7 +145,7 @@ def test_every_node_runs_on_cuda(checkpoint: Path, tmp_path: Path, precision: st
     from zimage_export.measure.self_check import fixed_inputs
     from zimage_runtime.command_line.progress import Progress
     from zimage_runtime.errors import ExecutorError
-    from zimage_runtime.executors.choose import why_no_cuda
+    from zimage_runtime.executors.ort.cuda import KIND
     from zimage_runtime.machine.gpus import find_gpu
 
     try:
@@ -153,8 +153,8 @@ def test_every_node_runs_on_cuda(checkpoint: Path, tmp_path: Path, precision: st
     except ExecutorError as error:  # said before anything is built
         pytest.skip(str(error))
     bundle = build(checkpoint, tmp_path / "bundle", BuildOptions(Precision(precision)), Progress(quiet=True))
-    if reason := why_no_cuda(bundle):
-        pytest.skip(reason)
+    if unavailable := KIND.why_unavailable(bundle, 0):
+        pytest.skip(unavailable.reason)
     for program, feeds in fixed_inputs(bundle.manifest.config).items():
         for executor in bundle.manifest.programs[program].keys() - {CPU}:
             ran = where_nodes_ran(bundle.program(program, executor), feeds, tmp_path)
@@ -168,7 +168,7 @@ def where_nodes_ran(path: Path, feeds: Any, folder: Path) -> list[dict[str, Any]
     """The nodes of one run, by ONNX Runtime's profiler."""
     import onnxruntime
 
-    from zimage_runtime.executors.ort.device import DISABLED_OPTIMIZERS, PROVIDER, preload_libraries
+    from zimage_runtime.executors.ort.cuda import DISABLED_OPTIMIZERS, PROVIDER, preload_libraries
 
     preload_libraries()
     options = onnxruntime.SessionOptions()

@@ -26,7 +26,7 @@ from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import CPU, CUDA, Precision
 from zimage_runtime.bundle.tensors import TensorFile
 from zimage_runtime.command_line.progress import Progress
-from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
+from zimage_runtime.executors.ort.host_programs import HostPrograms
 from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import Pipeline
 
@@ -160,7 +160,7 @@ def test_cuda_programs_in_fp16_give_what_is_expected(bundle: Path, int4: Path) -
     exact, quantized = Bundle.open(bundle), Bundle.open(int4)
     feeds = fixed_inputs(exact.manifest.config)
     for program in (Program.TEXT_ENCODER, Program.CAPTION, Program.DENOISER):
-        expected = OrtCpuExecutor(exact).run(program, feeds[program])
+        expected = HostPrograms(exact).run(program, feeds[program])
         for name, value in run_cuda_program_on_cpu(quantized, program, feeds[program]).items():
             assert relative_error(value, expected[name]) < 0.25, (program, name)
 

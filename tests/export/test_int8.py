@@ -20,8 +20,8 @@ from zimage_export.weights.rebalance import Rebalancing
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import CPU, CUDA, CUDA_WEIGHT_ONLY, Precision
 from zimage_runtime.bundle.tensors import TensorFile, read_header
-from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
-from zimage_runtime.executors.ort.device import DISABLED_OPTIMIZERS
+from zimage_runtime.executors.ort.cuda import DISABLED_OPTIMIZERS
+from zimage_runtime.executors.ort.host_programs import HostPrograms
 from zimage_runtime.machine import int8_products as integers
 from zimage_runtime.machine.int8_products import ACTIVATION_LEVELS, EXACT_LEVELS, SAFE_LEVELS
 from zimage_runtime.model.programs import Program
@@ -73,14 +73,14 @@ def denoiser_feeds(bundle: Bundle) -> dict[str, Any]:
     from zimage_export.measure.self_check import fixed_inputs
 
     feeds = fixed_inputs(bundle.manifest.config)[Program.DENOISER]
-    table = OrtCpuExecutor(bundle).run(Program.MODULATION, {"timesteps": np.array([0.3], np.float32)})
+    table = HostPrograms(bundle).run(Program.MODULATION, {"timesteps": np.array([0.3], np.float32)})
     return feeds | {"modulation": table["modulation"][0], "final_scale": table["final_scale"][0]}
 
 
 def test_eight_bits_halve_the_error_and_saturating_ones_are_what_it_guards_from(bundle: Path, int8: Path) -> None:
     """ONNX Runtime can be made exact everywhere at a price, which shows here what 8 bits give."""
     exact, quantized = Bundle.open(bundle), Bundle.open(int8)
-    expected = OrtCpuExecutor(exact).run(Program.DENOISER, denoiser_feeds(exact))["velocity"]
+    expected = HostPrograms(exact).run(Program.DENOISER, denoiser_feeds(exact))["velocity"]
     feeds = denoiser_feeds(quantized)
 
     def error(levels: float, *, precise: bool) -> float:
@@ -122,10 +122,10 @@ def test_programs_are_safe_unless_they_are_told_otherwise(int8: Path) -> None:
 
 @pytest.mark.parametrize("levels", [SAFE_LEVELS, EXACT_LEVELS])
 def test_the_runtime_feeds_what_the_known_answer_says(int8: Path, levels: float, monkeypatch: Any) -> None:
-    import zimage_runtime.executors.ort.cpu
+    import zimage_runtime.executors.ort.host_programs
 
-    monkeypatch.setattr(zimage_runtime.executors.ort.cpu, "activation_levels", lambda: levels)
-    executor = OrtCpuExecutor(Bundle.open(int8))
+    monkeypatch.setattr(zimage_runtime.executors.ort.host_programs, "activation_levels", lambda: levels)
+    executor = HostPrograms(Bundle.open(int8))
     seen: list[Any] = []
     executor.load(Program.CAPTION)
     session = executor._sessions[Program.CAPTION]
@@ -133,9 +133,9 @@ def test_the_runtime_feeds_what_the_known_answer_says(int8: Path, levels: float,
     class Watched:
         get_overridable_initializers = session.get_overridable_initializers
 
-        def run(self, names: list[str], feeds: dict[str, Any]) -> Any:
+        def run(self, names: list[str], feeds: dict[str, Any], options: Any) -> Any:
             seen.append(feeds.get(ACTIVATION_LEVELS))
-            return session.run(names, feeds)
+            return session.run(names, feeds, options)
 
     executor._sessions[Program.CAPTION] = Watched()
     from zimage_export.measure.self_check import fixed_inputs
@@ -234,14 +234,14 @@ def test_cuda_programs_give_what_is_expected(bundle: Path, int8: Path) -> None:
     pairs = [(p, fixed[p], fixed[p]) for p in (Program.TEXT_ENCODER, Program.CAPTION)]
     pairs.append((Program.DENOISER, denoiser_feeds(exact), denoiser_feeds(quantized)))
     for program, exact_feeds, feeds in pairs:
-        expected = OrtCpuExecutor(exact).run(program, exact_feeds)
+        expected = HostPrograms(exact).run(program, exact_feeds)
         for name, value in run_cuda_program_on_cpu(quantized, program, feeds).items():
             assert relative_error(value, expected[name]) < 0.03, (program, name)
 
 
 def test_the_weight_only_denoiser_loses_what_the_weights_do_and_no_more(bundle: Path, int8: Path) -> None:
     exact, quantized = Bundle.open(bundle), Bundle.open(int8)
-    expected = OrtCpuExecutor(exact).run(Program.DENOISER, denoiser_feeds(exact))["velocity"]
+    expected = HostPrograms(exact).run(Program.DENOISER, denoiser_feeds(exact))["velocity"]
     feeds = denoiser_feeds(quantized)
     weight_only, products = (
         relative_error(run_cuda_program_on_cpu(quantized, Program.DENOISER, feeds, name)["velocity"], expected)

@@ -16,7 +16,7 @@ from zimage_export.storage.precision import StoragePolicy
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import CUDA, Precision
 from zimage_runtime.bundle.tensors import DType, read_header
-from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
+from zimage_runtime.executors.ort.host_programs import HostPrograms
 from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import Pipeline
 
@@ -85,8 +85,8 @@ def test_low_memory_gives_the_same_without_widening_all_weights(
 ) -> None:
     bundle = Bundle.open(bundles[precision])
     for program, feeds in fixed_inputs(bundle.manifest.config).items():
-        fast = OrtCpuExecutor(bundle).run(program, feeds)
-        mapped = OrtCpuExecutor(bundle, low_memory=True).run(program, feeds)
+        fast = HostPrograms(bundle).run(program, feeds)
+        mapped = HostPrograms(bundle, low_memory=True).run(program, feeds)
         for name, value in fast.items():
             assert relative_error(mapped[name], value) < 1e-5, (program, name)
 
@@ -96,7 +96,7 @@ def test_cuda_programs_in_fp32_give_what_the_cpus_give(bundle: Path) -> None:
     for program, feeds in fixed_inputs(opened.manifest.config).items():
         if program is Program.MODULATION:  # always on the CPU
             continue
-        expected = OrtCpuExecutor(opened).run(program, feeds)
+        expected = HostPrograms(opened).run(program, feeds)
         for name, value in run_cuda_program_on_cpu(opened, program, feeds).items():
             assert relative_error(value, expected[name]) < 1e-5, (program, name)
 
@@ -105,7 +105,7 @@ def test_cuda_programs_in_fp16_stay_near_fp32(bundles: dict[Precision, Path]) ->
     exact, half = Bundle.open(bundles[Precision.FP32]), Bundle.open(bundles[Precision.FP16])
     feeds = fixed_inputs(exact.manifest.config)
     for program in (Program.TEXT_ENCODER, Program.CAPTION, Program.DENOISER):
-        expected = OrtCpuExecutor(exact).run(program, feeds[program])
+        expected = HostPrograms(exact).run(program, feeds[program])
         for name, value in run_cuda_program_on_cpu(half, program, feeds[program]).items():
             assert relative_error(value, expected[name]) < 3e-3, (program, name)
 

@@ -19,7 +19,7 @@ from zimage_export.synthetic.checkpoint import SMALL
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import CPU, CUDA, CUDA_WEIGHT_ONLY, Manifest, Precision
 from zimage_runtime.command_line.progress import Progress
-from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
+from zimage_runtime.executors.ort.host_programs import HostPrograms
 from zimage_runtime.model.programs import Program
 
 # --- what a layers file of another executor consists of ---------------------------------------------------------------
@@ -55,7 +55,7 @@ def test_another_executor_is_one_line_in_the_registry(
     assert (bundle.root / "transformer" / "denoiser.wind.onnx").is_file()
     feeds = fixed_inputs(bundle.manifest.config)[Program.DENOISER]
     (velocity,) = run(bundle, "wind").run(None, feeds)
-    expected = OrtCpuExecutor(bundle).run(Program.DENOISER, feeds)["velocity"]
+    expected = HostPrograms(bundle).run(Program.DENOISER, feeds)["velocity"]
     assert not np.array_equal(velocity, expected)
     np.testing.assert_allclose(velocity, expected, atol=1e-5 * np.abs(expected).max())
     operators = {

@@ -25,7 +25,7 @@ from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import Precision
 from zimage_runtime.command_line.progress import Progress
-from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
+from zimage_runtime.executors.ort.host_programs import HostPrograms
 from zimage_runtime.model.geometry import caption_positions, image_geometry, image_positions, transformer_rotary
 from zimage_runtime.model.programs import Program
 
@@ -71,14 +71,14 @@ def denoiser_inputs(bundle: Bundle, side: int) -> dict[str, FloatArray]:
     image = transformer_rotary(image_positions(geometry, 32), config.transformer)
     caption = transformer_rotary(caption_positions(32), config.transformer)
     feeds |= {"image_cos": image.cos, "image_sin": image.sin, "caption_cos": caption.cos, "caption_sin": caption.sin}
-    table = OrtCpuExecutor(bundle).run(Program.MODULATION, {"timesteps": np.array([0.3], np.float32)})
+    table = HostPrograms(bundle).run(Program.MODULATION, {"timesteps": np.array([0.3], np.float32)})
     return feeds | {"modulation": table["modulation"][0], "final_scale": table["final_scale"][0]}
 
 
 @pytest.mark.parametrize("side", [512, 1024])
 def test_fp16_overflows_without_folds_and_matches_with_them(loud_bundles: dict[str, Bundle], side: int) -> None:
     feeds = denoiser_inputs(loud_bundles["fp32"], side)
-    expected = OrtCpuExecutor(loud_bundles["fp32"]).run(Program.DENOISER, feeds)["velocity"]
+    expected = HostPrograms(loud_bundles["fp32"]).run(Program.DENOISER, feeds)["velocity"]
     plain = run_cuda_program_on_cpu(loud_bundles["plain"], Program.DENOISER, feeds)["velocity"]
     folded = run_cuda_program_on_cpu(loud_bundles["folded"], Program.DENOISER, feeds)["velocity"]
     assert np.isfinite(expected).all()
@@ -94,8 +94,8 @@ def test_folds_change_nothing_in_float32(
     plain = build(checkpoint, tmp_path / "plain", BuildOptions(), QUIET)
     assert plain.manifest.fingerprint != folded.manifest.fingerprint
     for program, feeds in fixed_inputs(folded.manifest.config).items():
-        expected = OrtCpuExecutor(plain).run(program, feeds)
-        for name, value in OrtCpuExecutor(folded).run(program, feeds).items():
+        expected = HostPrograms(plain).run(program, feeds)
+        for name, value in HostPrograms(folded).run(program, feeds).items():
             assert relative_error(value, expected[name]) < 1e-6, (program, name)
 
 
@@ -109,8 +109,8 @@ def test_a_fold_without_its_epsilon_is_caught(
     wrong = build(checkpoint, tmp_path / "wrong", BuildOptions(), QUIET)
     right = Bundle.open(bundle)
     feeds = fixed_inputs(right.manifest.config)[Program.DENOISER]
-    expected = OrtCpuExecutor(right).run(Program.DENOISER, feeds)["velocity"]
-    assert relative_error(OrtCpuExecutor(wrong).run(Program.DENOISER, feeds)["velocity"], expected) > 1e-4
+    expected = HostPrograms(right).run(Program.DENOISER, feeds)["velocity"]
+    assert relative_error(HostPrograms(wrong).run(Program.DENOISER, feeds)["velocity"], expected) > 1e-4
 
 
 def test_calibration_sees_what_overflows(loud_checkpoint: Path) -> None:
@@ -141,5 +141,5 @@ def test_calibrated_export_is_exact_in_float32(
     folds = calibrated.manifest.folds["transformer"]["layers.1"]
     assert folds["ffn"] + folds["product"] > 6
     feeds = fixed_inputs(calibrated.manifest.config)[Program.DENOISER]
-    expected = OrtCpuExecutor(loud_bundles["fp32"]).run(Program.DENOISER, feeds)["velocity"]
-    assert relative_error(OrtCpuExecutor(calibrated).run(Program.DENOISER, feeds)["velocity"], expected) < 1e-6
+    expected = HostPrograms(loud_bundles["fp32"]).run(Program.DENOISER, feeds)["velocity"]
+    assert relative_error(HostPrograms(calibrated).run(Program.DENOISER, feeds)["velocity"], expected) < 1e-6

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 import torch
 from parity import relative_error
+from sessions import session
 
 from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.tensors import read_header
+from zimage_runtime.executors.ort.host_programs import HostPrograms
 from zimage_runtime.executors.protocol import Conditioning
 from zimage_runtime.model.geometry import (
     ImageGeometry,
@@ -47,7 +49,7 @@ def normal(*shape: int, seed: int = 0) -> FloatArray:
 
 
 def run(pipeline: Pipeline, program: Program, **feeds: FloatArray) -> dict[str, FloatArray]:
-    return pipeline.executor.run(program, feeds)  # type: ignore[attr-defined]
+    return HostPrograms(pipeline.bundle).run(program, feeds)
 
 
 # Text encoder
@@ -63,7 +65,7 @@ def reference_hidden_states(diffusers_pipeline: Any, ids: list[int]) -> FloatArr
 def test_hidden_states(pipeline: Pipeline, diffusers_pipeline: Any, tokens: int) -> None:
     config = pipeline.bundle.manifest.config.text_encoder
     ids = np.random.default_rng(tokens).integers(0, config.vocab_size, tokens).tolist()
-    found = pipeline.executor.encode_text(pipeline.embed(ids), text_rotary(tokens, config))
+    found = session(pipeline).encode_text(pipeline.embed(ids), text_rotary(tokens, config))
     assert relative_error(found, reference_hidden_states(diffusers_pipeline, ids)) < TOLERANCE
 
 
@@ -155,7 +157,7 @@ def test_one_step(pipeline: Pipeline, diffusers_pipeline: Any, size: tuple[int, 
     timesteps = np.array([0.0, 0.3, 0.7], dtype=np.float32)
     image = transformer_rotary(image_positions(geometry, padded(tokens)), config.transformer)
     conditioning = Conditioning(hidden, timesteps, image, caption_rotary(pipeline, tokens))
-    denoiser = pipeline.executor.prepare(conditioning)
+    denoiser = session(pipeline).denoiser(conditioning)
     latents = normal(batch, config.vae.latent_channels, geometry.latent_height, geometry.latent_width, seed=1)
     for step, timestep in enumerate(timesteps):
         expected = reference_velocity(diffusers_pipeline.transformer, latents, float(timestep), hidden)
@@ -172,7 +174,7 @@ IMAGES = [(64, 64, 1), (48, 112, 1), (176, 16, 2)]
 def test_decode(pipeline: Pipeline, diffusers_pipeline: Any, width: int, height: int, batch: int) -> None:
     vae = diffusers_pipeline.vae
     latents = normal(batch, vae.config.latent_channels, height // 8, width // 8)
-    found = pipeline.executor.decode(latents)
+    found = session(pipeline).decode(latents)
     with torch.no_grad():
         expected = vae.decode(torch.from_numpy(latents)).sample.numpy()
     assert found.shape == (batch, 3, height, width)
@@ -182,7 +184,7 @@ def test_decode(pipeline: Pipeline, diffusers_pipeline: Any, width: int, height:
 @pytest.mark.parametrize(("width", "height", "batch"), IMAGES)
 def test_encode(pipeline: Pipeline, diffusers_pipeline: Any, width: int, height: int, batch: int) -> None:
     image = np.tanh(normal(batch, 3, height, width))
-    mean, logvar = pipeline.executor.encode(image)
+    mean, logvar = session(pipeline).encode(image)
     with torch.no_grad():
         distribution = diffusers_pipeline.vae.encode(torch.from_numpy(image)).latent_dist
     assert mean.shape == (batch, 16, height // 8, width // 8)
@@ -204,7 +206,7 @@ def test_encode_clamps_the_log_variance(bundle: Path, diffusers_pipeline: Any, t
     with torch.no_grad():
         expected = vae.encode(torch.from_numpy(image)).latent_dist.logvar.numpy()
     assert (expected.min(), expected.max()) == (-30, 20)
-    _, found = Pipeline.from_bundle(copy).executor.encode(image)
+    _, found = session(Pipeline.from_bundle(copy)).encode(image)
     assert relative_error(found, expected) < TOLERANCE
     assert (found.min(), found.max()) == (-30, 20)
 

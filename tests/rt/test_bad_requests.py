@@ -11,6 +11,7 @@ from cli_tools import Capture, Outcome, assert_one_line_error, call_rt, finish, 
 
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.executors.ort import cpu_plan as memory
+from zimage_runtime.executors.protocol import Work
 from zimage_runtime.model.geometry import image_geometry
 from zimage_runtime.model.tokenizer import PromptTokenizer
 
@@ -101,10 +102,10 @@ def test_more_memory_than_there_is(
         outcome = call_rt(capsys, "run", "x", "-m", bundle, "--size", largest, "--steps", 1, "--quiet", "-o", "a.png")
         assert outcome.lines == ["a.png"]
     else:
-        from zimage_runtime.pipeline import Pipeline
+        from zimage_runtime.pipeline import Pipeline, Request
 
         pipeline = Pipeline.from_bundle(bundle)
-        pipeline.run(pipeline.request("x", (width, height), 1))
+        pipeline.run(pipeline.prepare(Request("x", size=(width, height), steps=1)))
 
 
 @pytest.mark.parametrize("size", ["16x8192", "8192x16", "1024x1024"])
@@ -119,7 +120,8 @@ def test_low_memory_fits_more(bundle: Path, capsys: Capture, monkeypatch: pytest
     opened = Bundle.open(bundle)
     geometry = image_geometry(32, 32, opened.manifest.config)
     tokens = len(PromptTokenizer(opened.file(opened.manifest.tokenizer)).encode("a fox"))
-    least = memory.plan_memory(opened.manifest, geometry, tokens, low_memory=True, available=1 << 60).peak
+    work = Work(geometry=geometry, tokens=tokens)
+    least = memory.plan_memory(opened.manifest, work, low_memory=True, available=1 << 60).peak
     monkeypatch.setattr(memory, "available_memory", lambda: least)
     assert_one_line_error(request(capsys, bundle), "32x32", "it fits with --low-memory")
     outcome = call_rt(

@@ -7,11 +7,10 @@ from pathlib import Path
 import click
 import pytest
 from cli_tools import Capture, assert_one_line_error, call, call_rt, unchanged
-from gpu_stand_in import remove_driver
+from gpu_stand_in import Card, install_gpus, remove_driver
 
 from zimage_runtime.command_line.console import MemoryType
-from zimage_runtime.executors import choose as choice
-from zimage_runtime.machine import gpus as nvidia
+from zimage_runtime.executors.ort.cuda import SWAP_TO_GPU
 
 TINY = ("--size", "32x32", "--steps", 1, "--seed", 1)
 
@@ -25,9 +24,9 @@ def _no_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_says_which_and_why(bundle: Path, capsys: Capture) -> None:
     outcome = call_rt(capsys, "run", "a fox", "-m", bundle, *TINY)
     assert outcome.lines == ["zimage-1.png"]
-    assert "generating on cpu: no NVIDIA GPU: no NVIDIA driver found" in outcome.err
+    assert "Using the CPU (no NVIDIA driver found)" in outcome.err
     asked = call_rt(capsys, "run", "a fox", "-m", bundle, *TINY, "--executor", "cpu")
-    assert "generating on" not in asked.err
+    assert "Using" not in asked.err
     assert call_rt(capsys, "run", "a fox", "-m", bundle, *TINY, "--quiet").err == ""
 
 
@@ -40,11 +39,27 @@ def test_cuda_without_a_gpu_is_one_line(bundle: Path, capsys: Capture) -> None:
 def test_cuda_without_its_package_names_the_two_commands(
     bundle: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    gpu = nvidia.Gpu("NVIDIA A100", (8, 0), 1 << 36, None, "13.0")
-    monkeypatch.setattr(choice, "find_gpu", lambda: gpu)
+    install_gpus(monkeypatch, Card())
     with unchanged(Path()):
         outcome = call_rt(capsys, "run", "a fox", "-m", bundle, *TINY, "--executor", "cuda")
-    assert_one_line_error(outcome, *(f"`{command}`" for command in choice.SWAP_TO_GPU))
+    assert_one_line_error(outcome, *(f"`{command}`" for command in SWAP_TO_GPU))
+
+
+def test_a_gpu_that_is_not_used_is_said_even_when_quiet(
+    bundle: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_gpus(monkeypatch, Card())
+    outcome = call_rt(capsys, "run", "a fox", "-m", bundle, *TINY, "--quiet")
+    assert outcome.lines == ["zimage-1.png"]
+    assert "Using the CPU" in outcome.err
+    assert SWAP_TO_GPU[1] in outcome.err
+
+
+def test_a_prompt_that_is_cut_is_said_even_when_quiet(bundle: Path, capsys: Capture) -> None:
+    outcome = call_rt(capsys, "run", "fox " * 200, "-m", bundle, *TINY, "--quiet")
+    assert outcome.lines == ["zimage-1.png"]
+    assert "tokens were cut off" in outcome.err
+    assert len(outcome.err.splitlines()) == 1
 
 
 def test_vram_on_the_cpu(bundle: Path, capsys: Capture) -> None:

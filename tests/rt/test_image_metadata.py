@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 from xml.etree import ElementTree
@@ -61,7 +62,8 @@ def info() -> ImageInfo:
 def generate(capsys: Capture, bundle: Path, prompt: str, output: str, *options: object) -> Path:
     size = ("--size", "48x32", "--steps", 2, "--seed", 7)
     outcome = call_rt(capsys, "run", "-m", bundle, *size, "-o", output, "--quiet", *options, "--", prompt)
-    assert (outcome.status, outcome.err) == (0, "")
+    assert outcome.status == 0, outcome.err
+    assert all("tokens were cut off" in line for line in outcome.err.splitlines())  # of prompts that are that long
     return Path(output)
 
 
@@ -103,7 +105,9 @@ def test_prompts_come_back_as_they_were(info: ImageInfo, suffix: str, prompt: st
 def test_command_describes_what_it_generated(bundle: Path, capsys: Capture, suffix: str) -> None:
     manifest = Bundle.open(bundle).manifest
     path = generate(capsys, bundle, "a fox,\na hen", f"image{suffix}")
-    assert read_image_info(path) == ImageInfo("a fox,\na hen", 7, 48, 32, 2, manifest.name, manifest.fingerprint, "cpu")
+    expected = ImageInfo("a fox,\na hen", 7, 48, 32, 2, manifest.name, manifest.fingerprint, "cpu")
+    library = f"onnxruntime {version('onnxruntime')}"
+    assert read_image_info(path) == replace(expected, program="cpu", library=library)
     assert parameters(path).splitlines()[:2] == ["a fox,", "a hen"]
 
 

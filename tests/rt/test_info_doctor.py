@@ -16,7 +16,9 @@ from zimage_rt.commands import doctor
 from zimage_rt.commands.doctor import Finding, Verdict
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.command_line.console import run_command
-from zimage_runtime.executors.choose import SWAP_TO_GPU
+from zimage_runtime.executors.ort import cuda
+from zimage_runtime.executors.ort.cuda import SWAP_TO_GPU
+from zimage_runtime.executors.ort.known_answer import known_answer
 from zimage_runtime.machine import int8_products as integers
 from zimage_runtime.machine.processor import Processor
 
@@ -286,29 +288,28 @@ def test_doctor_without_a_gpu_uses_the_cpu(monkeypatch: pytest.MonkeyPatch) -> N
     assert finding == Finding(
         "gpu", Verdict.OK, "Using the CPU (no NVIDIA driver found)", {"gpus": [], "driver": None, "cuda": None}
     )
-    finding = doctor.check_cuda("cuda")
+    finding = doctor.check_executor("cuda")
     assert (finding.verdict, finding.values) == (Verdict.OK, {"gpu": None})
     assert "no NVIDIA driver" in finding.text
 
 
 def test_doctor_says_what_cuda_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     install_gpus(monkeypatch, Card())
-    finding = doctor.check_cuda("cuda")  # with the package for the CPU
+    finding = doctor.check_executor("cuda")  # with the package for the CPU
     assert finding.verdict is Verdict.NOTE
     for line in SWAP_TO_GPU:
         assert f"`{line}`" in finding.text
     # with the package for the GPU, but without what it needs: the session runs on the CPU and says nothing
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: providers)
-    monkeypatch.setattr("zimage_runtime.executors.ort.device.preload_libraries", lambda: "Failed to load libcudnn.so.9")
-    real = doctor._known_answer
+    monkeypatch.setattr(cuda, "preload_libraries", lambda: "Failed to load libcudnn.so.9")
 
-    def without_cuda(providers: list[str], **options: Any) -> tuple[Any, Any, Any]:
+    def without_cuda(providers: list[str], **options: Any) -> tuple[Any, Any]:
         assert providers == ["CUDAExecutionProvider"]
-        return real(["CPUExecutionProvider"])
+        return known_answer(["CPUExecutionProvider"])
 
-    monkeypatch.setattr(doctor, "_known_answer", without_cuda)
-    finding = doctor.check_cuda("cuda")
+    monkeypatch.setattr(cuda, "known_answer", without_cuda)
+    finding = doctor.check_executor("cuda")
     assert finding.verdict is Verdict.PROBLEM
     assert "cannot start CUDA (Failed to load libcudnn.so.9)" in finding.text
 
@@ -316,10 +317,11 @@ def test_doctor_says_what_cuda_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
         def get_providers(self) -> list[str]:
             return providers
 
-    monkeypatch.setattr(doctor, "_known_answer", lambda wanted, **options: (1.0, 1.0, Session()))
-    assert doctor.check_cuda("cuda").verdict is Verdict.OK
-    monkeypatch.setattr(doctor, "_known_answer", lambda wanted, **options: (1.1, 1.0, Session()))
-    assert "wrong numbers" in doctor.check_cuda("cuda").text
+    right, _ = known_answer(["CPUExecutionProvider"])
+    monkeypatch.setattr(cuda, "known_answer", lambda wanted, **options: (right, Session()))
+    assert doctor.check_executor("cuda").verdict is Verdict.OK
+    monkeypatch.setattr(cuda, "known_answer", lambda wanted, **options: (1.1 * right, Session()))
+    assert "wrong numbers" in doctor.check_executor("cuda").text
 
 
 def test_doctor_lists_what_exporting_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,7 +336,7 @@ def test_doctor_lists_what_exporting_lacks(monkeypatch: pytest.MonkeyPatch) -> N
     ("exact", "verdict", "said"),
     [
         (True, Verdict.OK, "8-bit activations"),
-        (False, Verdict.NOTE, "saturate here (no VNNI): int8 bundles run with 7-bit"),
+        (False, Verdict.NOTE, "saturate (no VNNI): int8 bundles run with 7-bit"),
     ],
 )
 def test_doctor_tells_the_bits_of_an_int8_bundles_activations(
@@ -343,7 +345,7 @@ def test_doctor_tells_the_bits_of_an_int8_bundles_activations(
     monkeypatch.setattr(integers, "products_are_exact", lambda: exact)
     integers.activation_levels.cache_clear()
     try:
-        finding = doctor.CHECKS["int8"]("int8")
+        finding = doctor.CHECKS["cpu"]("cpu")
     finally:
         integers.activation_levels.cache_clear()
     assert finding.verdict is verdict

@@ -9,9 +9,22 @@ from gpu_stand_in import GIB, Card, install_gpus, remove_driver
 
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.errors import RequestError
-from zimage_runtime.executors.choose import SWAP_TO_GPU, budget, choose, make_executor
-from zimage_runtime.executors.ort import device as ort_cuda
+from zimage_runtime.executors.choose import ExecutorChoice
+from zimage_runtime.executors.ort import cuda
+from zimage_runtime.executors.ort.cuda import SWAP_TO_GPU, budget_of
+from zimage_runtime.executors.protocol import Options
+from zimage_runtime.machine.gpus import find_gpu
 from zimage_runtime.pipeline import Pipeline
+
+
+def choose(bundle: Bundle, asked: str) -> ExecutorChoice:
+    choice = ExecutorChoice(bundle, asked)
+    choice.open()
+    return choice
+
+
+def name_of(choice: ExecutorChoice) -> str:
+    return choice.open().name
 
 
 def with_gpu_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +59,7 @@ def test_what_is_wrong_with_the_driver_is_said(
 ) -> None:
     break_it(monkeypatch)
     choice = choose(opened, "auto")
-    assert choice.executor == "cpu"
+    assert name_of(choice) == "cpu"
     assert said in choice.why
     with pytest.raises(RequestError) as refusal:
         choose(opened, "cuda")
@@ -57,19 +70,27 @@ def test_what_is_wrong_with_the_driver_is_said(
 def test_cuda_is_chosen_where_all_is_there(monkeypatch: pytest.MonkeyPatch, opened: Bundle) -> None:
     install_gpus(monkeypatch, Card())
     with_gpu_package(monkeypatch)
-    choice = choose(opened, "auto")
-    assert choice.executor == "cuda"
-    assert choice.why.endswith("NVIDIA GeForce RTX 4090 (compute capability 8.9) is there")
-    assert make_executor(opened, choice, None).name == "cuda"
-    assert choose(opened, "cuda").why == "asked for"
-    assert choose(opened, "cpu").executor == "cpu"
+    assert name_of(choose(opened, "auto")) == "cuda"
+    assert choose(opened, "auto").open().device_name == "NVIDIA GeForce RTX 4090 (compute capability 8.9)"
+    assert name_of(choose(opened, "cuda")) == "cuda"
+    assert name_of(choose(opened, "cpu")) == "cpu"
     assert Pipeline.from_bundle(opened.root).executor.name == "cuda"
+
+
+def test_another_gpu_is_used_where_it_is_named(monkeypatch: pytest.MonkeyPatch, opened: Bundle) -> None:
+    install_gpus(monkeypatch, Card(), Card(name="NVIDIA A100", capability=(8, 0)))
+    with_gpu_package(monkeypatch)
+    executor = ExecutorChoice(opened, "cuda", Options(device=1)).open()
+    assert executor.device_name.startswith("NVIDIA A100")
+    assert executor.device.index == 1  # type: ignore[attr-defined]
+    with pytest.raises(RequestError, match="GPU 2 does not exist; this process can use 2"):
+        ExecutorChoice(opened, "cuda", Options(device=2)).open()
 
 
 def test_a_gpu_without_its_package_is_told_how_to_get_it(monkeypatch: pytest.MonkeyPatch, opened: Bundle) -> None:
     install_gpus(monkeypatch, Card())
     choice = choose(opened, "auto")
-    assert choice.executor == "cpu"
+    assert name_of(choice) == "cpu"
     for command in SWAP_TO_GPU:
         assert f"`{command}`" in choice.why
     with pytest.raises(RequestError) as refusal:
@@ -80,8 +101,8 @@ def test_a_gpu_without_its_package_is_told_how_to_get_it(monkeypatch: pytest.Mon
 
 def test_a_provider_that_appears_with_its_libraries_is_found(monkeypatch: pytest.MonkeyPatch, opened: Bundle) -> None:
     install_gpus(monkeypatch, Card())
-    monkeypatch.setattr(ort_cuda, "preload_libraries", lambda: with_gpu_package(monkeypatch))
-    assert choose(opened, "auto").executor == "cuda"
+    monkeypatch.setattr(cuda, "preload_libraries", lambda: with_gpu_package(monkeypatch))
+    assert name_of(choose(opened, "auto")) == "cuda"
 
 
 def test_bf16_needs_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch, opened: Bundle) -> None:
@@ -90,9 +111,9 @@ def test_bf16_needs_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch, opened: B
     with pytest.raises(RequestError, match=r"7\.5.* fp16"):
         choose(in_precision(opened, "bf16"), "cuda")
     for precision in ("fp16", "fp32"):
-        assert choose(in_precision(opened, precision), "auto").executor == "cuda"
+        assert name_of(choose(in_precision(opened, precision), "auto")) == "cuda"
     install_gpus(monkeypatch, Card(capability=(8, 0)))
-    assert choose(in_precision(opened, "bf16"), "auto").executor == "cuda"
+    assert name_of(choose(in_precision(opened, "bf16"), "auto")) == "cuda"
 
 
 def test_int8_needs_a_gpu_that_multiplies_it(monkeypatch: pytest.MonkeyPatch, opened: Bundle) -> None:
@@ -100,23 +121,25 @@ def test_int8_needs_a_gpu_that_multiplies_it(monkeypatch: pytest.MonkeyPatch, op
     with_gpu_package(monkeypatch)
     with pytest.raises(RequestError, match=r"does not multiply int8.* use a bundle in fp16"):
         choose(in_precision(opened, "int8"), "cuda")
-    assert choose(in_precision(opened, "int8"), "auto").executor == "cpu"
+    assert name_of(choose(in_precision(opened, "int8"), "auto")) == "cpu"
 
 
-def test_the_budget_is_what_is_free_or_what_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_budget_is_what_is_free_or_what_is_given(monkeypatch: pytest.MonkeyPatch, opened: Bundle) -> None:
     install_gpus(monkeypatch, Card())
-    assert budget(None) == 20 * GIB - (256 << 20)
-    assert budget(8 * GIB) == 8 * GIB
+    with_gpu_package(monkeypatch)
+    assert budget_of(find_gpu()) == 20 * GIB - (256 << 20)
+    for vram, budget in ((None, 20 * GIB - (256 << 20)), (8 * GIB, 8 * GIB)):
+        assert ExecutorChoice(opened, "cuda", Options(vram=vram)).open().budget == budget  # type: ignore[attr-defined]
 
 
 def test_a_budget_is_nothing_to_the_cpu(monkeypatch: pytest.MonkeyPatch, opened: Bundle) -> None:
     remove_driver(monkeypatch)
-    with pytest.raises(RequestError, match=r"vram is a budget for .* no NVIDIA driver"):
+    with pytest.raises(RequestError, match=r"vram is a budget for .*no NVIDIA driver"):
         Pipeline.from_bundle(opened.root, vram=8 * GIB)
     with pytest.raises(RequestError, match=r"the cpu executor has none$"):
         Pipeline.from_bundle(opened.root, "cpu", vram=8 * GIB)
 
 
 def test_an_unknown_executor_is_told_which_there_are(opened: Bundle) -> None:
-    with pytest.raises(RequestError, match=r"'abacus' is unknown; choose one of auto, cpu, .*cuda"):
+    with pytest.raises(RequestError, match=r"'abacus' is unknown; choose one of auto, tensorrt, cuda, cpu"):
         choose(opened, "abacus")

@@ -17,7 +17,9 @@ from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import CPU, CUDA, CUDA_WEIGHT_ONLY, FileRecord, Manifest, ProgramRecord
 from zimage_runtime.errors import BundleError
 from zimage_runtime.executors.ort.cpu_plan import plan_memory
-from zimage_runtime.images.metadata import ImageInfo, read_image_info
+from zimage_runtime.executors.protocol import Work
+from zimage_runtime.images.image_files import read_image_info
+from zimage_runtime.images.metadata import ImageInfo
 from zimage_runtime.model.geometry import image_geometry
 from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import Pipeline
@@ -145,7 +147,8 @@ def test_no_executor_runs_without_modulation(bundles: dict[str, Path], tmp_path:
 
 
 def plan_on_cpu(manifest: Manifest, *, encodes: bool) -> object:
-    return plan_memory(manifest, image_geometry(96, 64, manifest.config), 20, encodes=encodes, available=1 << 40)
+    work = Work(geometry=image_geometry(96, 64, manifest.config), tokens=20, encodes=encodes)
+    return plan_memory(manifest, work, available=1 << 40)
 
 
 def test_another_executors_programs_change_neither_the_list_nor_the_plan(bundles: dict[str, Path]) -> None:

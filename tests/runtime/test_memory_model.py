@@ -12,6 +12,7 @@ from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import Manifest, Precision
 from zimage_runtime.errors import MemoryLimitError
 from zimage_runtime.executors.ort.cpu_plan import MemoryPlan, plan_memory
+from zimage_runtime.executors.protocol import Work
 from zimage_runtime.model.geometry import image_geometry
 from zimage_runtime.model.programs import Program
 
@@ -34,7 +35,8 @@ def plan(
     available: int = PLENTY,
 ) -> MemoryPlan:
     geometry = image_geometry(width, height, manifest.config)
-    return plan_memory(manifest, geometry, tokens, batch, low_memory=low_memory, available=available)
+    work = Work(geometry=geometry, tokens=tokens, batch=batch)
+    return plan_memory(manifest, work, low_memory=low_memory, available=available)
 
 
 def test_what_is_needed_is_exactly_enough(manifest: Manifest) -> None:
@@ -99,13 +101,14 @@ def test_every_part_of_a_request_counts(manifest: Manifest) -> None:
 
 
 def test_an_image_to_start_from_counts(manifest: Manifest) -> None:
-    geometry = image_geometry(512, 512, manifest.config)
-    without = plan_memory(manifest, geometry, 32, available=PLENTY)
-    encodes = plan_memory(manifest, geometry, 32, encodes=True, available=PLENTY)
+    work = Work(geometry=image_geometry(512, 512, manifest.config), tokens=32)
+    without = plan_memory(manifest, work, available=PLENTY)
+    encodes = plan_memory(manifest, replace(work, encodes=True), available=PLENTY)
     assert Program.ENCODER not in without.programs
     assert encodes.programs[Program.ENCODER] > 0
     assert {p: size for p, size in encodes.programs.items() if p is not Program.ENCODER} == without.programs
-    wider = plan_memory(manifest, image_geometry(1024, 512, manifest.config), 32, encodes=True, available=PLENTY)
+    wide = Work(geometry=image_geometry(1024, 512, manifest.config), tokens=32, encodes=True)
+    wider = plan_memory(manifest, wide, available=PLENTY)
     assert wider.programs[Program.ENCODER] > encodes.programs[Program.ENCODER]
 
 
@@ -148,7 +151,7 @@ import numpy as np
 import onnxruntime
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.model.programs import Program
-from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
+from zimage_runtime.executors.ort.host_programs import HostPrograms
 
 def anonymous():
     with open("/proc/self/status") as status:
@@ -161,7 +164,7 @@ def watch():
         peak = max(peak, anonymous())
         time.sleep(0.002)
 
-executor = OrtCpuExecutor(Bundle.open(sys.argv[1]))
+executor = HostPrograms(Bundle.open(sys.argv[1]))
 side = int(sys.argv[2]) // 8
 latents = np.random.default_rng(0).standard_normal((1, 16, side, side), dtype=np.float32)
 before = anonymous()

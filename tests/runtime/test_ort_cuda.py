@@ -8,30 +8,41 @@ import numpy as np
 import onnx
 import pytest
 from parity import Case, check_parity, draw, draw_with_diffusers, relative_error
+from sessions import session
 
 from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.bundle.tensors import TensorFile
 from zimage_runtime.errors import DeviceLostError, ExecutorError, MemoryLimitError
 from zimage_runtime.executors.ort import cpu_plan as memory
-from zimage_runtime.executors.ort import device as ort_cuda
-from zimage_runtime.executors.ort.device import Device, OrtCudaExecutor, explained
+from zimage_runtime.executors.ort.cuda import cuda_executor
+from zimage_runtime.executors.ort.device import OrtDevice, explained
+from zimage_runtime.executors.ort.device_executor import DeviceSession, OrtDeviceExecutor
 from zimage_runtime.executors.ort.device_plan import plan_vram
-from zimage_runtime.executors.ort.tile_kernels import NORMED_MODEL, PLAIN_MODEL, OrtTileKernels
-from zimage_runtime.model.geometry import ImageGeometry
+from zimage_runtime.executors.ort.host_programs import HostPrograms
+from zimage_runtime.executors.ort.tile_kernels import NORMED_MODEL, PLAIN_MODEL
+from zimage_runtime.executors.overheads import ORT_CUDA
+from zimage_runtime.executors.protocol import Work
+from zimage_runtime.executors.worker import Stop
+from zimage_runtime.model.geometry import ImageGeometry, image_geometry
 from zimage_runtime.model.programs import Program
-from zimage_runtime.pipeline import NoticeEvent, Pipeline
+from zimage_runtime.pipeline import ImageEvent, NoticeEvent, Pipeline, Request
 from zimage_runtime.tiles.tiling import TiledDecoder, TiledEncoder
 
 PLENTY = 1 << 40
-ON_CPU = Device("cpu")
+ON_CPU = OrtDevice("cpu")
 
 
-def executor(bundle: Path, budget: int = PLENTY) -> OrtCudaExecutor:
-    return OrtCudaExecutor(Bundle.open(bundle), budget=budget, device=ON_CPU)
+def executor(bundle: Path, budget: int = PLENTY) -> OrtDeviceExecutor:
+    return cuda_executor(Bundle.open(bundle), budget=budget, device=ON_CPU)
+
+
+def pipeline_on(bundle: Path, budget: int = PLENTY) -> Pipeline:
+    return Pipeline.on(Bundle.open(bundle), executor(bundle, budget))
 
 
 @pytest.fixture(scope="module")
 def pipeline(bundle: Path) -> Pipeline:
-    return Pipeline(Bundle.open(bundle), executor(bundle))
+    return pipeline_on(bundle)
 
 
 @pytest.mark.parametrize(
@@ -45,12 +56,12 @@ def test_draws_what_diffusers_draws(pipeline: Pipeline, diffusers_pipeline: Any,
 def test_every_program_gives_what_the_cpus_gives(bundle: Path) -> None:
     from zimage_export.measure.self_check import fixed_inputs
 
-    ours, reference = executor(bundle), Pipeline.from_bundle(bundle, "cpu").executor
+    ours, reference = executor(bundle), HostPrograms(Bundle.open(bundle))
     for program, feeds in fixed_inputs(Bundle.open(bundle).manifest.config).items():
         if program is Program.MODULATION:
             continue
-        expected = reference.run(program, feeds)  # type: ignore[attr-defined]
-        found = ours._run_once(program, feeds)
+        expected = reference.run(program, feeds)
+        found = ours.run_once(program, feeds, Stop())
         assert set(found) == set(expected)
         for name, values in expected.items():
             assert relative_error(found[name], values) < 1e-5, (program, name)
@@ -60,10 +71,16 @@ def test_an_image_may_be_started_from(pipeline: Pipeline, bundle: Path) -> None:
     image = np.random.default_rng(0).integers(0, 256, (48, 64, 3)).astype(np.uint8)
     from PIL import Image
 
-    arguments = ("a fox", None, 4, 3, 1, 1, Image.fromarray(image), 0.6)
-    found = np.asarray(pipeline.generate(*arguments).images[0], np.int16)
-    expected = np.asarray(Pipeline.from_bundle(bundle, "cpu").generate(*arguments).images[0], np.int16)
+    request = Request("a fox", steps=4, seed=3, image=Image.fromarray(image), strength=0.6)
+    found = np.asarray(last_image(pipeline, request), np.int16)
+    expected = np.asarray(last_image(Pipeline.from_bundle(bundle, "cpu"), request), np.int16)
     assert np.abs(found - expected).max() <= 1
+
+
+def last_image(pipeline: Pipeline, request: Request) -> Any:
+    *_, event = pipeline.run(pipeline.prepare(request))
+    assert isinstance(event, ImageEvent)
+    return event.image
 
 
 class Spy:
@@ -72,24 +89,26 @@ class Spy:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.uploads: list[tuple[int, ...]] = []
         self.runs: list[tuple[Program, dict[str, int], bool]] = []
-        upload, run_bound = Device.upload, OrtCudaExecutor.run_bound
+        upload, run_bound = OrtDevice.upload, OrtDeviceExecutor.run_bound
 
-        def uploaded(device: Device, values: Any) -> Any:
+        def uploaded(device: OrtDevice, values: Any) -> Any:
             self.uploads.append(values.shape)
             return upload(device, values)
 
-        def bound(one: OrtCudaExecutor, program: Program, inputs: Any, outputs: Any, *, shrink: bool = False) -> None:
+        def bound(
+            one: OrtDeviceExecutor, program: Program, inputs: Any, outputs: Any, stop: Stop, *, shrink: bool = False
+        ) -> None:
             self.runs.append((program, {name: value.data_ptr() for name, value in inputs.items()}, shrink))
-            run_bound(one, program, inputs, outputs, shrink=shrink)
+            run_bound(one, program, inputs, outputs, stop, shrink=shrink)
 
-        monkeypatch.setattr(Device, "upload", uploaded)
-        monkeypatch.setattr(OrtCudaExecutor, "run_bound", bound)
+        monkeypatch.setattr(OrtDevice, "upload", uploaded)
+        monkeypatch.setattr(OrtDeviceExecutor, "run_bound", bound)
 
 
 def test_only_latents_cross_between_steps(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spy = Spy(monkeypatch)
-    pipeline = Pipeline(Bundle.open(bundle), executor(bundle))
-    pipeline.generate("a fox", (64, 48), 3, 1, count=2)
+    pipeline = Pipeline.on(Bundle.open(bundle), executor(bundle))
+    pipeline.generate("a fox", size=(64, 48), steps=3, seed=1, count=2)
     config = pipeline.bundle.manifest.config.transformer
     steps = [inputs for program, inputs, _ in spy.runs if program is Program.DENOISER]
     assert len(steps) == 6
@@ -106,9 +125,9 @@ def test_only_latents_cross_between_steps(bundle: Path, monkeypatch: pytest.Monk
 
 
 def test_what_a_step_returns_is_the_callers_own(pipeline: Pipeline) -> None:
-    request = pipeline.request("a fox", (32, 32), 2, 0)
-    hidden = pipeline.encode_prompt(pipeline.token_ids("a fox"))
-    denoiser = pipeline.executor.prepare(pipeline.conditioning(request.geometry, request.schedule, hidden))
+    request = pipeline.prepare(Request("a fox", size=(32, 32), steps=2, seed=0))
+    hidden = pipeline.hidden_states(session(pipeline), tuple(pipeline.token_ids("a fox")))
+    denoiser = session(pipeline).denoiser(pipeline.conditioning(request.geometry, request.schedule, hidden))
     latents = pipeline.initial_latents(request.geometry, (0,))
     kept = latents.copy()
     first = denoiser(latents, 0)
@@ -126,33 +145,33 @@ def test_stages_are_loaded_in_turn_where_they_do_not_fit_together(
 ) -> None:
     opened = Bundle.open(bundle)
     loaded: list[set[Program]] = []
-    session = OrtCudaExecutor._session
+    load = OrtDeviceExecutor._session
 
-    def watched(one: OrtCudaExecutor, program: Program) -> Any:
+    def watched(one: OrtDeviceExecutor, program: Program, stop: Stop) -> Any:
         loaded.append(set(one._sessions) | {program})
-        return session(one, program)
+        return load(one, program, stop)
 
-    monkeypatch.setattr(OrtCudaExecutor, "_session", watched)
-    probe = Pipeline(opened, executor(bundle)).request("a fox", (64, 64), 1, 0)
-    roomy = plan_vram(opened.manifest, probe.geometry, 32, PLENTY)
+    monkeypatch.setattr(OrtDeviceExecutor, "_session", watched)
+    probe = Pipeline.on(opened, executor(bundle)).prepare(Request("a fox", size=(64, 64), steps=1, seed=0))
+    roomy = plan_vram(opened.manifest, Work(geometry=probe.geometry, tokens=32), PLENTY)
     assert roomy.keep_all
     for budget, most in ((roomy.peak - 1, 1), (PLENTY, 4)):
         loaded.clear()
-        pipeline = Pipeline(opened, executor(bundle, budget))
-        pipeline.generate("a fox", (64, 64), 1, 0)
+        pipeline = Pipeline.on(opened, executor(bundle, budget))
+        pipeline.generate("a fox", size=(64, 64), steps=1, seed=0)
         assert max(map(len, loaded)) == most
         kept = pipeline.executor.loaded  # type: ignore[attr-defined]
         assert (len(kept) > 1) == (most > 1)
-        pipeline.generate("a fox", (64, 64), 1, 1)
-        assert len(loaded) == (4 if most > 1 else 8), "what fits is loaded once"
+        pipeline.generate("a fox", size=(64, 64), steps=1, seed=1)
+        assert len(loaded) == (4 if most > 1 else 7), "what fits is loaded once, and a prompt is encoded once"
         pipeline.release()
         assert not pipeline.executor.loaded  # type: ignore[attr-defined]
 
 
 def tight_budget(bundle: Bundle, geometry: ImageGeometry, *programs: Program) -> int:
     """Enough for all stages but the decoder (or those named) as a whole."""
-    stages = plan_vram(bundle.manifest, geometry, 32, PLENTY, encodes=True).stages
-    return ort_cuda.CONTEXT + min(stages[program].total for program in programs or (Program.DECODER,)) - 1
+    stages = plan_vram(bundle.manifest, Work(geometry=geometry, tokens=32, encodes=True), PLENTY).stages
+    return ORT_CUDA.nbytes + min(stages[program].total for program in programs or (Program.DECODER,)) - 1
 
 
 @pytest.mark.deep
@@ -162,40 +181,41 @@ def test_an_image_that_the_gpu_has_no_room_for_is_decoded_in_tiles(
     from PIL import Image
 
     opened = Bundle.open(bundle)
-    roomy = Pipeline(opened, executor(bundle))
+    roomy = Pipeline.on(opened, executor(bundle))
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (512, 512, 3)).astype(np.uint8))
-    arguments = ("a fox", None, 2, 0, 1, 1, image, 0.5)
-    geometry = roomy.request(*arguments).geometry
-    tight = Pipeline(opened, executor(bundle, tight_budget(opened, geometry, Program.DECODER, Program.ENCODER)))
+    request = Request("a fox", steps=2, seed=0, image=image, strength=0.5)
+    geometry = roomy.prepare(request).geometry
+    tight = Pipeline.on(opened, executor(bundle, tight_budget(opened, geometry, Program.DECODER, Program.ENCODER)))
     runs: list[str] = []
-    run = Device.run
+    run = OrtDevice.run
 
-    def counted(device: Device, session: Any, binding: Any, output: str) -> Any:
+    def counted(device: OrtDevice, session: Any, binding: Any, output: str, stop: Stop) -> Any:
         runs.append(output)
-        return run(device, session, binding, output)
+        return run(device, session, binding, output, stop)
 
-    monkeypatch.setattr(Device, "run", counted)
-    events = list(tight.stream(*arguments))
+    monkeypatch.setattr(OrtDevice, "run", counted)
+    events = list(tight.run(tight.prepare(request)))
     assert isinstance(events[0], NoticeEvent)
     assert "encoded and decoded in tiles" in events[0].text
     assert len(runs) > 50  # of tiles
     assert not tight.executor.loaded & {Program.DECODER, Program.ENCODER}  # type: ignore[attr-defined]
-    expected = np.asarray(roomy.generate(*arguments).images[0], np.int16)
+    expected = np.asarray(last_image(roomy, request), np.int16)
     assert np.abs(np.asarray(events[-1].image, np.int16) - expected).max() <= 1  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("values", [1, 5000, 1 << 20])
 def test_tiles_on_the_device_are_the_whole_image(pipeline: Pipeline, values: int) -> None:
     """Against the decoder and encoder programs, with tiles of a row, of several, and of everything."""
-    weights, config = pipeline._vae_weights(), pipeline.bundle.manifest.config.vae
-    made = pipeline.executor.tile_kernels()
-    assert isinstance(made, OrtTileKernels)
+    bundle, config = pipeline.bundle, pipeline.bundle.manifest.config.vae
+    weights, opened = TensorFile(bundle.file(bundle.manifest.weights["vae"])), session(pipeline)
+    assert isinstance(opened, DeviceSession)
+    made = opened.tile_kernels()
     kernels = replace(made, tile_values=values)
     latents = np.random.default_rng(1).standard_normal((2, 16, 6, 10), dtype=np.float32)
     image = np.random.default_rng(2).uniform(-1, 1, (1, 3, 32, 48)).astype(np.float32)
     found = TiledDecoder(config, weights, kernels)(latents)
-    np.testing.assert_allclose(found, pipeline.executor.decode(latents), atol=1e-4)
-    for one, other in zip(TiledEncoder(config, weights, kernels)(image), pipeline.executor.encode(image), strict=True):
+    np.testing.assert_allclose(found, session(pipeline).decode(latents), atol=1e-4)
+    for one, other in zip(TiledEncoder(config, weights, kernels)(image), session(pipeline).encode(image), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-4)
 
 
@@ -211,18 +231,20 @@ def test_the_tiles_programs_are_onnx() -> None:
 def test_tiles_need_the_hosts_memory(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda: 1 << 20)
     opened = Bundle.open(bundle)
-    pipeline = Pipeline(opened, executor(bundle))
-    pipeline.run(pipeline.request("a fox", (512, 512), 1, 0))
-    geometry = pipeline.request("a fox", (512, 512), 1, 0).geometry
-    tight = Pipeline(opened, executor(bundle, tight_budget(opened, geometry)))
+    pipeline = Pipeline.on(opened, executor(bundle))
+    pipeline.run(pipeline.prepare(Request("a fox", size=(512, 512), steps=1, seed=0)))
+    geometry = pipeline.prepare(Request("a fox", size=(512, 512), steps=1, seed=0)).geometry
+    tight = Pipeline.on(opened, executor(bundle, tight_budget(opened, geometry)))
     with pytest.raises(MemoryLimitError, match=r"512x512 .* in tiles it needs"):
-        tight.run(tight.request("a fox", (512, 512), 1, 0))
+        tight.run(tight.prepare(Request("a fox", size=(512, 512), steps=1, seed=0)))
 
 
 def test_host_memory_is_looked_at_where_it_is(monkeypatch: pytest.MonkeyPatch, bundle: Path) -> None:
     monkeypatch.setattr(memory, "available_memory", lambda: 1)
-    pipeline = Pipeline(Bundle.open(bundle), executor(bundle))
-    pipeline.run(pipeline.request("a fox", (64, 64), 1, 0))  # what the CPU executor would need does not matter
+    pipeline = Pipeline.on(Bundle.open(bundle), executor(bundle))
+    pipeline.run(
+        pipeline.prepare(Request("a fox", size=(64, 64), steps=1, seed=0))
+    )  # what the CPU executor would need does not matter
 
 
 def test_the_gpu_provider_is_told_the_budget(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,9 +262,10 @@ def test_the_gpu_provider_is_told_the_budget(bundle: Path, monkeypatch: pytest.M
             return ["CPUExecutionProvider"]
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
-    one = OrtCudaExecutor(Bundle.open(bundle), budget=8 << 30)
-    with pytest.raises(ExecutorError, match=r"could not start CUDA.*zimage-rt doctor"):
-        one.encode_text(np.zeros((1, 2, 64), np.float32), one_rotary())
+    one = cuda_executor(Bundle.open(bundle), budget=8 << 30)
+    opened = one.session(one.plan(Work(geometry=image_geometry(64, 64, one.bundle.manifest.config), tokens=2)))
+    with pytest.raises(ExecutorError, match=r"could not start CUDA.*zimage-rt doctor"), opened as session:
+        session.encode_text(np.zeros((1, 2, 64), np.float32), one_rotary())
     ((path, providers, enable_fallback),) = given
     assert path.endswith("text_encoder.cuda.onnx")
     assert enable_fallback == 0
@@ -251,7 +274,7 @@ def test_the_gpu_provider_is_told_the_budget(bundle: Path, monkeypatch: pytest.M
         {
             "device_id": "0",
             "arena_extend_strategy": "kSameAsRequested",
-            "gpu_mem_limit": str((8 << 30) - ort_cuda.CONTEXT),
+            "gpu_mem_limit": str((8 << 30) - ORT_CUDA.nbytes),
             "cudnn_conv_algo_search": "HEURISTIC",
             "use_tf32": "0",
         },
@@ -297,8 +320,8 @@ def test_a_lost_gpu_is_told_from_other_failures(text: str) -> None:
 
 
 def test_a_failure_in_mid_image_is_one_error(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline = Pipeline(Bundle.open(bundle), executor(bundle))
-    events = pipeline.stream("a fox", (32, 32), 3, 0)
+    pipeline = Pipeline.on(Bundle.open(bundle), executor(bundle))
+    events = pipeline.stream("a fox", size=(32, 32), steps=3, seed=0)
     next(events)
     next(events)
     session = pipeline.executor._sessions[Program.DENOISER]  # type: ignore[attr-defined]
@@ -314,8 +337,8 @@ def test_a_failure_in_mid_image_is_one_error(bundle: Path, monkeypatch: pytest.M
 def test_a_provider_without_an_arena_to_shrink_is_asked_once(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime refuses such a run before it starts, with this very text (``inference_session.cc``)."""
     one = executor(bundle)
-    one._shrinks = True  # as on a GPU; the CPU provider refuses it, for it knows of no gpu:0
+    one._shrinks = "gpu:0"  # as on a GPU; the CPU provider refuses it, for it knows of no such arena
     embeddings, rotary = np.ones((1, 2, 64), np.float32), one_rotary()
-    found = one.encode_text(embeddings, rotary)
-    assert not one._shrinks
-    np.testing.assert_array_equal(found, executor(bundle).encode_text(embeddings, rotary))
+    found = session(Pipeline.on(one.bundle, one)).encode_text(embeddings, rotary)
+    assert one._shrinks is None
+    np.testing.assert_array_equal(found, session(pipeline_on(bundle)).encode_text(embeddings, rotary))

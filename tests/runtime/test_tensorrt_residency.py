@@ -119,6 +119,8 @@ def test_every_pass_computes_with_every_blocks_own_weights(
         assert wraps or pins or reads[index] == passes, "nothing is read that no pass needs"
     assert budget.peak == device.peak <= room
     arena.release()
+    device.destroy_stream(compute)
+    device.destroy_stream(copies)
     device.assert_clean()
 
 

@@ -4,18 +4,21 @@ import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from sessions import session
 
 from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.tensors import TensorFile
 from zimage_runtime.errors import MemoryLimitError
 from zimage_runtime.executors.ort import cpu_plan as memory
 from zimage_runtime.executors.ort.cpu_plan import MemoryPlan, plan_memory
+from zimage_runtime.executors.protocol import Work
 from zimage_runtime.model.geometry import ImageGeometry, image_geometry
 from zimage_runtime.model.programs import Program
-from zimage_runtime.pipeline import Pipeline, to_image
+from zimage_runtime.pipeline import Pipeline, Request
 from zimage_runtime.tiles.kernels import NumpyTileKernels
 from zimage_runtime.tiles.tiling import TiledDecoder, TiledEncoder, tile_rows, tiled_bytes, tiled_encoder_bytes
 
@@ -39,8 +42,8 @@ def images(pipeline: Pipeline, decoder: TiledDecoder) -> tuple[FloatArray, Float
     """One image [3, 128, 128] decoded as a whole and in tiles. Its latents are those of an image with edges."""
     y, x = np.mgrid[0:128, 0:128] / 128
     waves = [np.sin(7 * x + 3 * y), np.cos(5 * y - 2 * x), np.where((x - 0.4) ** 2 + (y - 0.6) ** 2 < 0.06, 0.8, -0.5)]
-    latents, _ = pipeline.executor.encode(np.stack(waves)[None].astype(np.float32))
-    return pipeline.executor.decode(latents)[0], decoder(latents)[0]
+    latents, _ = session(pipeline).encode(np.stack(waves)[None].astype(np.float32))
+    return session(pipeline).decode(latents)[0], decoder(latents)[0]
 
 
 def psnr(found: FloatArray, expected: FloatArray) -> float:
@@ -78,7 +81,7 @@ def test_any_shape_batch_and_tile_size(
     channels = pipeline.bundle.manifest.config.vae.latent_channels
     latents = np.random.default_rng(3).standard_normal((batch, channels, height, width), dtype=np.float32)
     kept = latents.copy()
-    found, expected = replace(decoder, kernels=NumpyTileKernels(values))(latents), pipeline.executor.decode(latents)
+    found, expected = replace(decoder, kernels=NumpyTileKernels(values))(latents), session(pipeline).decode(latents)
     assert found.shape == expected.shape
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=1e-4)
@@ -95,7 +98,7 @@ def test_the_encoder_in_tiles_is_the_whole_encoder(
     image = np.random.default_rng(5).uniform(-1, 1, (batch, 3, height, width)).astype(np.float32)
     kept = image.copy()
     found = TiledEncoder(decoder.config, decoder.weights, NumpyTileKernels(values))(image)
-    for one, other in zip(found, pipeline.executor.encode(image), strict=True):
+    for one, other in zip(found, session(pipeline).encode(image), strict=True):
         assert one.shape == other.shape
         assert one.dtype == np.float32
         np.testing.assert_allclose(one, other, atol=1e-4)
@@ -130,7 +133,7 @@ def test_memory_is_what_the_plan_says(pipeline: Pipeline, decoder: TiledDecoder)
 
 
 def plan(pipeline: Pipeline, geometry: ImageGeometry, available: int) -> MemoryPlan:
-    return plan_memory(pipeline.bundle.manifest, geometry, 20, available=available)
+    return plan_memory(pipeline.bundle.manifest, Work(geometry=geometry, tokens=20), available=available)
 
 
 def test_the_plan_tiles_before_it_refuses(pipeline: Pipeline) -> None:
@@ -149,57 +152,57 @@ def test_the_plan_tiles_before_it_refuses(pipeline: Pipeline) -> None:
         plan(pipeline, geometry, tight.peak - 1)
 
 
-def test_an_image_drawn_in_tiles_is_the_same(bundle: Path, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    request = pipeline.request("a fox", (512, 512), 1, seed=4)
-    roomy = plan(pipeline, request.geometry, 1 << 50)
-    expected = pipeline.decode(pipeline.initial_latents(request.geometry, (4,)))
-    generated = Pipeline.from_bundle(bundle)
-    used: list[bool] = []
-    whole = Pipeline.decode
+def watch(kind: type, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shapes that a tiled decoder or encoder is called with."""
+    used: list[tuple[int, ...]] = []
+    call = kind.__call__
 
-    def decode(self: Pipeline, latents: FloatArray, *, tiled: bool = False) -> FloatArray:
-        used.append(tiled)
-        return whole(self, generated.initial_latents(request.geometry, (4,)), tiled=tiled)
+    def watched(self: Any, values: FloatArray) -> object:
+        used.append(values.shape)
+        return call(self, values)
 
-    monkeypatch.setattr(Pipeline, "decode", decode)
+    monkeypatch.setattr(kind, "__call__", watched)
+    return used
+
+
+def test_an_image_generated_in_tiles_is_the_same(
+    bundle: Path, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    geometry = pipeline.prepare(Request("a fox", size=(512, 512), steps=1, seed=4)).geometry
+    roomy = plan(pipeline, geometry, 1 << 50)
+    expected = pipeline.generate("a fox", size=(512, 512), steps=1, seed=4).images[0]
+    used = watch(TiledDecoder, monkeypatch)
     monkeypatch.setattr(memory, "available_memory", lambda: roomy.peak - 1)
-    image = generated.generate("a fox", (512, 512), 1, seed=4).images[0]
-    assert used == [True]
-    difference = np.abs(np.asarray(image, np.int16) - np.asarray(to_image(expected[0]), np.int16))
+    image = Pipeline.from_bundle(bundle).generate("a fox", size=(512, 512), steps=1, seed=4).images[0]
+    assert used == [(1, 16, 64, 64)]
+    difference = np.abs(np.asarray(image, np.int16) - np.asarray(expected, np.int16))
     assert difference.max() <= 1
 
 
-@pytest.mark.deep
-def test_an_image_to_start_from_is_encoded_in_tiles_before_it_is_refused(
+def test_a_source_image_is_encoded_in_tiles_before_it_is_refused(
     bundle: Path, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from PIL import Image
 
     image = Image.fromarray(np.random.default_rng(6).integers(0, 256, (512, 512, 3)).astype(np.uint8))
     manifest = pipeline.bundle.manifest
-    geometry = image_geometry(512, 512, manifest.config)
-    assert Program.ENCODER not in plan_memory(manifest, geometry, 20, available=1 << 50).programs
-    roomy = plan_memory(manifest, geometry, 20, encodes=True, available=1 << 50)
+    work = Work(geometry=image_geometry(512, 512, manifest.config), tokens=20)
+    assert Program.ENCODER not in plan_memory(manifest, work, available=1 << 50).programs
+    roomy = plan_memory(manifest, replace(work, encodes=True), available=1 << 50)
     assert not roomy.encodes_tiled
     base = roomy.peak - max(roomy.programs.values())
     tight = base + roomy.programs[Program.ENCODER] - 1
-    planned = plan_memory(manifest, geometry, 20, encodes=True, available=tight)
+    planned = plan_memory(manifest, replace(work, encodes=True), available=tight)
     assert planned.encodes_tiled
     assert planned.programs[Program.ENCODER] == tiled_encoder_bytes(manifest.config.vae, 512, 512)
-    expected = pipeline.generate("a fox", None, 1, 4, image=image, strength=0.5).images[0]
-    used: list[bool] = []
-    encode = Pipeline.encode
-
-    def watched(self: Pipeline, image: FloatArray, *, tiled: bool = False) -> object:
-        used.append(tiled)
-        return encode(self, image, tiled=tiled)
-
-    monkeypatch.setattr(Pipeline, "encode", watched)
-    monkeypatch.setattr(memory, "available_memory", lambda: tight)
-    found = Pipeline.from_bundle(bundle).generate("a fox", None, 1, 4, image=image, strength=0.5).images[0]
-    assert used == [True]
+    expected = pipeline.generate("a fox", steps=1, seed=4, image=image, strength=0.5).images[0]
+    used = watch(TiledEncoder, monkeypatch)
+    held = 3 * 512 * 512  # of the finished image
+    monkeypatch.setattr(memory, "available_memory", lambda: tight + held)
+    found = Pipeline.from_bundle(bundle).generate("a fox", steps=1, seed=4, image=image, strength=0.5).images[0]
+    assert used == [(1, 3, 512, 512)]
     assert np.abs(np.asarray(found, np.int16) - np.asarray(expected, np.int16)).max() <= 1
     monkeypatch.setattr(memory, "available_memory", lambda: base)
     generated = Pipeline.from_bundle(bundle)
     with pytest.raises(MemoryLimitError, match="512x512"):
-        generated.run(generated.request("a fox", None, 1, 4, image=image))
+        generated.prepare(Request("a fox", steps=1, seed=4, image=image))

@@ -8,7 +8,7 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from zimage_rt.commands.doctor import known_answer_model
+from zimage_runtime.executors.ort.known_answer import known_answer_model
 from zimage_runtime.executors.ort.tile_kernels import NORMED_MODEL, PLAIN_MODEL
 from zimage_runtime.machine.int8_products import KNOWN_PRODUCT_MODEL
 from zimage_runtime.machine.tiny_onnx import Element, Node, Value, onnx_model

@@ -8,12 +8,15 @@ import pytest
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import Manifest
 from zimage_runtime.errors import MemoryLimitError
-from zimage_runtime.executors.ort.device_plan import CONTEXT, VramPlan, plan_vram, tile_values
+from zimage_runtime.executors.ort.device_plan import VramPlan, plan_vram, tile_values
+from zimage_runtime.executors.overheads import ORT_CUDA
+from zimage_runtime.executors.protocol import Work
 from zimage_runtime.model.geometry import image_geometry
 from zimage_runtime.model.programs import Program
 from zimage_runtime.tiles.tiling import tiled_bytes, tiled_encoder_bytes
 
 PLENTY = 1 << 50
+CONTEXT = ORT_CUDA.nbytes
 GIB = 1 << 30
 
 
@@ -33,7 +36,7 @@ def plan(
     encodes: bool = False,
 ) -> VramPlan:
     geometry = image_geometry(width, height, manifest.config)
-    return plan_vram(manifest, geometry, tokens, budget, batch, encodes=encodes)
+    return plan_vram(manifest, Work(geometry=geometry, tokens=tokens, batch=batch, encodes=encodes), budget)
 
 
 def test_weights_are_those_that_the_programs_on_the_gpu_use(manifest: Manifest) -> None:
@@ -58,7 +61,7 @@ def test_a_smaller_budget_changes_the_plan_step_by_step(manifest: Manifest) -> N
     assert in_tiles.stages[Program.DECODER].total < in_turn.stages[Program.DECODER].total
     assert in_tiles.peak <= in_tiles.budget
     assert in_tiles.host >= tiled_bytes(manifest.config.vae, 512, 512)
-    assert in_tiles.notes == ("the image is decoded in tiles, which is slower: the GPU has no room for it as a whole",)
+    assert in_tiles.notes == ("the image is decoded in tiles, which is slower: it does not fit on the GPU as a whole",)
     with pytest.raises(MemoryLimitError):
         plan(manifest, budget=CONTEXT + max(stage.total for p, stage in in_turn.stages.items() if p != "decoder") - 1)
 

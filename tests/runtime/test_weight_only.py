@@ -28,15 +28,15 @@ from zimage_runtime.bundle.manifest import (
 )
 from zimage_runtime.bundle.tensors import DType
 from zimage_runtime.errors import ExecutorError, MemoryLimitError
-from zimage_runtime.executors.ort import device as ort_cuda
-from zimage_runtime.executors.ort.device import Device, OrtCudaExecutor
+from zimage_runtime.executors.ort.cuda import cuda_executor
+from zimage_runtime.executors.ort.device import OrtDevice
 from zimage_runtime.executors.ort.device_plan import VramPlan, other_peaks, plan_vram
 from zimage_runtime.executors.ort.int8_denoiser import why_no_int8
 from zimage_runtime.executors.ort.other_precisions import advised, as_precision, candidates
-from zimage_runtime.machine.gpus import Gpu
+from zimage_runtime.executors.protocol import Work
 from zimage_runtime.model.geometry import image_geometry
 from zimage_runtime.model.programs import Program
-from zimage_runtime.pipeline import ImageEvent, NoticeEvent, Pipeline
+from zimage_runtime.pipeline import ImageEvent, Job, NoticeEvent, Pipeline, Request
 
 GIB = 1 << 30
 ADA, HOPPER, TURING, PASCAL = (8, 9), (9, 0), (7, 5), (6, 1)
@@ -67,8 +67,11 @@ def published(precision: Precision) -> Manifest:
 
 
 def plan(precision: Precision, budget: float, capability: tuple[int, int] | None = None, side: int = 1024) -> VramPlan:
-    geometry = image_geometry(side, side, FULL.config)
-    return plan_vram(published(precision), geometry, 128, int(budget * GIB), capability=capability)
+    return plan_vram(published(precision), work(side), int(budget * GIB), capability=capability)
+
+
+def work(side: int) -> Work:
+    return Work(geometry=image_geometry(side, side, FULL.config), tokens=128)
 
 
 @pytest.mark.parametrize("source", [Precision.FP32, Precision.BF16, Precision.INT8, Precision.INT4])
@@ -107,9 +110,8 @@ def test_a_budget_that_products_of_bytes_do_not_fit_in_is_for_the_other_program(
     assert tight.peak <= 8 * GIB
     assert tight.notes[0] == "weights are widened to fp16 for each product, for int8 products do not fit"
     assert plan(Precision.INT8, 8, ADA).denoiser == CUDA
-    geometry = image_geometry(1536, 1536, FULL.config)
     with pytest.raises(MemoryLimitError):
-        plan_vram(published(Precision.INT8), geometry, 128, 8 * GIB, capability=ADA, denoiser=CUDA)
+        plan_vram(published(Precision.INT8), work(1536), 8 * GIB, capability=ADA, denoiser=CUDA)
 
 
 def test_a_refusal_names_the_bundle_that_would_fit() -> None:
@@ -126,12 +128,10 @@ def test_a_refusal_names_the_bundle_that_would_fit() -> None:
 
 
 def test_the_nearest_to_the_original_that_fits_is_advised() -> None:
-    geometry = image_geometry(1024, 1024, FULL.config)
-
     def best(budget: float, capability: tuple[int, int] | None) -> Precision | None:
         manifest, size = published(Precision.INT4), int(budget * GIB)
-        peaks = other_peaks(manifest, geometry, 128, size, capability=capability)
-        own = plan_vram(manifest, geometry, 128, 1 << 60, capability=capability).peak
+        peaks = other_peaks(manifest, work(1024), size, capability=capability)
+        own = plan_vram(manifest, work(1024), 1 << 60, capability=capability).peak
         return advised({**peaks, Precision.INT4: own}, size, capability)
 
     assert [best(size, ADA) for size in (24, 16, 9)] == [Precision.BF16, Precision.BF16, Precision.INT8]
@@ -160,30 +160,34 @@ def test_the_executor_runs_the_program_of_the_plan(int8: Bundle, monkeypatch: py
     latents = []
     for capability, wanted in ((ADA, CUDA), (HOPPER, CUDA_WEIGHT_ONLY)):
         opened.clear()
-        executor = OrtCudaExecutor(int8, budget=1 << 40, device=Device("cpu"), capability=capability)
-        events = list(Pipeline(int8, executor).stream("a red fox", (64, 64), 2, 7))
+        executor = cuda_executor(int8, budget=1 << 40, device=OrtDevice("cpu"), capability=capability)
+        events = list(Pipeline.on(int8, executor).stream("a red fox", size=(64, 64), steps=2, seed=7))
         assert [name for name in opened if name.startswith("denoiser")] == [f"denoiser.{wanted}"]
         assert any(isinstance(event, NoticeEvent) for event in events) == (capability is HOPPER)
         latents += [event.latents for event in events if isinstance(event, ImageEvent)]
     assert 0 < relative_error(latents[0], latents[1]) < 0.05
 
 
-def test_a_plan_that_changes_the_program_lets_go_of_the_other(int8: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    executor = OrtCudaExecutor(int8, budget=1 << 40, device=Device("cpu"))
-    geometry = image_geometry(64, 64, int8.manifest.config)
-    executor._load(Program.DENOISER)
-    executor.plan(geometry, 32)
-    assert executor.loaded == {Program.DENOISER}
-    monkeypatch.setattr(ort_cuda, "plan_vram", lambda *a, **k: replace(plan_vram(*a, **k), denoiser=CUDA_WEIGHT_ONLY))
-    executor.plan(geometry, 32)
-    assert executor.loaded == set()
+def test_a_session_whose_plan_changes_the_program_frees_the_other(int8: Bundle) -> None:
+    executor = cuda_executor(int8, budget=1 << 40, device=OrtDevice("cpu"))
+    pipeline = Pipeline.on(int8, executor)
+    job = pipeline.prepare(Request("a red fox", size=(64, 64), steps=1, seed=7))
+    list(pipeline.run(job))
+    kept = executor._sessions[Program.DENOISER]
+    list(pipeline.run(job))
+    assert executor._sessions[Program.DENOISER] is kept
+    changed = replace(job, plan=replace(executor.plan(work_of(job)), denoiser=CUDA_WEIGHT_ONLY))
+    list(pipeline.run(changed))
+    assert executor._sessions[Program.DENOISER] is not kept
 
 
-def test_a_gpu_that_does_not_multiply_bytes_is_one_line(int8: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    old = Gpu("Tesla P100", (6, 0), 16 * GIB, None, "12.4")
-    monkeypatch.setattr(ort_cuda, "find_gpu", lambda: old)
+def work_of(job: Job) -> Work:
+    return Work(geometry=job.geometry, tokens=len(job.ids))
+
+
+def test_a_gpu_that_does_not_multiply_bytes_is_one_line(int8: Bundle) -> None:
     with pytest.raises(ExecutorError, match=r"does not multiply int8.*use a bundle in fp16"):
-        OrtCudaExecutor(int8, budget=8 * GIB)
+        cuda_executor(int8, budget=8 * GIB, capability=(6, 0))
 
 
 def test_plan_tells_of_other_bundles(int8: Bundle, capsys: Capture) -> None:

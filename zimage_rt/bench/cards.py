@@ -1,19 +1,15 @@
-"""Which card can run this? Predicted from the memory plan; a measured peak takes a prediction's place.
+"""Which card can run this? Predicted by each executor's own plan; a measured peak takes a prediction's place."""
 
-A planner gives the peak of a request in bytes for a budget, or raises `MemoryLimitError`. TensorRT's has what engines
-take beside weights from the bundle's catalog, where it was written when they were built.
-"""
-
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
 from zimage_runtime.bundle.bundle import Bundle
-from zimage_runtime.bundle.manifest import CPU, CUDA, TENSORRT
-from zimage_runtime.errors import MemoryLimitError, RequestError
-from zimage_runtime.executors.ort.cpu_plan import plan_memory
-from zimage_runtime.executors.ort.device_plan import plan_vram
-from zimage_runtime.model.geometry import ImageGeometry, image_geometry
+from zimage_runtime.errors import BundleError, MemoryLimitError, RequestError
+from zimage_runtime.executors.overheads import CARD
+from zimage_runtime.executors.protocol import Hardware, Work
+from zimage_runtime.executors.registry import EXECUTORS, executor_kind
+from zimage_runtime.model.geometry import image_geometry
 
 from .schema import OURS, Row
 from .tables import gibibytes
@@ -21,45 +17,11 @@ from .tables import gibibytes
 CARDS_GB = (6, 8, 12, 16, 24)
 """Memory of common cards in GB, as they are sold: 2^30 bytes each."""
 
-RESERVED = 512 << 20
-"""What the driver and a desktop keep of a card's memory for themselves."""
-
 TOKENS = 64
 """Of a prompt of a few sentences."""
 
-Planner = Callable[[ImageGeometry, int], int]
-
-
-def _cpu(bundle: Bundle) -> Planner | None:
-    if CPU not in bundle.manifest.executors:
-        return None
-    return lambda geometry, budget: plan_memory(bundle.manifest, geometry, TOKENS, available=budget).peak
-
-
-def _cuda(bundle: Bundle) -> Planner | None:
-    if CUDA not in bundle.manifest.executors:
-        return None
-    return lambda geometry, budget: plan_vram(bundle.manifest, geometry, TOKENS, budget).peak
-
-
-def _tensorrt(bundle: Bundle) -> Planner | None:
-    if bundle.manifest.engines is None:
-        return None
-    from zimage_runtime.executors.tensorrt.engine_store import read_catalog
-    from zimage_runtime.executors.tensorrt.plan import plan_residency
-    from zimage_runtime.executors.tensorrt.stage_sizes import ImageSizes
-    from zimage_runtime.machine.gpu_targets import Variant
-
-    variants, config = read_catalog(bundle).variants, bundle.manifest.config
-    spec = variants.get(Variant.AMPERE) or variants.get(Variant.TURING)
-    if spec is None:
-        return None
-    return lambda geometry, budget: plan_residency(spec, config, ImageSizes.of(geometry, TOKENS, 1), budget).peak
-
-
-PLANNERS: Mapping[str, Callable[[Bundle], Planner | None]] = {TENSORRT: _tensorrt, CUDA: _cuda, CPU: _cpu}
-"""By executor, the planner of a bundle; None where it has nothing that the executor runs. For `cpu` a card is a machine
-with so much memory free."""
+Predict = Callable[[int], int]
+"""Bytes of memory → the peak of the plan for it. Raises `MemoryLimitError` where none fits."""
 
 
 class Source(StrEnum):
@@ -71,7 +33,7 @@ class Source(StrEnum):
 
 @dataclass(frozen=True)
 class Answer:
-    """Whether one card can draw one size. `peak` in bytes; None where no plan fits."""
+    """Whether one card can generate one size. `peak` in bytes; None where no plan fits."""
 
     card_gb: int
     fits: bool
@@ -95,18 +57,16 @@ class CardRow:
     answers: tuple[Answer, ...]
 
 
-def answers(
-    planner: Planner, geometry: ImageGeometry, measured: int | None, cards: Iterable[int] = CARDS_GB
-) -> tuple[Answer, ...]:
-    """One answer a card. `measured` is the peak of a run with memory to spare: where it fits, that is known."""
+def answers(predict: Predict, measured: int | None, cards: Iterable[int] = CARDS_GB) -> tuple[Answer, ...]:
+    """One answer per card. `measured` is the peak of a run with memory to spare: where it fits, that is known."""
     found = []
     for card in cards:
-        room = (card << 30) - RESERVED
+        room = (card << 30) - CARD.nbytes
         if measured is not None and measured <= room:
             found.append(Answer(card, True, measured, Source.MEASURED))
             continue
         try:
-            found.append(Answer(card, True, planner(geometry, room), Source.PREDICTED))
+            found.append(Answer(card, True, predict(room), Source.PREDICTED))
         except MemoryLimitError:
             found.append(Answer(card, False, None, Source.PREDICTED))
     return tuple(found)
@@ -115,24 +75,29 @@ def answers(
 def card_table(
     bundles: Iterable[tuple[str, Bundle]], sizes: Iterable[tuple[int, int]], rows: Iterable[Row]
 ) -> list[CardRow]:
-    """Every bundle at every size that it can draw, for each executor that has a planner and a program."""
+    """Every bundle at every size that it has positions for, for each executor that it has programs for.
+
+    For `cpu`, a card is a machine with so much memory free.
+    """
     peaks = {(row.case.fingerprint, row.case.executor, row.case.size): _peak(row) for row in rows if _counts(row)}
     sizes, found = sorted(set(sizes), key=lambda size: size[0] * size[1]), []
     for name, bundle in bundles:
-        manifest = bundle.manifest
-        for executor, planner_of in PLANNERS.items():
-            planner = planner_of(bundle)
-            if planner is None:
-                continue
+        for executor in EXECUTORS:
             for width, height in sizes:
                 size = f"{width}x{height}"
-                peak = peaks.get((manifest.fingerprint, executor, size))
+                peak = peaks.get((bundle.manifest.fingerprint, executor, size))
                 try:
-                    geometry = image_geometry(width, height, manifest.config)
-                    found.append(CardRow(name, executor, size, answers(planner, geometry, peak)))
-                except RequestError:  # a size that this model has no positions for
+                    found.append(
+                        CardRow(name, executor, size, answers(_predict(bundle, executor, (width, height)), peak))
+                    )
+                except (RequestError, BundleError):  # no positions for the size, or no programs for the executor
                     continue
     return found
+
+
+def _predict(bundle: Bundle, executor: str, size: tuple[int, int]) -> Predict:
+    kind, work = executor_kind(executor), Work(geometry=image_geometry(*size, bundle.manifest.config), tokens=TOKENS)
+    return lambda room: kind.predict(bundle, work, Hardware(memory=room)).peak
 
 
 def _counts(row: Row) -> bool:
@@ -145,5 +110,5 @@ def _peak(row: Row) -> int | None:
     memory = row.memory
     if memory is None:
         return None
-    value = (memory.anonymous if row.case.executor == CPU else memory.gpu_process).value
+    value = (memory.anonymous if not executor_kind(row.case.executor).on_gpu else memory.gpu_process).value
     return None if value is None else int(value)

@@ -1,8 +1,9 @@
 """Which cases a run has: each bundle on each executor at each size, and the baselines on the checkpoint."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.hub import bundle_directory, hub_id
@@ -10,7 +11,7 @@ from zimage_runtime.bundle.manifest import CPU, Precision
 from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.errors import RequestError
 from zimage_runtime.machine.host_memory import available_memory
-from zimage_runtime.pipeline import Pipeline
+from zimage_runtime.pipeline import Pipeline, Request
 
 from .checkpoints import Original
 from .schema import OURS, Case
@@ -61,6 +62,7 @@ class Planned:
     model: Path
     opened: Opened
     reference: "Planned | str" = "this is a reference itself"  # what its image is compared with, or why nothing is
+    plan: Mapping[str, Any] | None = None  # the executor's own document of the memory that it will take
 
 
 def open_bundles(paths: Iterable[str], progress: Progress | None = None) -> list[Opened]:
@@ -91,16 +93,18 @@ def plan_cases(settings: Settings, bundles: Sequence[Opened], threads: int) -> l
         for executor in settings.executors:
             pipeline = Pipeline.from_bundle(opened.path, executor, settings.vram, low_memory=settings.low_memory)
             for width, height in settings.sizes or (_own_size(opened),):
-                request = pipeline.request(settings.prompt, (width, height), settings.steps, settings.seed)
+                job = pipeline.prepare(
+                    Request(settings.prompt, size=(width, height), steps=settings.steps, seed=settings.seed)
+                )
                 case = Case(
                     system=OURS,
                     model=opened.name,
                     precision=opened.bundle.manifest.precision.value,
                     fingerprint=opened.bundle.manifest.fingerprint,
-                    executor=pipeline.executor.name,
+                    executor=job.executor.name,
                     width=width,
                     height=height,
-                    steps=request.schedule.steps,
+                    steps=job.schedule.steps,
                     seed=settings.seed,
                     prompt=settings.prompt,
                     repeat=settings.repeat,
@@ -110,7 +114,7 @@ def plan_cases(settings: Settings, bundles: Sequence[Opened], threads: int) -> l
                     threads=threads,
                     vram=settings.vram,
                 )
-                planned.append(Planned(case, opened.path, opened))
+                planned.append(Planned(case, opened.path, opened, plan=job.plan.document()))
     each = {one.case: one for one in planned}  # "auto" may be an executor that is asked for, too
     found = [*each.values(), *_baseline_cases(settings, bundles, threads)]
     exact = _exact_bundles(settings, bundles)

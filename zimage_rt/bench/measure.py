@@ -2,21 +2,15 @@
 
 import itertools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zimage_runtime.bundle.manifest import CPU, Manifest
-from zimage_runtime.errors import RequestError
-from zimage_runtime.executors.ort.cpu_plan import plan_memory
 from zimage_runtime.machine.nvml import Unavailable
-from zimage_runtime.model.geometry import ImageGeometry
 
 from .sampling import Border, bands, device_delta, gaps, gpu_peak, host_peak, stage_peaks, thinned
-from .schema import DECODE, IMPORT, LOAD, OURS, SAVE, STEP, TEXT, Case, Draw, Memory, Reading, Times, absent
+from .schema import DECODE, IMPORT, LOAD, SAVE, STEP, TEXT, Case, Draw, Memory, Reading, Times, absent
 from .watch import Watched
-
-_PLENTY = 1 << 60
 
 
 def times_of(watched: Watched, case: Case, page_cache: str) -> Times | None:
@@ -91,19 +85,12 @@ def memory_of(watched: Watched, interval: float, planned: dict[str, int], planne
     )
 
 
-def planned_memory(
-    case: Case, manifest: Manifest, geometry: ImageGeometry, tokens: int
-) -> tuple[dict[str, int], Reading]:
-    """What the memory plan says of the host: by program, and at its peak with one stage loaded at a time."""
-    if case.system != OURS:
+def planned_memory(plan: Mapping[str, Any] | None) -> tuple[dict[str, int], Reading]:
+    """What the executor's plan says: bytes by stage, and at its peak."""
+    if plan is None:
         return {}, absent("only zimage-rt has a memory plan")
-    if case.executor != CPU:
-        return {}, absent("only the cpu executor's plan is compared")
-    try:
-        plan = plan_memory(manifest, geometry, tokens, low_memory=case.low_memory, available=_PLENTY)
-    except RequestError as error:
-        return {}, absent(str(error))
-    return {program.value: size for program, size in plan.programs.items()}, Reading(plan.peak)
+    stages: Mapping[str, Mapping[str, int]] = plan["stages"]
+    return {name: stage["bytes"] for name, stage in stages.items()}, Reading(plan["peak"])
 
 
 def energy_of(watched: Watched, case: Case) -> Reading:

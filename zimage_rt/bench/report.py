@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from zimage_runtime.bundle.files import atomic_write
+from zimage_runtime.executors.overheads import CARD
 
 from .accuracy import unchecked
 from .blocks import Block, Figure, Grid, Section, Table, Text, Tile, to_html, to_markdown
-from .cards import CARDS_GB, RESERVED, TOKENS, card_table
+from .cards import CARDS_GB, TOKENS, card_table
 from .environment import describe
 from .jobs import Opened
 from .plots import plots
@@ -136,7 +137,7 @@ def _cards(rows: Sequence[Row], bundles: Sequence[Opened]) -> tuple[Block, ...]:
     lines = tuple((f"{r.model} {r.executor}", r.size, *(answer.text for answer in r.answers)) for r in table)
     explained = (
         f"Predicted: the memory plan's peak for a prompt of {TOKENS} tokens, one stage loaded at a time where not "
-        f"all fit, with {RESERVED >> 20} MiB kept for the driver and the desktop. Measured: this run's peak, all "
+        f"all fit, with {CARD.nbytes >> 20} MiB kept for the driver and the desktop. Measured: this run's peak, all "
         "loaded. For the cpu executor a card stands for a machine with that much memory free."
     )
     return (Text(explained), Table(header, lines))

@@ -107,9 +107,7 @@ class Runner:
             status=FAILED if failure else OK,
             failure=failure,
             times=times,
-            memory=memory_of(
-                watched, self.interval, *planned_memory(case, planned.opened.bundle.manifest, geometry, tokens)
-            ),
+            memory=memory_of(watched, self.interval, *planned_memory(planned.plan)),
             floor=floor_of(case, config, geometry, tokens, self._rates_for(case, on_gpu), median_step(times)),
             accuracy=accuracy,
             energy=energy_of(watched, case),

@@ -1,7 +1,7 @@
 """`zimage-rt doctor`: what this machine has, and what keeps it from generating.
 
 A check looks at one thing and returns one finding; add it to `CHECKS`. A check that cannot look is a problem of its
-own, since broken installations are what this command is for. `EXECUTOR_CHECKS` are those of the executors on a GPU.
+own, since broken installations are what this command is for. Executors examine themselves.
 """
 
 import json
@@ -9,7 +9,6 @@ import platform
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,16 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from zimage_runtime.executors.examination import Verdict
+from zimage_runtime.executors.registry import EXECUTORS, executor_kind
+from zimage_runtime.units import gib
+
 if TYPE_CHECKING:
     from zimage_runtime.machine.gpus import Gpu
-
-
-class Verdict(StrEnum):
-    """How much a finding matters."""
-
-    OK = "ok"
-    NOTE = "note"  # worth knowing; images can be generated
-    PROBLEM = "problem"  # something is broken, and the text says what to do
 
 
 @dataclass(frozen=True)
@@ -114,9 +109,9 @@ def check_memory(name: str) -> Finding:
 
     total = int(psutil.virtual_memory().total)
     available, limit = available_memory(), control_group_limit()
-    text = f"{_gib(total)}, {_gib(available)} available"
+    text = f"{gib(total)}, {gib(available)} available"
     if limit is not None:
-        text += f"; the control group allows {_gib(limit)}"
+        text += f"; the control group allows {gib(limit)}"
     return Finding(name, Verdict.OK, text, {"total": total, "available": available, "control_group_limit": limit})
 
 
@@ -124,7 +119,7 @@ def check_disk(name: str) -> Finding:
     """Free space in the folder that the command runs in."""
     folder = Path.cwd()
     free = shutil.disk_usage(folder).free
-    return Finding(name, Verdict.OK, f"{_gib(free)} free for the current folder", {"folder": str(folder), "free": free})
+    return Finding(name, Verdict.OK, f"{gib(free)} free for the current folder", {"folder": str(folder), "free": free})
 
 
 _ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
@@ -132,7 +127,7 @@ _ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 
 def check_packages(name: str) -> Finding:
     """Which ONNX Runtime is installed. Both kinds write into one folder, where one damages the other."""
-    from zimage_runtime.executors.choose import SWAP_TO_CPU, SWAP_TO_GPU
+    from zimage_runtime.executors.ort.cuda import SWAP_TO_CPU, SWAP_TO_GPU
 
     found = {package: number for package in _ONNX_RUNTIMES if (number := _installed(package))}
     listed = " and ".join(f"{package} {number}" for package, number in found.items())
@@ -155,72 +150,21 @@ def check_onnxruntime(name: str) -> Finding:
     remedy = f"run `pip install --upgrade --force-reinstall {package}`"
     try:
         import onnxruntime
+
+        from zimage_runtime.executors.ort.known_answer import is_right, known_answer
     except Exception as error:  # a missing system library is an ImportError, a damaged one may be anything
         return Finding(name, Verdict.PROBLEM, f"cannot be loaded ({_reason(error)}); {remedy}")
     providers = onnxruntime.get_available_providers()
     values = {"version": onnxruntime.__version__, "providers": providers}
     try:
-        answer, expected, _ = _known_answer(["CPUExecutionProvider"])
+        answer, _ = known_answer(["CPUExecutionProvider"])
     except Exception as error:
         text = f"{values['version']} cannot run a bundle's operators ({_reason(error)}); {remedy}"
         return Finding(name, Verdict.PROBLEM, text, values)
-    if not _is_right(answer, expected):
+    if not is_right(answer):
         return Finding(name, Verdict.PROBLEM, f"{values['version']} computes wrong numbers; {remedy}", values)
     text = f"{values['version']} computes a known answer right; providers: {', '.join(providers)}"
     return Finding(name, Verdict.OK, text, values)
-
-
-def check_int8(name: str) -> Finding:
-    """How many bits the activations of an int8 bundle have here, decided by a product with a known answer."""
-    from zimage_runtime.machine.int8_products import activation_bits
-
-    bits = activation_bits()
-    if bits == 8:
-        return Finding(
-            name,
-            Verdict.OK,
-            "integer products are exact: int8 bundles run with 8-bit activations",
-            {"activation_bits": bits},
-        )
-    text = "integer products saturate here (no VNNI): int8 bundles run with 7-bit activations, slightly less accurate"
-    return Finding(name, Verdict.NOTE, text, {"activation_bits": bits})
-
-
-def known_answer_model() -> bytes:
-    """z = RMSNormalization(x w), of the operator set of a bundle's programs."""
-    from zimage_runtime.machine.tiny_onnx import Element, Node, Value, onnx_model
-
-    def floats(*shape: int) -> Value:
-        return Value(Element.FLOAT, shape)
-
-    return onnx_model(
-        [Node("MatMul", "x w", "y"), Node("RMSNormalization", "y scale", "z")],
-        {"x": floats(2, 4), "w": floats(4, 2), "scale": floats(2)},
-        {"z": floats(2, 2)},
-        opset=23,
-    )
-
-
-def _known_answer(providers: list[str], **options: Any) -> tuple[Any, Any, Any]:
-    """The small model's answer, the right one, and the session that computed it."""
-    import numpy as np
-    import onnxruntime
-
-    session_options = onnxruntime.SessionOptions()
-    session_options.log_severity_level = 4
-    session_options.intra_op_num_threads = 1
-    x = np.arange(8, dtype=np.float32).reshape(2, 4)
-    w, scale = x.T.copy(), np.array([1, 2], np.float32)
-    product = x @ w
-    expected = product / np.sqrt(np.mean(product**2, axis=-1, keepdims=True)) * scale
-    session = onnxruntime.InferenceSession(known_answer_model(), session_options, providers=providers, **options)
-    return session.run(["z"], {"x": x, "w": w, "scale": scale})[0], expected, session
-
-
-def _is_right(answer: Any, expected: Any) -> bool:
-    import numpy as np
-
-    return bool(np.allclose(answer, expected, rtol=1e-4))
 
 
 def check_gpus(name: str) -> Finding:
@@ -240,7 +184,7 @@ def check_gpus(name: str) -> Finding:
 
 def _gpu_text(gpu: "Gpu", *, numbered: bool) -> str:
     number = f"GPU {gpu.index}: " if numbered else ""
-    return f"{number}{gpu}, {_gib(gpu.total)}, {_gib(gpu.free)} free"
+    return f"{number}{gpu}, {gib(gpu.total)}, {gib(gpu.free)} free"
 
 
 def _gpu_values(gpu: "Gpu") -> dict[str, Any]:
@@ -249,80 +193,10 @@ def _gpu_values(gpu: "Gpu") -> dict[str, Any]:
     return {"index": gpu.index, "name": gpu.name, "capability": capability, "total": gpu.total, "free": gpu.free}
 
 
-def check_cuda(name: str) -> Finding:
-    """Whether the ONNX Runtime that is installed computes on the GPU."""
-    from zimage_runtime.errors import ExecutorError
-    from zimage_runtime.executors.choose import why_no_package
-    from zimage_runtime.machine.gpus import find_gpu
-
-    try:
-        gpu = find_gpu()
-    except ExecutorError as error:
-        return Finding(name, Verdict.OK, f"not used ({error})", {"gpu": None})
-    values = {"gpu": gpu.name}
-    if reason := why_no_package():
-        return Finding(name, Verdict.NOTE, reason, values)
-    if reason := _cuda_fault():
-        return Finding(name, Verdict.PROBLEM, reason, values)
-    return Finding(name, Verdict.OK, f"{gpu.name} computes a known answer right", values)
-
-
-def _cuda_fault() -> str | None:
-    """What keeps ONNX Runtime from computing the known answer on the GPU."""
-    import onnxruntime
-
-    from zimage_runtime.executors.choose import SWAP_TO_GPU
-    from zimage_runtime.executors.ort.device import PROVIDER, preload_libraries
-
-    complaint = preload_libraries()
-    remedy = f"run `{SWAP_TO_GPU[0]}`, then `{SWAP_TO_GPU[1]}`"
-    try:
-        answer, expected, session = _known_answer([PROVIDER], enable_fallback=0)
-    except Exception as error:  # whatever a broken library raises
-        return f"ONNX Runtime {onnxruntime.__version__} cannot compute on it ({_reason(error)}); {remedy}"
-    if PROVIDER not in session.get_providers():
-        what = complaint[:200] or "a library of CUDA or cuDNN is missing or of another version"
-        return f"ONNX Runtime {onnxruntime.__version__} cannot start CUDA ({what}); {remedy}"
-    return None if _is_right(answer, expected) else f"ONNX Runtime computes wrong numbers on it; {remedy}"
-
-
-def check_tensorrt(name: str) -> Finding:
-    """What the tensorrt executor needs and what of it is installed: driver, GPU, packages."""
-    from zimage_runtime.errors import ZImageRuntimeError
-    from zimage_runtime.executors.tensorrt.cuda import CudaDevice
-    from zimage_runtime.executors.tensorrt.trt_api import FULL, RTX
-    from zimage_runtime.machine.gpu_targets import OLDEST, gpu_of, variant_of
-
-    library = next((package for package in (RTX, FULL) if find_spec(package)), None)
-    bindings = find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
-    values: dict[str, Any] = {
-        "library": library,
-        "version": _installed(library) if library else None,
-        "bindings": _installed("cuda-bindings"),
-        "gpu": None,
-        "capability": None,
-    }
-    missing = [package for package, here in ((RTX, library), ("cuda-bindings", bindings)) if not here]
-    if missing:
-        text = f"{' and '.join(missing)} not installed; `pip install 'zimage-rt[tensorrt]'` if there is an NVIDIA GPU"
-        return Finding(name, Verdict.NOTE, text, values)
-    installed = f"{library} {values['version']}"
-    try:
-        device = CudaDevice()
-    except ZImageRuntimeError:
-        text = f"{installed}, but no NVIDIA driver with a GPU: engines can be built here, not run"
-        return Finding(name, Verdict.NOTE, text, values)
-    capability = device.capability
-    values |= {"gpu": device.name, "capability": list(capability)}
-    if capability < OLDEST:
-        text = f"{installed}; {device.name} is older than TensorRT serves (7.5): use --executor cpu"
-        return Finding(name, Verdict.NOTE, text, values)
-    target = gpu_of(capability)
-    text = (
-        f"{installed}; {device.name}, {target} ({target.label}): runs bundles that `zimage-export engines` was run on, "
-        f"their {variant_of(capability)} programs"
-    )
-    return Finding(name, Verdict.OK, text, values)
+def check_executor(name: str) -> Finding:
+    """What an executor says of itself on this machine."""
+    examined = executor_kind(name).examine()
+    return Finding(name, examined.verdict, examined.text, examined.values)
 
 
 _EXPORT_PACKAGES = ("torch", "diffusers", "transformers", "onnx", "safetensors")
@@ -340,12 +214,6 @@ def check_export(name: str) -> Finding:
     return Finding(name, Verdict.NOTE, text, found)
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"
-
-
-EXECUTOR_CHECKS: dict[str, Callable[[str], Finding]] = {"cuda": check_cuda, "tensorrt": check_tensorrt}
-
 CHECKS: dict[str, Callable[[str], Finding]] = {
     "zimage-rt": check_versions,
     "processor": check_processor,
@@ -353,9 +221,8 @@ CHECKS: dict[str, Callable[[str], Finding]] = {
     "disk": check_disk,
     "packages": check_packages,
     "onnxruntime": check_onnxruntime,
-    "int8": check_int8,
     "gpu": check_gpus,
-    **EXECUTOR_CHECKS,
+    **dict.fromkeys(reversed([*EXECUTORS]), check_executor),
     "export": check_export,
 }
 """By the name that is printed, in that order."""

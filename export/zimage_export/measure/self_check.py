@@ -6,7 +6,7 @@ import numpy as np
 
 from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.bundle import Bundle
-from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
+from zimage_runtime.executors.ort.host_programs import HostPrograms
 from zimage_runtime.model.config import ModelConfig
 from zimage_runtime.model.geometry import (
     SEQUENCE_MULTIPLE,
@@ -32,13 +32,13 @@ def self_check(bundle: Bundle) -> dict[str, Any]:
     Weights stay mapped and are released as they are used, so the check needs little memory at any size. Raises
     `ExportError` for an output that is not finite or is constant.
     """
-    executor = OrtCpuExecutor(bundle, low_memory=True)
+    programs = HostPrograms(bundle, low_memory=True)
     results: dict[str, Any] = {}
     for program, feeds in fixed_inputs(bundle.manifest.config).items():
-        executor.load(program)
+        programs.load(program)
         with bounded_mappings(bundle.root, _MAPPED_BYTES):
-            outputs = executor.run(program, feeds)
-        executor.release()
+            outputs = programs.run(program, feeds)
+        programs.release()
         for name, value in outputs.items():
             if not np.isfinite(value).all():
                 raise ExportError(f"self-check: {name} of {program} has values that are not finite")

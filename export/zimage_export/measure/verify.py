@@ -20,11 +20,12 @@ from zimage_runtime.bundle.manifest import CPU, Precision, write_manifest
 from zimage_runtime.bundle.tensors import TensorFile
 from zimage_runtime.command_line.progress import Advance, Progress
 from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
+from zimage_runtime.executors.ort.host_programs import HostPrograms
 from zimage_runtime.machine.int8_products import activation_bits
 from zimage_runtime.model.blocks import NORMS, modulated_blocks
 from zimage_runtime.model.geometry import caption_positions, padded, transformer_rotary
 from zimage_runtime.model.programs import Program
-from zimage_runtime.pipeline import ImageEvent, Pipeline, Request, to_image
+from zimage_runtime.pipeline import ImageEvent, Job, Pipeline, Request, to_image
 
 from ..errors import ExportError
 from ..source.checkpoint import Checkpoint
@@ -93,15 +94,15 @@ def verify_reported(
             f"{checkpoint.root}: has other dimensions than the bundle; give the checkpoint that it was made from"
         )
     bundle.verify()
-    pipeline = Pipeline(bundle, OrtCpuExecutor(bundle, low_memory=True), keep_loaded=False, low_memory=True)
+    pipeline = Pipeline.on(bundle, OrtCpuExecutor(bundle, low_memory=True, keep_loaded=False))
     width, height = size or (min(manifest.defaults.width, _MAX_SIDE), min(manifest.defaults.height, _MAX_SIDE))
     reference = reference_pipeline(checkpoint)
     layer_errors = LayerErrors.watching(reference, checkpoint)
     measured: list[dict[str, float]] = []
     with progress.task("verifying", len(prompts) * manifest.defaults.steps) as advance, torch.inference_mode():
         for seed, prompt in enumerate(prompts, _FIRST_SEED):
-            request = pipeline.request(prompt, (width, height), seed=seed)
-            measured.append(_measure(pipeline, reference, checkpoint, request, advance))
+            job = pipeline.prepare(Request(prompt, size=(width, height), seed=seed))
+            measured.append(_measure(pipeline, reference, checkpoint, job, advance))
     layers = layer_errors.report()
     parity = summarize(measured, checkpoint.name, f"{width}x{height}", manifest.defaults.steps)
     parity |= {"activation_bits": activation_bits()} if manifest.precision is Precision.INT8 else {}
@@ -113,20 +114,19 @@ def verify_reported(
 
 
 def _measure(
-    pipeline: Pipeline, reference: ReferencePipeline, checkpoint: Checkpoint, request: Request, advance: Advance
+    pipeline: Pipeline, reference: ReferencePipeline, checkpoint: Checkpoint, job: Job, advance: Advance
 ) -> dict[str, float]:
     """Relative errors by component, and the image's, for one prompt."""
-    capture = _run_reference(reference, request, advance)
+    capture = _run_reference(reference, job, advance)
     generated = _decode_reference(reference, capture.latents[-1])
-    errors = _component_errors(pipeline, checkpoint, request, capture)
-    pipeline.release()
-    decoded = pipeline.decode(capture.latents[-1])
-    errors["decoder"] = relative_error(decoded, generated)
-    if pipeline.bundle.manifest.record(Program.ENCODER, CPU):
-        mean, _ = pipeline.executor.encode(generated)
-        errors["encoder"] = relative_error(mean, _encode_reference(reference, generated))
-    pipeline.release()
-    latents, image = _draw(pipeline, request)
+    errors = _component_errors(pipeline, checkpoint, job, capture)
+    with job.executor.session(job.plan) as session:
+        decoded = session.decode(pipeline.unscaled(capture.latents[-1]))
+        errors["decoder"] = relative_error(decoded, generated)
+        if pipeline.bundle.manifest.record(Program.ENCODER, CPU):
+            mean, _ = session.encode(generated)
+            errors["encoder"] = relative_error(mean, _encode_reference(reference, generated))
+    latents, image = _generate(pipeline, job)
     errors["latents"] = relative_error(latents, capture.latents[-1][0])
     expected = np.asarray(to_image(generated[0])).astype(np.int16)
     difference = np.abs(image.astype(np.int16) - expected)
@@ -135,8 +135,8 @@ def _measure(
     return errors
 
 
-def _run_reference(reference: ReferencePipeline, request: Request, advance: Advance) -> _Capture:
-    embeddings, _ = reference.encode_prompt(request.prompt, do_classifier_free_guidance=False)
+def _run_reference(reference: ReferencePipeline, job: Job, advance: Advance) -> _Capture:
+    embeddings, _ = reference.encode_prompt(job.prompt, do_classifier_free_guidance=False)
     capture = _Capture(embeddings[0][None].numpy())
     transformer = reference.transformer
     modulated = [*transformer.noise_refiner, *transformer.layers]
@@ -167,11 +167,11 @@ def _run_reference(reference: ReferencePipeline, request: Request, advance: Adva
             prompt=None,
             prompt_embeds=embeddings,
             negative_prompt_embeds=[],
-            height=request.geometry.height,
-            width=request.geometry.width,
-            num_inference_steps=request.schedule.steps,
+            height=job.geometry.height,
+            width=job.geometry.width,
+            num_inference_steps=job.schedule.steps,
             guidance_scale=0.0,
-            generator=torch.Generator("cpu").manual_seed(request.seeds[0]),
+            generator=torch.Generator("cpu").manual_seed(job.seeds[0]),
             output_type="latent",
         ).images
     finally:
@@ -181,22 +181,19 @@ def _run_reference(reference: ReferencePipeline, request: Request, advance: Adva
     return capture
 
 
-def _component_errors(
-    pipeline: Pipeline, checkpoint: Checkpoint, request: Request, capture: _Capture
-) -> dict[str, float]:
+def _component_errors(pipeline: Pipeline, checkpoint: Checkpoint, job: Job, capture: _Capture) -> dict[str, float]:
     config = checkpoint.config
-    ids = pipeline.token_ids(request.prompt)
-    executor = pipeline.executor
-    assert isinstance(executor, OrtCpuExecutor)
-    hidden = pipeline.encode_prompt(ids)
-    executor.release()
-    rotary = transformer_rotary(caption_positions(padded(len(ids))), config.transformer)
+    with job.executor.session(job.plan) as session:
+        hidden = pipeline.hidden_states(session, job.ids)
+    programs = HostPrograms(pipeline.bundle, low_memory=True)
+    rotary = transformer_rotary(caption_positions(padded(len(job.ids))), config.transformer)
     feeds = {"hidden_states": capture.hidden_states, "cos": rotary.cos, "sin": rotary.sin}
-    caption = executor.run(Program.CAPTION, feeds)["caption"]
-    table = executor.run(Program.MODULATION, {"timesteps": request.schedule.timesteps})["modulation"]
-    executor.release()
-    denoiser = executor.prepare(pipeline.conditioning(request.geometry, request.schedule, capture.hidden_states))
-    velocities = [denoiser(latents, step) for step, latents in enumerate(capture.latents[:-1])]
+    caption = programs.run(Program.CAPTION, feeds)["caption"]
+    table = programs.run(Program.MODULATION, {"timesteps": job.schedule.timesteps})["modulation"]
+    programs.release()
+    with job.executor.session(job.plan) as session:
+        denoiser = session.denoiser(pipeline.conditioning(job.geometry, job.schedule, capture.hidden_states))
+        velocities = [denoiser(latents, step) for step, latents in enumerate(capture.latents[:-1])]
     return {
         "text_encoder": relative_error(hidden, capture.hidden_states),
         "caption": relative_error(caption, capture.captions[0]),
@@ -232,6 +229,6 @@ def _encode_reference(reference: ReferencePipeline, generated: FloatArray) -> Fl
     return mean
 
 
-def _draw(pipeline: Pipeline, request: Request) -> tuple[FloatArray, NDArray[np.uint8]]:
-    generated = next(event for event in pipeline.run(request) if isinstance(event, ImageEvent))
+def _generate(pipeline: Pipeline, job: Job) -> tuple[FloatArray, NDArray[np.uint8]]:
+    generated = next(event for event in pipeline.run(job) if isinstance(event, ImageEvent))
     return generated.latents, np.asarray(generated.image)

@@ -154,6 +154,11 @@ class Manifest:
         """A program as an executor runs it; None where the bundle has none."""
         return self.programs.get(program, {}).get(executor)
 
+    def missing(self, executor: str) -> tuple[Program, ...]:
+        """The required programs that an executor lacks."""
+        lacking = [program for program in REQUIRED if self.record(program, executor) is None]
+        return tuple(lacking + [Program.MODULATION] * (self.record(Program.MODULATION, CPU) is None))
+
     @property
     def executors(self) -> set[str]:
         """The executors that have every required program."""

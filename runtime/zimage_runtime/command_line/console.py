@@ -3,11 +3,12 @@
 import contextlib
 import errno
 import io
+import math
 import os
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +23,17 @@ _MAX_LINE = 1000  # characters of an error: a message may quote what a file hold
 
 
 def run_command(command: click.Command, arguments: Sequence[str] | None = None) -> int:
-    """Runs a click command and returns its exit status: 0, 1 for a failure, 2 for usage, 130 when interrupted."""
+    """Runs a click command and returns its exit status: 0, 1 for a failure, 2 for usage.
+
+    Ctrl-C and SIGTERM stop what runs at the next operator, clean up and give 130 and 143; a second signal ends the
+    process at once.
+    """
     _prepare_streams()
-    with contextlib.suppress(ValueError):  # only the main thread may; elsewhere the default stays
-        signal.signal(signal.SIGTERM, _terminate)
+    with _signals():
+        return _status(command, arguments)
+
+
+def _status(command: click.Command, arguments: Sequence[str] | None) -> int:
     try:
         result = command.main(args=arguments, standalone_mode=False)
         sys.stdout.flush()
@@ -47,13 +55,41 @@ def run_command(command: click.Command, arguments: Sequence[str] | None = None) 
     except ZImageRuntimeError as error:
         _say(str(error))
     except BrokenPipeError:
-        _discard_stdout()  # whoever read our output has seen enough
+        _discard_stdout()  # the reader of our output has seen enough
     except MemoryError:
         _say("out of memory; try a smaller --size, --low-memory, or close other programs")
     except OSError as error:
         _say(_os_error_line(error))
         _settle_stdout()
     return FAILURE
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[None]:
+    """Handles Ctrl-C and SIGTERM while a command runs: the first unwinds the stack, so that files are removed and
+    devices freed; the second does not wait for that."""
+    came = False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        if came:
+            os._exit(128 + number)
+        came = True
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + number)
+
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        # a shell's background job ignores Ctrl-C, and only the main thread may set handlers
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            with contextlib.suppress(ValueError):
+                before[number] = signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _prepare_streams() -> None:
@@ -65,11 +101,6 @@ def _prepare_streams() -> None:
         elif name == "stdout" and isinstance(stream, io.TextIOWrapper):
             # a name that is not valid UTF-8 goes out as the bytes it came in as
             stream.reconfigure(errors="surrogateescape" if stream.encoding.lower() == "utf-8" else "backslashreplace")
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    """SIGTERM unwinds the stack, so that temporary files are removed."""
-    raise SystemExit(128 + number)
 
 
 def _say(text: str) -> None:
@@ -159,4 +190,6 @@ class MemoryType(_MemoryParam):
             self.fail(f"{value[:40]!r} is no amount of memory; write it like 8GiB", param, ctx)
         unit = match[2].upper()
         decimal = value.upper().endswith("B") and not unit.endswith("I")
-        return int(float(match[1]) * (1000 if decimal else 1024) ** _UNITS.index(unit[0]))
+        # rounded up, so that the amount reads back as it was written
+        step: int = (1000 if decimal else 1024) ** _UNITS.index(unit[0])
+        return math.ceil(float(match[1]) * step)

@@ -1,154 +1,139 @@
-"""Which executor generates, and why: the one that is asked for, or the best that can run here. Never a silent one.
+"""Which executor runs a request, and why: the one that was asked for or, for `auto`, the best that can.
 
-An *obstacle* is a reason why an executor cannot run a bundle here, in words that say what to do; None where it can.
+A named executor never falls back to another one. `auto` goes from what cannot open here, or cannot hold a request, to
+the next in the registry's order, and says so.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from ..bundle.bundle import Bundle
-from ..bundle.manifest import CPU, CUDA, TENSORRT, Precision
-from ..errors import ExecutorError, RequestError
-from ..machine.gpus import Gpu, find_gpu
-from .ort.int8_denoiser import why_no_int8
-from .protocol import Executor
+from ..errors import ExecutorError, MemoryLimitError, RequestError, ZImageRuntimeError
+from .protocol import Executor, Options, Plan, Unavailable, Work
+from .registry import AUTO, CPU, EXECUTORS, executor_kind
 
-AUTO = "auto"
-
-_MARGIN = 256 << 20  # of free GPU memory that is left to others: the desktop moves
-
-SWAP_TO_GPU = (
-    "pip uninstall -y onnxruntime onnxruntime-gpu",
-    'pip install "onnxruntime-gpu[cuda,cudnn]"',
-)
-"""The two commands that put onnxruntime-gpu, with NVIDIA's libraries, in the place of onnxruntime."""
-
-SWAP_TO_CPU = ("pip uninstall -y onnxruntime onnxruntime-gpu", "pip install onnxruntime")
+_HINT = "; `zimage-rt doctor` shows how to get what is missing, and --executor cpu works everywhere"
 
 
 @dataclass(frozen=True)
-class Choice:
-    """An executor's name, and why it is that one."""
+class Chosen:
+    """The executor for one request, its plan, and what the user should know about the choice."""
 
-    executor: str
-    why: str
-
-
-def choose(bundle: Bundle, asked: str) -> Choice:
-    """The executor for a bundle: `asked`, or with "auto" TensorRT where it can run, else CUDA, else the CPU.
-
-    Raises `RequestError` for one that is unknown or cannot run here, with the reason.
-    """
-    if asked == CPU:
-        return Choice(CPU, "asked for")
-    if asked in _OBSTACLES:
-        if reason := _OBSTACLES[asked](bundle):
-            hint = _WITHOUT_GPU if _is_of_the_machine(reason) else ""
-            raise RequestError(f"executor {asked!r} cannot run here: {reason}{hint}")
-        return Choice(asked, "asked for")
-    if asked != AUTO:
-        raise RequestError(f"executor {asked!r} is unknown; choose one of {', '.join((AUTO, CPU, *_OBSTACLES))}")
-    reasons: list[str] = []
-    for name, obstacle in _OBSTACLES.items():
-        reason = obstacle(bundle)
-        if reason is None:
-            return Choice(name, "; ".join([*reasons, f"{find_gpu()} is there"]))
-        if reason not in reasons:
-            reasons.append(reason if _is_of_the_machine(reason) else f"no {name}: {reason}")
-        if _is_of_the_machine(reason):
-            break  # without a GPU, what else is missing does not matter
-    return Choice(CPU, "; ".join(reasons))
+    executor: Executor
+    plan: Plan
+    why: str | None = None  # it was chosen, where the choice was ours
+    unexpected: bool = False  # a GPU is here, but not what runs the request
 
 
-def make_executor(
-    bundle: Bundle,
-    choice: Choice,
-    vram: int | None,
-    *,
-    low_memory: bool = False,
-    note: Callable[[str], object] = lambda text: None,
-) -> Executor:
-    """The executor that was chosen. `vram` is its budget in bytes; without one, what is free on the GPU.
-    `note` is told of what takes a while, once.
+@dataclass
+class ExecutorChoice:
+    """The executor of a pipeline. At most one stays open."""
 
-    Raises `RequestError` where a budget is given to the CPU.
-    """
-    if choice.executor == CUDA:
-        from .ort.device import OrtCudaExecutor
+    bundle: Bundle
+    asked: str = AUTO
+    options: Options = field(default_factory=Options)
+    current: Executor | None = None
+    _reasons: dict[str, Unavailable] = field(default_factory=dict)  # why executors cannot run the bundle here at all
 
-        return OrtCudaExecutor(bundle, budget=budget(vram), low_memory=low_memory)
-    if choice.executor == TENSORRT:
-        from .tensorrt.executor import open_executor
+    @classmethod
+    def of(cls, bundle: Bundle, executor: Executor) -> "ExecutorChoice":
+        """An executor that is already open."""
+        return cls(bundle, executor.name, current=executor)
 
-        return open_executor(bundle, vram, note)
-    if vram is not None:
-        because = "" if choice.why == "asked for" else f" ({choice.why})"
-        raise RequestError(f"vram is a budget for executors on a GPU; the {choice.executor} executor has none{because}")
-    from .ort.cpu import OrtCpuExecutor
+    def open(self) -> Executor:
+        """Opens the executor that was named, or the best that opens.
 
-    return OrtCpuExecutor(bundle, low_memory=low_memory)
+        Raises `RequestError` for one that is unknown or cannot run here, and for a budget of VRAM without a GPU.
+        """
+        if self.current is not None:
+            return self.current
+        if self.asked != AUTO:
+            self._open_named()
+        else:
+            self._open_best()
+        assert self.current is not None
+        return self.current
+
+    def _open_named(self) -> None:
+        kind = executor_kind(self.asked)
+        if unavailable := kind.why_unavailable(self.bundle, self.options.device):
+            hint = _HINT if unavailable.of_machine else ""
+            raise RequestError(f"executor {self.asked!r} cannot run here: {unavailable.reason}{hint}")
+        self.current = kind.open(self.bundle, self.options)
+
+    def _open_best(self) -> None:
+        for name in EXECUTORS:
+            if executor := self._try(name):
+                self.current = executor
+                return
+        raise RequestError(f"no executor can run this bundle here: {self.why}")
+
+    def _try(self, name: str) -> Executor | None:
+        """Opens an executor; None where it cannot run the bundle, which is not tried a second time."""
+        if name in self._reasons:
+            return None
+        kind = executor_kind(name)
+        unavailable = kind.why_unavailable(self.bundle, self.options.device)
+        if unavailable is None:
+            try:
+                return kind.open(self.bundle, self._options_for(name))
+            except ExecutorError as error:
+                unavailable = Unavailable(str(error))
+        self._reasons[name] = unavailable
+        return None
+
+    def _options_for(self, name: str) -> Options:
+        """A budget of VRAM is for GPUs: with `auto`, it does not keep the CPU from what no GPU can hold."""
+        if executor_kind(name).on_gpu or self.options.vram is None:
+            return self.options
+        if all(other in self._reasons for other in EXECUTORS if executor_kind(other).on_gpu):
+            raise RequestError(f"vram is a budget for executors on a GPU; the {name} executor has none ({self.why})")
+        return replace(self.options, vram=None)
+
+    @property
+    def why(self) -> str:
+        """Why better executors are not used; empty where the best one is."""
+        found = {r.reason if r.of_machine else f"no {name}: {r.reason}": None for name, r in self._reasons.items()}
+        return "; ".join(found)
+
+    def plan(self, work: Work) -> Chosen:
+        """The executor for a request, and its plan. Raises `RequestError` where no executor can hold it."""
+        if self.asked != AUTO:
+            executor = self.open()
+            return Chosen(executor, executor.plan(work))
+        passed: list[str] = []
+        failure: ZImageRuntimeError | None = None
+        for name in EXECUTORS:
+            mine = self.current is not None and self.current.name == name
+            executor_or_none = self.current if mine else self._try(name)
+            if executor_or_none is None:
+                continue
+            executor = executor_or_none
+            try:
+                plan = executor.plan(work)
+            except (MemoryLimitError, RequestError) as error:
+                failure = error
+                passed.append(f"{name} cannot run this request ({error})")
+                executor.close()
+                if mine:
+                    self.current = None
+                continue
+            if not mine:
+                self.close()
+                self.current = executor
+            why = "; ".join([*passed, self.why] if self.why else passed)
+            repairable = any(not reason.of_machine for reason in self._reasons.values())
+            return Chosen(executor, plan, _said(executor, why), unexpected=bool(passed) or repairable)
+        if failure is None:
+            raise RequestError(f"no executor can run this bundle here: {self.why}")
+        raise failure
+
+    def close(self) -> None:
+        """Closes the executor that is open."""
+        if self.current is not None:
+            self.current.close()
+            self.current = None
 
 
-def budget(vram: int | None) -> int:
-    """Bytes of GPU memory that may be used: what is given, or what is free now. Raises `ExecutorError`."""
-    if vram is not None:
-        return vram
-    gpu = find_gpu()
-    return max((gpu.total if gpu.free is None else gpu.free) - _MARGIN, 0)
-
-
-def why_no_cuda(bundle: Bundle) -> str | None:
-    """Why the `cuda` executor cannot run a bundle here."""
-    gpu = _gpu()
-    if isinstance(gpu, str):
-        return gpu
-    if CUDA not in bundle.manifest.executors:
-        return "the bundle holds no programs for it; export it again"
-    if bundle.manifest.precision is Precision.BF16 and not gpu.has_bf16:
-        return f"{gpu} does not compute in bf16; use a bundle in fp16"
-    if reason := why_no_int8(bundle.manifest.precision, gpu.capability):
-        return f"{gpu}: {reason}"
-    return why_no_package()
-
-
-def why_no_tensorrt(bundle: Bundle) -> str | None:
-    """Why the `tensorrt` executor cannot run a bundle here."""
-    gpu = _gpu()
-    if isinstance(gpu, str):
-        return gpu
-    from .tensorrt.executor import why_no_tensorrt as obstacle
-
-    return obstacle(bundle)
-
-
-def why_no_package() -> str | None:
-    """Why the ONNX Runtime that is installed cannot use CUDA."""
-    import onnxruntime
-
-    from .ort.device import PROVIDER, preload_libraries
-
-    if PROVIDER not in onnxruntime.get_available_providers():
-        preload_libraries()  # as a plug-in, the provider is there only when CUDA's libraries are
-    if PROVIDER not in onnxruntime.get_available_providers():
-        first, second = SWAP_TO_GPU
-        return f"the ONNX Runtime that is installed is for the CPU alone; run `{first}`, then `{second}`"
-    return None
-
-
-_OBSTACLES: dict[str, Callable[[Bundle], str | None]] = {TENSORRT: why_no_tensorrt, CUDA: why_no_cuda}
-"""The executors on a GPU, the best one first."""
-
-_MACHINE = "no NVIDIA GPU: "
-_WITHOUT_GPU = "; `zimage-rt doctor` tells how to get what is missing, and --executor cpu works everywhere"
-
-
-def _gpu() -> Gpu | str:
-    """The GPU, or why there is none."""
-    try:
-        return find_gpu()
-    except ExecutorError as error:
-        return f"{_MACHINE}{error}"
-
-
-def _is_of_the_machine(reason: str) -> bool:
-    return reason.startswith(_MACHINE)
+def _said(executor: Executor, why: str) -> str:
+    where = "the CPU" if executor.name == CPU else f"{executor.name} on {executor.device_name}"
+    return f"Using {where}" + (f" ({why})" if why else "")

@@ -1,14 +1,30 @@
-"""What a device must be able to do. numpy arrays cross this border; what is large may stay on the other side."""
+"""The border between the pipeline and what runs a bundle. numpy arrays cross it; what is large stays on the far side.
 
+An executor plans a request before anything is loaded, then runs it in a session. Loading, freeing, tiling and streaming
+are its business alone: the pipeline knows no program, no tile and no device.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Protocol
 
 from ..arrays import FloatArray
+from ..bundle.bundle import Bundle
 from ..model.geometry import ImageGeometry, Rotary
-from ..model.programs import Program
+from .examination import Examination
 
-if TYPE_CHECKING:
-    from ..tiles.kernels import TileKernels
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a request asks of an executor: all that decides how much memory it takes."""
+
+    geometry: ImageGeometry
+    tokens: int  # of the prompt in its template
+    batch: int = 1  # images that are denoised in one call
+    count: int = 1  # images in all
+    encodes: bool = False  # whether there is a source image
+    held: int = 0  # bytes of the host's memory that the caller keeps until the end: finished images
 
 
 @dataclass(frozen=True)
@@ -25,20 +41,22 @@ class Plan(Protocol):
     """What an executor will do about memory, for one request."""
 
     @property
-    def keep_all(self) -> bool:
-        """Whether every program may stay loaded at once."""
+    def peak(self) -> int:
+        """The most bytes held at once: of the device's memory, or on the CPU of the machine's."""
 
     @property
-    def tiled(self) -> bool:
-        """Whether the image is decoded in tiles on the host, because the decoder as one program does not fit."""
-
-    @property
-    def encodes_tiled(self) -> bool:
-        """The same for the image to start from."""
+    def group(self) -> int:
+        """Images that are denoised before the first of them is decoded: more than one where stages take turns."""
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should know of it, a line each."""
+        """What the user should know, one line each."""
+
+    def lines(self) -> list[str]:
+        """The plan for people, as `zimage-rt plan` prints it."""
+
+    def document(self) -> dict[str, Any]:
+        """The plan for programs: JSON's own types."""
 
 
 class Denoiser(Protocol):
@@ -48,23 +66,13 @@ class Denoiser(Protocol):
         """The velocity d latents / d sigma at a step. [batch, channels, height / 8, width / 8], in and out."""
 
 
-class Executor(Protocol):
-    """Runs the stages of one bundle. Every method loads what it needs and may raise `ExecutorError`."""
-
-    @property
-    def name(self) -> str:
-        """The executor's name on the command line."""
-
-    def plan(self, geometry: ImageGeometry, prompt_tokens: int, batch_size: int = 1, *, encodes: bool = False) -> Plan:
-        """How a request will run, before anything is loaded. `encodes` says that there is an image to start from.
-
-        Raises `MemoryLimitError` where it does not fit.
-        """
+class Session(Protocol):
+    """One request at work. Every method loads what it needs and may raise `ExecutorError` or `CancelledError`."""
 
     def encode_text(self, embeddings: FloatArray, rotary: Rotary) -> FloatArray:
         """Prompt embeddings [1, tokens, hidden_size] → hidden states of the last but one layer, same shape."""
 
-    def prepare(self, conditioning: Conditioning) -> Denoiser:
+    def denoiser(self, conditioning: Conditioning) -> Denoiser:
         """Refines the caption and makes the modulation table: what is done once per prompt."""
 
     def decode(self, latents: FloatArray) -> FloatArray:
@@ -73,8 +81,94 @@ class Executor(Protocol):
     def encode(self, image: FloatArray) -> tuple[FloatArray, FloatArray]:
         """Images [batch, 3, height, width] in -1 to 1 → mean and log-variance [batch, channels, h, w]."""
 
-    def tile_kernels(self) -> "TileKernels":
-        """What computes the tiles of an image that is decoded or encoded in tiles."""
+    def cancel(self) -> None:
+        """Stops what is running at the next operator and everything after it with `CancelledError`. Any thread."""
 
-    def release(self, *programs: Program) -> None:
-        """Frees what the programs hold; without arguments, everything."""
+
+@dataclass(frozen=True)
+class Computation:
+    """What else than bundle and request decides an image's last bits, for its metadata."""
+
+    program: str  # which of its programs the denoiser is
+    library: str  # name and version
+    activation_bits: int | None = None  # of an int8 bundle's activations; None where there are none
+
+
+class Executor(Protocol):
+    """Runs one bundle on one device."""
+
+    @property
+    def name(self) -> str:
+        """The executor's name on the command line."""
+
+    @property
+    def device_name(self) -> str:
+        """What it runs on, as its maker calls it."""
+
+    def plan(self, work: Work) -> Plan:
+        """How a request will run, before anything is loaded. Changes nothing.
+
+        What this executor holds itself and would free or use again is not counted as taken. Raises `MemoryLimitError`
+        where the request does not fit, `RequestError` where the programs cannot do it.
+        """
+
+    def session(self, plan: Plan) -> AbstractContextManager[Session]:
+        """Runs a request as this executor planned it, on a thread of its own, so that signals reach the caller.
+
+        When it ends, it frees what may not stay loaded: everything after an error, and whatever the plan or the
+        executor's options do not keep after a normal end or a cancellation.
+        """
+
+    def computation(self, plan: Plan) -> Computation:
+        """What computes a planned request."""
+
+    def release(self) -> None:
+        """Frees everything that is loaded; the next session loads it again."""
+
+    def close(self) -> None:
+        """Frees everything for good and writes caches. Safe to call twice."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """How an executor is opened."""
+
+    vram: int | None = None  # bytes of GPU memory that may be used; by default what is free
+    device: int = 0  # which GPU
+    low_memory: bool = False  # weights on the CPU stay mapped from the file
+    keep_loaded: bool = True  # what fits in memory stays loaded between requests
+    note: Callable[[str], object] = lambda text: None  # called with a line for what is done once and takes a while
+
+
+@dataclass(frozen=True)
+class Unavailable:
+    """Why an executor cannot run a bundle here, and what to do about it."""
+
+    reason: str
+    of_machine: bool = False  # the hardware or its driver is missing, so nothing that can be installed here helps
+
+
+UNLIMITED = 1 << 60
+"""Bytes: a budget for plans that are to show what everything takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """A machine that a plan is made for, which need not be this one."""
+
+    memory: int  # bytes: of the GPU's memory or, for the CPU, of the machine's
+    gpu: str | None = None  # a target of `zimage-export engines`, like "sm86"; None where it does not matter
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExecutorKind:
+    """What the registry knows of an executor. Heavy imports happen inside these functions."""
+
+    on_gpu: bool
+    why_unavailable: Callable[[Bundle, int], Unavailable | None]
+    """Why it cannot run a bundle on a device of this machine; None where it can."""
+    open: Callable[[Bundle, Options], Executor]
+    """Raises `ExecutorError`."""
+    predict: Callable[[Bundle, Work, Hardware], Plan]
+    """The plan for another machine. Raises `MemoryLimitError`, or `BundleError` where the bundle has no programs."""
+    examine: Callable[[], Examination]

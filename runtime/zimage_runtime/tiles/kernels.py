@@ -64,6 +64,7 @@ class NumpyTileKernels:
     """Kernels on the CPU: nine matrix products per tile."""
 
     tile_values: int = 1 << 20  # 4 MB, which fits in processors' caches
+    check: Callable[[], object] = lambda: None  # called before each tile; raises to stop
 
     def plain(self, convolution: Convolution) -> Plain:
         """The kernel of a convolution, whose weight is laid out by taps once."""
@@ -71,6 +72,7 @@ class NumpyTileKernels:
         bias = convolution.bias
 
         def convolve(tile: FloatArray) -> FloatArray:
+            self.check()
             result = convolved(tile, taps)
             result += bias[:, None, None]
             return result

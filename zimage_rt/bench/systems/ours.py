@@ -57,7 +57,10 @@ class OurModel:
         from zimage_runtime.pipeline import CaptionEvent, ImageEvent, StepEvent
 
         case, image = self._case, None
-        for event in self._pipeline.stream(case.prompt, (case.width, case.height), case.steps, case.seed):
+        self._pipeline.forget_prompt()  # as other systems do, every image encodes its prompt
+        for event in self._pipeline.stream(
+            case.prompt, size=(case.width, case.height), steps=case.steps, seed=case.seed
+        ):
             match event:
                 case CaptionEvent():
                     mark(TEXT)

@@ -1,56 +1,124 @@
 """The `cpu` executor: ONNX Runtime on whole-component programs. It is the reference, and always works."""
 
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import TypeVar, cast
 
 from ...arrays import FloatArray
 from ...bundle.bundle import Bundle
-from ...bundle.manifest import CPU
-from ...errors import ExecutorError
-from ...machine.cores import thread_count
-from ...machine.int8_products import ACTIVATION_LEVELS, activation_levels
-from ...model.geometry import ImageGeometry, Rotary
-from ...model.programs import SIGNATURES, Program
-from ...tiles.kernels import NumpyTileKernels, TileKernels
-from ..protocol import Conditioning, Plan
-from .cpu_plan import plan_memory
+from ...bundle.manifest import CPU, Precision
+from ...bundle.tensors import TensorFile
+from ...errors import BundleError, RequestError
+from ...machine.int8_products import activation_bits
+from ...model.config import VaeConfig
+from ...model.geometry import Rotary
+from ...model.programs import Program
+from ...tiles.kernels import NumpyTileKernels
+from ...tiles.tiling import TiledDecoder, TiledEncoder
+from ..examination import Examination, Verdict
+from ..protocol import (
+    Computation,
+    Conditioning,
+    ExecutorKind,
+    Hardware,
+    Options,
+    Plan,
+    Unavailable,
+    Work,
+)
+from ..turns import leaving, scope
+from ..worker import Stop, Worker
+from .cpu_plan import MemoryPlan, plan_memory
+from .host_programs import HostPrograms
+from .slow_step import slow_step_notes
+
+Result = TypeVar("Result")
 
 
+@dataclass
 class OrtCpuExecutor:
-    """Sessions are made when first used and live until released."""
+    """Programs are loaded when a session first needs them. Implements `Executor`."""
 
-    def __init__(self, bundle: Bundle, *, low_memory: bool = False) -> None:
-        """With `low_memory`, weights stay mapped from the file and are never copied into a faster layout."""
-        self._bundle = bundle
-        self._low_memory = low_memory
-        self._sessions: dict[Program, Any] = {}
+    bundle: Bundle
+    low_memory: bool = False
+    keep_loaded: bool = True
+    programs: HostPrograms = field(init=False, repr=False)
+    _worker: Worker = field(init=False, repr=False)
+    _planned: dict[Program, int] = field(default_factory=dict, repr=False)  # of what is loaded, as it was planned
 
-    @property
-    def name(self) -> str:
-        """The executor's name on the command line."""
-        return CPU
+    def __post_init__(self) -> None:
+        self.programs = HostPrograms(self.bundle, low_memory=self.low_memory)
+        self._worker = Worker("zimage cpu")
+
+    name = CPU
+    device_name = "CPU"
 
     @property
     def loaded(self) -> set[Program]:
         """The programs that have a session now."""
-        return set(self._sessions)
+        return self.programs.loaded
 
-    def plan(self, geometry: ImageGeometry, prompt_tokens: int, batch_size: int = 1, *, encodes: bool = False) -> Plan:
-        """See `Executor`."""
-        return plan_memory(
-            self._bundle.manifest, geometry, prompt_tokens, batch_size, low_memory=self._low_memory, encodes=encodes
-        )
+    def plan(self, work: Work) -> MemoryPlan:
+        manifest = self.bundle.manifest
+        plan = plan_memory(manifest, work, low_memory=self.low_memory, reusable=self._reusable())
+        return replace(plan, notes=slow_step_notes(manifest, work))
+
+    def _reusable(self) -> int:
+        """Bytes of what is loaded: as planned, but never more than this process has."""
+        import psutil
+
+        planned = sum(self._planned[program] for program in self.programs.loaded)
+        return min(planned, int(psutil.Process().memory_info().rss))
+
+    def session(self, plan: Plan) -> AbstractContextManager["CpuSession"]:
+        session = CpuSession(self, cast(MemoryPlan, plan), self._worker)
+        return scope(session, keeps=session.plan.keep_all and self.keep_loaded, free=self.release)
+
+    def enter(self, program: Program, plan: MemoryPlan) -> None:
+        """Makes room for a program that is about to run."""
+        gone = leaving(program, self.loaded, keep_all=plan.keep_all, keep_loaded=self.keep_loaded)
+        if gone:
+            self.programs.release(*gone)
+        self._planned[program] = plan.programs.get(program, 0)
+
+    def computation(self, plan: Plan) -> Computation:
+        import onnxruntime
+
+        int8 = self.bundle.manifest.precision is Precision.INT8
+        return Computation(CPU, f"onnxruntime {onnxruntime.__version__}", activation_bits() if int8 else None)
+
+    def release(self) -> None:
+        self._worker.call(self.programs.release)
+
+    def close(self) -> None:
+        self.release()
+        self._worker.close()
+
+
+@dataclass
+class CpuSession:
+    """One request on the CPU. Implements `Session`."""
+
+    executor: OrtCpuExecutor
+    plan: MemoryPlan
+    worker: Worker
+    stop: Stop = field(default_factory=Stop)
+
+    def run(self, program: Program, feeds: dict[str, FloatArray]) -> dict[str, FloatArray]:
+        """Runs a program on the executor's thread."""
+
+        def task() -> dict[str, FloatArray]:
+            self.executor.enter(program, self.plan)
+            return self.executor.programs.run(program, feeds, self.stop)
+
+        return self.worker.call(task, self.stop)
 
     def encode_text(self, embeddings: FloatArray, rotary: Rotary) -> FloatArray:
-        """See `Executor`."""
         feeds = {"inputs_embeds": embeddings, "cos": rotary.cos, "sin": rotary.sin}
         return self.run(Program.TEXT_ENCODER, feeds)["hidden_states"]
 
-    def prepare(self, conditioning: Conditioning) -> "_OrtDenoiser":
-        """See `Executor`."""
+    def denoiser(self, conditioning: Conditioning) -> "_CpuDenoiser":
         rotary = conditioning.caption_rotary
         feeds = {"hidden_states": conditioning.hidden_states, "cos": rotary.cos, "sin": rotary.sin}
         caption = self.run(Program.CAPTION, feeds)["caption"]
@@ -62,77 +130,38 @@ class OrtCpuExecutor:
             "caption_cos": rotary.cos,
             "caption_sin": rotary.sin,
         }
-        return _OrtDenoiser(self, fixed, table["modulation"], table["final_scale"])
+        return _CpuDenoiser(self, fixed, table["modulation"], table["final_scale"])
 
     def decode(self, latents: FloatArray) -> FloatArray:
-        """See `Executor`."""
-        return self.run(Program.DECODER, {"latents": latents})["image"]
+        if not self.plan.tiled:
+            return self.run(Program.DECODER, {"latents": latents})["image"]
+        return self._in_tiles(Program.DECODER, lambda: TiledDecoder(*self._tiled())(latents))
 
     def encode(self, image: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """See `Executor`."""
-        outputs = self.run(Program.ENCODER, {"image": image})
-        return outputs["mean"], outputs["logvar"]
+        if not self.plan.encodes_tiled:
+            outputs = self.run(Program.ENCODER, {"image": image})
+            return outputs["mean"], outputs["logvar"]
+        return self._in_tiles(Program.ENCODER, lambda: TiledEncoder(*self._tiled())(image))
 
-    def tile_kernels(self) -> TileKernels:
-        """See `Executor`."""
-        return NumpyTileKernels()
+    def _in_tiles(self, program: Program, function: Callable[[], Result]) -> Result:
+        def task() -> Result:
+            self.executor.enter(program, self.plan)
+            return function()
 
-    def release(self, *programs: Program) -> None:
-        """See `Executor`."""
-        for program in programs or tuple(self._sessions):
-            self._sessions.pop(program, None)
+        return self.worker.call(task, self.stop)
 
-    def run(self, program: Program, feeds: dict[str, FloatArray]) -> dict[str, FloatArray]:
-        """Runs one program: inputs and outputs by the names in `contracts`."""
-        names = list(SIGNATURES[program].outputs)
-        self.load(program)
-        try:
-            session = self._sessions[program]
-            outputs: list[NDArray[np.float32]] = session.run(names, {**feeds, **_settings(session)})
-        except Exception as error:  # the library's own classes share no base but Exception
-            raise _explained(program, "failed", error) from None
-        # the arrays lie in the session's arena, all of which lives for as long as one of them does: copies do not
-        return {name: output.copy() for name, output in zip(names, outputs, strict=True)}
+    def _tiled(self) -> tuple[VaeConfig, TensorFile, NumpyTileKernels]:
+        manifest = self.executor.bundle.manifest
+        weights = TensorFile(self.executor.bundle.file(manifest.weights["vae"]))
+        return manifest.config.vae, weights, NumpyTileKernels(check=self.stop.check)
 
-    def load(self, program: Program) -> None:
-        """Makes a program's session, unless it has one."""
-        if program not in self._sessions:
-            self._sessions[program] = self._session(program)
-
-    def _session(self, program: Program) -> Any:
-        import onnxruntime
-
-        path = self._bundle.program(program, CPU)
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 4  # errors reach the caller as exceptions; stderr is the command's own
-        options.intra_op_num_threads = thread_count()
-        options.enable_mem_pattern = False  # the second run would take another block as large as all activations
-        disabled: list[str] = []
-        if self._low_memory:
-            options.add_session_config_entry("session.disable_prepacking", "1")
-            disabled = _WIDENING
-        try:
-            return onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
-            )
-        except Exception as error:
-            raise _explained(program, f"cannot be loaded from {path}", error) from None
-
-
-def _settings(session: Any) -> dict[str, NDArray[np.float32]]:
-    """What this processor needs otherwise than a program has it: see `integers`."""
-    if all(value.name != ACTIVATION_LEVELS for value in session.get_overridable_initializers()):
-        return {}
-    return {ACTIVATION_LEVELS: np.array(activation_levels(), np.float32)}
-
-
-_WIDENING = ["ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer"]
-"""The graph optimizations that would widen all bf16 or fp16 weights to float32 at once, at load."""
+    def cancel(self) -> None:
+        self.stop.request()
 
 
 @dataclass(frozen=True)
-class _OrtDenoiser:
-    executor: OrtCpuExecutor
+class _CpuDenoiser:
+    session: CpuSession
     fixed: dict[str, FloatArray]
     modulation: FloatArray  # [steps, blocks, 4, dim]
     final_scale: FloatArray  # [steps, dim]
@@ -144,11 +173,34 @@ class _OrtDenoiser:
             "final_scale": self.final_scale[step],
             **self.fixed,
         }
-        return self.executor.run(Program.DENOISER, feeds)["velocity"]
+        return self.session.run(Program.DENOISER, feeds)["velocity"]
 
 
-def _explained(program: Program, what: str, error: Exception) -> ExecutorError:
-    text = " ".join(str(error).split())
-    if "bad allocation" in text or "bad_alloc" in text or "Failed to allocate memory" in text:
-        return ExecutorError(f"{program} {what}: out of memory; try a smaller --size or --low-memory")
-    return ExecutorError(f"{program} {what}: {text[:300]}")
+def _why_unavailable(bundle: Bundle, device: int) -> Unavailable | None:
+    if missing := bundle.manifest.missing(CPU):
+        return Unavailable(f"{bundle.root} holds no {', '.join(missing)} program for cpu; export it again")
+    return None
+
+
+def _open(bundle: Bundle, options: Options) -> OrtCpuExecutor:
+    if options.vram is not None:
+        raise RequestError("vram is a budget for executors on a GPU; the cpu executor has none")
+    return OrtCpuExecutor(bundle, low_memory=options.low_memory, keep_loaded=options.keep_loaded)
+
+
+def _predict(bundle: Bundle, work: Work, hardware: Hardware) -> MemoryPlan:
+    if reason := _why_unavailable(bundle, 0):
+        raise BundleError(reason.reason)
+    return plan_memory(bundle.manifest, work, available=hardware.memory)
+
+
+def _examine() -> Examination:
+    bits = activation_bits()
+    values = {"activation_bits": bits}
+    if bits == 8:
+        return Examination(Verdict.OK, "integer products are exact: int8 bundles run with 8-bit activations", values)
+    text = "integer products saturate (no VNNI): int8 bundles run with 7-bit activations, slightly less accurate"
+    return Examination(Verdict.NOTE, text, values)
+
+
+KIND = ExecutorKind(on_gpu=False, why_unavailable=_why_unavailable, open=_open, predict=_predict, examine=_examine)

@@ -1,20 +1,25 @@
-"""How much memory an image takes, computed before anything is loaded.
+"""How much of the machine's memory an image takes on the CPU, computed before anything is loaded.
 
 Stages are loaded in turn, so the peak is the largest stage's, not the sum. A stage takes its weights (mapped from
 the file; once more where ONNX Runtime packs them for speed) and its activations, which the token count decides.
 The factors were measured with `benchmarks/memory_model.py`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ...bundle.manifest import CPU, Manifest, Precision
 from ...errors import MemoryLimitError, RequestError
 from ...machine.host_memory import available_memory
-from ...model.geometry import ImageGeometry, image_geometry, padded
+from ...model.geometry import image_geometry, padded
 from ...model.programs import Program
 from ...tiles.tiling import tiled_bytes, tiled_encoder_bytes
-
-_BASE = 160 << 20  # the interpreter, numpy, ONNX Runtime, Pillow and a tokenizer of 150,000 words
+from ...units import gib, gib_free, gib_needed
+from ..overheads import PROCESS
+from ..plan_lines import labelled
+from ..protocol import Work
+from ..turns import group_size
 
 _FLOAT = 4  # bytes
 
@@ -25,7 +30,7 @@ _TEXT_SCORES = 3.0  # x heads x tokens: causal attention holds its scores
 _DECODER_MAPS = 4.5  # x the widest feature map at full resolution
 _ENCODER_MAPS = 4.5  # x the feature map at full resolution
 
-# Copies of the weights that ONNX Runtime makes at load, low memory or not: convolutions are laid out anew
+# Copies of the weights that ONNX Runtime makes at load, low memory or not: convolutions get another layout
 _DECODER_WEIGHTS = 1.75
 _ENCODER_WEIGHTS = 1.25
 
@@ -34,81 +39,96 @@ _WIDENED = (Precision.BF16, Precision.FP16, Precision.INT4)  # what is computed 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What each program will take, and whether all of them may stay loaded at once. Bytes."""
+    """What each program will take, and whether all of them may stay loaded at once. Bytes. Implements `Plan`."""
 
-    programs: dict[Program, int]  # weights and activations
-    available: int  # of this machine or control group, now
+    work: Work
+    programs: Mapping[Program, int]  # weights and activations
+    available: int  # to this process now, what it would use again included
     low_memory: bool
+    group_size: int  # images that are denoised before any is decoded, where stages take turns
     tiled: bool = False  # whether the image is decoded in tiles, because the decoder as one program does not fit
-    encodes_tiled: bool = False  # the same for the image to start from
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What the user should know of it: nothing, for tiles are no other device here."""
-        return ()
+    encodes_tiled: bool = False  # the same for the source image
+    notes: tuple[str, ...] = ()
 
     @property
     def peak(self) -> int:
         """The most that is held at once when each stage is freed before the next is loaded."""
         once = self.programs[Program.CAPTION] + self.programs[Program.MODULATION]  # which are held together
-        return _BASE + max(once, *self.programs.values())
+        return PROCESS.nbytes + self.work.held + max(once, *self.programs.values())
 
     @property
     def keep_all(self) -> bool:
         """Whether every program may stay loaded."""
-        return _BASE + sum(self.programs.values()) <= self.available
+        return PROCESS.nbytes + self.work.held + sum(self.programs.values()) <= self.available
+
+    @property
+    def group(self) -> int:
+        """Images that are denoised before any is decoded."""
+        return self.work.batch if self.keep_all else self.group_size
+
+    def lines(self) -> list[str]:
+        """For people: the peak, then each program."""
+        together = "all programs stay loaded" if self.keep_all else "programs take turns"
+        tiles = {Program.DECODER: self.tiled, Program.ENCODER: self.encodes_tiled}
+        return [
+            labelled(
+                "peak",
+                f"{gib_needed(self.peak, 2)} of memory, {gib(PROCESS.nbytes, 2)} of it before any program; {together}",
+            ),
+            *(
+                labelled(program.value, gib_needed(size, 2) + (", in tiles" if tiles.get(program) else ""))
+                for program, size in self.programs.items()
+            ),
+            *(labelled("note", note) for note in self.notes),
+        ]
+
+    def document(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "peak": self.peak,
+            "available": self.available,
+            "keep_all": self.keep_all,
+            "low_memory": self.low_memory,
+            "tiled": self.tiled,
+            "stages": {program.value: {"bytes": size} for program, size in self.programs.items()},
+        }
 
 
 def plan_memory(
-    manifest: Manifest,
-    geometry: ImageGeometry,
-    prompt_tokens: int,
-    batch_size: int = 1,
-    *,
-    low_memory: bool = False,
-    encodes: bool = False,
-    available: int | None = None,
+    manifest: Manifest, work: Work, *, low_memory: bool = False, available: int | None = None, reusable: int = 0
 ) -> MemoryPlan:
-    """The plan for a request, which `encodes` an image to start from or not.
+    """The plan for a request. `reusable` bytes are held by programs that the executor would free or use again.
 
     An image is decoded or encoded in tiles only where the decoder or encoder as one program does not fit.
     Raises `MemoryLimitError` where the peak is more than what is available, naming the largest size that fits.
     """
-    limit = available_memory() if available is None else available
-    plan = _plan(manifest, geometry, prompt_tokens, batch_size, low_memory, limit, encodes)
+    limit = available_memory() + reusable if available is None else available
+    plan = _plan(manifest, work, low_memory, limit)
     if plan.peak > limit:
-        raise MemoryLimitError(_refusal(manifest, geometry, prompt_tokens, batch_size, plan))
+        raise MemoryLimitError(_refusal(manifest, plan))
     return plan
 
 
-def _plan(
-    manifest: Manifest,
-    geometry: ImageGeometry,
-    tokens: int,
-    batch: int,
-    low_memory: bool,
-    limit: int,
-    encodes: bool,
-) -> MemoryPlan:
+def _plan(manifest: Manifest, work: Work, low_memory: bool, limit: int) -> MemoryPlan:
     programs = {}
     for program in Program:
-        if program is Program.ENCODER and not encodes:
+        if program is Program.ENCODER and not work.encodes:
             continue
         # packed copies are what a program cannot do without; mapped weights are the page cache's, which yields
         record = manifest.record(program, CPU)
-        weights = record.weight_bytes if record else 0
         copies = {Program.DECODER: _DECODER_WEIGHTS, Program.ENCODER: _ENCODER_WEIGHTS}.get(program, not low_memory)
-        programs[program] = int(weights * copies) + _activations(program, manifest, geometry, tokens, batch)
+        programs[program] = int((record.weight_bytes if record else 0) * copies) + _activations(program, manifest, work)
         if low_memory and manifest.precision in _WIDENED:
             programs[program] += _widened_bytes(program, manifest)
     tiled = set()
     for program, size in ((Program.DECODER, tiled_bytes), (Program.ENCODER, tiled_encoder_bytes)):
-        in_tiles = size(manifest.config.vae, geometry.width, geometry.height)
+        in_tiles = size(manifest.config.vae, work.geometry.width, work.geometry.height)
         whole = programs.get(program, 0)
-        if _BASE + whole > limit and in_tiles < whole:
+        if PROCESS.nbytes + work.held + whole > limit and in_tiles < whole:
             programs[program] = in_tiles
             tiled.add(program)
-    return MemoryPlan(programs, limit, low_memory, Program.DECODER in tiled, Program.ENCODER in tiled)
+    group = group_size(manifest, work.geometry)
+    return MemoryPlan(work, programs, limit, low_memory, group, Program.DECODER in tiled, Program.ENCODER in tiled)
 
 
 def _widened_bytes(program: Program, manifest: Manifest) -> int:
@@ -121,14 +141,14 @@ def _widened_bytes(program: Program, manifest: Manifest) -> int:
     return 0
 
 
-def _activations(program: Program, manifest: Manifest, geometry: ImageGeometry, tokens: int, batch: int) -> int:
-    config = manifest.config
+def _activations(program: Program, manifest: Manifest, work: Work) -> int:
+    config, geometry, tokens = manifest.config, work.geometry, work.tokens
     if program is Program.TEXT_ENCODER:
         text = config.text_encoder
         widths = _TEXT_WIDTHS * text.intermediate_size / 3 + _TEXT_SCORES * text.num_attention_heads * tokens
         return int(_FLOAT * tokens * widths)
     if program is Program.DENOISER:
-        sequence = batch * (geometry.image_tokens + padded(tokens))
+        sequence = work.batch * (geometry.image_tokens + padded(tokens))
         return int(_FLOAT * sequence * _DENOISER_WIDTHS * config.transformer.dim)
     if program is Program.ENCODER:
         pixels = geometry.width * geometry.height
@@ -140,52 +160,56 @@ def _activations(program: Program, manifest: Manifest, geometry: ImageGeometry, 
     return int(_FLOAT * padded(tokens) * _DENOISER_WIDTHS * config.transformer.dim)
 
 
-def _refusal(manifest: Manifest, geometry: ImageGeometry, tokens: int, batch: int, plan: MemoryPlan) -> str:
+def _refusal(manifest: Manifest, plan: MemoryPlan) -> str:
+    work = plan.work
     asked = (
-        f"{geometry.width}x{geometry.height}"
-        + (f" in batches of {batch}" if batch > 1 else "")
-        + f" needs about {_gib(plan.peak)} of memory and {_gib(plan.available)} is available"
+        f"{work.geometry.width}x{work.geometry.height}"
+        + (f" in batches of {work.batch}" if work.batch > 1 else "")
+        + f" needs about {gib_needed(plan.peak)} of memory and {gib_free(plan.available)} is available"
     )
     advice = []
-    if largest := _largest_size(manifest, geometry, tokens, batch, plan):
+    if work.held:
+        advice.append(f"{gib_needed(work.held, 2)} of it is for {work.count} finished images: stream them instead")
+    if largest := _largest_size(manifest, plan):
         advice.append(f"the largest size of this shape that fits is {largest}")
-    if not plan.low_memory and _fits(manifest, geometry, tokens, batch, plan, low_memory=True):
+    if not plan.low_memory and _fits(manifest, work, plan, low_memory=True):
         advice.append("it fits with --low-memory")
     return f"{asked}; {'; '.join(advice) or 'no size fits: close other programs or use a smaller bundle'}"
 
 
-def _fits(
-    manifest: Manifest, geometry: ImageGeometry, tokens: int, batch: int, plan: MemoryPlan, *, low_memory: bool
-) -> bool:
+def _fits(manifest: Manifest, work: Work, plan: MemoryPlan, *, low_memory: bool) -> bool:
     """Whether another request for the same memory fits."""
-    encodes = Program.ENCODER in plan.programs
-    return _plan(manifest, geometry, tokens, batch, low_memory, plan.available, encodes).peak <= plan.available
+    return _plan(manifest, work, low_memory, plan.available).peak <= plan.available
 
 
-def _largest_size(manifest: Manifest, geometry: ImageGeometry, tokens: int, batch: int, plan: MemoryPlan) -> str | None:
-    unit = manifest.config.vae.scale * 2
-    longest = max(geometry.width, geometry.height) // unit
+def _largest_size(manifest: Manifest, plan: MemoryPlan) -> str | None:
+    work, unit = plan.work, manifest.config.vae.scale * 2
+    sides = (work.geometry.width, work.geometry.height)
+    longest = max(sides) // unit
     for side in range(longest - 1, 0, -1):
-        width, height = (
-            max(round(pixels / unit * side / longest), 1) * unit for pixels in (geometry.width, geometry.height)
-        )
+        width, height = (max(round(pixels / unit * side / longest), 1) * unit for pixels in sides)
         try:
             smaller = image_geometry(width, height, manifest.config)
         except RequestError:
             continue
-        if _fits(manifest, smaller, tokens, batch, plan, low_memory=plan.low_memory):
+        if _fits(manifest, replace(work, geometry=smaller), plan, low_memory=plan.low_memory):
             return f"{width}x{height}"
     return None
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB"
-
-
-def check_tiles_on_host(geometry: ImageGeometry, nbytes: int) -> None:
-    """Raises `MemoryLimitError` where a GPU works in tiles, and the host has no room for the maps they are cut from."""
-    if nbytes > (available := available_memory()):
+def check_host(work: Work, maps: int) -> None:
+    """Checks the host's memory for a request that runs on a GPU: `maps` bytes that tiles are cut from, and what the
+    caller holds. Raises `MemoryLimitError`.
+    """
+    available = available_memory()
+    size = f"{work.geometry.width}x{work.geometry.height}"
+    if maps and maps + work.held > available:
         raise MemoryLimitError(
-            f"{geometry.width}x{geometry.height} does not fit on the GPU, and in tiles it needs {nbytes / 2**30:.1f} "
-            f"GiB of memory, of which {available / 2**30:.1f} is free; choose a smaller --size"
+            f"{size} does not fit on the GPU, and in tiles it needs {gib_needed(maps + work.held)} of memory, of which "
+            f"{gib_free(available)} is available; choose a smaller --size"
+        )
+    if work.held > available:
+        raise MemoryLimitError(
+            f"{work.count} finished images of {size} need {gib_needed(work.held)} of memory and {gib_free(available)} "
+            "is available; stream them instead"
         )

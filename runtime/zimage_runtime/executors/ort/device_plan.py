@@ -6,19 +6,23 @@ sizes of the GPU; `benchmarks/gpu_cuda.py` measures them where there is a GPU.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ...bundle.manifest import CUDA, Manifest, Precision
 from ...errors import MemoryLimitError
 from ...model.config import VaeConfig
-from ...model.geometry import ImageGeometry, padded
+from ...model.geometry import padded
 from ...model.programs import Program
 from ...tiles.tiling import TILE_VALUES, tiled_bytes, tiled_encoder_bytes
+from ...units import gib, gib_free, gib_needed
+from ..overheads import ORT_CUDA
+from ..plan_lines import labelled
+from ..protocol import UNLIMITED, Work
+from ..turns import group_size
 from .int8_denoiser import Capability, denoiser_programs, why_weight_only
-from .other_precisions import advised, as_precision, candidates
-
-CONTEXT = 700 << 20
-"""What CUDA, cuBLAS and cuDNN hold themselves."""
+from .other_precisions import advised, as_precision, candidates, nearer
 
 _FLOAT = 4
 
@@ -45,23 +49,26 @@ class StageVram:
 
     @property
     def total(self) -> int:
-        """Both."""
+        """Weights and activations."""
         return self.weights + self.activations
 
 
 @dataclass(frozen=True)
 class VramPlan:
-    """What is on the GPU at each moment, for one request and budget."""
+    """What is on the GPU at each moment, for one request and budget. Implements `Plan`."""
 
-    executor: str
+    work: Work
     budget: int  # bytes
-    stages: dict[Program, StageVram]  # modulation runs on the host
+    stages: Mapping[Program, StageVram]  # modulation runs on the host
     keep_all: bool  # whether all weights stay on the GPU between stages
     tiled: bool  # whether the image is decoded in tiles, of maps that stay on the host
-    encodes_tiled: bool  # whether the image to start from is encoded so
+    encodes_tiled: bool  # the same for the source image
     host: int  # bytes of the host's memory for that; 0 where there is nothing
-    denoiser: str = CUDA  # which of an int8 bundle's two programs the denoiser is: `weight_only`
+    group_size: int  # images that are denoised before any is decoded, where stages take turns
+    denoiser: str = CUDA  # which of an int8 bundle's two programs the denoiser is: see `int8_denoiser`
     why: str = ""  # it is another than `cuda`
+    others: Mapping[Precision, int] = dataclasses.field(default_factory=dict)  # peaks of the model's other bundles
+    advice: Precision | None = None  # the nearest of them to the original that fits, if nearer than this one
 
     @property
     def peak(self) -> int:
@@ -70,23 +77,70 @@ class VramPlan:
         if self.keep_all:
             # the denoiser keeps its own between steps, so it may hold them beside another's
             denoiser = self.stages[Program.DENOISER].activations
-            return CONTEXT + sum(stage.weights for stage in self.stages.values()) + denoiser + activations
-        return CONTEXT + max((stage.total for stage in self.stages.values()), default=0)
+            return ORT_CUDA.nbytes + sum(stage.weights for stage in self.stages.values()) + denoiser + activations
+        return ORT_CUDA.nbytes + max((stage.total for stage in self.stages.values()), default=0)
+
+    @property
+    def group(self) -> int:
+        """Images that are denoised before any is decoded."""
+        return self.work.batch if self.keep_all else self.group_size
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should know of it, a line each."""
+        """What the user should know, one line each."""
         notes = [f"weights are widened to fp16 for each product, {self.why}"] if self.denoiser != CUDA else []
         verbs = [verb for verb, there in (("encoded", self.encodes_tiled), ("decoded", self.tiled)) if there]
         if verbs:
             what = " and ".join(verbs)
-            notes.append(f"the image is {what} in tiles, which is slower: the GPU has no room for it as a whole")
+            notes.append(f"the image is {what} in tiles, which is slower: it does not fit on the GPU as a whole")
         return tuple(notes)
+
+    def lines(self) -> list[str]:
+        """For people: the peak, each stage, and what bundles of the same model in other precisions would take."""
+        together = "all weights stay loaded" if self.keep_all else "stages take turns"
+        context = f"{gib(ORT_CUDA.nbytes, 2)} of it {ORT_CUDA.source} for CUDA itself"
+        lines = [
+            labelled("peak", f"{gib_needed(self.peak, 2)}, {context}; {together}"),
+            *(
+                labelled(
+                    program.value,
+                    f"{gib(s.total, 2)}: weights {gib(s.weights, 2)}, activations {gib(s.activations, 2)}",
+                )
+                for program, s in self.stages.items()
+            ),
+            *(labelled("note", note) for note in self.notes),
+        ]
+        if self.others:
+            peaks = "; ".join(f"{other} {self._fits(peak)}" for other, peak in self.others.items())
+            lines.append(labelled("other bundles", peaks))
+        if self.advice is not None:
+            lines.append(labelled("advice", f"a bundle in {self.advice} also fits and is nearer to the original model"))
+        return lines
+
+    def _fits(self, peak: int) -> str:
+        if self.budget == UNLIMITED:
+            return gib_needed(peak, 2)
+        return f"{gib_needed(peak, 2)}, {'fits' if peak <= self.budget else 'does not fit'}"
+
+    def document(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "peak": self.peak,
+            "context": ORT_CUDA.nbytes,
+            "keep_all": self.keep_all,
+            "tiled": self.tiled,
+            "denoiser": self.denoiser,
+            "stages": {
+                program.value: {"bytes": stage.total, "weights": stage.weights, "activations": stage.activations}
+                for program, stage in self.stages.items()
+            },
+            "other_bundles": {precision.value: peak for precision, peak in self.others.items()},
+        }
 
 
 def tile_values(budget: int, config: VaeConfig) -> int:
     """Values of a tile within a budget in bytes."""
-    room = budget - CONTEXT - _layer_weights(config)
+    room = budget - ORT_CUDA.nbytes - _layer_weights(config)
     return max(min(room // (_FLOAT * _TILE_COPIES), _LARGEST_TILE), _SMALLEST_TILE)
 
 
@@ -95,28 +149,8 @@ def _layer_weights(config: VaeConfig) -> int:
     return int(2 * 9 * _FLOAT * max(config.block_out_channels) ** 2)
 
 
-@dataclass(frozen=True)
-class _Asked:
-    """A request and what there is for it."""
-
-    geometry: ImageGeometry
-    tokens: int  # of the prompt
-    budget: int  # bytes
-    batch: int
-    encodes: bool
-    capability: Capability | None
-
-
 def plan_vram(
-    manifest: Manifest,
-    geometry: ImageGeometry,
-    prompt_tokens: int,
-    budget: int,
-    batch_size: int = 1,
-    *,
-    encodes: bool = False,
-    capability: Capability | None = None,
-    denoiser: str | None = None,
+    manifest: Manifest, work: Work, budget: int, *, capability: Capability | None = None, denoiser: str | None = None
 ) -> VramPlan:
     """The plan for a request within `budget` bytes, on a GPU of a compute capability. Nothing is loaded or looked up.
 
@@ -125,67 +159,68 @@ def plan_vram(
     Raises `MemoryLimitError` where even one stage at a time does not fit, naming the smallest budget that would, and
     a bundle of the same model that fits, if there can be one.
     """
-    asked = _Asked(geometry, prompt_tokens, budget, batch_size, encodes, capability)
-    plan = _best(manifest, asked, denoiser)
+    plan = _best(manifest, work, budget, capability, denoiser)
     if plan.peak <= budget:
         return plan
-    what = f"{geometry.width}x{geometry.height}" + (f" in batches of {batch_size}" if batch_size > 1 else "")
-    needed, other = _gib(plan.peak), ""
-    others = _others(manifest, asked)
+    size = f"{work.geometry.width}x{work.geometry.height}"
+    what, needed, other = size + (f" in batches of {work.batch}" if work.batch > 1 else ""), gib_needed(plan.peak), ""
+    others = other_peaks(manifest, work, budget, capability=capability)
     if precision := advised(others, budget, capability):
-        other = f"a bundle in {precision} of the same model needs about {_gib(others[precision])}; "
+        other = f"a bundle in {precision} of the same model needs about {gib_needed(others[precision])}; "
     raise MemoryLimitError(
-        f"{what} needs about {needed} of GPU memory and {budget / 2**30:.1f} GiB is available; {other}"
+        f"{what} needs about {needed} of GPU memory and {gib_free(budget)} is available; {other}"
         f"give --vram {needed.replace(' ', '')} where there is as much, a smaller --size, or --executor cpu"
     )
 
 
+def predict_vram(manifest: Manifest, work: Work, budget: int, capability: Capability | None) -> VramPlan:
+    """As `plan_vram`, together with what bundles of the same model in other precisions would take."""
+    plan = plan_vram(manifest, work, budget, capability=capability)
+    others = other_peaks(manifest, work, budget, capability=capability)
+    best = advised({**others, manifest.precision: plan.peak}, budget, capability)
+    advice = best if budget != UNLIMITED and best is not None and nearer(best, manifest.precision) else None
+    return dataclasses.replace(plan, others=others, advice=advice)
+
+
 def other_peaks(
-    manifest: Manifest,
-    geometry: ImageGeometry,
-    prompt_tokens: int,
-    budget: int,
-    batch_size: int = 1,
-    *,
-    capability: Capability | None = None,
+    manifest: Manifest, work: Work, budget: int, *, capability: Capability | None = None
 ) -> dict[Precision, int]:
     """What bundles of the same model in other precisions would take of the budget, or go over it, in bytes."""
-    return _others(manifest, _Asked(geometry, prompt_tokens, budget, batch_size, False, capability))
+    others = (precision for precision in candidates(capability) if precision is not manifest.precision)
+    return {one: _best(as_precision(manifest, one), work, budget, capability).peak for one in others}
 
 
-def _others(manifest: Manifest, asked: _Asked) -> dict[Precision, int]:
-    others = (precision for precision in candidates(asked.capability) if precision is not manifest.precision)
-    return {precision: _best(as_precision(manifest, precision), asked).peak for precision in others}
-
-
-def _best(manifest: Manifest, asked: _Asked, denoiser: str | None = None) -> VramPlan:
+def _best(
+    manifest: Manifest, work: Work, budget: int, capability: Capability | None, denoiser: str | None = None
+) -> VramPlan:
     """The plan for a request; one that goes over the budget, and as little as can be, where nothing fits."""
-    denoisers = (denoiser,) if denoiser else denoiser_programs(manifest, asked.capability)
-    plans = [_plan(manifest, asked, one) for one in denoisers]
-    fitting = (plan for plan in plans if plan.peak <= asked.budget)
+    denoisers = (denoiser,) if denoiser else denoiser_programs(manifest, capability)
+    plans = [_plan(manifest, work, budget, capability, one) for one in denoisers]
+    fitting = (plan for plan in plans if plan.peak <= budget)
     return next(fitting, min(plans, key=lambda plan: plan.peak))
 
 
-def _plan(manifest: Manifest, asked: _Asked, denoiser: str) -> VramPlan:
+def _plan(manifest: Manifest, work: Work, budget: int, capability: Capability | None, denoiser: str) -> VramPlan:
     weight_only = Program.DENOISER if denoiser != CUDA else None
     stages: dict[Program, StageVram] = {
-        program: StageVram(_weights(program, manifest), _activations(program, manifest, asked, program is weight_only))
+        program: StageVram(_weights(program, manifest), _activations(program, manifest, work, program is weight_only))
         for program in Program
         # modulation always runs on the host
-        if program is not Program.MODULATION and (asked.encodes or program is not Program.ENCODER)
+        if program is not Program.MODULATION and (work.encodes or program is not Program.ENCODER)
     }
-    vae, size, host = manifest.config.vae, (asked.geometry.width, asked.geometry.height), 0
-    values = max(tile_values(asked.budget, vae), 3 * max(vae.block_out_channels) * (size[0] + 2))  # a row and its halos
+    vae, size, host = manifest.config.vae, (work.geometry.width, work.geometry.height), 0
+    values = max(tile_values(budget, vae), 3 * max(vae.block_out_channels) * (size[0] + 2))  # a row and its halos
     in_tiles = StageVram(_layer_weights(vae), _FLOAT * _TILE_COPIES * values)
     for program, on_host in ((Program.DECODER, tiled_bytes), (Program.ENCODER, tiled_encoder_bytes)):
         whole = stages[program].total if program in stages else 0
-        if CONTEXT + whole > asked.budget and in_tiles.total < whole:
+        if ORT_CUDA.nbytes + whole > budget and in_tiles.total < whole:
             stages[program] = in_tiles
             host = max(host, on_host(vae, *size) + _FLOAT * _TILE_COPIES_ON_HOST * max(values - TILE_VALUES, 0))
     tiled, encodes_tiled = (stages.get(program) is in_tiles for program in (Program.DECODER, Program.ENCODER))
-    why = why_weight_only(asked.capability) if denoiser != CUDA else ""
-    together = VramPlan(CUDA, asked.budget, stages, True, tiled, encodes_tiled, host, denoiser, why)
-    return together if together.peak <= asked.budget else dataclasses.replace(together, keep_all=False)
+    why = why_weight_only(capability) if denoiser != CUDA else ""
+    group = group_size(manifest, work.geometry)
+    together = VramPlan(work, budget, stages, True, tiled, encodes_tiled, host, group, denoiser, why)
+    return together if together.peak <= budget else dataclasses.replace(together, keep_all=False)
 
 
 def _weights(program: Program, manifest: Manifest) -> int:
@@ -193,8 +228,8 @@ def _weights(program: Program, manifest: Manifest) -> int:
     return record.weight_bytes if record else 0
 
 
-def _activations(program: Program, manifest: Manifest, asked: _Asked, weight_only: bool) -> int:
-    config, geometry, tokens, batch = manifest.config, asked.geometry, asked.tokens, asked.batch
+def _activations(program: Program, manifest: Manifest, work: Work, weight_only: bool) -> int:
+    config, geometry, tokens, batch = manifest.config, work.geometry, work.tokens, work.batch
     # what else than 16 bits there may be is at most float32
     half = 2 if weight_only or manifest.precision in (Precision.BF16, Precision.FP16) else _FLOAT
     pixels = geometry.width * geometry.height
@@ -213,8 +248,3 @@ def _activations(program: Program, manifest: Manifest, asked: _Asked, weight_onl
         sequence += (batch - 1) * padded(tokens)
         widened = weight_only * _WIDENED_WEIGHTS * 2 * config.transformer.dim * config.transformer.ffn_dim
     return widened + int(sequence * config.transformer.dim * (half * _BLOCK_WIDTHS + _FLOAT * _FLOAT32_WIDTHS))
-
-
-def _gib(size: int) -> str:
-    """Rounded up, so that what it names is enough."""
-    return f"{-(-size * 10 // 2**30) / 10:.1f} GiB"

@@ -26,6 +26,14 @@ _SCALE = 4  # bytes, of an int8 linear's output channel
 _HALVES = (Precision.BF16, Precision.FP16)
 
 
+_DISTANCE = {Precision.FP32: 0, Precision.BF16: 1, Precision.FP16: 1, Precision.INT8: 2, Precision.INT4: 3}
+
+
+def nearer(one: Precision, other: Precision) -> bool:
+    """Whether a bundle in `one` is nearer to the original model than one in `other`."""
+    return _DISTANCE[one] < _DISTANCE[other]
+
+
 def candidates(capability: Capability | None) -> tuple[Precision, ...]:
     """The precisions that suit a GPU, the nearest to the original first; without a GPU, one that has bfloat16.
 

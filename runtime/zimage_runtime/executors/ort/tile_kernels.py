@@ -12,6 +12,7 @@ import numpy as np
 from ...arrays import FloatArray
 from ...machine.tiny_onnx import Element, Node, Value, onnx_model
 from ...tiles.kernels import Convolution, Normed, Plain
+from ..worker import Stop
 
 _OPSET = 18
 _MAP = Value(Element.FLOAT, (None, None, None, None))  # [1, channels, height, width]
@@ -50,6 +51,7 @@ class OrtTileKernels:
     device: Any  # the executor's `Device`
     make_session: Any  # bytes of a model → its session
     tile_values: int
+    stop: Stop = field(default_factory=Stop)
     _sessions: dict[bytes, Any] = field(default_factory=dict, repr=False)
 
     def plain(self, convolution: Convolution) -> Plain:
@@ -84,4 +86,4 @@ class OrtTileKernels:
             binding.bind_ortvalue_input(name, value)
         if pads is not None:
             binding.bind_cpu_input("pads", pads)  # which the operator reads on the host
-        return self.device.run(self._sessions[model], binding, "y")[0]  # type: ignore[no-any-return]
+        return self.device.run(self._sessions[model], binding, "y", self.stop)[0]  # type: ignore[no-any-return]

@@ -5,9 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ...errors import ExecutorError
+from ...units import gib_free, gib_needed
 from .block_catalog import aligned
 from .device import Device, DeviceEvent, Graph, Pinned
-from .plan import gib
 
 
 @dataclass
@@ -22,8 +22,8 @@ class Budget:
         """Raises `ExecutorError` where the plan was wrong: a budget is never exceeded silently."""
         if self.used + nbytes > self.limit:
             raise ExecutorError(
-                f"{gib(self.used + nbytes)} of device memory is needed where {gib(self.limit)} was planned; "
-                "run zimage-export engines again, or set --vram lower"
+                f"{gib_needed(self.used + nbytes, 2)} of device memory is needed where {gib_free(self.limit, 2)} was "
+                "planned; run zimage-export engines again, or set --vram lower"
             )
         self.used += nbytes
         self.peak = max(self.peak, self.used)

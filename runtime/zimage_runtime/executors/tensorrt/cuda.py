@@ -1,6 +1,7 @@
 """`Device` on NVIDIA's runtime through cuda-bindings: memory, streams, events and graphs without torch."""
 
 import ctypes
+import threading
 from typing import Any
 
 import numpy as np
@@ -10,15 +11,20 @@ from .device import DeviceEvent, Graph, Pinned, Stream
 
 
 class CudaDevice:
-    """The current CUDA device. Implements `Device`."""
+    """One CUDA device. Implements `Device`."""
 
     def __init__(self, index: int = 0) -> None:
-        """Raises `ExecutorError` where there is no driver or no GPU."""
+        """Raises `ExecutorError` where there is no driver or no such GPU."""
         self._cuda = _bindings()
+        self._index = index
+        self._threads = threading.local()  # CUDA's current device is a property of each thread
+        self._threads.device = index  # until it is known that there is one
         count = self._call("cudaGetDeviceCount")
         if count == 0:
             raise ExecutorError(NO_GPU)
-        self._call("cudaSetDevice", index)
+        if index >= count:
+            raise ExecutorError(f"there is no GPU {index}: the driver finds {count}, numbered from 0")
+        self._threads.device = None
         properties = self._call("cudaGetDeviceProperties", index)
         self._capability = (int(properties.major), int(properties.minor))
         self._name = bytes(properties.name).split(b"\0")[0].decode(errors="replace")
@@ -125,6 +131,9 @@ class CudaDevice:
 
     def _call(self, name: str, *arguments: Any) -> Any:
         """One call of the runtime: its results, or an `ExecutorError` that says what to do."""
+        if getattr(self._threads, "device", None) != self._index:
+            self._threads.device = self._index
+            self._call("cudaSetDevice", self._index)
         error, *values = getattr(self._cuda, name)(*arguments)
         if error == self._cuda.cudaError_t.cudaSuccess:
             return values[0] if len(values) == 1 else tuple(values)

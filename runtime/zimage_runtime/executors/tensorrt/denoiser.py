@@ -35,7 +35,7 @@ def patchify(latents: FloatArray) -> FloatArray:
 
 
 def unpatchify(patches: FloatArray, shape: tuple[int, ...]) -> FloatArray:
-    """The opposite, to `shape`."""
+    """Patches back to latents of `shape`, as `patchify` took them apart."""
     channels, height, width = shape
     x = patches.reshape(height // PATCH_SIZE, width // PATCH_SIZE, PATCH_SIZE, PATCH_SIZE, channels)
     return x.transpose(4, 0, 2, 1, 3).reshape(shape)

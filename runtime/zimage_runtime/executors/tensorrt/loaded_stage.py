@@ -59,6 +59,7 @@ class LoadedStage:
     graph: Graph | None = None  # a captured step
     warm: bool = False  # whether a step ran since the buffers were made
     owner: object = None  # whose values the buffers hold
+    check: Callable[[], object] = lambda: None  # called before each block is queued; raises to stop
 
     def __post_init__(self) -> None:
         self._weights = Arena(self.machine.device, self.machine.budget)
@@ -161,7 +162,7 @@ class LoadedStage:
         self.machine.device.upload(address, self._pinned[name].address, nbytes, self.machine.compute)
 
     def send(self, name: str, values: FloatArray, address: int) -> None:
-        """Both."""
+        """Writes values to pinned memory and queues their copy to the device."""
         self.write(name, values)
         self.upload(name, values.nbytes, address)
 
@@ -193,6 +194,7 @@ class LoadedStage:
 
         `rows` is the address of its four norms' rows, `row` bytes apart, where the timestep decides them.
         """
+        self.check()
         place = self.plan.needs.blocks[index]
         base = self._stack.acquire(index)
         norms = {f"{name}.weight": rows + turn * row for turn, name in enumerate(NORMS)} if is_modulated(place) else {}

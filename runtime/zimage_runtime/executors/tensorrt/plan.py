@@ -7,19 +7,25 @@ and the others on tiles of maps that stay on the host; the encoder runs on the h
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
+from ...bundle.manifest import Manifest
 from ...errors import MemoryLimitError, RequestError
 from ...model.blocks import main_blocks
 from ...model.config import PATCH_SIZE, ModelConfig
 from ...model.programs import Program
+from ...units import gib, gib_free, gib_needed
+from ..overheads import TENSORRT_CUDA
+from ..plan_lines import labelled
+from ..protocol import Work
+from ..turns import group_size
 from .block_catalog import VariantSpec
 from .decoder_tiles import takes_maps, tiled_decoder
 from .stage_sizes import STAGES, ImageSizes, StageNeeds, stage_needs
 
-CONTEXT_BYTES = 400 << 20
-"""What CUDA, the driver and compiled kernels take before any of ours. An assumption: not yet measured on a GPU."""
+CONTEXT_BYTES = TENSORRT_CUDA.nbytes
 
 SLOTS = 2
 
@@ -61,11 +67,13 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class ResidencyPlan:
-    """The plan for one image, or for a batch of them."""
+    """The plan for one image, or for a batch of them. Implements `Plan`."""
 
+    work: Work
     stages: Mapping[Program, StagePlan]  # those on the device
     budget: int
-    keep_all: bool  # whether stages stay loaded between images
+    group_size: int  # images that are denoised before any is decoded, where stages take turns
+    keep_all: bool = False  # whether stages stay loaded between images
     on_host: Mapping[Program, int | None] = field(default_factory=dict)
     """The stages that the CPU does, and the smallest budget at which the device would; None where none is enough."""
     whole_decoder: int | None = None
@@ -76,6 +84,11 @@ class ResidencyPlan:
         """The most VRAM that is taken at any moment, CUDA's own included."""
         sizes = [stage.nbytes for program, stage in self.stages.items() if program is not Program.ENCODER]
         return CONTEXT_BYTES + (sum(sizes) if self.keep_all else max(sizes))
+
+    @property
+    def group(self) -> int:
+        """Images that are denoised before any is decoded."""
+        return self.work.batch if self.keep_all else self.group_size
 
     @property
     def captured(self) -> bool:
@@ -97,21 +110,78 @@ class ResidencyPlan:
             return None
         if self.whole_decoder is None:
             return f"in tiles; {_NO_ENGINE}"
-        return f"in tiles; as a whole from a budget of {gib(self.whole_decoder, up=True)}"
+        return f"in tiles; as a whole from a budget of {gib_needed(self.whole_decoder, 2)}"
 
     def why_on_host(self, program: Program) -> str:
         """Why a stage runs on the CPU, and what would change that."""
         budget = self.on_host[program]
         if budget is None:
             return _NO_ENGINE
-        return f"on the GPU from a budget of {gib(budget, up=True)}"
+        return f"on the GPU from a budget of {gib_needed(budget, 2)}"
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know, one line each."""
+        streamed = len(self.stages[Program.DENOISER].streamed)
+        notes = [f"{streamed} of the transformer's blocks are streamed each step"] if streamed else []
+        if how := self.how_decoded:
+            notes.append(f"the image is decoded {how}")
+        return tuple(notes)
+
+    def lines(self) -> list[str]:
+        """For people: the peak, each stage, and how a step runs."""
+        together = "all stages stay loaded" if self.keep_all else "stages take turns"
+        context = f"{gib(CONTEXT_BYTES, 2)} of it {TENSORRT_CUDA.source} for CUDA itself"
+        return [
+            labelled("peak", f"{gib_needed(self.peak, 2)}, {context}; {together}"),
+            *(labelled(program.value, self._described(program)) for program in STAGES),
+            labelled("step", "one CUDA graph" if self.captured else "block by block, copies beside computing"),
+        ]
+
+    def _described(self, program: Program) -> str:
+        stage = self.stages.get(program)
+        if stage is None:
+            tiles = ", in tiles" if program is Program.DECODER else ""
+            return f"on the CPU{tiles}; {self.why_on_host(program)}"
+        count, kept = len(stage.needs.blocks), len(stage.resident)
+        if stage.needs.tiles:
+            mode = f"its first {count} blocks whole, the others {self.how_decoded}"
+        else:
+            mode = "all resident" if kept == count else f"{kept} of {count} blocks resident, {count - kept} streamed"
+        buffers = stage.nbytes - stage.weight_bytes - stage.needs.scratch
+        return (
+            f"{gib(stage.nbytes, 2)}: weights {gib(stage.weight_bytes, 2)}, scratch {gib(stage.needs.scratch, 2)}, "
+            f"buffers {gib(buffers, 2)}; {mode}"
+        )
+
+    def document(self) -> dict[str, Any]:
+        """For programs."""
+        return {
+            "peak": self.peak,
+            "context": CONTEXT_BYTES,
+            "keep_all": self.keep_all,
+            "captured": self.captured,
+            "stages": {
+                program.value: {
+                    "bytes": stage.nbytes,
+                    "weights": stage.weight_bytes,
+                    "scratch": stage.needs.scratch,
+                    "blocks": len(stage.needs.blocks),  # of a decoder in tiles, those that work on whole maps
+                    "resident": sorted(stage.resident),
+                }
+                for program, stage in self.stages.items()
+            },
+            "in_tiles": {"decoder": {"smallest_budget": self.whole_decoder}} if self.in_tiles else {},
+            "on_cpu": {program.value: {"smallest_budget": nbytes} for program, nbytes in self.on_host.items()},
+        }
 
 
-def plan_residency(spec: VariantSpec, config: ModelConfig, sizes: ImageSizes, budget: int) -> ResidencyPlan:
+def plan_residency(spec: VariantSpec, manifest: Manifest, work: Work, budget: int) -> ResidencyPlan:
     """The plan for a budget in bytes.
 
     Raises `MemoryLimitError`, with the smallest budget that would do, where there is none.
     """
+    config, sizes = manifest.config, ImageSizes.of(work.geometry, work.tokens, work.batch)
     _check_tokens(spec, config, sizes)
     needs = {program: stage_needs(program, spec, config, sizes) for program in STAGES}
     room = budget - CONTEXT_BYTES
@@ -128,7 +198,8 @@ def plan_residency(spec: VariantSpec, config: ModelConfig, sizes: ImageSizes, bu
             on_host[program] = CONTEXT_BYTES + min(least) if least else None
     wide = _too_wide(needs[Program.DECODER], spec, sizes)
     whole = None if wide else CONTEXT_BYTES + _everything(needs[Program.DECODER]).nbytes
-    plan = ResidencyPlan(stages, budget, keep_all=False, on_host=on_host, whole_decoder=whole)
+    group = group_size(manifest, work.geometry)
+    plan = ResidencyPlan(work, stages, budget, group, on_host=on_host, whole_decoder=whole)
     complete = set(stages) == set(needs) and not any(s.streamed or s.needs.tiles for s in stages.values())
     keep_all = complete and sum(stage.nbytes for stage in stages.values()) <= room
     return replace(plan, keep_all=keep_all)
@@ -201,8 +272,8 @@ def _too_wide(needs: StageNeeds, spec: VariantSpec, sizes: ImageSizes) -> bool:
 
 def _refusal(budget: int, smallest: int) -> MemoryLimitError:
     return MemoryLimitError(
-        f"this image does not fit in {gib(budget)} of VRAM: the smallest budget that it would fit in is "
-        f"{gib(smallest, up=True)}; raise --vram, lower --size, or use --executor cpu"
+        f"this image does not fit in {gib_free(budget, 2)} of VRAM: the smallest budget that it would fit in is "
+        f"{gib_needed(smallest, 2)}; raise --vram, lower --size, or use --executor cpu"
     )
 
 
@@ -227,32 +298,3 @@ def _plan_stage(needs: StageNeeds, room: int, images: int, streamable: bool) -> 
 def spread(count: int, chosen: int) -> frozenset[int]:
     """`chosen` of `count` indices, evenly apart: between two streamed blocks, a resident one hides a copy."""
     return frozenset(index for index in range(count) if (index + 1) * chosen // count > index * chosen // count)
-
-
-def gib(nbytes: int, *, up: bool = False) -> str:
-    """Bytes as people say them; with `up`, never less than they are, so that the number can be asked for."""
-    hundredths = -(-nbytes * 100 // 2**30) if up else round(nbytes * 100 / 2**30)
-    return f"{hundredths / 100:.2f} GiB"
-
-
-def describe(plan: ResidencyPlan) -> Sequence[tuple[Program, str]]:
-    """A line for each stage."""
-    lines = []
-    for program in STAGES:
-        stage = plan.stages.get(program)
-        if stage is None:
-            tiles = ", in tiles" if program is Program.DECODER else ""
-            lines.append((program, f"on the CPU{tiles}; {plan.why_on_host(program)}"))
-            continue
-        count, kept = len(stage.needs.blocks), len(stage.resident)
-        if stage.needs.tiles:
-            mode = f"its first {count} blocks whole, the others {plan.how_decoded}"
-        else:
-            mode = "all resident" if kept == count else f"{kept} of {count} blocks resident, {count - kept} streamed"
-        buffers = stage.nbytes - stage.weight_bytes - stage.needs.scratch
-        text = (
-            f"{gib(stage.nbytes)}: weights {gib(stage.weight_bytes)}, scratch {gib(stage.needs.scratch)}, "
-            f"buffers {gib(buffers)}; {mode}"
-        )
-        lines.append((program, text))
-    return lines

@@ -1,0 +1,283 @@
+"""ONNX Runtime on a device: what the executors for GPUs share, whatever the provider.
+
+Caption tokens, rotary tables and the modulation table are copied to the device once a prompt and stay there for all
+steps; latents and velocity, a megabyte each, are what crosses. Prompt embeddings are gathered on the host, and the
+modulation program runs there. A session of the library holds its weights and its own arena until it is released.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
+
+from ...arrays import FloatArray
+from ...bundle.bundle import Bundle
+from ...bundle.manifest import CUDA
+from ...bundle.tensors import TensorFile
+from ...errors import CancelledError, ExecutorError
+from ...model.config import VaeConfig
+from ...model.geometry import Rotary
+from ...model.programs import SIGNATURES, Program
+from ...tiles.tiling import TiledDecoder, TiledEncoder
+from ..protocol import Computation, Conditioning, Plan, Work
+from ..turns import leaving, scope
+from ..worker import Stop, Worker
+from .cpu_plan import check_host
+from .device import OrtDevice, Provider, explained, run_bound
+from .device_plan import VramPlan, plan_vram, tile_values
+from .host_programs import HostPrograms, session_options
+from .int8_denoiser import Capability, denoiser_programs
+from .tile_kernels import OrtTileKernels
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class OrtDeviceExecutor:
+    """Programs are loaded when a session first needs them. Implements `Executor`."""
+
+    name: str
+    bundle: Bundle
+    provider: Provider
+    budget: int  # bytes that may be held on the device
+    capability: Capability | None = None  # of an NVIDIA GPU
+    low_memory: bool = False  # for what runs on the host
+    keep_loaded: bool = True
+    device_name: str = "a GPU"
+    fixed_denoiser: str | None = None  # one of an int8 bundle's two programs, which is otherwise chosen
+    _sessions: dict[Program, Any] = field(default_factory=dict, repr=False)
+    _denoiser: str = field(init=False, repr=False)  # the program that is loaded, or would be
+    _shrinks: str | None = field(init=False, repr=False)
+    _host: HostPrograms = field(init=False, repr=False)
+    _worker: Worker = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._denoiser = self.fixed_denoiser or denoiser_programs(self.bundle.manifest, self.capability)[0]
+        self._shrinks = self.provider.shrinks
+        self._host = HostPrograms(self.bundle, low_memory=self.low_memory)
+        self._worker = Worker(f"zimage {self.name}")
+
+    @property
+    def device(self) -> OrtDevice:
+        """Where values are."""
+        return self.provider.device
+
+    @property
+    def loaded(self) -> set[Program]:
+        """The programs that have a session now, on the device or on the host."""
+        return set(self._sessions) | self._host.loaded
+
+    def plan(self, work: Work) -> VramPlan:
+        plan = plan_vram(
+            self.bundle.manifest, work, self.budget, capability=self.capability, denoiser=self.fixed_denoiser
+        )
+        check_host(work, plan.host)
+        return plan
+
+    def session(self, plan: Plan) -> AbstractContextManager["DeviceSession"]:
+        session = DeviceSession(self, cast(VramPlan, plan), self._worker)
+        return scope(session, keeps=session.plan.keep_all and self.keep_loaded, free=self.release)
+
+    def computation(self, plan: Plan) -> Computation:
+        import onnxruntime
+
+        return Computation(cast(VramPlan, plan).denoiser, f"onnxruntime {onnxruntime.__version__}")
+
+    def release(self) -> None:
+        self._worker.call(self._release)
+
+    def _release(self, *programs: Program) -> None:
+        for program in programs or tuple(self._sessions):
+            self._sessions.pop(program, None)
+        self._host.release(*programs)
+
+    def close(self) -> None:
+        self.release()
+        self._worker.close()
+
+    def enter(self, program: Program, plan: VramPlan) -> None:
+        """Makes room for a program that is about to run."""
+        gone = leaving(program, self.loaded, keep_all=plan.keep_all, keep_loaded=self.keep_loaded)
+        if plan.denoiser != self._denoiser:
+            gone.add(Program.DENOISER)
+            self._denoiser = plan.denoiser
+        if gone:
+            self._release(*gone)
+
+    def run_host(self, program: Program, feeds: Mapping[str, FloatArray], stop: Stop) -> dict[str, FloatArray]:
+        """Runs a program on the host's processor."""
+        return self._host.run(program, feeds, stop)
+
+    def run_once(self, program: Program, feeds: Mapping[str, FloatArray], stop: Stop) -> dict[str, FloatArray]:
+        """Runs a program whose inputs and outputs both cross."""
+        self.load(program, stop)
+        binding = self._binding(program, {name: self.device.wrapped(value) for name, value in feeds.items()}, stop)
+        names = list(SIGNATURES[program].outputs)
+        for name in names:
+            binding.bind_output(name, self.device.kind, self.device.index)
+        self._run(program, binding, stop, shrink=True)
+        return {name: self.device.download(value) for name, value in zip(names, binding.get_outputs(), strict=True)}
+
+    def run_bound(
+        self,
+        program: Program,
+        inputs: Mapping[str, Any],
+        outputs: Mapping[str, Any],
+        stop: Stop,
+        *,
+        shrink: bool = False,
+    ) -> None:
+        """Runs a program on values of the device, into values of the device.
+
+        With `shrink`, the arena gives back what the run took for activations.
+        """
+        binding = self._binding(program, inputs, stop)
+        for name, value in outputs.items():
+            binding.bind_ortvalue_output(name, value)
+        self._run(program, binding, stop, shrink)
+
+    def _binding(self, program: Program, inputs: Mapping[str, Any], stop: Stop) -> Any:
+        """Made for every run: it keeps its session alive, and takes microseconds."""
+        self.load(program, stop)
+        binding = self._sessions[program].io_binding()
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        return binding
+
+    def load(self, program: Program, stop: Stop) -> None:
+        """Makes a program's session, unless it has one."""
+        if program not in self._sessions:
+            self._sessions[program] = self._session(program, stop)
+
+    def _run(self, program: Program, binding: Any, stop: Stop, shrink: bool) -> None:
+        arena = self._shrinks if shrink else None
+        try:
+            run_bound(self._sessions[program], binding, f"{program} failed", stop, arena)
+        except ExecutorError as error:
+            if arena is None or "memory arena shrink list" not in str(error):
+                raise
+            # the CUDA provider as a plug-in has an arena of its own, and this is said before anything is run
+            self._shrinks = None
+            run_bound(self._sessions[program], binding, f"{program} failed", stop)
+
+    def _session(self, program: Program, stop: Stop) -> Any:
+        path = self.bundle.program(program, self._denoiser if program is Program.DENOISER else CUDA)
+        return self.open(str(path), f"{program} in {path}", stop)
+
+    def open(self, model: str | bytes, what: str, stop: Stop) -> Any:
+        """A session of a model, a file's path or its bytes."""
+        options = session_options()
+        try:
+            with stop.aborting(lambda: options.set_load_cancellation_flag(True)):
+                return self.provider.session(model, options)
+        except (CancelledError, ExecutorError):
+            raise
+        except Exception as error:
+            stop.check()
+            raise explained(f"{what} cannot be loaded", error) from None
+
+
+@dataclass
+class DeviceSession:
+    """One request on the device. Implements `Session`."""
+
+    executor: OrtDeviceExecutor
+    plan: VramPlan
+    worker: Worker
+    stop: Stop = field(default_factory=Stop)
+
+    def encode_text(self, embeddings: FloatArray, rotary: Rotary) -> FloatArray:
+        feeds = {"inputs_embeds": embeddings, "cos": rotary.cos, "sin": rotary.sin}
+        return self._run_once(Program.TEXT_ENCODER, feeds)["hidden_states"]
+
+    def denoiser(self, conditioning: Conditioning) -> "_DeviceDenoiser":
+        return self.worker.call(lambda: self._denoiser(conditioning), self.stop)
+
+    def _denoiser(self, conditioning: Conditioning) -> "_DeviceDenoiser":
+        executor, device, rotary = self.executor, self.executor.device, conditioning.caption_rotary
+        executor.enter(Program.CAPTION, self.plan)
+        executor.load(Program.CAPTION, self.stop)
+        upload, dim = device.upload, executor.bundle.manifest.config.transformer.dim
+        caption = device.empty((1, rotary.cos.shape[1], dim))
+        fixed = {
+            "caption": caption,
+            "image_cos": upload(conditioning.image_rotary.cos),
+            "image_sin": upload(conditioning.image_rotary.sin),
+            "caption_cos": upload(rotary.cos),
+            "caption_sin": upload(rotary.sin),
+        }
+        feeds = {
+            "hidden_states": upload(conditioning.hidden_states),
+            "cos": fixed["caption_cos"],
+            "sin": fixed["caption_sin"],
+        }
+        executor.run_bound(Program.CAPTION, feeds, {"caption": caption}, self.stop, shrink=True)
+        table = executor.run_host(Program.MODULATION, {"timesteps": conditioning.timesteps}, self.stop)
+        rows = tuple(
+            {"modulation": upload(row), "final_scale": upload(scale)}
+            for row, scale in zip(table["modulation"], table["final_scale"], strict=True)
+        )
+        return _DeviceDenoiser(self, fixed, rows)
+
+    def decode(self, latents: FloatArray) -> FloatArray:
+        if not self.plan.tiled:
+            return self._run_once(Program.DECODER, {"latents": latents})["image"]
+        return self._in_tiles(Program.DECODER, lambda: TiledDecoder(*self._tiled())(latents))
+
+    def encode(self, image: FloatArray) -> tuple[FloatArray, FloatArray]:
+        if not self.plan.encodes_tiled:
+            outputs = self._run_once(Program.ENCODER, {"image": image})
+            return outputs["mean"], outputs["logvar"]
+        return self._in_tiles(Program.ENCODER, lambda: TiledEncoder(*self._tiled())(image))
+
+    def _run_once(self, program: Program, feeds: dict[str, FloatArray]) -> dict[str, FloatArray]:
+        def task() -> dict[str, FloatArray]:
+            self.executor.enter(program, self.plan)
+            return self.executor.run_once(program, feeds, self.stop)
+
+        return self.worker.call(task, self.stop)
+
+    def _in_tiles(self, program: Program, function: Callable[[], Result]) -> Result:
+        def task() -> Result:
+            self.executor.enter(program, self.plan)
+            return function()
+
+        return self.worker.call(task, self.stop)
+
+    def _tiled(self) -> tuple[VaeConfig, TensorFile, OrtTileKernels]:
+        executor, manifest = self.executor, self.executor.bundle.manifest
+        weights = TensorFile(executor.bundle.file(manifest.weights["vae"]))
+        return manifest.config.vae, weights, self.tile_kernels()
+
+    def tile_kernels(self) -> OrtTileKernels:
+        """What computes the tiles of an image that does not fit as a whole."""
+        values = tile_values(self.executor.budget, self.executor.bundle.manifest.config.vae)
+
+        def open_tile(model: bytes) -> Any:
+            return self.executor.open(model, "a tile's program", self.stop)
+
+        return OrtTileKernels(self.executor.device, open_tile, values, self.stop)
+
+    def cancel(self) -> None:
+        self.stop.request()
+
+
+@dataclass(frozen=True)
+class _DeviceDenoiser:
+    """The steps of one conditioning. Its values are no session's, so that stages may come and go between images."""
+
+    session: DeviceSession
+    fixed: Mapping[str, Any]  # caption tokens and rotary tables
+    rows: tuple[Mapping[str, Any], ...]  # of the modulation table, one per step
+
+    def __call__(self, latents: FloatArray, step: int) -> FloatArray:
+        return self.session.worker.call(lambda: self._velocity(latents, step), self.session.stop)
+
+    def _velocity(self, latents: FloatArray, step: int) -> FloatArray:
+        executor, stop = self.session.executor, self.session.stop
+        executor.enter(Program.DENOISER, self.session.plan)
+        velocity = executor.device.empty(latents.shape)
+        inputs = {"latents": executor.device.upload(latents), **self.fixed, **self.rows[step]}
+        last = step == len(self.rows) - 1
+        executor.run_bound(Program.DENOISER, inputs, {"velocity": velocity}, stop, shrink=last)
+        return executor.device.download(velocity)

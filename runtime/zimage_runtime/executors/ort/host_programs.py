@@ -1,0 +1,111 @@
+"""Programs on the host's processor: sessions of ONNX Runtime that are made when first used and live until released."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...arrays import FloatArray
+from ...bundle.bundle import Bundle
+from ...bundle.manifest import CPU
+from ...errors import CancelledError, ExecutorError
+from ...machine.cores import thread_count
+from ...machine.int8_products import ACTIVATION_LEVELS, activation_levels
+from ...model.programs import SIGNATURES, Program
+from ..worker import Stop
+
+_WIDENING = ["ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer"]
+"""The graph optimizations that would widen all bf16 or fp16 weights to float32 at once, at load."""
+
+
+class HostPrograms:
+    """The CPU programs of a bundle."""
+
+    def __init__(self, bundle: Bundle, *, low_memory: bool = False) -> None:
+        """With `low_memory`, weights stay mapped from the file and are never copied into a faster layout."""
+        self._bundle = bundle
+        self._low_memory = low_memory
+        self._sessions: dict[Program, Any] = {}
+
+    @property
+    def loaded(self) -> set[Program]:
+        """The programs that have a session now."""
+        return set(self._sessions)
+
+    def release(self, *programs: Program) -> None:
+        """Frees what the programs hold; without arguments, everything."""
+        for program in programs or tuple(self._sessions):
+            self._sessions.pop(program, None)
+
+    def run(self, program: Program, feeds: Mapping[str, FloatArray], stop: Stop | None = None) -> dict[str, FloatArray]:
+        """Runs one program: inputs and outputs by the names in `model.programs`.
+
+        Raises `ExecutorError`, or `CancelledError` within one operator's time of a request to stop.
+        """
+        import onnxruntime
+
+        stop = stop or Stop()
+        names = list(SIGNATURES[program].outputs)
+        self.load(program, stop)
+        session, options = self._sessions[program], onnxruntime.RunOptions()
+        try:
+            with stop.aborting(lambda: setattr(options, "terminate", True)):
+                outputs: list[NDArray[np.float32]] = session.run(names, {**feeds, **_settings(session)}, options)
+        except CancelledError:
+            raise
+        except Exception as error:  # the library's own classes share no base but Exception
+            stop.check()
+            raise _explained(program, "failed", error) from None
+        # the arrays lie in the session's arena, all of which lives for as long as one of them does: copies do not
+        return {name: output.copy() for name, output in zip(names, outputs, strict=True)}
+
+    def load(self, program: Program, stop: Stop | None = None) -> None:
+        """Makes a program's session, unless it has one."""
+        if program not in self._sessions:
+            self._sessions[program] = self._session(program, stop or Stop())
+
+    def _session(self, program: Program, stop: Stop) -> Any:
+        import onnxruntime
+
+        path = self._bundle.program(program, CPU)
+        options = session_options()
+        disabled: list[str] = []
+        if self._low_memory:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            disabled = _WIDENING
+        try:
+            with stop.aborting(lambda: options.set_load_cancellation_flag(True)):
+                return onnxruntime.InferenceSession(
+                    str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=disabled
+                )
+        except CancelledError:
+            raise
+        except Exception as error:
+            stop.check()
+            raise _explained(program, f"cannot be loaded from {path}", error) from None
+
+
+def session_options() -> Any:
+    """What every session of ours is made with."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # errors reach the caller as exceptions; stderr is the command's own
+    options.intra_op_num_threads = thread_count()
+    options.enable_mem_pattern = False  # the second run would take another block as large as all activations
+    return options
+
+
+def _settings(session: Any) -> dict[str, NDArray[np.float32]]:
+    """What this processor needs otherwise than a program has it: see `int8_products`."""
+    if all(value.name != ACTIVATION_LEVELS for value in session.get_overridable_initializers()):
+        return {}
+    return {ACTIVATION_LEVELS: np.array(activation_levels(), np.float32)}
+
+
+def _explained(program: Program, what: str, error: Exception) -> ExecutorError:
+    text = " ".join(str(error).split())
+    if "bad allocation" in text or "bad_alloc" in text or "Failed to allocate memory" in text:
+        return ExecutorError(f"{program} {what}: out of memory; try a smaller --size or --low-memory")
+    return ExecutorError(f"{program} {what}: {text[:300]}")

@@ -16,7 +16,7 @@ from zimage_runtime.errors import ExecutorError
 from zimage_runtime.machine import cuda_driver, gpus
 from zimage_runtime.machine.gpu_monitor import GpuMonitor, open_monitor
 from zimage_runtime.machine.gpus import Gpu, find_gpu, list_gpus, memory_of_this_process
-from zimage_runtime.machine.nvml import NOT_LISTED, Unavailable
+from zimage_runtime.machine.nvml import NOT_LISTED, Unmeasured
 
 OLD = Card("NVIDIA GeForce GTX 1080", (6, 1), 8 * GIB, 7 * GIB, id=uuid.UUID(int=1))
 NEW = Card(id=uuid.UUID(int=2))
@@ -99,7 +99,7 @@ def test_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ExecutorError, match="no NVIDIA driver found"):
         find_gpu()
     monitor = open_monitor()
-    assert isinstance(monitor, Unavailable)
+    assert isinstance(monitor, Unmeasured)
     assert "no NVIDIA driver" in monitor.reason
 
 
@@ -177,7 +177,7 @@ def test_a_process_that_computes_and_draws_is_counted_once(monkeypatch: pytest.M
 def test_memory_that_nvml_does_not_report(processes: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     install_gpus(monkeypatch, Card(processes=processes))
     for found in (find_gpu().used_by(42), GpuMonitor(find_gpu()).process_memory(42)):
-        assert isinstance(found, Unavailable)
+        assert isinstance(found, Unmeasured)
         assert reason in found.reason
 
 
@@ -185,9 +185,9 @@ def test_a_driver_that_is_lost_later_is_no_value(monkeypatch: pytest.MonkeyPatch
     install_gpus(monkeypatch, NEW)
     gpu = find_gpu()
     install_gpus(monkeypatch, NEW, nvml_error=pynvml.NVMLError_Unknown())
-    assert isinstance(gpu.used_by(42), Unavailable)
+    assert isinstance(gpu.used_by(42), Unmeasured)
     install_gpus(monkeypatch, OLD)
-    assert isinstance(gpu.used_by(42), Unavailable)
+    assert isinstance(gpu.used_by(42), Unmeasured)
     with pytest.raises(ExecutorError, match=NEW.name):
         GpuMonitor(gpu)
 
@@ -245,7 +245,7 @@ def test_a_monitor_leaves_out_what_is_not_supported(monkeypatch: pytest.MonkeyPa
         }
         card.answers["nvmlDeviceGetTotalEnergyConsumption"] = pynvml.NVMLError_GpuIsLost()
         lost = monitor.energy()
-        assert isinstance(lost, Unavailable)
+        assert isinstance(lost, Unmeasured)
         assert "GPU is lost" in lost.reason
     assert nvml.sessions == 0
 

@@ -1,5 +1,6 @@
 """What a pipeline keeps, frees, encodes and counts: over several requests, in groups, and when it is left early."""
 
+import gc
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ import psutil
 import pytest
 
 from zimage_runtime.bundle.bundle import Bundle
-from zimage_runtime.errors import CancelledError, ExecutorError, MemoryLimitError
+from zimage_runtime.errors import CancelledError, DeviceLostError, ExecutorError, MemoryLimitError
 from zimage_runtime.executors.ort import cpu_plan
 from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
 from zimage_runtime.executors.ort.host_programs import HostPrograms
@@ -219,6 +220,38 @@ def test_a_pipeline_closes_itself(bundle: Path) -> None:
     assert not executor.loaded
     assert not thread.is_alive()
     pipeline.close()  # a second time, nothing happens
+
+
+def test_nothing_is_freed_on_a_device_that_is_lost(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Freeing may wait for it without end: the error must reach the caller, who ends the process."""
+    freed: list[str] = []
+
+    def lost(*arguments: object) -> object:
+        freed.clear()  # of what gave way to this stage
+        raise DeviceLostError("the device was lost, as the test wants it to be")
+
+    def generate() -> None:
+        with Pipeline.from_bundle(bundle, "cpu", keep_loaded=False) as pipeline:
+            events = pipeline.stream("a fox", size=(32, 32), steps=2, seed=0)
+            next(events)
+            monkeypatch.setattr(HostPrograms, "run", lost)
+            monkeypatch.setattr(HostPrograms, "release", lambda self, *programs: freed.append("release"))
+            list(events)
+
+    with pytest.raises(DeviceLostError):
+        generate()
+    assert freed == []
+
+
+def test_an_executor_that_nobody_closes_leaves_no_thread(bundle: Path) -> None:
+    pipeline = Pipeline.from_bundle(bundle, "cpu")
+    pipeline.generate("a fox", size=(32, 32), steps=1)
+    mine = [thread for thread in threading.enumerate() if thread.name == "zimage cpu"]
+    del pipeline
+    gc.collect()
+    for thread in mine:
+        thread.join(timeout=10)
+    assert not any(thread.is_alive() for thread in mine)
 
 
 def test_two_streams_of_one_pipeline_take_turns(bundle: Path) -> None:

@@ -54,7 +54,7 @@ PACKAGES = {  # which other packages each may import
 }
 
 PROGRESS = "zimage_runtime.command_line.progress"
-"""What reports progress to whoever shows it: any room may import it; the rest of `command_line` is for commands."""
+"""What reports progress: any room may import it; the rest of `command_line` is for commands."""
 
 COMMANDS = ("zimage_rt.cli", "zimage_rt.commands", "zimage_export.cli")
 

@@ -101,7 +101,7 @@ def draw_with_diffusers(text_to_image: Any, case: Case, image: Image.Image, mask
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_draws_what_diffusers_draws(pipeline: Pipeline, diffusers_pipeline: Any, case: Case) -> None:
+def test_generates_what_diffusers_generates(pipeline: Pipeline, diffusers_pipeline: Any, case: Case) -> None:
     image = photograph(*case.size)
     mask = blot(*case.size) if case.masked else None
     expected = draw_with_diffusers(diffusers_pipeline, case, image, mask)
@@ -149,7 +149,7 @@ def test_several_images_equal_single_runs(pipeline: Pipeline, masked: bool) -> N
     assert len({single.pixels.tobytes() for single in singles}) == 3
 
 
-def test_a_batch_draws_what_diffusers_draws_one_by_one(pipeline: Pipeline, diffusers_pipeline: Any) -> None:
+def test_a_batch_generates_what_diffusers_generates_one_by_one(pipeline: Pipeline, diffusers_pipeline: Any) -> None:
     image, mask = photograph(64, 64), blot(64, 64)
     events = pipeline.stream(PROMPT, steps=4, seed=11, count=3, batch_size=2, image=image, strength=0.6, mask=mask)
     found = [Drawing(e.latents, np.asarray(e.image)) for e in events if isinstance(e, ImageEvent)]

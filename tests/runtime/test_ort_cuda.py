@@ -49,7 +49,7 @@ def pipeline(bundle: Path) -> Pipeline:
 @pytest.mark.parametrize(
     "case", [Case("a red fox", (80, 112), 8, 7), Case("雪地里的一只红狐狸", (64, 64), 4, 2**32 + 5)], ids=str
 )
-def test_draws_what_diffusers_draws(pipeline: Pipeline, diffusers_pipeline: Any, case: Case) -> None:
+def test_generates_what_diffusers_generates(pipeline: Pipeline, diffusers_pipeline: Any, case: Case) -> None:
     assert pipeline.executor.name == "cuda"
     check_parity(draw(pipeline, case)[0], draw_with_diffusers(diffusers_pipeline, case))
 

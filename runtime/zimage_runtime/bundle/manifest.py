@@ -1,4 +1,4 @@
-"""``manifest.json``: what a bundle holds, where it came from, and how far it is from its checkpoint.
+"""``manifest.json``: what a bundle contains, where it came from, and how far it is from its checkpoint.
 
 What decides the image (weights, embeddings, tokenizer, configuration) is required. All that is made from it (programs,
 engines) or that adds to it (rebalancing factors, measurements) may be missing or unknown: a bundle that was made before
@@ -88,7 +88,7 @@ class Manifest:
     embeddings: str  # path of the token embeddings
     tokenizer: str  # path of tokenizer.json
     files: Mapping[str, FileRecord]  # every file but the manifest, by path with forward slashes
-    self_check: Mapping[str, Any] = field(default_factory=dict)  # what each program gave on a fixed input
+    self_check: Mapping[str, Any] = field(default_factory=dict)  # each program's output on a fixed input, summarized
     folds: Mapping[str, Any] = field(default_factory=dict)  # powers of two divided out of weights, by component
     parity: Mapping[str, Any] | None = None  # distances to the checkpoint; None until measured
     engines: str | None = None  # path of the catalog of block programs and engines for TensorRT
@@ -147,7 +147,7 @@ class Manifest:
         earlier = tuple(dict.fromkeys((*self.earlier_fingerprints, self.files_fingerprint)))
         renewed = dataclasses.replace(self, programs=programs, files=files, earlier_fingerprints=earlier)
         if renewed.fingerprint != self.fingerprint:
-            raise ValueError("only programs may be replaced: these files hold other weights")
+            raise ValueError("only programs may be replaced: these files contain other weights")
         return renewed
 
     def record(self, program: Program, executor: str) -> ProgramRecord | None:

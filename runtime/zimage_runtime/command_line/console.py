@@ -25,8 +25,8 @@ _MAX_LINE = 1000  # characters of an error: a message may quote a file's content
 def run_command(command: click.Command, arguments: Sequence[str] | None = None) -> int:
     """Runs a click command and returns its exit status: 0, 1 for a failure, 2 for usage.
 
-    Ctrl-C and SIGTERM stop what runs at the next operator, clean up and give 130 and 143; a second signal ends the
-    process at once.
+    Ctrl-C and SIGTERM stop at the next operator and clean up, with 130 or 143. A second signal ends the process at
+    once.
     """
     _prepare_streams()
     with _signals():

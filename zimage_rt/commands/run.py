@@ -244,4 +244,5 @@ def _generate(events: "Iterator[Event]", job: "Job", writer: _Writer, progress: 
                 case StepEvent():
                     advance(len(event.seeds))
                 case ImageEvent():
-                    writer.write(event.image, event.info)
+                    with progress.aside():
+                        writer.write(event.image, event.info)

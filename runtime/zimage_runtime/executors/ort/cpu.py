@@ -185,6 +185,8 @@ def _why_unavailable(bundle: Bundle, device: int) -> Unavailable | None:
 def _open(bundle: Bundle, options: Options) -> OrtCpuExecutor:
     if options.vram is not None:
         raise RequestError("vram is a budget for executors on a GPU; the cpu executor has none")
+    if options.device:
+        raise RequestError(f"device {options.device} is a GPU's number; the cpu executor uses none")
     return OrtCpuExecutor(bundle, low_memory=options.low_memory, keep_loaded=options.keep_loaded)
 
 

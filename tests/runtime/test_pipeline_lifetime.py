@@ -88,6 +88,20 @@ def test_what_a_pipeline_holds_itself_does_not_count_as_taken(
     assert (again.available, again.keep_all, again.tiled) == (room, True, False)
 
 
+def test_a_system_that_does_not_describe_the_process_can_generate(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sandbox without /proc. What holds nothing need not ask."""
+
+    def unknown(pid: int | None = None) -> psutil.Process:
+        raise psutil.NoSuchProcess(os.getpid())
+
+    monkeypatch.setattr(psutil, "Process", unknown)
+    with Pipeline.from_bundle(bundle, "cpu", keep_loaded=False) as opened:
+        for _ in range(2):
+            assert len(opened.generate("a fox", size=(32, 32), steps=1).images) == 1
+
+
 def test_no_more_is_counted_as_its_own_than_the_process_has(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:

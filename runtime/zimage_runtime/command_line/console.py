@@ -116,11 +116,16 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="surrogateescape" if stream.encoding.lower() == "utf-8" else "backslashreplace")
 
 
+def printable(text: str) -> str:
+    """A text without characters that break the line or control a terminal: it may quote what a file contains."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def _say(text: str) -> None:
     line = " ".join(text.split())
     if len(line) > _MAX_LINE:
         line = f"{line[:_MAX_LINE]} …"
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    line = printable(line)
     with contextlib.suppress(OSError):  # where stderr is closed too, the exit status remains
         print(f"error: {line}" if line != "interrupted" else line, file=sys.stderr, flush=True)
 

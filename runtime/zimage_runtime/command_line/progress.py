@@ -6,6 +6,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from .console import printable
+
 
 class Advance(Protocol):
     """Called with how much more of a task is done."""
@@ -62,7 +64,7 @@ class Progress:
         """Prints a line that the user must not miss, even when `quiet`."""
         from tqdm import tqdm
 
-        tqdm.write(text, file=_Unfailing(sys.stderr))
+        tqdm.write(printable(text), file=_Unfailing(sys.stderr))
 
 
 class _Unfailing:

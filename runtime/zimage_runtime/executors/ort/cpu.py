@@ -66,9 +66,11 @@ class OrtCpuExecutor:
 
     def _reusable(self) -> int:
         """Bytes of what is loaded: as planned, but never more than this process has."""
+        planned = sum(self._planned[program] for program in self.programs.loaded)
+        if not planned:
+            return 0
         import psutil
 
-        planned = sum(self._planned[program] for program in self.programs.loaded)
         return min(planned, int(psutil.Process().memory_info().rss))
 
     def session(self, plan: Plan) -> AbstractContextManager["CpuSession"]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import DeviceLostError, ZImageRuntimeError
+from .progress import printable
 
 FAILURE = 1
 INTERRUPTED = 128 + signal.SIGINT
@@ -114,11 +115,6 @@ def _prepare_streams() -> None:
         elif name == "stdout" and isinstance(stream, io.TextIOWrapper):
             # a name that is not valid UTF-8 is printed as the bytes that were given
             stream.reconfigure(errors="surrogateescape" if stream.encoding.lower() == "utf-8" else "backslashreplace")
-
-
-def printable(text: str) -> str:
-    """A text without characters that break the line or control a terminal: it may quote what a file contains."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _say(text: str) -> None:

@@ -6,7 +6,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from .console import printable
+
+def printable(text: str) -> str:
+    """A text without characters that break the line or control a terminal: it may quote what a file contains."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class Advance(Protocol):

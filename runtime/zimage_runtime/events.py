@@ -33,7 +33,7 @@ class Request:
     _: KW_ONLY
     size: tuple[int, int] | None = None  # width and height in pixels, multiples of 16
     steps: int | None = None  # of the schedule
-    seed: int | None = None  # 0 to 2**32 - 1; None for a random one
+    seed: int | None = None  # 0 to 2**64 - 1; None for a random one
     count: int = 1  # images, with the seeds `seed`, `seed` + 1, …
     batch_size: int = 1  # images that are denoised in one call
     image: ImageInput | None = None  # a source image: a file's path, or Pillow's
@@ -46,22 +46,28 @@ class Request:
             raise RequestError(f"prompt must be a string, not {type(self.prompt).__name__}")
         if self.size is not None:
             _check_size(self.size)
-        for name, least, most in (
-            ("steps", 1, MAX_STEPS),
-            ("seed", 0, MAX_SEED),
-            ("count", 1, MAX_COUNT),
-            ("batch_size", 1, None),
-            ("mask_grow", 0, None),
+        for name, least, most, may_be_none in (
+            ("steps", 1, MAX_STEPS, True),
+            ("seed", 0, MAX_SEED, True),
+            ("count", 1, MAX_COUNT, False),
+            ("batch_size", 1, None, False),
+            ("mask_grow", 0, None, False),
         ):
             value = getattr(self, name)
-            if value is not None:
+            if value is not None or not may_be_none:
                 _check_integer(name, value, least, most)
-        if self.seed is not None and self.seed + self.count - 1 > MAX_SEED:
-            raise RequestError(f"seeds must be 0 to {MAX_SEED}, not {self.seed} to {self.seed + self.count - 1}")
+        if self.seed is not None:
+            last = int(self.seed) + int(self.count) - 1  # as Python's integers: numpy's wrap around
+            if last > MAX_SEED:
+                raise RequestError(f"seeds must be 0 to {MAX_SEED}, not {self.seed} to {last}")
         if self.strength is not None and (isinstance(self.strength, bool) or not _is_real(self.strength)):
             raise RequestError(f"strength must be a number above 0 and up to 1, not {self.strength!r}")
         if self.image is None and (self.strength is not None or self.mask is not None):
             raise RequestError("strength and mask need a source image; give one as image")
+        if self.mask is None and self.mask_grow:
+            raise RequestError("mask_grow widens a mask; give one as mask")
+        for name in ("image", "mask"):
+            _check_image(name, getattr(self, name))
 
 
 def _check_size(size: object) -> None:
@@ -69,6 +75,15 @@ def _check_size(size: object) -> None:
         raise RequestError(f"size must be (width, height) in pixels, not {size!r}")
     for name, side in zip(("size: width", "size: height"), size, strict=True):
         _check_integer(name, side, None, None)
+
+
+def _check_image(name: str, value: object) -> None:
+    if value is None or isinstance(value, str | os.PathLike):
+        return
+    from PIL import Image
+
+    if not isinstance(value, Image.Image):
+        raise RequestError(f"{name} must be a file's path or a Pillow image, not {type(value).__name__}")
 
 
 def _check_integer(name: str, value: object, least: int | None, most: int | None) -> None:

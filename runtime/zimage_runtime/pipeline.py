@@ -20,7 +20,7 @@ from .arrays import FloatArray
 from .bundle.bundle import Bundle
 from .bundle.hub import bundle_directory
 from .bundle.tensors import TensorFile, to_float32
-from .errors import BundleError, DeviceLostError, ExecutorError, RequestError
+from .errors import BundleError, CancelledError, DeviceLostError, ExecutorError, RequestError
 from .events import (
     MAX_COUNT,
     CaptionEvent,
@@ -114,6 +114,7 @@ class Job:
     notices: tuple[NoticeEvent, ...]  # what the user should know
     choice: str | None  # which executor `auto` chose, and why
     info: ImageInfo  # of the first seed's image
+    cancels: int = 0  # of the pipeline when the request came
     sampler: Sampler = field(default_factory=Euler)
     guidance: Guidance = field(default_factory=NoGuidance)
 
@@ -133,6 +134,7 @@ class Pipeline:
     _embeddings: TensorFile = field(init=False, repr=False)
     _encoded: tuple[tuple[int, ...], FloatArray] | None = field(default=None, init=False, repr=False)
     _sessions: list[Session] = field(default_factory=list, init=False, repr=False)
+    _cancels: int = field(default=0, init=False, repr=False)  # how often `cancel` was called
 
     def __post_init__(self) -> None:
         manifest = self.bundle.manifest
@@ -217,6 +219,7 @@ class Pipeline:
         `MemoryLimitError` where no executor can hold the request.
         """
         manifest, config = self.bundle.manifest, self.bundle.manifest.config
+        cancels = self._cancels
         given = None if request.image is None else open_given(request.image, request.mask, request.mask_grow)
         size = request.size
         if size is None:
@@ -277,6 +280,7 @@ class Pipeline:
             notices=_notices(chosen),
             choice=chosen.why,
             info=info,
+            cancels=cancels,
         )
 
     def run(self, job: Job) -> Iterator[Event]:
@@ -284,15 +288,21 @@ class Pipeline:
 
         Raises `RequestError` for a job whose executor was left for a later request's.
         """
+        self._check_open(job)
+        return self._run(job)
+
+    def _check_open(self, job: Job) -> None:
         if job.executor is not self.choice.current:
             raise RequestError(f"the {job.executor.name} executor was closed since; prepare the request again")
-        return self._run(job)
 
     def _run(self, job: Job) -> Iterator[Event]:
         yield from job.notices
+        self._check_open(job)  # again, for a stream may begin long after it was made
         with job.executor.session(job.plan) as session:
             self._sessions.append(session)
             try:
+                if job.cancels != self._cancels:  # before the session was there to be cancelled
+                    raise CancelledError
                 yield from self._events(job, session)
             finally:
                 self._sessions.remove(session)
@@ -333,10 +343,11 @@ class Pipeline:
 
     def hidden_states(self, session: Session, ids: tuple[int, ...]) -> FloatArray:
         """The text encoder's hidden states of a prompt: [1, tokens, hidden_size]. The last prompt's are kept."""
-        if self._encoded is None or self._encoded[0] != ids:
+        encoded = self._encoded  # which another thread may replace at any time
+        if encoded is None or encoded[0] != ids:
             rotary = text_rotary(len(ids), self.bundle.manifest.config.text_encoder)
-            self._encoded = (ids, session.encode_text(self.embed(ids), rotary))
-        return self._encoded[1]
+            encoded = self._encoded = (ids, session.encode_text(self.embed(ids), rotary))
+        return encoded[1]
 
     def forget_prompt(self) -> None:
         """Drops what is kept of the last prompt: the next request encodes its own, even if it is the same."""
@@ -395,7 +406,9 @@ class Pipeline:
         return latents / np.float32(vae.scaling_factor) + np.float32(vae.shift_factor)
 
     def cancel(self) -> None:
-        """Stops what this pipeline generates, from any thread: its streams raise `CancelledError` within moments."""
+        """Stops what was asked of this pipeline so far, from any thread: streams, those that have not begun included,
+        raise `CancelledError` within moments. Later requests run."""
+        self._cancels += 1
         for session in tuple(self._sessions):
             session.cancel()
 
@@ -406,7 +419,8 @@ class Pipeline:
             self.choice.current.release()
 
     def close(self) -> None:
-        """Frees everything for good and writes caches."""
+        """Cancels what runs, frees everything and writes caches. A later request opens the executor again."""
+        self.cancel()
         self._encoded = None
         self.choice.close()
 

@@ -446,3 +446,15 @@ def test_replay_says_what_differs_even_when_quiet(bundle: Path, capsys: Capture)
         assert fact in outcome.err
     same = call_rt(capsys, "run", "--replay", path, "-m", bundle, "--quiet", "-o", "again.png")
     assert (same.status, same.err) == (0, "")
+
+
+def test_metadata_of_a_stranger_does_not_control_the_terminal(bundle: Path, capsys: Capture) -> None:
+    path = generate(capsys, bundle, "a fox", "image.png")
+    info = replace(read_image_info(path), library="\x1b[2J\rnothing\nis wrong")
+    with Image.open(path) as image:
+        Path("other.png").write_bytes(encode_image(image.convert("RGB"), ImageFormat.PNG, info))
+    outcome = call_rt(capsys, "run", "--replay", "other.png", "-m", bundle, "--quiet", "-o", "again.png")
+    assert outcome.status == 0
+    (line,) = outcome.err.removesuffix("\n").split("\n")
+    assert "is wrong" in line
+    assert line.isprintable()

@@ -2,7 +2,9 @@
 
 import json
 import os
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,6 +115,18 @@ def test_progress_goes_to_stderr(bundle: Path, capsys: Capture) -> None:
     assert outcome.out == "zimage-7.png\n"
     assert "generating" in outcome.err
     assert "2/2" in outcome.err
+
+
+def test_a_path_has_a_line_of_its_own_beside_the_progress(bundle: Path, tmp_path: Path) -> None:
+    """Where stdout and stderr are one terminal, the bar gives way to the path."""
+    process = start(
+        *("zimage-rt", "run", "a fox", "-m", bundle, "--size", "48x32", "--steps", 1, "--seed", 7),
+        cwd=tmp_path,
+        stderr=subprocess.STDOUT,
+    )
+    shown = finish(process).out.replace("\r", "\n").split("\n")
+    assert any(line.startswith("generating") for line in shown)
+    assert "zimage-7.png" in shown
 
 
 def test_prompt_that_is_cut_is_said(bundle: Path, capsys: Capture) -> None:
@@ -233,9 +247,12 @@ def test_saving_without_metadata(suffix: str) -> None:
         ("missing/fox.png", "missing"),
         ("file/", "file"),
         ("file/fox.png", "file"),
+        ("fox\0.png", "fox"),
+        ("fox\ud800.png", "fox"),
+        (b"fox.png", "fox"),
     ],
 )
-def test_places_where_nothing_can_be_saved(name: str, named: str) -> None:
+def test_places_where_nothing_can_be_saved(name: Any, named: str) -> None:
     Path("file").write_bytes(b"mine")
     with unchanged(Path()), raises_with(RequestError, named):
         save([7, 8], name)

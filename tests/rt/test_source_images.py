@@ -294,6 +294,7 @@ def test_options_without_an_image(bundle: Path, capsys: Capture) -> None:
     made_image().save("mask.png")
     refuse(capsys, bundle, "--strength", 0.5, named=("--strength", "--image"), status=2)
     refuse(capsys, bundle, "--mask", "mask.png", named=("--mask", "--image"), status=2)
+    refuse(capsys, bundle, "--mask-grow", 3, named=("--mask-grow", "--mask"), status=2)
 
 
 def test_the_limit_is_of_pixels_not_of_sides(monkeypatch: pytest.MonkeyPatch) -> None:

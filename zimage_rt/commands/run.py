@@ -100,6 +100,8 @@ def run(
         raise click.UsageError("--replay takes --strength and --mask-grow from the file; leave these options out")
     if image is None and not replay and (strength is not None or mask is not None):
         raise click.UsageError("--strength and --mask need a source image: give it with --image")
+    if mask is None and mask_grow:
+        raise click.UsageError("--mask-grow widens a mask: give one with --mask")
     start = time.perf_counter()
     check_output(output)
     recorded = _recorded(replay) if replay else None
@@ -242,4 +244,5 @@ def _generate(events: "Iterator[Event]", job: "Job", writer: _Writer, progress: 
                 case StepEvent():
                     advance(len(event.seeds))
                 case ImageEvent():
-                    writer.write(event.image, event.info)
+                    with progress.aside():
+                        writer.write(event.image, event.info)

@@ -66,9 +66,11 @@ class OrtCpuExecutor:
 
     def _reusable(self) -> int:
         """Bytes of what is loaded: as planned, but never more than this process has."""
+        planned = sum(self._planned[program] for program in self.programs.loaded)
+        if not planned:
+            return 0
         import psutil
 
-        planned = sum(self._planned[program] for program in self.programs.loaded)
         return min(planned, int(psutil.Process().memory_info().rss))
 
     def session(self, plan: Plan) -> AbstractContextManager["CpuSession"]:
@@ -185,6 +187,8 @@ def _why_unavailable(bundle: Bundle, device: int) -> Unavailable | None:
 def _open(bundle: Bundle, options: Options) -> OrtCpuExecutor:
     if options.vram is not None:
         raise RequestError("vram is a budget for executors on a GPU; the cpu executor has none")
+    if options.device:
+        raise RequestError(f"device {options.device} is a GPU's number; the cpu executor uses none")
     return OrtCpuExecutor(bundle, low_memory=options.low_memory, keep_loaded=options.keep_loaded)
 
 

@@ -72,6 +72,7 @@ class Defaults:
     width: int  # pixels
     height: int
     steps: int
+    cfg_scale: float = 1.0  # of classifier-free guidance, as A1111 counts it: 1 is none
 
 
 @dataclass(frozen=True)
@@ -242,7 +243,7 @@ class Manifest:
                 {part: config.raw(part) for part in PARTS},
                 {part: f"{where}: config: {part}" for part in PARTS},
             ),
-            defaults=Defaults(defaults.integer("width"), defaults.integer("height"), defaults.integer("steps")),
+            defaults=_defaults(defaults),
             programs={
                 Program(name): records
                 for name in programs.names()
@@ -275,6 +276,13 @@ def checked_path(path: str, where: str) -> str:
     if outside or not is_unicode(path):
         raise BundleError(f"{where}: unsafe path {path!r}: paths must be relative, inside the bundle, without '..'")
     return path
+
+
+def _defaults(fields: Fields) -> Defaults:
+    scale = fields.number("cfg_scale") if "cfg_scale" in fields else 1.0
+    if scale < 1:
+        raise fields.fail("cfg_scale", "at least 1, which is no guidance")
+    return Defaults(fields.integer("width"), fields.integer("height"), fields.integer("steps"), scale)
 
 
 def _file_record(fields: Fields) -> FileRecord:

@@ -14,11 +14,14 @@ from .errors import RequestError
 from .images.metadata import ImageInfo
 from .images.source_image import ImageInput
 from .model.noise import MAX_SEED
+from .model.preview_map import PreviewMap
 from .model.sampling_names import SamplerName, SchedulerName
 from .model.schedule import MAX_STEPS
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+NO_PREVIEWS = "the bundle was made before there were previews; export it again"
 
 MAX_COUNT = 10_000
 """Images of one request."""
@@ -157,6 +160,19 @@ class StepEvent:
     steps: int
     latents: FloatArray  # [batch, channels, height / 8, width / 8]; the caller must not write to them
     seconds: float  # that the step took
+    estimate: FloatArray  # of the same shape: what the model takes the image's latents to be
+    colours: PreviewMap | None = None  # the bundle's map from latents to colours
+
+    def preview(self, index: int = 0) -> "Image":
+        """The estimate of one image of the batch as a small image, an eighth as wide and high. Takes milliseconds.
+
+        Raises `RequestError` for a bundle without a map for previews.
+        """
+        from .images.preview import preview_image
+
+        if self.colours is None:
+            raise RequestError(NO_PREVIEWS)
+        return preview_image(self.estimate[index], self.colours)
 
 
 @dataclass(frozen=True)

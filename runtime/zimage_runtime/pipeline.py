@@ -255,9 +255,15 @@ class Pipeline:
         cut = [prompt.cut_tokens for prompt in prompts]
         yield CaptionEvent(len(job.ids), cut[0], time.perf_counter() - begin, negative_cut_tokens=sum(cut[1:]))
 
-        def velocity(latents: FloatArray, step: int) -> FloatArray:
-            return job.guidance.velocity(denoisers, latents, step)
+        estimate = np.empty(0, np.float32)
 
+        def velocity(latents: FloatArray, step: int) -> FloatArray:
+            nonlocal estimate
+            found = job.guidance.velocity(denoisers, latents, step)
+            estimate = job.schedule.image(latents, step, found)
+            return found
+
+        colours = self.bundle.manifest.preview
         whole_batches = max(job.plan.group // job.batch_size, 1) * job.batch_size
         for group in _parts(range(len(job.seeds)), whole_batches):
             finished: list[FloatArray] = []
@@ -271,10 +277,12 @@ class Pipeline:
                     latents = solver.step(latents, step, velocity)
                     if start is not None:
                         latents = start.kept(latents, job.schedule.sigmas[step + 1])
+                        estimate = start.kept(estimate, job.schedule.sigmas[-1])
                     if not np.isfinite(latents).all():
                         raise ExecutorError(f"step {step + 1} gave values that are not finite; verify the bundle")
                     taken = step + 1 - job.first_step
-                    yield StepEvent(seeds, taken, job.steps, latents, time.perf_counter() - begin)
+                    seconds = time.perf_counter() - begin
+                    yield StepEvent(seeds, taken, job.steps, latents, seconds, estimate, colours)
                 finished.extend(latents)
             for index, one in zip(group, finished, strict=True):
                 begin = time.perf_counter()

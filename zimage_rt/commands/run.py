@@ -87,12 +87,18 @@ SAMPLERS, SCHEDULERS = ([name.value for name in names] for names in (SamplerName
 )
 @click.option("--vram", type=MemoryType(), help="GPU memory to use at most, like 8GiB.  [default: what is free]")
 @click.option("--low-memory", is_flag=True, help="Keep weights on disk, mapped: slower, far less memory.")
+@click.option(
+    "--preview",
+    type=click.Path(path_type=Path),
+    help="Rewrite this small PNG, JPEG or WebP file after each step: what the image will be, roughly.",
+)
 @click.option("--no-metadata", is_flag=True, help="Write nothing but pixels.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the paths.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr; warnings remain.")
 def run(**given: Any) -> None:
     """Generate images of PROMPT and print the path of each file written."""
     from zimage_runtime.bundle.hub import bundle_directory
+    from zimage_runtime.events import NO_PREVIEWS
     from zimage_runtime.images.outputs import check_output
     from zimage_runtime.pipeline import Pipeline
 
@@ -102,6 +108,8 @@ def run(**given: Any) -> None:
     options.check()
     start = time.perf_counter()
     check_output(options.output)
+    if options.preview is not None:
+        check_output(options.preview)
     recorded = _recorded(options.replay) if options.replay else None
     if recorded:
         options.check_sources(recorded)
@@ -119,6 +127,8 @@ def run(**given: Any) -> None:
     ) as pipeline:
         if recorded and options.replay:
             _check_same_bundle(recorded, pipeline, options.replay)
+        if options.preview is not None and pipeline.bundle.manifest.preview is None:
+            raise RequestError(f"--preview: {NO_PREVIEWS}")
         job = pipeline.prepare(request)
         if recorded:
             _compare(recorded, job, options, progress)
@@ -127,7 +137,7 @@ def run(**given: Any) -> None:
         report = _Report(options.as_json)
         writer = _Writer(options.output, not options.no_metadata, len(job.seeds), report)
         writer.check(job.info)
-        _generate(pipeline.run(job), job, writer, progress)
+        _generate(pipeline.run(job), job, writer, options.preview, progress)
     report.finish(time.perf_counter() - start)
 
 
@@ -210,8 +220,9 @@ class _Writer:
         return encode_image(image, kind, info if self.metadata else None)
 
 
-def _generate(events: "Iterator[Event]", job: "Job", writer: _Writer, progress: Progress) -> None:
+def _generate(events: "Iterator[Event]", job: "Job", writer: _Writer, preview: Path | None, progress: Progress) -> None:
     """Writes each image as soon as it is decoded, so that an interrupt loses only what is at work."""
+    from zimage_runtime.images.preview import write_preview
     from zimage_runtime.pipeline import CaptionEvent, ImageEvent, NoticeEvent, StepEvent
 
     with progress.task("generating", job.steps * len(job.seeds)) as advance:
@@ -225,5 +236,7 @@ def _generate(events: "Iterator[Event]", job: "Job", writer: _Writer, progress: 
                             progress.warn(f"the {name} is too long: its last {cut} tokens were cut off")
                 case StepEvent():
                     advance(len(event.seeds))
+                    if preview is not None:
+                        write_preview(event.preview(), preview)
                 case ImageEvent():
                     writer.write(event.image, event.info)

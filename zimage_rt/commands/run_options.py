@@ -18,7 +18,7 @@ GROUPS = {
     "Guidance": ("negative", "cfg_scale", "cfg_normalization", "cfg_truncation"),
     "Sampling": ("sampler", "scheduler", "shift", "variation"),
     "Execution": ("executor", "device", "vram", "low_memory"),
-    "Output": ("no_metadata", "as_json", "quiet"),
+    "Output": ("preview", "no_metadata", "as_json", "quiet"),
 }
 """Of `--help`, in order."""
 
@@ -51,6 +51,7 @@ class RunOptions:
     device: int
     vram: int | None
     low_memory: bool
+    preview: Path | None
     no_metadata: bool
     as_json: bool
     quiet: bool
@@ -63,7 +64,9 @@ class RunOptions:
             given = [option for option, value in self._recorded() if value]
             if given:
                 raise click.UsageError(f"--replay takes {' and '.join(given)} from the file; leave out what it takes")
-        elif self.image is None and (self.strength is not None or self.mask is not None):
+        if self.preview is not None and self.preview == self.output:
+            raise click.UsageError("--preview and --output are the same file; give the preview another name")
+        if self.replay is None and self.image is None and (self.strength is not None or self.mask is not None):
             raise click.UsageError("--strength and --mask need a source image: give it with --image")
 
     def _recorded(self) -> tuple[tuple[str, Any], ...]:

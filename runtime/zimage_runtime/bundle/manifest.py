@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from ..checked_json import Fields, is_unicode
+from ..checked_json import Fields, from_document, is_unicode, to_document
 from ..errors import BundleError, ConfigError
 from ..mistaken_files import mistaken_for
 from ..model.config import PARTS, ModelConfig
+from ..model.preview_map import PreviewMap
 from ..model.programs import COMPONENTS, Program
 from .files import atomic_write
 from .precision import Precision as Precision
@@ -94,6 +95,7 @@ class Manifest:
     parity: Mapping[str, Any] | None = None  # distances to the checkpoint; None until measured
     engines: str | None = None  # path of the catalog of block programs and engines for TensorRT
     rebalancing: Mapping[str, str] = field(default_factory=dict)  # path of a component's factors, where it has some
+    preview: PreviewMap | None = None  # latents to colours; bundles that were made before have none
     earlier_fingerprints: tuple[str, ...] = ()  # that images may record which these weights generated: see `matches`
 
     @property
@@ -191,6 +193,7 @@ class Manifest:
             "parity": self.parity,
             "engines": self.engines,
             "rebalancing": dict(self.rebalancing),
+            "preview": to_document(self.preview),
             "earlier_fingerprints": list(self.earlier_fingerprints),
         }
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
@@ -259,6 +262,7 @@ class Manifest:
             parity=_plain_object(fields, "parity"),
             engines=listed(fields.text("engines")) if "engines" in fields else None,
             rebalancing=_rebalancing(fields, listed),
+            preview=_preview(fields),
             earlier_fingerprints=_fingerprints(fields),
         )
 
@@ -314,6 +318,12 @@ def _fingerprints(fields: Fields) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(v, str) and _SHA256.fullmatch(v) for v in values):
         raise fields.fail("earlier_fingerprints", "a list of fingerprints, 64 hexadecimal digits each")
     return tuple(values)
+
+
+def _preview(fields: Fields) -> PreviewMap | None:
+    if "preview" not in fields:
+        return None
+    return from_document(PreviewMap, fields.raw("preview"), f"{fields.where}: preview")
 
 
 def _plain_object(fields: Fields, key: str) -> dict[str, Any] | None:

@@ -59,7 +59,11 @@ def make_schedule(
         raise RequestError(f"steps must be 1 to {MAX_STEPS}, not {steps}; Z-Image Turbo is made for 8")
     if shift is not None:
         config = replace(config, shift=shift)
-    sigmas = _SIGMAS[scheduler](steps, config)
+    return schedule_through(_SIGMAS[scheduler](steps, config), config)
+
+
+def schedule_through(sigmas: FloatArray, config: SchedulerConfig) -> Schedule:
+    """The schedule through descending sigmas above 0, and from the last of them to 0."""
     train = np.float32(config.num_train_timesteps)
     timesteps = (train - sigmas * train) / train
     return Schedule(np.append(sigmas, np.float32(0)), timesteps)

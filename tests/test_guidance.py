@@ -12,11 +12,13 @@ from cli_tools import Capture, assert_one_line_error, call_rt
 from parity import Case, Guided, check_parity, draw, draw_with_diffusers, next_seeds
 
 from zimage_runtime.arrays import FloatArray
+from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import Manifest
 from zimage_runtime.errors import BundleError, RequestError
 from zimage_runtime.executors.ort.cpu import CpuSession
 from zimage_runtime.images.image_files import read_image_info
 from zimage_runtime.model.config import SchedulerConfig
+from zimage_runtime.model.geometry import conditioning_bytes, image_geometry
 from zimage_runtime.model.schedule import make_schedule
 from zimage_runtime.pipeline import CaptionEvent, Job, NoticeEvent, Pipeline, Request
 from zimage_runtime.sampling.guidance import ClassifierFree, NoGuidance, make_guidance
@@ -197,6 +199,24 @@ def test_the_second_conditioning_is_planned(pipeline: Pipeline) -> None:
         for negative, scale in (("", 1), ("", 2), (LONG, 2))
     )
     assert plain < guided < longer
+
+
+def test_every_plan_counts_a_second_conditioning(bundle: Path, capsys: Capture) -> None:
+    """What is kept of a prompt: caption tokens, and rotary tables of all tokens."""
+    config = Bundle.open(bundle).manifest.config
+    geometry = image_geometry(64, 64, config)
+    kept = conditioning_bytes(config.transformer, geometry, 40)
+    tokens = geometry.image_tokens + 64
+    assert kept == 4 * (64 * config.transformer.dim + tokens * config.transformer.head_dim)
+
+    def denoiser(executor: str, *options: object) -> int:
+        size = ("--size", "64x64", "--tokens", 40, "--executor", executor, "--json")
+        outcome = call_rt(capsys, "plan", bundle, *size, *options)
+        assert outcome.status == 0, outcome.err
+        return int(json.loads(outcome.out)["stages"]["denoiser"]["bytes"])
+
+    for executor in ("cpu", "cuda"):
+        assert denoiser(executor, "--guided") - denoiser(executor) == kept
 
 
 def test_the_command_guides_and_replays(

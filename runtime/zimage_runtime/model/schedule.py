@@ -17,7 +17,7 @@ from .config import SchedulerConfig
 from .sampling_names import SchedulerName
 
 DEFAULT_STEPS = 8
-"""What Z-Image Turbo is distilled for."""
+"""The number of steps that Z-Image Turbo is distilled for."""
 
 MAX_STEPS = 256
 

@@ -239,7 +239,8 @@ def test_the_command_guides_and_replays(
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes()
     assert call_rt(capsys, *run, "c.png", *size, "--", PROMPT).status == 0
     assert Path("a.png").read_bytes() != Path("c.png").read_bytes()
-    assert_one_line_error(call_rt(capsys, *run, "d.png", "--replay", "a.png", "--cfg-scale", 2), "--cfg-scale", status=2)
+    outcome = call_rt(capsys, *run, "d.png", "--replay", "a.png", "--cfg-scale", 2)
+    assert_one_line_error(outcome, "--cfg-scale", status=2)
     assert_one_line_error(call_rt(capsys, *run, "d.png", *size, "--cfg-scale", 0.5, "--", PROMPT), "0.5", "at least 1")
 
 

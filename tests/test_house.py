@@ -23,13 +23,14 @@ HOMES = {
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {  # from the top; the rooms of one floor do not import each other
     "zimage_runtime": (
         ("pipeline",),
-        ("events", "sampler", "guidance", "adapters"),
+        ("job",),
+        ("events", "sampling", "adapters"),
         ("executors",),
         ("tiles", "images"),
         ("bundle",),
         ("model",),
         ("machine", "checked_json", "mistaken_files", "command_line"),
-        ("errors", "arrays", "units"),
+        ("errors", "arrays", "units", "keyword_fields"),
     ),
     "zimage_export": (
         ("cli",),

@@ -21,6 +21,7 @@ from zimage_runtime.errors import RequestError
 from zimage_runtime.images.formats import ImageFormat
 from zimage_runtime.images.image_files import encode_image, read_image_info
 from zimage_runtime.images.metadata import REPLAY_VERSION, ImageInfo, Recorded, differences
+from zimage_runtime.model.sampling_names import SamplerName, SchedulerName
 
 FORMATS = {".png": ImageFormat.PNG, ".jpg": ImageFormat.JPEG, ".webp": ImageFormat.WEBP}
 SOURCE_TYPE = "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
@@ -211,6 +212,14 @@ def test_unknown_keys_are_ignored(info: ImageInfo) -> None:
         ("library", ["onnxruntime"]),
         ("strength", "1"),
         ("image", 1),
+        ("cfg_scale", 0),
+        ("negative", 3),
+        ("cfg_normalization", 1),
+        ("cfg_truncation", "all"),
+        ("sampler", "ddim"),
+        ("scheduler", "karras"),
+        ("shift", 0),
+        ("variation_seed", -1),
     ],
 )
 def test_optional_values_are_checked(key: str, value: object) -> None:
@@ -221,9 +230,9 @@ def test_optional_values_are_checked(key: str, value: object) -> None:
 def test_a_setting_that_is_added_is_a_field_and_nothing_else(info: ImageInfo) -> None:
     @dataclass(frozen=True)
     class Later(ImageInfo):
-        cfg_scale: Annotated[float | None, Recorded(Fields.number, since=REPLAY_VERSION + 1)] = None
+        sharpness: Annotated[float | None, Recorded(Fields.number, since=REPLAY_VERSION + 1)] = None
 
-    guided = Later(**vars(info), cfg_scale=4.5)
+    guided = Later(**vars(info), sharpness=4.5)
     assert Later.from_replay(guided.replay(), "cat.png") == guided
     assert Later.from_replay(VERSION_1, "cat.png") == Later(**vars(info))
     assert json.loads(Later(**vars(info)).replay()) == json.loads(VERSION_1)
@@ -239,6 +248,15 @@ def test_all_that_is_recorded_comes_back_from_a_file(info: ImageInfo, suffix: st
         image="a" * 64,
         mask="b" * 64,
         mask_grow=4,
+        cfg_scale=4.5,
+        negative="blurry: a\nhen",
+        cfg_normalization=True,
+        cfg_truncation=0.5,
+        sampler=SamplerName.DPMPP_2M,
+        scheduler=SchedulerName.SGM_UNIFORM,
+        shift=4.5,
+        variation_seed=9,
+        variation_strength=0.25,
         program="cuda-weight-only",
         activation_bits=8,
         library='onnxruntime 1.29.0, with a "name"',

@@ -170,13 +170,15 @@ def _discard_stdout() -> None:
 _MEMORY = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*(|[KMGT]i?)B?", re.IGNORECASE)
 _UNITS = " KMGT"
 _SIZE = re.compile(r"(-?\d+)[xX×](-?\d+)")
+_VARIATION = re.compile(r"(\d{1,20}):(\d{1,9}(?:\.\d{1,9})?|\.\d{1,9})", re.ASCII)
 
 
 if TYPE_CHECKING:
     _SizeParam = click.ParamType[tuple[int, int]]
     _MemoryParam = click.ParamType[int]
+    _VariationParam = click.ParamType[tuple[int, float]]
 else:  # generic since click 8.4 only
-    _SizeParam = _MemoryParam = click.ParamType
+    _SizeParam = _MemoryParam = _VariationParam = click.ParamType
 
 
 class SizeType(_SizeParam):
@@ -190,6 +192,19 @@ class SizeType(_SizeParam):
         if not match or len(value) > 40:
             self.fail(f"{value[:40]!r} is not a size; write it like 1024x768", param, ctx)
         return int(match[1]), int(match[2])
+
+
+class VariationType(_VariationParam):
+    """SEED:STRENGTH: another seed, and its share of the noise."""
+
+    name = "SEED:STRENGTH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, float]:
+        """Parses the text; the request checks the values."""
+        match = _VARIATION.fullmatch(value)
+        if not match:
+            self.fail(f"{value[:40]!r} is no variation; write it like 5:0.2", param, ctx)
+        return int(match[1]), float(match[2])
 
 
 class MemoryType(_MemoryParam):

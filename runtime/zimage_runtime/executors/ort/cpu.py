@@ -106,6 +106,7 @@ class CpuSession:
     plan: MemoryPlan
     worker: Worker
     stop: Stop = field(default_factory=Stop)
+    _tables: dict[bytes, dict[str, FloatArray]] = field(default_factory=dict, repr=False)
 
     def run(self, program: Program, feeds: dict[str, FloatArray]) -> dict[str, FloatArray]:
         """Runs a program on the executor's thread."""
@@ -124,7 +125,7 @@ class CpuSession:
         rotary = conditioning.caption_rotary
         feeds = {"hidden_states": conditioning.hidden_states, "cos": rotary.cos, "sin": rotary.sin}
         caption = self.run(Program.CAPTION, feeds)["caption"]
-        table = self.run(Program.MODULATION, {"timesteps": conditioning.timesteps})
+        table = self._modulation(conditioning.timesteps)
         fixed = {
             "caption": caption,
             "image_cos": conditioning.image_rotary.cos,
@@ -133,6 +134,13 @@ class CpuSession:
             "caption_sin": rotary.sin,
         }
         return _CpuDenoiser(self, fixed, table["modulation"], table["final_scale"])
+
+    def _modulation(self, timesteps: FloatArray) -> dict[str, FloatArray]:
+        """The table of a schedule, which all conditionings of a request share."""
+        key = timesteps.tobytes()
+        if key not in self._tables:
+            self._tables = {key: self.run(Program.MODULATION, {"timesteps": timesteps})}
+        return self._tables[key]
 
     def decode(self, latents: FloatArray) -> FloatArray:
         if not self.plan.tiled:

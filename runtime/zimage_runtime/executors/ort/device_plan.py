@@ -13,7 +13,7 @@ from typing import Any
 from ...bundle.manifest import CUDA, Manifest, Precision
 from ...errors import MemoryLimitError
 from ...model.config import VaeConfig
-from ...model.geometry import padded
+from ...model.geometry import conditioning_bytes, padded
 from ...model.programs import Program
 from ...tiles.tiling import TILE_VALUES, tiled_bytes, tiled_encoder_bytes
 from ...units import gib, gib_free, gib_needed
@@ -243,8 +243,9 @@ def _activations(program: Program, manifest: Manifest, work: Work, weight_only: 
         widest = max(config.vae.block_out_channels[:2])  # the last upsampled map keeps the level's width
         return int(_FLOAT * pixels * widest * _DECODER_MAPS)
     sequence = padded(tokens) + (batch * geometry.image_tokens if program is Program.DENOISER else 0)
-    widened = 0
+    extra = 0
     if program is Program.DENOISER:
         sequence += (batch - 1) * padded(tokens)
-        widened = weight_only * _WIDENED_WEIGHTS * 2 * config.transformer.dim * config.transformer.ffn_dim
-    return widened + int(sequence * config.transformer.dim * (half * _BLOCK_WIDTHS + _FLOAT * _FLOAT32_WIDTHS))
+        extra = weight_only * _WIDENED_WEIGHTS * 2 * config.transformer.dim * config.transformer.ffn_dim
+        extra += (work.conditionings - 1) * conditioning_bytes(config.transformer, geometry, tokens)
+    return extra + int(sequence * config.transformer.dim * (half * _BLOCK_WIDTHS + _FLOAT * _FLOAT32_WIDTHS))

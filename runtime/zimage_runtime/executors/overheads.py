@@ -17,7 +17,11 @@ PROCESS = Overhead(
     "the interpreter, numpy, ONNX Runtime, Pillow and a tokenizer of 150,000 words",
     "measured with benchmarks/memory_model.py on x86-64 Linux",
 )
-ORT_CUDA = Overhead(700 << 20, "CUDA, cuBLAS and cuDNN, as ONNX Runtime loads them", "assumed")
+ORT_CUDA = Overhead(
+    700 << 20,
+    "CUDA, cuBLAS and cuDNN, as ONNX Runtime loads them",
+    "reserved (626 MiB measured with benchmarks/gpu_cuda.py on an H100)",
+)
 TENSORRT_CUDA = Overhead(400 << 20, "CUDA, the driver and compiled kernels, as TensorRT loads them", "assumed")
 DESKTOP = Overhead(256 << 20, "free GPU memory that is left to others, since a desktop's use varies", "assumed")
 CARD = Overhead(512 << 20, "what the driver and a desktop keep of a GPU's memory", "assumed")

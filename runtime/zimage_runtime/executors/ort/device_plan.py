@@ -2,7 +2,8 @@
 
 Programs are loaded in turn where they do not fit together. One takes its weights, in the bundle's own types, and its
 activations. The factors are counted from the programs' operators and from the CPU's measured ones, at the element
-sizes of the GPU; `benchmarks/gpu_cuda.py` measures them where there is a GPU.
+sizes of the GPU. `_ALLOCATED`, `_ARENA` and `_DECODER_MAPS` were set on an H100 with a bf16 bundle of the published
+width: `benchmarks/results/gpu_h100.md`.
 """
 
 import dataclasses
@@ -30,13 +31,16 @@ _TILE_COPIES = 12  # of a tile in VRAM: itself, what is made of it, and the conv
 _TILE_COPIES_ON_HOST = 4
 _LARGEST_TILE, _SMALLEST_TILE = 1 << 24, 1 << 16  # values: 64 MB, so that halos and launches do not matter
 
+_ALLOCATED = 1.035  # of weights: CUDA rounds each matrix up to 2 MiB
+_ARENA = 1.3  # of a denoiser's activations: blocks that are free and do not fit
+
 # Live activations at a program's peak, in units of one token (or pixel) times the width named beside it
 _BLOCK_WIDTHS = 17.0  # x dim, in the type that is multiplied in
 _FLOAT32_WIDTHS = 3.0  # x dim: the residual stream, a norm's input and its output
 _WIDENED_WEIGHTS = 2  # of the largest linear, in fp16: the one that is used, and one that is just freed
 _TEXT_WIDTHS = 15.0  # x intermediate_size / 3
 _TEXT_SCORES = 3.0  # x heads x tokens
-_DECODER_MAPS = 5.0  # x the widest feature map at full resolution, in float32: group norms are computed in it
+_DECODER_MAPS = 4.0  # x the widest feature map at full resolution, in float32: group norms are computed in it
 _ENCODER_MAPS = 5.0
 
 
@@ -225,7 +229,7 @@ def _plan(manifest: Manifest, work: Work, budget: int, capability: Capability | 
 
 def _weights(program: Program, manifest: Manifest) -> int:
     record = manifest.record(program, CUDA)
-    return record.weight_bytes if record else 0
+    return int(_ALLOCATED * record.weight_bytes) if record else 0
 
 
 def _activations(program: Program, manifest: Manifest, work: Work, weight_only: bool) -> int:
@@ -248,4 +252,5 @@ def _activations(program: Program, manifest: Manifest, work: Work, weight_only: 
         sequence += (batch - 1) * padded(tokens)
         extra = weight_only * _WIDENED_WEIGHTS * 2 * config.transformer.dim * config.transformer.ffn_dim
         extra += (work.conditionings - 1) * conditioning_bytes(config.transformer, geometry, tokens)
-    return extra + int(sequence * config.transformer.dim * (half * _BLOCK_WIDTHS + _FLOAT * _FLOAT32_WIDTHS))
+    widths = half * _BLOCK_WIDTHS + _FLOAT * _FLOAT32_WIDTHS
+    return extra + int(_ARENA * sequence * config.transformer.dim * widths)

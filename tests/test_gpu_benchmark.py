@@ -3,10 +3,12 @@
 import argparse
 import importlib
 import json
+import subprocess
 from importlib.machinery import ModuleSpec
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -145,15 +147,50 @@ def test_the_work_of_a_step_is_as_published(benchmark: ModuleType) -> None:
     assert 8 * flops / 1e12 == pytest.approx(453, rel=0.02)
 
 
+def test_what_is_measured_can_be_chosen_and_is_kept_as_it_comes(
+    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[int] = []
+
+    def child(kind: str, options: dict[str, Any]) -> dict[str, str]:
+        kept.append(len(list((tmp_path / "report").glob("part.*"))))
+        assert options["limit"] == 7
+        return {"failed": f"{kind} of {options['precision']}"}
+
+    monkeypatch.setattr(benchmark, "in_child", child)
+    monkeypatch.setattr(benchmark, "prepared", lambda work, scale, precision: work / "none")
+    chosen = ["--only", "parity", "pictures", "--limit", "7", "--name", "part", "--without-diffusers"]
+    benchmark.main(arguments(tmp_path, *chosen))
+    assert kept == [0, 2], "the report is written after each"
+    document = json.loads((tmp_path / "report" / "part.json").read_text())
+    assert document["parity"] == {"fp32": {"failed": "parity of fp32"}}
+    assert document["placement"] == {}
+    assert document["one_step"] == []
+    assert document["pictures"][0]["failed"] == "pictures of fp32"
+
+
+def test_a_measurement_ends_at_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+    module = importlib.import_module("gpu_cuda")
+    found = subprocess.run  # not the real child: one that takes longer than it may
+
+    def run(words: list[str], **options: Any) -> Any:
+        return found(["sleep", "60"], **options)
+
+    monkeypatch.setattr(module.subprocess, "run", run)
+    assert module.in_child("steps", {"precision": "bf16", "limit": 0.2}) == {"failed": "not done in 0.2 s"}
+
+
 def test_a_failure_of_one_measurement_is_in_the_report(
     benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(benchmark, "in_child", lambda kind, options: {"failed": f"{kind}: out | of memory"})
     monkeypatch.setattr(benchmark, "prepared", lambda work, scale, precision: work / "none")
-    names = argparse.Namespace(
-        executor="cpu", scale="small", steps=2, repeat=1, vram=None, without_diffusers=True, work=tmp_path
-    )
-    names.precision, names.size, names.out = ["fp32"], [(64, 64)], tmp_path
-    page = benchmark.report(benchmark.run(names))
+    asked: list[argparse.Namespace] = []
+    with monkeypatch.context() as caught:
+        caught.setattr(benchmark, "run", asked.append)
+        caught.setattr(benchmark, "report", str)
+        benchmark.main(arguments(tmp_path, "--without-diffusers"))
+    page = benchmark.report(benchmark.run(asked[0]))
     for kind in ("parity", "placement", "pictures", "steps"):
         assert f"{kind}: out / of memory" in page

@@ -158,7 +158,7 @@ def run(bench: Bench, size: tuple[int, int], budgets: list[int]) -> None:
             "ok": bool(np.isfinite(one.latents).all()),
             "picture_seconds": one.seconds,
             "steps": one.steps,
-            "captured": bool(stage and stage.graph),
+            "captured": bool(stage and stage.graphs),
             "peak": CONTEXT_BYTES + executor.peak_bytes,
             "planned": getattr(plan, "peak", None),
             **bench.against_reference(one),

@@ -88,9 +88,12 @@ DIFFUSERS_BACKENDS = ("native", "_native_cudnn", "_native_flash", "flash", "_fla
 def diffusers_step(
     config: Any, geometry: Any, tokens: int, device: str, dtype_name: str
 ) -> Iterator[tuple[Any, Callable[[Any], Any]]]:
-    """diffusers' transformer with random weights on the device; and what runs a step of it, or of its compiled self."""
+    """diffusers' transformer with random weights on the device; and what runs a step of it, or of its compiled self.
+
+    A model's attention backend becomes that of the whole process: afterwards it is again what it was.
+    """
     import torch
-    from diffusers import ZImageTransformer2DModel
+    from diffusers import ZImageTransformer2DModel, attention_backend
 
     dtype, sizes = getattr(torch, dtype_name), config.transformer
     with torch.device(device):
@@ -108,7 +111,8 @@ def diffusers_step(
         return output
 
     try:
-        yield model, step
+        with attention_backend():
+            yield model, step
     finally:
         del model
         if device == "cuda":

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from diffusers.models import attention_dispatch
 
 pytestmark = pytest.mark.deep
 
@@ -43,6 +44,19 @@ def test_a_trial_without_a_gpu(benchmark: ModuleType, tmp_path: Path, capsys: py
     assert {"text_encoder", "caption", "denoiser", "decoder", "encoder"} == set(document["placement"]["fp32"])
     for words in ("fp32 64x64 ours", "fp32 64x64 diffusers eager", "fp32 denoiser", "times mean nothing"):
         assert words in page
+
+
+def test_the_attention_backend_of_the_process_is_restored(
+    benchmark: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = attention_dispatch._AttentionBackendRegistry
+    before = registry.get_active_backend()
+    # the one that is never the default and that a CPU has: measured alone, it is the fastest
+    monkeypatch.setattr("gpu_tools.DIFFUSERS_BACKENDS", ("_native_flash",))
+    benchmark.main(arguments(tmp_path, "--only", "steps"))
+    (step,) = json.loads((tmp_path / "report" / "gpu_cuda.json").read_text())["one_step"]
+    assert step["backend"] == "_native_flash"
+    assert registry.get_active_backend() == before
 
 
 def test_without_diffusers_it_says_so(

@@ -7,6 +7,7 @@ thread is inside a library's call that takes minutes. So the call runs here, and
 import contextlib
 import os
 import queue
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -97,17 +98,17 @@ class Worker:
         """
         if stop is not None:
             stop.check()
-        if threading.current_thread() is self._thread:
-            return function()
+        if threading.current_thread() is self._thread or sys.is_finalizing():
+            return function()  # while the process ends, no other thread runs
         self._start()
         task = _Task(function)
         try:
             self._tasks.put(task)
-            _wait(task)
+            self._wait(task)
         except BaseException:
             if stop is not None:
                 stop.request()
-            _wait(task)
+            self._wait(task)
             raise
         if task.error is not None:
             raise task.error
@@ -123,6 +124,14 @@ class Worker:
                     self._thread.join()
                 self._thread = None
 
+    def _wait(self, task: _Task) -> None:
+        while not task.done.wait(_NAP):
+            # The garbage collector finalizes this worker, which ends its thread, before it closes a generator that
+            # still has something to free.
+            ended = self._thread is None or not self._thread.is_alive()
+            if ended and not task.done.is_set():
+                task.run()
+
     def _start(self) -> None:
         with self._starting:
             if self._thread is not None and self._process != os.getpid():
@@ -134,11 +143,6 @@ class Worker:
                 self._process = os.getpid()
                 self._thread = threading.Thread(target=_work, args=(self._tasks,), name=self._name, daemon=True)
                 self._thread.start()
-
-
-def _wait(task: _Task) -> None:
-    while not task.done.wait(_NAP):
-        pass
 
 
 def _work(tasks: "queue.SimpleQueue[_Task | None]") -> None:

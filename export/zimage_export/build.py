@@ -4,6 +4,7 @@ import dataclasses
 import math
 import shutil
 import time
+from collections.abc import Container
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +23,7 @@ from zimage_runtime.bundle.manifest import (
     write_manifest,
 )
 from zimage_runtime.bundle.rebalancing import PLACES
-from zimage_runtime.bundle.tensors import DType, read_header
+from zimage_runtime.bundle.tensors import DType, TensorEntry, read_header
 from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.errors import BundleError
 from zimage_runtime.machine.gpu_targets import GpuTarget
@@ -212,13 +213,11 @@ def _write_program(path: Path, graph: Graph) -> int:
     path.write_bytes(graph.to_model("weights.safetensors", entries).SerializeToString())
     programs = PROGRAM_SETS[graph.executor]
     onnx.checker.check_model(str(path), full_check=programs.standard)
-    if programs.widens:
-        return sum(math.prod(s) * _in_memory(entries[name].dtype) for name, s in graph.weights.items())
-    return sum(entries[name].nbytes for name in graph.weights)
+    return sum(_in_memory(entries[name], programs.widened) for name in graph.weights)
 
 
-def _in_memory(dtype: str) -> int:
-    return 1 if dtype in (DType.I8, DType.U8) else DType.F32.size
+def _in_memory(entry: TensorEntry, widened: Container[str]) -> int:
+    return math.prod(entry.shape) * DType.F32.size if entry.dtype in widened else entry.nbytes
 
 
 def _measured(checkpoint: Checkpoint, options: BuildOptions, progress: Progress) -> Peaks | None:

@@ -34,7 +34,7 @@ class ProgramSet:
     layers: Callable[[GraphBuilder, TypePolicy], Layers]
     programs: tuple[Program, ...] = ON_DEVICE  # whole-component programs that a bundle gets
     precisions: tuple[Precision, ...] = tuple(Precision)  # of the bundles that get them
-    widens: bool = False  # 16-bit weights are float32 in the executor's memory
+    widened: frozenset[DType] = frozenset()  # types of stored weights that are float32 in the executor's memory
     standard: bool = True  # onnx knows every operator, so that a program is checked down to every value's type
 
     def of(self, precision: Precision) -> tuple[Program, ...]:

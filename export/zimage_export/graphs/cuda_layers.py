@@ -94,4 +94,6 @@ def _weight_only_layers(b: GraphBuilder, policy: TypePolicy) -> Layers:
 
 
 CUDA_PROGRAMS = ProgramSet(CUDA, _layers)
-WEIGHT_ONLY_PROGRAMS = ProgramSet(CUDA_WEIGHT_ONLY, _weight_only_layers, (Program.DENOISER,), (Precision.INT8,))
+WEIGHT_ONLY_PROGRAMS = ProgramSet(
+    CUDA_WEIGHT_ONLY, _weight_only_layers, (Program.DENOISER,), (Precision.INT8,), variant_of=CUDA
+)

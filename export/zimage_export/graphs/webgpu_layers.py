@@ -192,4 +192,6 @@ _PRECISIONS = (Precision.FP32, Precision.FP16, Precision.INT8, Precision.INT4)
 _WIDENED = frozenset({DType.BF16})
 
 WEBGPU_PROGRAMS = ProgramSet(WEBGPU, _layers, precisions=_PRECISIONS, widened=_WIDENED)
-FUSED_PROGRAMS = ProgramSet(WEBGPU_FUSED, _fused_layers, (Program.DENOISER,), _PRECISIONS, _WIDENED, standard=False)
+FUSED_PROGRAMS = ProgramSet(
+    WEBGPU_FUSED, _fused_layers, (Program.DENOISER,), _PRECISIONS, _WIDENED, variant_of=WEBGPU, standard=False
+)

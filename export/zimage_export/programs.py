@@ -73,15 +73,15 @@ def _wanted(bundle: Bundle, executors: Sequence[str]) -> list[ProgramSet]:
 
 
 def _check_weights(bundle: Bundle, policy: BundlePolicy, graph: Graph) -> None:
-    component = graph.program.component
+    component, what = graph.program.component, f"the {graph.program} program for {graph.executor}"
     for name, shape in graph.weights.items():
         entry, dtype = policy.headers[component].get(name), graph.types[name]
         if entry is not None and (entry.dtype, entry.shape) == (dtype, shape):
             continue
         found = "none" if entry is None else f"{entry.dtype} of shape {list(entry.shape)}"
         raise ExportError(
-            f"{bundle.file(bundle.manifest.weights[component])}: the {graph.program} program for {graph.executor} needs "
-            f"{name}, {dtype} of shape {list(shape)}, but the file has {found}; export the bundle again"
+            f"{bundle.file(bundle.manifest.weights[component])}: {what} needs {name}, {dtype} of shape {list(shape)}, "
+            f"but the file has {found}; export the bundle again"
         )
 
 

@@ -56,6 +56,11 @@ class Layers:
         """The norm of a branch's output that was divided by 2**exponent: it ignores scale, except for its epsilon."""
         return self.rms_norm(x, scale, epsilon * 2.0 ** (-2 * exponent), name)
 
+    def table_rows(self, table: str, count: int, width: int, name: str) -> list[str]:
+        """The rows of a table of `count` times `width` values as [width] vectors: one `Split`."""
+        flat = self.b.op("Reshape", table, self.b.integers(-1), name=f"{name}.flat")
+        return self.b.ops("Split", flat, name=f"{name}.rows", outputs=count, axis=0, num_outputs=count)
+
     def rotary(self, x: str, cos: str, sin: str, heads: int, name: str, *, interleaved: bool) -> str:
         """Rotary embedding of [batch, tokens, heads * head_dim]; tables are [batch, tokens, head_dim / 2].
 
@@ -113,6 +118,10 @@ class Layers:
         """Full attention of [batch, tokens, heads * head_dim]."""
         # the contrib operator is a little faster than opset 23's and blocks over the keys
         return self.b.op("MultiHeadAttention", q, k, v, name=name, contrib=True, num_heads=heads)
+
+    def spatial_attention(self, q: str, k: str, v: str, width: int, name: str = "scores") -> str:
+        """Attention of one head over all positions of a map, [batch, positions, width]."""
+        return self.attention(q, k, v, heads=1, head_dim=width, name=name)
 
     def causal_attention(
         self, q: str, k: str, v: str, heads: int, kv_heads: int, head_dim: int, name: str = "scores"

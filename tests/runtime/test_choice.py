@@ -14,7 +14,7 @@ from zimage_runtime.executors.ort import cuda
 from zimage_runtime.executors.ort.cuda import SWAP_TO_GPU, budget_of
 from zimage_runtime.executors.protocol import Options
 from zimage_runtime.machine.gpus import find_gpu
-from zimage_runtime.pipeline import Pipeline
+from zimage_runtime.pipeline import Pipeline, Request
 
 
 def choose(bundle: Bundle, asked: str) -> ExecutorChoice:
@@ -143,3 +143,15 @@ def test_a_budget_is_nothing_to_the_cpu(monkeypatch: pytest.MonkeyPatch, opened:
 def test_an_unknown_executor_is_told_which_there_are(opened: Bundle) -> None:
     with pytest.raises(RequestError, match=r"'abacus' is unknown; choose one of auto, tensorrt, cuda, cpu"):
         choose(opened, "abacus")
+
+
+def test_a_gpu_executor_that_is_not_the_best_one_is_no_warning(monkeypatch: pytest.MonkeyPatch, opened: Bundle) -> None:
+    """Most bundles have no block programs for TensorRT: that CUDA runs them is what one expects."""
+    install_gpus(monkeypatch, Card())
+    with_gpu_package(monkeypatch)
+    with Pipeline.from_bundle(opened.root) as pipeline:
+        job = pipeline.prepare(Request("a fox", size=(64, 64), steps=1))
+    assert job.executor.name == "cuda"
+    assert job.choice is not None
+    assert "no tensorrt" in job.choice
+    assert job.notices == ()

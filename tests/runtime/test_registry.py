@@ -72,6 +72,8 @@ def test_auto_goes_to_the_next_for_a_request_that_the_best_cannot_hold(
             assert "96x64 does not fit on the toy" in notice.text
             assert log == ["open", "close", "open cpu"], "the one that is left is closed first"
             assert pipeline.prepare(Request("a fox", size=SMALL, steps=1, seed=1)).executor.name == "toy"
+            with pytest.raises(RequestError, match="prepare the request again"):
+                pipeline.run(large)
             assert log == ["open", "close", "open cpu", "open"]
         assert log[-1] == "close"
     finally:

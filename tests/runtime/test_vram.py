@@ -1,14 +1,15 @@
 """What an image takes of a GPU's memory is planned before anything is loaded, and the plan keeps its word."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from zimage_runtime.bundle.bundle import Bundle
-from zimage_runtime.bundle.manifest import Manifest
+from zimage_runtime.bundle.manifest import Manifest, Precision
 from zimage_runtime.errors import MemoryLimitError
-from zimage_runtime.executors.ort.device_plan import VramPlan, plan_vram, tile_values
+from zimage_runtime.executors.ort.device_plan import VramPlan, plan_vram, predict_vram, tile_values
 from zimage_runtime.executors.overheads import ORT_CUDA
 from zimage_runtime.executors.protocol import Work
 from zimage_runtime.model.geometry import image_geometry
@@ -167,3 +168,20 @@ def elements(shape: tuple[int, ...]) -> int:
     import math
 
     return math.prod(shape)
+
+
+def test_only_a_bundle_that_is_nearer_to_the_original_is_advised(manifest: Manifest) -> None:
+    """bf16 is no advice to the owner of an fp32 bundle, nor fp16 to bf16's."""
+    work = Work(geometry=image_geometry(512, 512, manifest.config), tokens=32)
+    roomy = 80 * GIB
+    assert manifest.precision is Precision.FP32
+    advice = {
+        precision: predict_vram(replace(manifest, precision=precision), work, roomy, capability).advice
+        for capability in ((8, 9), (7, 5))
+        for precision in Precision
+    }
+    assert advice[Precision.FP32] is advice[Precision.BF16] is advice[Precision.FP16] is None
+    assert advice[Precision.INT8] is advice[Precision.INT4] is Precision.FP16  # of the last capability, without bf16
+    plan = predict_vram(manifest, work, roomy, (8, 9))
+    assert not any(line.startswith("advice") for line in plan.lines())
+    assert any(line.startswith("other bundles") and "bf16" in line for line in plan.lines())

@@ -11,6 +11,7 @@ from ...bundle.manifest import CUDA, Precision
 from ...errors import BundleError, ExecutorError
 from ...machine.gpu_targets import GpuTarget
 from ...machine.gpus import Gpu, find_gpu
+from ...model.programs import Program
 from ..examination import Examination, Verdict
 from ..overheads import DESKTOP, ORT_CUDA
 from ..protocol import ExecutorKind, Hardware, Options, Unavailable, Work
@@ -59,7 +60,7 @@ class CudaProvider:
     def exclusive(self, stop: Stop) -> AbstractContextManager[object]:
         return contextlib.nullcontext()
 
-    def session(self, model: str | bytes, options: Any, nbytes: int) -> Any:
+    def session(self, model: str | bytes, options: Any, program: Program | None, nbytes: int) -> Any:
         import onnxruntime
 
         chatter = io.StringIO()  # the library prints, to stdout too, which is the command's own

@@ -12,6 +12,7 @@ import numpy as np
 
 from ...arrays import FloatArray
 from ...errors import CancelledError, DeviceLostError, ExecutorError
+from ...model.programs import Program
 from ..worker import Stop
 
 
@@ -89,8 +90,8 @@ class Provider(Protocol):
         Waiting for it raises `CancelledError` after a request to stop.
         """
 
-    def session(self, model: str | bytes, options: Any, nbytes: int) -> Any:
-        """A session of a model, a file's path or its bytes, whose weights take `nbytes` on the device.
+    def session(self, model: str | bytes, options: Any, program: Program | None, nbytes: int) -> Any:
+        """A session of a program, by its file's path, or of another model, by its bytes. Its weights take `nbytes`.
 
         Raises what the library raises, or `ExecutorError`.
         """

@@ -163,17 +163,17 @@ class OrtDeviceExecutor:
     def _session(self, program: Program, stop: Stop) -> Any:
         name = self.denoiser if program is Program.DENOISER else self.name
         path, record = self.bundle.program(program, name), self.bundle.manifest.record(program, name)
-        return self.open(str(path), f"{program} in {path}", stop, record.weight_bytes if record else 0)
+        return self.open(str(path), f"{program} in {path}", stop, program, record.weight_bytes if record else 0)
 
-    def open(self, model: str | bytes, what: str, stop: Stop, nbytes: int = 0) -> Any:
-        """A session of a model, a file's path or its bytes, with `nbytes` of weights."""
+    def open(self, model: str | bytes, what: str, stop: Stop, program: Program | None = None, nbytes: int = 0) -> Any:
+        """A session of a program, by its file's path, or of another model, by its bytes."""
         options = session_options()
         try:
             with (
                 self.provider.exclusive(stop),
                 stop.aborting(lambda: options.set_load_cancellation_flag(True)),
             ):
-                return self.provider.session(model, options, nbytes)
+                return self.provider.session(model, options, program, nbytes)
         except (CancelledError, ExecutorError):
             raise
         except Exception as error:

@@ -1,0 +1,116 @@
+"""What the programs for WebGPU take of a GPU's memory.
+
+Everything is computed in float32, and weights that are narrower are widened one after the other. The factors were
+measured on Mesa's software Vulkan, whose allocations are those of a GPU: see `benchmarks/webgpu_block.py`.
+"""
+
+from dataclasses import dataclass
+
+from ...bundle.manifest import WEBGPU, WEBGPU_FUSED, Manifest, Precision
+from ...errors import MemoryLimitError
+from ...model.geometry import padded
+from ...model.programs import Program
+from ...model.query_blocks import MOST_SCORES, autoencoder_scores, denoiser_scores
+from ...units import gib, gib_needed
+from ..overheads import ORT_WEBGPU
+from ..protocol import Work
+from .cpu_plan import largest_size
+from .device_plan import FLOAT, VramPlan, best_plan, refusal
+from .webgpu_adapters import Adapter
+
+# Live activations at a program's peak, in units of one token (or pixel) times the width named beside it
+_BLOCK_WIDTHS = 24.0  # x dim
+_SCORES = 3.0  # blocks of scores: the products, their softmax, and one that is just freed
+_WIDENED_WEIGHTS = 3.0  # of the largest linear, in float32
+_TEXT_WIDTHS = 15.0  # x intermediate_size / 3
+_TEXT_SCORES = 4.0  # x heads x tokens
+_DECODER_MAPS = 8.0  # x the widest feature map at full resolution
+_ENCODER_MAPS = 8.0
+
+_PIECES = 4
+"""Pieces that a buffer may be bound in: a kernel has ten bindings at least, for what it reads and writes."""
+
+
+@dataclass(frozen=True)
+class WebGpuCosts:
+    """What a bundle's programs take on an adapter. Implements `DeviceCosts`."""
+
+    denoisers: tuple[str, ...] = (WEBGPU,)
+    largest_map: int = 1 << 62  # bytes of a buffer that a kernel can read and write
+
+    executor = WEBGPU
+    overhead = ORT_WEBGPU
+    keeps_buffers = True  # until the next run, or for good where sizes repeat
+
+    def activations(self, program: Program, manifest: Manifest, work: Work, denoiser: str) -> int:
+        config, geometry, tokens, batch = manifest.config, work.geometry, work.tokens, work.batch
+        pixels = geometry.width * geometry.height
+        if program is Program.TEXT_ENCODER:
+            text = config.text_encoder
+            widths = _TEXT_WIDTHS * text.intermediate_size / 3 + _TEXT_SCORES * text.num_attention_heads * tokens
+            return int(FLOAT * tokens * widths) + _widened(manifest, text.hidden_size * text.intermediate_size)
+        if program is Program.ENCODER:
+            maps = FLOAT * pixels * config.vae.block_out_channels[0] * _ENCODER_MAPS
+            return int(maps + _SCORES * autoencoder_scores(geometry))
+        if program is Program.DECODER:
+            maps = FLOAT * pixels * max(config.vae.block_out_channels[:2]) * _DECODER_MAPS
+            return int(maps + _SCORES * autoencoder_scores(geometry))
+        widened = _widened(manifest, config.transformer.dim * config.transformer.ffn_dim)
+        if program is Program.DENOISER:
+            sequence = batch * (geometry.image_tokens + padded(tokens))
+            scores = 0 if denoiser == WEBGPU_FUSED else denoiser_scores(geometry, tokens, batch, config)
+        else:
+            sequence = padded(tokens)
+            scores = FLOAT * config.transformer.n_heads * sequence**2
+        return widened + int(FLOAT * sequence * config.transformer.dim * _BLOCK_WIDTHS + _SCORES * scores)
+
+    def needs_tiles(self, program: Program, manifest: Manifest, work: Work) -> bool:
+        channels = manifest.config.vae.block_out_channels
+        widest = max(channels[:2]) if program is Program.DECODER else channels[0]
+        pixels = work.geometry.width * work.geometry.height
+        return FLOAT * widest * pixels > self.largest_map or autoencoder_scores(work.geometry) > MOST_SCORES
+
+    def denoiser_note(self, denoiser: str) -> str:
+        return ""
+
+
+def _widened(manifest: Manifest, parameters: int) -> int:
+    """Bytes of narrow weights that are in float32 at a time: int4 is multiplied as it is."""
+    narrow = manifest.precision in (Precision.FP16, Precision.INT8)
+    return int(narrow * _WIDENED_WEIGHTS * FLOAT * parameters)
+
+
+def largest_buffer(adapter: Adapter) -> int:
+    """Bytes of the largest buffer that kernels can read and write on an adapter."""
+    return min(adapter.buffer, _PIECES * adapter.binding)
+
+
+def plan_webgpu(manifest: Manifest, work: Work, budget: int, costs: WebGpuCosts) -> VramPlan:
+    """The plan for a request within `budget` bytes. Nothing is loaded or looked up.
+
+    Raises `MemoryLimitError` where a block of the denoiser's scores, or even one stage at a time, does not fit, naming
+    the largest size of the shape that would.
+    """
+
+    def fits(work: Work) -> bool:
+        within = scores_of(manifest, work, costs) <= MOST_SCORES
+        return within and best_plan(costs, manifest, work, budget).peak <= budget
+
+    if fits(work):
+        return best_plan(costs, manifest, work, budget)
+    largest, scores = largest_size(manifest, work, fits), scores_of(manifest, work, costs)
+    advice = f"the largest size of this shape that fits is {largest}" if largest else "no size fits"
+    if scores <= MOST_SCORES:
+        raise MemoryLimitError(refusal(best_plan(costs, manifest, work, budget), advice))
+    what = f"{work.geometry.width}x{work.geometry.height}" + (f" in batches of {work.batch}" if work.batch > 1 else "")
+    raise MemoryLimitError(
+        f"{what} is too large for attention that stores its scores: a block of them takes {gib_needed(scores, 2)}, and "
+        f"{gib(MOST_SCORES, 2)} is the most; {advice}; choose a smaller --size, or --executor cpu"
+    )
+
+
+def scores_of(manifest: Manifest, work: Work, costs: WebGpuCosts) -> int:
+    """Bytes of a block of the denoiser's scores; 0 where the fused attention stores none."""
+    if WEBGPU_FUSED in costs.denoisers:
+        return 0
+    return denoiser_scores(work.geometry, work.tokens, work.batch, manifest.config)

@@ -269,7 +269,7 @@ def largest_scores(bundle: Bundle, program: Program, feeds: dict[str, FloatArray
     return max(4 * int(np.prod(shape["float"])) for shape in shapes)
 
 
-@pytest.mark.parametrize(("size", "batch"), [((16, 16), 1), ((144, 112), 1), ((80, 32), 2)])
+@pytest.mark.parametrize(("size", "batch"), [((16, 16), 1), ((48, 32), 1), ((144, 112), 1), ((80, 32), 2)])
 def test_scores_take_what_a_plan_computes(size: tuple[int, int], batch: int, bundle: Path, tmp_path: Path) -> None:
     opened = Bundle.open(bundle)
     config, tokens = opened.manifest.config, 40

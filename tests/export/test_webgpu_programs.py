@@ -124,6 +124,10 @@ def test_blocks_of_queries_at_any_size(
 def test_fused_attention_gives_the_same(precision: Precision, bundle_in: Callable[[Precision], Path]) -> None:
     bundle = Bundle.open(bundle_in(precision))
     check(bundle, Program.DENOISER, fixed_inputs(bundle.manifest.config)[Program.DENOISER], WEBGPU_FUSED)
+    model = onnx.load(bundle.program(Program.DENOISER, WEBGPU_FUSED), load_external_data=False)
+    operators = [node.op_type for node in model.graph.node]
+    assert operators.count("MultiHeadAttention") == bundle.manifest.config.transformer.modulated_blocks
+    assert "Softmax" not in operators
 
 
 @pytest.mark.parametrize("precision", [Precision.INT8, Precision.INT4])

@@ -17,6 +17,7 @@ from typing import Any
 
 import click
 import pytest
+from facts import assert_facts
 
 from zimage_export.cli import cli as export_cli
 from zimage_rt.cli import cli as rt_cli
@@ -97,16 +98,14 @@ def finish(process: "subprocess.Popen[str]") -> Outcome:
 
 
 def assert_one_line_error(outcome: Outcome, *named: object, status: int = 1) -> str:
-    """Asserts that a command failed with one line on stderr that holds every one of `named`; returns that line."""
+    """Asserts that a command failed with one line on stderr that has every fact of `named`; returns that line."""
     assert "Traceback" not in outcome.err, outcome.err
     assert outcome.status == status, outcome
     assert outcome.out == ""
-    lines = outcome.err.splitlines()
-    assert len(lines) == 1, outcome.err
-    assert lines[0].startswith("error: ")
-    for text in named:
-        assert str(text) in lines[0], f"{text} is not named in: {lines[0]}"
-    return lines[0]
+    line = outcome.err.removesuffix("\n")
+    assert_facts(line, "error:", *named)
+    assert line.startswith("error: ")
+    return line
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int, int]]:

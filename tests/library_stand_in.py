@@ -39,5 +39,5 @@ class LibraryStandIn:
     def cache(self) -> bytes:
         return b"kernels compiled so far"
 
-    def complaint(self) -> str:
+    def last_error(self) -> str:
         return "because"

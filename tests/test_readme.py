@@ -47,3 +47,9 @@ def test_every_option_that_the_readme_names_exists() -> None:
     # pip's -c and -e, and pytest's -m, are not ours
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README.read_text("utf-8")))
     assert named - known == set()
+
+
+def test_every_file_that_the_readme_links_to_exists() -> None:
+    linked = re.findall(r"\]\((?!https?:)([^)#]+)\)", README.read_text("utf-8"))
+    assert len(linked) > 5
+    assert [path for path in linked if not (README.parent / path).exists()] == []

@@ -1,4 +1,4 @@
-"""The suite's own tools: what a test may not leave is noticed, and what all share is made once."""
+"""The suite's own tools: facts in errors, what a test may not leave, and what all tests share."""
 
 import os
 import subprocess
@@ -7,17 +7,21 @@ from pathlib import Path
 
 import leftovers
 import pytest
+from facts import has_fact, raises_with
 from leftovers import assert_nothing_left, children, names_in
 from sharing import made_once, one_core_per_worker
 
 
 def test_a_process_that_is_left_is_named() -> None:
     before = children(), names_in(leftovers.REPOSITORY)
-    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", "print(flush=True); input()"], **pipes)
     try:
+        assert process.stdout is not None
+        process.stdout.readline()  # a process that only begins has no command line yet
         if not children():
             pytest.skip("the kernel does not list a process's children")
-        with pytest.raises(AssertionError, match=r"input\(\)"):
+        with raises_with(AssertionError, "input()"):
             assert_nothing_left(*before)
     finally:
         process.communicate()
@@ -30,7 +34,7 @@ def test_a_file_that_is_left_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / ".cache").mkdir()
     assert_nothing_left(*before)
     (tmp_path / "zimage-1.png").touch()
-    with pytest.raises(AssertionError, match=r"zimage-1\.png"):
+    with raises_with(AssertionError, "zimage-1.png"):
         assert_nothing_left(*before)
 
 
@@ -67,3 +71,33 @@ def test_a_worker_has_one_core(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PYTEST_XDIST_WORKER")
     one_core_per_worker()
     assert bound == [{2}, {5}, {2}]
+
+
+def test_facts_are_words_of_their_own() -> None:
+    line = "cat.png: needs 2.5 GiB at 128x64, and 8 is available; use --low-memory (`zimage-rt doctor`)"
+    for fact in ("cat.png", "2.5 GiB", "128x64", 8, "--low-memory", "`zimage-rt doctor`"):
+        assert has_fact(line, fact), fact
+    for other in ("at.png", "cat.pn", 2, 5, "28x64", "128x6", 6, "--low"):
+        assert not has_fact(line, other), other
+
+
+@pytest.mark.parametrize(
+    ("error", "facts"),
+    [
+        (UnicodeError("7 is unknown"), (7,)),  # of a subclass
+        (ValueError("17 is unknown"), (7,)),
+        (ValueError("7 is\nunknown"), (7,)),
+        (ValueError("7 is unknown"), ()),
+        (ValueError("7 is unknown"), ("",)),
+    ],
+    ids=repr,
+)
+def test_an_error_without_its_facts_fails(error: Exception, facts: tuple[object, ...]) -> None:
+    with pytest.raises(AssertionError), raises_with(ValueError, *facts):
+        raise error
+
+
+def test_an_error_with_its_facts_passes() -> None:
+    with raises_with(ValueError, 7, "unknown") as caught:
+        raise ValueError("7 is unknown")
+    assert caught.type is ValueError

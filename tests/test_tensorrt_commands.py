@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from cli_tools import Capture, assert_one_line_error, call_export, call_rt, unchanged
 from device_stand_in import StandInDevice
+from facts import assert_facts, memory_amounts
 from gpu_stand_in import Card, install_gpus
 from library_stand_in import LibraryStandIn
 from onnx_engines import OnnxEngines, twin_spec, twins
@@ -115,7 +116,7 @@ def test_what_tensorrt_refuses_is_one_line(copy: Path, stand_in: LibraryStandIn,
 
     stand_in.build = refuse  # type: ignore[method-assign]
     outcome = call_export(capsys, "engines", copy, "--quiet")
-    assert_one_line_error(outcome, "cannot build block program text_layer: why")
+    assert_one_line_error(outcome, "tensorrt_rtx", "text_layer", "why")
     Bundle.open(copy).verify()
 
 
@@ -157,13 +158,12 @@ def test_plan_says_what_is_where(engined: Path, capsys: Capture) -> None:
 
 def test_plan_as_json_in_a_budget(engined: Path, capsys: Capture) -> None:
     refusal = call_rt(capsys, "plan", engined, "--size", "64x96", "--vram", "0.1GiB")
-    line = assert_one_line_error(refusal, "0.10 GiB", "smallest budget")
-    smallest = re.search(r"would fit in is ([\d.]+) GiB", line)
-    assert smallest is not None
-    tight = call_rt(capsys, "plan", engined, "--size", "64x96", "--vram", f"{smallest[1]}GiB", "--json")
+    given, smallest = memory_amounts(assert_one_line_error(refusal, "VRAM", "--vram", "--size", "--executor cpu"))
+    assert given == 0.1
+    tight = call_rt(capsys, "plan", engined, "--size", "64x96", "--vram", f"{smallest}GiB", "--json")
     found = json.loads(tight.out)
     assert found["peak"] <= found["budget"]
-    less = f"{float(smallest[1]) - 0.01:.2f}GiB"
+    less = f"{smallest - 0.01:.2f}GiB"
     assert call_rt(capsys, "plan", engined, "--size", "64x96", "--vram", less).status == 1
     assert found["context"] == CONTEXT_BYTES
 
@@ -175,25 +175,32 @@ def test_plan_says_what_the_cpu_does_and_from_which_budget_the_gpu_would(engined
         return next(line.split(maxsplit=1)[1] for line in outcome.lines if line.startswith(f"{stage} "))
 
     large = ("--size", "1024x1024", "--vram")
-    in_tiles = re.compile(
-        r".*; its first (\d+) blocks whole, the others in tiles; as a whole from a budget of ([\d.]+) GiB"
-    )
-    said = in_tiles.fullmatch(line("decoder", *large, "0.45GiB"))
-    assert said is not None
-    budget = float(said[2])
-    assert "all resident" in line("decoder", *large, f"{budget}GiB")
-    less = in_tiles.fullmatch(line("decoder", *large, f"{budget - 0.01:.2f}GiB"))
-    assert less is not None
-    assert int(said[1]) <= int(less[1])
-    assert line("encoder", *large, "0.45GiB").startswith("on the CPU; on the GPU from a budget of ")
+
+    def in_tiles(budget: str) -> tuple[int, float]:
+        """Blocks of the decoder that are whole in a budget, and the budget from which on all are."""
+        said = line("decoder", *large, budget)
+        assert_facts(said, "tiles", "whole")
+        blocks = re.search(r"first (\d+) blocks", said)
+        assert blocks is not None
+        return int(blocks[1]), memory_amounts(said)[-1]
+
+    whole, budget = in_tiles("0.45GiB")
+    assert_facts(line("decoder", *large, f"{budget}GiB"), "resident")
+    assert "tiles" not in line("decoder", *large, f"{budget}GiB")
+    assert in_tiles(f"{budget - 0.01:.2f}GiB") >= (whole, budget)
+    encoder = line("encoder", *large, "0.45GiB")
+    assert_facts(encoder, "CPU", "GPU")
+    (enough,) = memory_amounts(encoder)
+    assert "CPU" not in line("encoder", *large, f"{enough}GiB")
     found = json.loads(call_rt(capsys, "plan", engined, *large, "0.45GiB", "--json").out)
     assert set(found["on_cpu"]) == {"encoder"}
     assert not set(found["on_cpu"]) & set(found["stages"])
-    assert found["stages"]["decoder"]["blocks"] == int(said[1])
+    assert found["stages"]["decoder"]["blocks"] == whole
     smallest = found["in_tiles"]["decoder"]["smallest_budget"]
     assert budget - 0.01 < smallest / 2**30 <= budget
     wide = line("decoder", "--size", "4096x16")
-    assert wide == "on the CPU, in tiles; no engine of the bundle takes maps of this size"
+    assert_facts(wide, "CPU", "tiles", "engines")
+    assert memory_amounts(wide) == [], "no budget is enough"
 
 
 def test_plan_grows_with_the_image_and_the_batch(engined: Path, capsys: Capture) -> None:
@@ -205,7 +212,7 @@ def test_plan_grows_with_the_image_and_the_batch(engined: Path, capsys: Capture)
 
 
 def test_plan_needs_engines(bundle: Path, engined: Path, stand_in: LibraryStandIn, capsys: Capture) -> None:
-    assert_one_line_error(call_rt(capsys, "plan", bundle, "--executor", "tensorrt"), "zimage-export engines")
+    assert_one_line_error(call_rt(capsys, "plan", bundle, "--executor", "tensorrt"), bundle, "zimage-export engines")
     export_engines.add_engines(Bundle.open(engined), [GpuTarget.SM86])
     assert_one_line_error(call_rt(capsys, "plan", engined, "--gpu", "sm75"), "sm75", "zimage-export engines")
 
@@ -221,7 +228,7 @@ def test_plan_for_cuda_is_the_executors_own(bundle: Path, capsys: Capture) -> No
     assert_one_line_error(call_rt(capsys, "plan", bundle, "--vram", "0.1GiB"), "0.1 GiB", "--vram")
 
 
-def test_which_card_can_run_it_is_told_for_tensorrt_too(engined: Path, bundle: Path) -> None:
+def test_the_table_of_cards_has_tensorrt_too(engined: Path, bundle: Path) -> None:
     opened = Bundle.open(engined)
     table = {row.executor: row for row in card_table([("m", opened)], [(512, 512)], [])}
     assert set(table) == {"tensorrt", "cuda", "cpu"}
@@ -242,9 +249,7 @@ def test_which_card_can_run_it_is_told_for_tensorrt_too(engined: Path, bundle: P
 def test_run_without_a_gpu_is_one_line(engined: Path, executor: str, capsys: Capture) -> None:
     """It says what is missing, and what to do."""
     outcome = call_rt(capsys, "run", "x", "-m", engined, "--executor", executor)
-    assert_one_line_error(
-        outcome, f"'{executor}' cannot run here", "no NVIDIA driver", "`zimage-rt doctor`", "--executor cpu"
-    )
+    assert_one_line_error(outcome, f"'{executor}'", "NVIDIA driver", "`zimage-rt doctor`", "--executor cpu")
 
 
 def test_run_without_the_packages_is_one_line(engined: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
@@ -271,17 +276,17 @@ class Device:
 def test_doctor_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     found = kind.examine()
     assert found.verdict is Verdict.NOTE
-    assert "no NVIDIA driver" in found.text
+    assert_facts(found.text, "NVIDIA driver")
     monkeypatch.setattr(kind, "CudaDevice", Device)
     found = kind.examine()
     assert found.verdict is Verdict.OK
-    assert "a card, sm89 (Ada: RTX 40, L4)" in found.text
+    assert_facts(found.text, "a card", "sm89", "Ada", "RTX 40", "zimage-export engines")
     monkeypatch.setattr(Device, "capability", (6, 1))
-    assert "older than TensorRT supports" in kind.examine().text
+    assert_facts(kind.examine().text, "a card", "older", "7.5", "--executor cpu")
     monkeypatch.setattr(kind, "find_spec", lambda name: None)
     found = kind.examine()
     assert found.verdict is Verdict.NOTE
-    assert "tensorrt_rtx and cuda-bindings not installed" in found.text
+    assert_facts(found.text, "tensorrt_rtx", "cuda-bindings", "`pip install 'zimage-rt[tensorrt]'`")
 
 
 def test_why_it_is_unavailable_is_in_words(engined: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,14 +294,14 @@ def test_why_it_is_unavailable_is_in_words(engined: Path, bundle: Path, monkeypa
         unavailable = kind.why_unavailable(Bundle.open(path), 0)
         return "" if unavailable is None else unavailable.reason
 
-    assert "no NVIDIA driver" in reason(engined)
+    assert_facts(reason(engined), "NVIDIA driver")
     install_gpus(monkeypatch, Card())
     monkeypatch.setattr(kind, "CudaDevice", Device)
     monkeypatch.setattr(Device, "capability", (8, 6))
     assert reason(engined) == ""
-    assert "zimage-export engines" in reason(bundle)
+    assert_facts(reason(bundle), bundle, "zimage-export engines")
     monkeypatch.setattr(Device, "capability", (7, 0))
-    assert "older" in reason(engined)
+    assert_facts(reason(engined), "7.0", "older", "--executor cuda")
 
 
 # The benchmark for a machine with a GPU
@@ -321,6 +326,6 @@ def test_the_benchmark_runs_on_the_stand_in(bundle: Path, monkeypatch: pytest.Mo
     assert [row.get("start") for row in rows] == ["first", "again", "again", None]
     assert all(row["plan_holds"] and row["repeats_itself"] and row["latents_error"] < 1e-5 for row in rows[:3])
     assert rows[0]["resident"] == 5 > rows[2]["resident"]
-    assert "smallest budget" in rows[3]["error"]
+    assert_facts(rows[3]["error"], "VRAM", "GiB", "--vram")
     assert "GPU: stand-in" in text
     assert len([line for line in text.splitlines() if line.startswith("| checkpoint")]) == 4

@@ -67,7 +67,7 @@ class Request:
 def _check_size(size: object) -> None:
     if not isinstance(size, tuple | list) or len(size) != 2:
         raise RequestError(f"size must be (width, height) in pixels, not {size!r}")
-    for name, side in zip(("width", "height"), size, strict=True):
+    for name, side in zip(("size: width", "size: height"), size, strict=True):
         _check_integer(name, side, None, None)
 
 

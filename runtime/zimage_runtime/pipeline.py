@@ -20,7 +20,7 @@ from .arrays import FloatArray
 from .bundle.bundle import Bundle
 from .bundle.hub import bundle_directory
 from .bundle.tensors import TensorFile, to_float32
-from .errors import BundleError, ExecutorError
+from .errors import BundleError, DeviceLostError, ExecutorError, RequestError
 from .events import (
     MAX_COUNT,
     CaptionEvent,
@@ -280,7 +280,15 @@ class Pipeline:
         )
 
     def run(self, job: Job) -> Iterator[Event]:
-        """Generates what was prepared. A stream that is closed early frees what it may not keep."""
+        """Generates what was prepared. A stream that is closed early frees what it may not keep.
+
+        Raises `RequestError` for a job whose executor was left for a later request's.
+        """
+        if job.executor is not self.choice.current:
+            raise RequestError(f"the {job.executor.name} executor was closed since; prepare the request again")
+        return self._run(job)
+
+    def _run(self, job: Job) -> Iterator[Event]:
         yield from job.notices
         with job.executor.session(job.plan) as session:
             self._sessions.append(session)
@@ -405,8 +413,9 @@ class Pipeline:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        if kind is None or not issubclass(kind, DeviceLostError):  # whose clean-up may wait without end
+            self.close()
 
 
 def _notices(chosen: Chosen) -> tuple[NoticeEvent, ...]:

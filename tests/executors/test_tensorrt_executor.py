@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from device_stand_in import MisuseError, StandInDevice
 from executor_tools import CASE, EVERYTHING, TOLERANCE, Make, least, sizes_of, work_of
+from facts import assert_facts, memory_amounts, raises_with
 from parity import Case, check_parity, draw, relative_error
 from sessions import session
 
@@ -19,9 +20,9 @@ from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.errors import ExecutorError, MemoryLimitError, RequestError
 from zimage_runtime.events import NoticeEvent
 from zimage_runtime.executors.protocol import Work
-from zimage_runtime.executors.tensorrt import weight_stream as stack
+from zimage_runtime.executors.tensorrt import weight_stream
 from zimage_runtime.executors.tensorrt.block_catalog import VariantSpec
-from zimage_runtime.executors.tensorrt.plan import CONTEXT_BYTES, plan_residency
+from zimage_runtime.executors.tensorrt.plan import CONTEXT_BYTES, plan_residency, plan_stage
 from zimage_runtime.model.geometry import image_geometry
 from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import Pipeline, Request
@@ -99,12 +100,12 @@ def test_a_budget_below_the_smallest_is_refused_before_anything_is_loaded(
 ) -> None:
     smallest = least(opened, spec, sizes_of(opened, CASE, len(cpu.token_ids(CASE.prompt))))
     device, pipeline = make(smallest - 1)
-    with pytest.raises(MemoryLimitError) as refusal:
+    with raises_with(MemoryLimitError, "VRAM", "--vram", "--size", "--executor cpu") as refusal:
         pipeline.stream(CASE.prompt, size=CASE.size, steps=CASE.steps, seed=CASE.seed)
     assert not device.uploaded
-    asked = re.search(r"would fit in is ([\d.]+) GiB", str(refusal.value))
-    assert asked is not None
-    _, pipeline = make(int(float(asked[1]) * 2**30))
+    given, asked = memory_amounts(str(refusal.value))
+    assert given < smallest / 2**30 < asked
+    _, pipeline = make(int(asked * 2**30))
     draw(pipeline, CASE)
 
 
@@ -115,7 +116,11 @@ def test_what_does_not_fit_of_the_autoencoder_runs_on_the_cpu(
     _, pipeline = make(smallest)
     events = list(pipeline.stream(CASE.prompt, size=CASE.size, steps=1, seed=CASE.seed))
     (said,) = [event.text for event in events if isinstance(event, NoticeEvent) and "decoded" in event.text]
-    assert re.search(r"decoded on the CPU, in tiles; on the GPU from a budget of [\d.]+ GiB", said)
+    assert_facts(said, "CPU", "tiles", "GPU")
+    (enough,) = memory_amounts(said)
+    config = opened.manifest.config
+    assert plan_stage(Program.DECODER, spec, config, sizes_of(opened, CASE, 1), int(enough * 2**30)) is not None
+    assert plan_stage(Program.DECODER, spec, config, sizes_of(opened, CASE, 1), int((enough - 0.01) * 2**30)) is None
     (found,) = draw(pipeline, CASE)
     assert Program.DECODER not in pipeline.executor.loaded  # type: ignore[attr-defined]
     check_parity(found, draw(cpu, CASE)[0])
@@ -126,14 +131,22 @@ def test_what_does_not_fit_of_the_autoencoder_runs_on_the_cpu(
 
 def test_sizes_that_the_engines_were_not_built_for(make: Make, spec: VariantSpec, opened: Bundle) -> None:
     _, pipeline = make()
-    with pytest.raises(RequestError, match=r"at most 16896 tokens, about a 20\d\dx20\d\d image"):
+    with raises_with(RequestError, 16896, "--size", "--executor cpu") as refusal:
         pipeline.stream("x", size=(4096, 4096), steps=1, seed=0)
+    assert re.search(r"\b20\d\dx20\d\d\b", str(refusal.value)), "the largest size"
     config = opened.manifest.config
     works = [Work(geometry=image_geometry(*size, config), tokens=10) for size in ((4096, 16), (16, 4096))]
     wide, tall = (plan_residency(spec, opened.manifest, work, EVERYTHING) for work in works)
     assert Program.DENOISER in wide.stages
-    assert wide.how_decoded == "on the CPU, in tiles; no engine of the bundle takes maps of this size"
-    assert tall.how_decoded == "in tiles; no engine of the bundle takes maps of this size"
+    assert Program.DECODER not in wide.stages
+    assert wide.how_decoded is not None
+    assert_facts(wide.how_decoded, "CPU", "tiles", "engines")
+    assert wide.on_host[Program.DECODER] is None, "at no budget"
+    assert tall.in_tiles
+    assert tall.how_decoded is not None
+    assert_facts(tall.how_decoded, "tiles", "engines")
+    assert "CPU" not in tall.how_decoded
+    assert memory_amounts(wide.how_decoded + tall.how_decoded) == [], "no budget is enough"
 
 
 def test_with_room_for_all_nothing_is_uploaded_twice(make: Make) -> None:
@@ -200,27 +213,27 @@ def test_nothing_is_captured_while_blocks_are_streamed(
 
 
 def broken(monkeypatch: pytest.MonkeyPatch, name: str, replacement: Callable[..., object]) -> None:
-    monkeypatch.setattr(stack.BlockStack, name, replacement)
+    monkeypatch.setattr(weight_stream.WeightStream, name, replacement)
 
 
 def test_computing_before_a_block_is_there_is_caught(
     make: Make, opened: Bundle, spec: VariantSpec, cpu: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def acquire(self: stack.BlockStack, index: int) -> int:
+    def acquire(self: weight_stream.WeightStream, index: int) -> int:
         if index in self._addresses:
             return self._addresses[index]
         return self._slots[self._used % 2]  # without waiting for `ready`
 
     broken(monkeypatch, "acquire", acquire)
     _, pipeline = make(least(opened, spec, sizes_of(opened, CASE, len(cpu.token_ids(CASE.prompt)))), clean=False)
-    with pytest.raises(MisuseError, match="nothing orders the read"):
+    with raises_with(MisuseError, "orders", "read"):
         draw(pipeline, CASE)
 
 
 def test_overwriting_a_block_that_is_computed_with_is_caught(
     make: Make, opened: Bundle, spec: VariantSpec, cpu: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def queue_next(self: stack.BlockStack) -> None:
+    def queue_next(self: weight_stream.WeightStream) -> None:
         streamed = self.plan.streamed
         slot, index = self._queued % 2, streamed[self._queued % len(streamed)]
         self._upload(slot, index, self._slots[slot])  # without waiting for `done`
@@ -228,7 +241,7 @@ def test_overwriting_a_block_that_is_computed_with_is_caught(
 
     broken(monkeypatch, "_queue_next", queue_next)
     _, pipeline = make(least(opened, spec, sizes_of(opened, CASE, len(cpu.token_ids(CASE.prompt)))), clean=False)
-    with pytest.raises(MisuseError, match="nothing orders the write"):
+    with raises_with(MisuseError, "orders", "write"):
         draw(pipeline, CASE)
 
 
@@ -237,15 +250,15 @@ def test_refilling_staging_memory_too_early_is_caught(
 ) -> None:
     monkeypatch.setattr(StandInDevice, "synchronize_event", lambda self, event: None)
     _, pipeline = make(least(opened, spec, sizes_of(opened, CASE, len(cpu.token_ids(CASE.prompt)))), clean=False)
-    with pytest.raises(MisuseError, match="overwritten before it ran"):
+    with raises_with(MisuseError, "pinned memory", "overwritten"):
         draw(pipeline, CASE)
 
 
 def test_residents_that_computing_does_not_wait_for_are_caught(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken(monkeypatch, "_wait_for_residents", lambda self: None)
-    monkeypatch.setattr(stack.BlockStack, "pin_streamed", True)
+    broken(monkeypatch, "_order_after_residents", lambda self: None)
+    monkeypatch.setattr(weight_stream.WeightStream, "pin_streamed", True)
 
-    def load(self: stack.BlockStack) -> None:
+    def load(self: weight_stream.WeightStream) -> None:
         sizes = self.plan.needs.block_bytes
         self._staging = [self.arena.pinned(max(sizes)) for _ in range(2)]
         self._ready = [self.arena.event() for _ in range(2)]
@@ -255,7 +268,7 @@ def test_residents_that_computing_does_not_wait_for_are_caught(make: Make, monke
 
     broken(monkeypatch, "load", load)
     _, pipeline = make(clean=False)
-    with pytest.raises(MisuseError, match="nothing orders the read"):
+    with raises_with(MisuseError, "orders", "read"):
         draw(pipeline, CASE)
 
 
@@ -267,7 +280,7 @@ def test_more_scratch_than_planned_is_refused_not_taken(
     smallest = least(opened, spec, sizes_of(opened, CASE, len(cpu.token_ids(CASE.prompt))))
     monkeypatch.setattr(onnx_engines, "SCRATCH_PER_POSITION", 20_000)  # twenty times what the catalog says
     _, pipeline = make(smallest)
-    with pytest.raises(ExecutorError, match="was planned; run zimage-export engines again"):
+    with raises_with(ExecutorError, "GiB", "zimage-export engines", "--vram"):
         draw(pipeline, CASE)
 
 
@@ -307,7 +320,7 @@ def test_whatever_fails_the_error_is_its_own_and_nothing_is_left(
             error = raised
         device.fail = lambda name: False
         if error is not None:
-            assert str(error) == f"{call} failed, as the test wants it to"
+            assert_facts(str(error), call, "as the test wants it to")
             assert device.used == 0, "what failed gave everything back"
             failed += 1
         pipeline.release()

@@ -1,11 +1,11 @@
 """The decoder in tiles on the stand-in device, where its maps do not fit: the image of the `cpu` executor."""
 
-import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from executor_tools import CASE, EVERYTHING, TOLERANCE, Make, least, sizes_of, work_of
+from facts import assert_facts, memory_amounts, raises_with
 from parity import Case, check_parity, draw, relative_error
 from sessions import session
 
@@ -84,8 +84,8 @@ def test_it_is_said_that_an_image_is_decoded_in_tiles(
         for e in pipeline.stream(case.prompt, size=case.size, steps=1, seed=case.seed)
         if isinstance(e, NoticeEvent) and "decoded" in e.text
     ]
-    asked = re.search(r"the image is decoded in tiles; as a whole from a budget of ([\d.]+) GiB", said)
-    assert asked is not None
+    assert_facts(said, "tiles")
+    (asked,) = memory_amounts(said)
     layers: list[str] = []
     send_block = LoadedStage.send_block
 
@@ -97,7 +97,7 @@ def test_it_is_said_that_an_image_is_decoded_in_tiles(
     check_parity(draw(pipeline, case)[0], draw(cpu, case)[0])
     assert layers == [tile.place.name for tile in plan.stages[Program.DECODER].needs.tiles]
     assert CONTEXT_BYTES + device.peak == plan.peak
-    enough = plan_residency(spec, opened.manifest, work, int(float(asked[1]) * 2**30))
+    enough = plan_residency(spec, opened.manifest, work, int(asked * 2**30))
     assert enough.how_decoded is None
 
 
@@ -106,7 +106,7 @@ def test_tiles_need_memory_on_the_host(
 ) -> None:
     _, pipeline = make(least(opened, spec, sizes_of(opened, CASE, len(cpu.token_ids(CASE.prompt)))))
     monkeypatch.setattr(memory, "available_memory", lambda: 1 << 20)
-    with pytest.raises(MemoryLimitError, match=r"64x96 does not fit on the GPU, and in tiles it needs 0\.\d GiB"):
+    with raises_with(MemoryLimitError, "64x96", "GPU", "tiles", "GiB"):
         pipeline.stream(CASE.prompt, size=CASE.size, steps=1, seed=CASE.seed)
     _, pipeline = make()
     pipeline.stream(CASE.prompt, size=CASE.size, steps=1, seed=CASE.seed)

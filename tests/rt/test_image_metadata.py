@@ -428,3 +428,18 @@ def test_longest_prompt_that_fits_is_written(info: ImageInfo, bundle: Path, caps
     assert read_image_info(path).prompt == "狐" * (length - 300)
     png = generate(capsys, bundle, "狐" * 20_000, "image.png")
     assert read_image_info(png).prompt == "狐" * 20_000
+
+
+def test_replay_says_what_differs_even_when_quiet(bundle: Path, capsys: Capture) -> None:
+    path = generate(capsys, bundle, "a fox", "image.png")
+    info = read_image_info(path)
+    with Image.open(path) as image:
+        pixels = image.convert("RGB")
+    other = replace(info, executor="cuda", program="cuda-weight-only", library="onnxruntime 1.2.3")
+    Path("other.png").write_bytes(encode_image(pixels, ImageFormat.PNG, other))
+    outcome = call_rt(capsys, "run", "--replay", "other.png", "-m", bundle, "--quiet", "-o", "again.png")
+    assert outcome.status == 0
+    for fact in ("cuda", "cpu", "onnxruntime 1.2.3", version("onnxruntime")):
+        assert fact in outcome.err
+    same = call_rt(capsys, "run", "--replay", path, "-m", bundle, "--quiet", "-o", "again.png")
+    assert (same.status, same.err) == (0, "")

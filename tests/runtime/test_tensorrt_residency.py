@@ -10,7 +10,7 @@ from zimage_runtime.executors.tensorrt.arena import Arena, Budget
 from zimage_runtime.executors.tensorrt.block_catalog import aligned
 from zimage_runtime.executors.tensorrt.plan import SLOTS, StagePlan, _least, _plan_stage, spread
 from zimage_runtime.executors.tensorrt.stage_sizes import StageNeeds
-from zimage_runtime.executors.tensorrt.weight_stream import BlockStack
+from zimage_runtime.executors.tensorrt.weight_stream import WeightStream
 from zimage_runtime.model.blocks import BlockKind, BlockPlace
 
 BLOCKS = st.lists(st.integers(1, 12).map(lambda units: units * 256), min_size=1, max_size=12)
@@ -95,20 +95,20 @@ def test_every_pass_computes_with_every_blocks_own_weights(
         target[:] = pattern(index, blocks[index])
         reads[index] += 1
 
-    stack = BlockStack(device, arena, plan, fill, compute, copies, wraps=wraps, pin_streamed=pins)
-    stack.load()
+    stream = WeightStream(device, arena, plan, fill, compute, copies, wraps=wraps, pin_streamed=pins)
+    stream.load()
     seen: list[int] = []
     for _ in range(passes):
-        stack.begin()
+        stream.begin()
         for index, size in enumerate(blocks):
-            address = stack.acquire(index)
+            address = stream.acquire(index)
 
             def check(index: int = index, address: int = address, size: int = size) -> None:
                 np.testing.assert_array_equal(device.view(address, size), pattern(index, size))
                 seen.append(index)
 
             device.enqueue(Operation(f"block {index}", [(address, size)], [], check), compute)
-            stack.release(index)
+            stream.release(index)
     device.synchronize(copies)
     device.synchronize(compute)
     assert seen == list(range(len(blocks))) * passes

@@ -1,14 +1,16 @@
 """What an image takes of a GPU's memory is planned before anything is loaded, and the plan keeps its word."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from facts import assert_facts, memory_amounts, raises_with
 
 from zimage_runtime.bundle.bundle import Bundle
-from zimage_runtime.bundle.manifest import Manifest
+from zimage_runtime.bundle.manifest import Manifest, Precision
 from zimage_runtime.errors import MemoryLimitError
-from zimage_runtime.executors.ort.device_plan import VramPlan, plan_vram, tile_values
+from zimage_runtime.executors.ort.device_plan import VramPlan, plan_vram, predict_vram, tile_values
 from zimage_runtime.executors.overheads import ORT_CUDA
 from zimage_runtime.executors.protocol import Work
 from zimage_runtime.model.geometry import image_geometry
@@ -61,7 +63,9 @@ def test_a_smaller_budget_changes_the_plan_step_by_step(manifest: Manifest) -> N
     assert in_tiles.stages[Program.DECODER].total < in_turn.stages[Program.DECODER].total
     assert in_tiles.peak <= in_tiles.budget
     assert in_tiles.host >= tiled_bytes(manifest.config.vae, 512, 512)
-    assert in_tiles.notes == ("the image is decoded in tiles, which is slower: it does not fit on the GPU as a whole",)
+    (note,) = in_tiles.notes
+    assert_facts(note, "decoded", "tiles", "GPU")
+    assert "encoded" not in note
     with pytest.raises(MemoryLimitError):
         plan(manifest, budget=CONTEXT + max(stage.total for p, stage in in_turn.stages.items() if p != "decoder") - 1)
 
@@ -88,7 +92,7 @@ def test_no_plan_goes_over_its_budget(manifest: Manifest) -> None:
                 assert found.peak <= budget
                 continue
             refused += 1
-            assert f"{width}x{height}" in str(found)
+            assert_facts(str(found), f"{width}x{height}", "--size", "--executor cpu")
             match = re.search(r"--vram ([\d.]+)GiB", str(found))
             assert match, str(found)
             named = int(float(match[1]) * GIB)
@@ -115,7 +119,7 @@ def test_the_image_to_start_from_may_be_encoded_in_tiles(manifest: Manifest) -> 
     found = plan(manifest, 2048, 2048, CONTEXT + stages[Program.ENCODER].total - 1, encodes=True)
     assert found.encodes_tiled
     assert found.tiled
-    assert found.notes[0].startswith("the image is encoded and decoded in tiles")
+    assert_facts(found.notes[0], "encoded", "decoded", "tiles", "GPU")
     vae = manifest.config.vae
     assert found.host >= max(tiled_bytes(vae, 2048, 2048), tiled_encoder_bytes(vae, 2048, 2048))
 
@@ -159,11 +163,29 @@ def test_the_published_model_on_common_cards() -> None:
     assert 10.5 < programs[Program.DENOISER]["cuda"].weight_bytes / GIB < 10.6
     assert plan(manifest, 1024, 1024, 80 * GIB).keep_all
     assert not plan(manifest, 1024, 1024, 16 * GIB).keep_all
-    with pytest.raises(MemoryLimitError, match=r"needs about 1[12]\.\d GiB"):
+    with raises_with(MemoryLimitError, "1024x1024", "11.0 GiB") as refusal:
         plan(manifest, 1024, 1024, 11 * GIB)
+    assert 11 < memory_amounts(str(refusal.value))[0] < 13
 
 
 def elements(shape: tuple[int, ...]) -> int:
     import math
 
     return math.prod(shape)
+
+
+def test_only_a_bundle_that_is_nearer_to_the_original_is_advised(manifest: Manifest) -> None:
+    """bf16 is no advice to the owner of an fp32 bundle, nor fp16 to bf16's."""
+    work = Work(geometry=image_geometry(512, 512, manifest.config), tokens=32)
+    roomy = 80 * GIB
+    assert manifest.precision is Precision.FP32
+    advice = {
+        precision: predict_vram(replace(manifest, precision=precision), work, roomy, capability).advice
+        for capability in ((8, 9), (7, 5))
+        for precision in Precision
+    }
+    assert advice[Precision.FP32] is advice[Precision.BF16] is advice[Precision.FP16] is None
+    assert advice[Precision.INT8] is advice[Precision.INT4] is Precision.FP16  # of the last capability, without bf16
+    plan = predict_vram(manifest, work, roomy, (8, 9))
+    assert not any(line.startswith("advice") for line in plan.lines())
+    assert any(line.startswith("other bundles") and "bf16" in line for line in plan.lines())

@@ -79,13 +79,13 @@ def card_table(
 
     For `cpu`, a card is a machine with so much memory free.
     """
-    peaks = {(row.case.fingerprint, row.case.executor, row.case.size): _peak(row) for row in rows if _counts(row)}
+    counted = [row for row in rows if _counts(row)]
     sizes, found = sorted(set(sizes), key=lambda size: size[0] * size[1]), []
     for name, bundle in bundles:
         for executor in EXECUTORS:
             for width, height in sizes:
                 size = f"{width}x{height}"
-                peak = peaks.get((bundle.manifest.fingerprint, executor, size))
+                peak = _measured(counted, bundle, executor, size)
                 try:
                     found.append(
                         CardRow(name, executor, size, answers(_predict(bundle, executor, (width, height)), peak))
@@ -98,6 +98,14 @@ def card_table(
 def _predict(bundle: Bundle, executor: str, size: tuple[int, int]) -> Predict:
     kind, work = executor_kind(executor), Work(geometry=image_geometry(*size, bundle.manifest.config), tokens=TOKENS)
     return lambda room: kind.predict(bundle, work, Hardware(memory=room)).peak
+
+
+def _measured(rows: Iterable[Row], bundle: Bundle, executor: str, size: str) -> int | None:
+    """The last measured peak of a bundle, whichever of its fingerprints the row records."""
+    wanted = (executor, size)
+    matching = [row for row in rows if (row.case.executor, row.case.size) == wanted]
+    peaks = [_peak(row) for row in matching if bundle.manifest.matches(row.case.fingerprint)]
+    return peaks[-1] if peaks else None
 
 
 def _counts(row: Row) -> bool:

@@ -89,6 +89,10 @@ class ExecutorChoice:
             raise RequestError(f"vram is a budget for executors on a GPU; the {name} executor has none ({self.why})")
         return replace(self.options, vram=None)
 
+    def _misses_a_gpu(self, name: str) -> bool:
+        """Whether the processor is used although there is a GPU: something can be repaired."""
+        return not executor_kind(name).on_gpu and any(not reason.of_machine for reason in self._reasons.values())
+
     @property
     def why(self) -> str:
         """Why better executors are not used; empty where the best one is."""
@@ -121,8 +125,7 @@ class ExecutorChoice:
                 self.close()
                 self.current = executor
             why = "; ".join([*passed, self.why] if self.why else passed)
-            repairable = any(not reason.of_machine for reason in self._reasons.values())
-            return Chosen(executor, plan, _said(executor, why), unexpected=bool(passed) or repairable)
+            return Chosen(executor, plan, _said(executor, why), unexpected=bool(passed) or self._misses_a_gpu(name))
         if failure is None:
             raise RequestError(f"no executor can run this bundle here: {self.why}")
         raise failure

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from ..bundle.manifest import Manifest
-from ..errors import CancelledError
+from ..errors import CancelledError, DeviceLostError
 from ..model.geometry import ImageGeometry
 from ..model.programs import Program
 
@@ -17,7 +17,7 @@ _BEFORE_STEPS = frozenset({Program.ENCODER, Program.TEXT_ENCODER}) | _ONCE
 
 
 _LEFT = (GeneratorExit, KeyboardInterrupt, SystemExit, CancelledError)
-"""The caller left, or was interrupted: what is loaded is whole."""
+"""The caller left, or was interrupted: what is loaded is in order."""
 
 S = TypeVar("S")
 
@@ -51,6 +51,9 @@ def scope(session: S, *, keeps: bool, free: Callable[[], object]) -> Iterator[S]
         kept = keeps
     except _LEFT:
         kept = keeps
+        raise
+    except DeviceLostError:
+        kept = True  # freeing may wait for the device without end
         raise
     finally:
         if not kept:

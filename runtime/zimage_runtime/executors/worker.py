@@ -7,6 +7,7 @@ thread is inside a library's call that takes minutes. So the call runs here, and
 import contextlib
 import queue
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -81,6 +82,7 @@ class Worker:
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._starting = threading.Lock()
+        weakref.finalize(self, self._tasks.put, None)  # an executor that nobody closes does not leave its thread
 
     def call(self, function: Callable[[], T], stop: Stop | None = None) -> T:
         """The result of `function`, run on the thread. Calls from the thread itself run at once.

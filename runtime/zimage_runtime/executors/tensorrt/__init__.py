@@ -1,1 +1,1 @@
-"""The `tensorrt` executor: small engines without weights, one a block shape, on an NVIDIA GPU."""
+"""The `tensorrt` executor: small engines without weights, one per block shape, on an NVIDIA GPU."""

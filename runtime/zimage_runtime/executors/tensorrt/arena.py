@@ -1,4 +1,4 @@
-"""Everything that a stage holds on the device, counted against the budget and given back in one go."""
+"""Everything that a stage allocates on the device, counted against the budget and freed together."""
 
 import functools
 from collections.abc import Callable
@@ -28,14 +28,17 @@ class Budget:
         self.used += nbytes
         self.peak = max(self.peak, self.used)
 
-    def give(self, nbytes: int) -> None:
-        """The opposite."""
+    def give_back(self, nbytes: int) -> None:
+        """Makes bytes that were taken available again."""
         self.used -= nbytes
 
 
 @dataclass
 class Arena:
-    """The owner of allocations, pinned memory, events and graphs. The caller sees to it that nothing is under way."""
+    """The owner of allocations, pinned memory, events and graphs.
+
+    The caller frees them only when no copy or kernel that uses them is pending.
+    """
 
     device: Device
     budget: Budget
@@ -45,7 +48,7 @@ class Arena:
     _graphs: list[Graph] = field(default_factory=list)
 
     def allocate(self, nbytes: int) -> int:
-        """Device memory of the stage. Nothing for nothing."""
+        """Device memory of the stage: its address, or 0 for 0 bytes."""
         size = aligned(nbytes)
         if size == 0:
             return 0
@@ -53,7 +56,7 @@ class Arena:
         try:
             address = self.device.allocate(size)
         except BaseException:
-            self.budget.give(size)
+            self.budget.give_back(size)
             raise
         self._sizes[address] = size
         return address
@@ -65,7 +68,7 @@ class Arena:
         return pinned
 
     def release_pinned(self, pinned: Pinned) -> None:
-        """Gives one back early."""
+        """Frees pinned memory before the rest."""
         self._pinned.remove(pinned)
         self.device.free_pinned(pinned)
 
@@ -76,24 +79,24 @@ class Arena:
         return event
 
     def keep_graph(self, graph: Graph) -> None:
-        """Makes a graph the stage's."""
+        """Takes over a graph, which `release` destroys."""
         self._graphs.append(graph)
 
     def release(self) -> None:
-        """Gives everything back, in whatever state it is; the first failure is raised when all was tried."""
+        """Frees everything. Where that fails, the rest is freed all the same, and the first error is raised."""
         device, failures = self.device, []
-        gives: list[Callable[[], None]] = [
+        frees: list[Callable[[], None]] = [
             *(functools.partial(device.destroy_graph, graph) for graph in self._graphs),
             *(functools.partial(device.destroy_event, event) for event in self._events),
             *(functools.partial(device.free_pinned, pinned) for pinned in self._pinned),
             *(functools.partial(device.free, address) for address in self._sizes),
         ]
-        self.budget.give(sum(self._sizes.values()))
+        self.budget.give_back(sum(self._sizes.values()))
         for owned in (self._graphs, self._events, self._pinned, self._sizes):
             owned.clear()
-        for give in gives:
+        for free in frees:
             try:
-                give()
+                free()
             except ExecutorError as error:
                 failures.append(error)
         if failures:

@@ -1,4 +1,4 @@
-"""``engines/blocks.json``: a bundle's block programs, what each takes, which block runs which, and built engines."""
+"""``engines/blocks.json``: a bundle's block programs and their inputs, which block runs which, and built engines."""
 
 import itertools
 import json
@@ -18,24 +18,24 @@ CATALOG_PATH = "engines/blocks.json"
 SCHEMA_VERSION = 1
 
 ALIGNMENT = 256
-"""Every tensor starts at a multiple of this on the device, as TensorRT wants it."""
+"""Bytes: TensorRT requires that every tensor starts at a multiple of this on the device."""
 
 
 def aligned(nbytes: int) -> int:
-    """Bytes that a tensor takes on the device."""
+    """Bytes that a tensor occupies on the device."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """A weight that a program takes."""
+    """A weight that a program has as an input."""
 
     dtype: DType
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        """Its size in the weight's own elements."""
+        """Bytes, without alignment."""
         return math.prod(self.shape) * self.dtype.size
 
 
@@ -49,12 +49,14 @@ class ProgramSpec:
     weights: Mapping[str, InputSpec]
     scalars: tuple[str, ...]
     map_dtype: DType  # of feature maps; float32 where there are none
-    profile: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]  # least, usual, most
+    profile: Mapping[
+        str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+    ]  # by input: smallest, usual, largest
     scratch: tuple[tuple[int, int], ...]  # (positions of the first free input, bytes), ascending
 
     @property
     def largest(self) -> int:
-        """The most tokens, or rows or columns, that its profile takes."""
+        """The most tokens, or rows or columns, that its profile allows."""
         return max(
             (
                 high
@@ -66,13 +68,13 @@ class ProgramSpec:
         )
 
     def takes(self, rows: int, columns: int) -> bool:
-        """Whether a map of this size is within its profile, and within what its scratch memory is known for."""
+        """Whether a map of this size is within its profile, and within the sizes whose scratch memory is known."""
         return max(rows, columns) <= self.largest and rows * columns <= self.scratch[-1][0]
 
     def scratch_bytes(self, positions: int) -> int:
-        """What the program needs beside its inputs and outputs.
+        """Bytes that the program needs besides its inputs and outputs.
 
-        Interpolated between what was measured at build; the last of it is the most that the profile allows.
+        Interpolated between the sizes that were measured at build. The last of them is the largest in the profile.
         """
         points = self.scratch
         if positions <= points[0][0]:
@@ -93,7 +95,7 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """An engine that was built beforehand."""
+    """An engine that is in the bundle."""
 
     path: str
     program: str
@@ -111,7 +113,7 @@ class VariantSpec:
     blocks: Mapping[str, BlockSpec]  # by `BlockPlace.key`
 
     def program_of(self, place: BlockPlace) -> ProgramSpec:
-        """The program that a block runs. Raises `BundleError` for a block that the catalog does not know."""
+        """The program that a block runs. Raises `BundleError` for a block that is not in the catalog."""
         block = self.blocks.get(place.key)
         if block is None:
             raise BundleError(f"{CATALOG_PATH}: has no program for {place.key}; run zimage-export engines again")
@@ -120,7 +122,7 @@ class VariantSpec:
 
 @dataclass(frozen=True)
 class Catalog:
-    """Everything that the file says."""
+    """The contents of the file."""
 
     variants: Mapping[Variant, VariantSpec]
     engines: tuple[EngineSpec, ...] = ()
@@ -194,9 +196,13 @@ def _variant(fields: Fields, where: str) -> VariantSpec:
             block.text("program"), {name: scalars.number(name, positive=False) for name in scalars.names()}
         )
         if spec.program not in known:
-            raise BundleError(f"{where}: {key} runs {spec.program!r}, which is not among the programs")
+            raise BundleError(
+                f"{where}: {key} runs {spec.program!r}, which is unknown; run zimage-export engines again"
+            )
         if set(spec.scalars) != set(known[spec.program].scalars):
-            raise BundleError(f"{where}: {key} has other scalars than {spec.program!r} takes")
+            raise BundleError(
+                f"{where}: {key} does not have the scalars of {spec.program!r}; run zimage-export engines again"
+            )
         found[key] = spec
     return VariantSpec(known, found)
 

@@ -18,12 +18,12 @@ class CudaDevice:
         self._cuda = _bindings()
         self._index = index
         self._threads = threading.local()  # CUDA's current device is a property of each thread
-        self._threads.device = index  # until it is known that there is one
+        self._threads.device = index  # so that counting devices does not select one
         count = self._call("cudaGetDeviceCount")
         if count == 0:
             raise ExecutorError(NO_GPU)
         if index >= count:
-            raise ExecutorError(f"there is no GPU {index}: the driver finds {count}, numbered from 0")
+            raise ExecutorError(f"GPU {index} was not found: the driver reports {count}, numbered from 0")
         self._threads.device = None
         properties = self._call("cudaGetDeviceProperties", index)
         self._capability = (int(properties.major), int(properties.minor))
@@ -31,90 +31,70 @@ class CudaDevice:
 
     @property
     def capability(self) -> tuple[int, int]:
-        """See `Device`."""
         return self._capability
 
     @property
     def name(self) -> str:
-        """See `Device`."""
         return self._name
 
     def memory(self) -> tuple[int, int]:
-        """See `Device`."""
         free, total = self._call("cudaMemGetInfo")
         return int(free), int(total)
 
     def allocate(self, nbytes: int) -> int:
-        """See `Device`."""
         return int(self._call("cudaMalloc", nbytes))
 
     def free(self, address: int) -> None:
-        """See `Device`."""
         self._call("cudaFree", address)
 
     def allocate_pinned(self, nbytes: int) -> Pinned:
-        """See `Device`."""
         address = int(self._call("cudaHostAlloc", nbytes, self._cuda.cudaHostAllocDefault))
         return Pinned(address, np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address)))
 
     def free_pinned(self, pinned: Pinned) -> None:
-        """See `Device`."""
         self._call("cudaFreeHost", pinned.address)
 
     def create_stream(self) -> Stream:
-        """See `Device`."""
         return int(self._call("cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking))
 
     def destroy_stream(self, stream: Stream) -> None:
-        """See `Device`."""
         self._call("cudaStreamDestroy", stream)
 
     def create_event(self) -> DeviceEvent:
-        """See `Device`."""
         return int(self._call("cudaEventCreateWithFlags", self._cuda.cudaEventDisableTiming))
 
     def destroy_event(self, event: DeviceEvent) -> None:
-        """See `Device`."""
         self._call("cudaEventDestroy", event)
 
     def record(self, event: DeviceEvent, stream: Stream) -> None:
-        """See `Device`."""
         self._call("cudaEventRecord", event, stream)
 
     def wait(self, stream: Stream, event: DeviceEvent) -> None:
-        """See `Device`."""
         self._call("cudaStreamWaitEvent", stream, event, 0)
 
     def synchronize_event(self, event: DeviceEvent) -> None:
-        """See `Device`."""
         self._call("cudaEventSynchronize", event)
 
     def synchronize(self, stream: Stream) -> None:
-        """See `Device`."""
         self._call("cudaStreamSynchronize", stream)
 
     def upload(self, device: int, host: int, nbytes: int, stream: Stream) -> None:
-        """See `Device`."""
         self._copy(device, host, nbytes, "cudaMemcpyHostToDevice", stream)
 
     def download(self, host: int, device: int, nbytes: int, stream: Stream) -> None:
-        """See `Device`."""
         self._copy(host, device, nbytes, "cudaMemcpyDeviceToHost", stream)
 
     def copy(self, target: int, source: int, nbytes: int, stream: Stream) -> None:
-        """See `Device`."""
         self._copy(target, source, nbytes, "cudaMemcpyDeviceToDevice", stream)
 
     def _copy(self, target: int, source: int, nbytes: int, kind: str, stream: Stream) -> None:
         self._call("cudaMemcpyAsync", target, source, nbytes, getattr(self._cuda.cudaMemcpyKind, kind), stream)
 
     def begin_capture(self, stream: Stream) -> None:
-        """See `Device`."""
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         self._call("cudaStreamBeginCapture", stream, mode)
 
     def end_capture(self, stream: Stream) -> Graph:
-        """See `Device`."""
         captured = self._call("cudaStreamEndCapture", stream)
         try:
             return int(self._call("cudaGraphInstantiate", captured, 0))
@@ -122,15 +102,13 @@ class CudaDevice:
             self._call("cudaGraphDestroy", captured)
 
     def launch(self, graph: Graph, stream: Stream) -> None:
-        """See `Device`."""
         self._call("cudaGraphLaunch", graph, stream)
 
     def destroy_graph(self, graph: Graph) -> None:
-        """See `Device`."""
         self._call("cudaGraphExecDestroy", graph)
 
     def _call(self, name: str, *arguments: Any) -> Any:
-        """One call of the runtime: its results, or an `ExecutorError` that says what to do."""
+        """One call of the runtime: its results. Raises `ExecutorError`."""
         if getattr(self._threads, "device", None) != self._index:
             self._threads.device = self._index
             self._call("cudaSetDevice", self._index)
@@ -140,7 +118,7 @@ class CudaDevice:
         if error == self._cuda.cudaError_t.cudaErrorMemoryAllocation:
             size = f" of {arguments[0] / 2**20:.0f} MiB" if arguments and isinstance(arguments[0], int) else ""
             raise ExecutorError(
-                f"the GPU has no room left for an allocation{size}; set --vram lower, or close what else uses the GPU"
+                f"the GPU has no memory left for an allocation{size}; lower --vram, or close other programs on the GPU"
             )
         if error.name in _NO_GPU:
             raise ExecutorError(NO_GPU)
@@ -151,11 +129,11 @@ class CudaDevice:
 _NO_GPU = ("cudaErrorNoDevice", "cudaErrorInsufficientDriver", "cudaErrorStubLibrary", "cudaErrorInitializationError")
 
 NO_GPU = (
-    "the tensorrt executor needs an NVIDIA GPU and its driver, and finds none here; "
-    "`zimage-rt doctor` says what is missing, --executor cpu always works"
+    "the tensorrt executor found no NVIDIA GPU with its driver; "
+    "`zimage-rt doctor` shows what is missing, and --executor cpu always works"
 )
 
-NO_PACKAGE = "the tensorrt executor needs more packages; run `pip install 'zimage-rt[tensorrt]'`"
+NO_PACKAGE = "the tensorrt executor needs packages that are not installed; run `pip install 'zimage-rt[tensorrt]'`"
 
 
 def _bindings() -> Any:

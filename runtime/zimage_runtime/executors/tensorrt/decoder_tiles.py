@@ -1,9 +1,9 @@
-"""The decoder where its maps do not fit the budget: its first blocks whole on the device, the others in tiles.
+"""The decoder where its maps do not fit the budget: its first blocks on whole maps, the others in tiles.
 
-From the first block that is not whole on, maps stay in the host's memory, in float32, and each convolution runs on the
-device piece by piece, exactly as `tiling` does it: norms have the statistics of the whole map. So the device holds one
-layer's weights and one tile, whatever the image's size. The middle block's attention, if it is not whole, is the
-host's.
+From the first block that is tiled, maps stay in the host's memory, in float32. Each of its convolutions runs on the
+device, a tile at a time, exactly as in `tiling`: norms have the statistics of the whole map. The device then holds one
+layer's weights and one tile, whatever the size of the image. The attention of a middle block that is tiled runs on the
+host.
 """
 
 import math
@@ -26,16 +26,16 @@ from .stage_sizes import (
 )
 
 TILE_VALUES = 1 << 23
-"""Values of a tile, all channels together: 34 MB in float32, of which the device holds one and its result."""
+"""Values of a tile, all channels together: 34 MB in float32. The device holds one tile and its result."""
 
 _FLOAT = 4  # bytes
 
 TILES_ON_HOST = 4 * TILE_VALUES * _FLOAT
-"""Bytes of tiles in the host's memory: pinned, on the way there and back, and what `tiling` makes of them."""
+"""Bytes of tiles in the host's memory: two in pinned memory, one per direction, and the arrays of `tiling`."""
 
 
 def tiled_decoder(spec: VariantSpec, config: ModelConfig, sizes: ImageSizes, whole: int) -> StageNeeds | None:
-    """What the decoder takes with its first `whole` blocks on whole maps; None where an engine takes no such map."""
+    """The decoder's needs with its first `whole` blocks on whole maps; None where an engine cannot run such maps."""
     blocks = decoder_blocks(config)
     head, rest = blocks[:whole], blocks[whole:]
     tiles = tuple(_tile_shape(tile, sizes) for place in rest for tile in block_tiles(place))
@@ -61,7 +61,7 @@ def tiled_decoder(spec: VariantSpec, config: ModelConfig, sizes: ImageSizes, who
 
 
 def takes_maps(spec: VariantSpec, blocks: Sequence[BlockPlace], sizes: ImageSizes) -> bool:
-    """Whether engines of the autoencoder take whole maps of an image."""
+    """Whether these blocks' engines can run whole maps of an image."""
     height, width = sizes.latent_height, sizes.latent_width
     return all(spec.program_of(b).takes(height * b.scale, width * b.scale) for b in blocks)
 

@@ -1,7 +1,8 @@
 """The steps of one conditioning: latents → patches → all blocks → velocity.
 
-Where all blocks are resident, a step is captured as one CUDA graph the second time that it runs (the first run
-compiles what is compiled late) and launched from then on; the host only writes to the pinned memory that it reads.
+Where all blocks are resident, the second step is captured as one CUDA graph, which is launched from then on. The first
+step is not captured, because TensorRT may still compile kernels in it. For a launch, the host only writes to the pinned
+memory that the graph reads.
 """
 
 import contextlib
@@ -21,21 +22,21 @@ from .stage_sizes import ImageSizes, row_bytes
 _FLOAT = 4  # bytes
 
 Runs = Callable[[tuple[BlockPlace, ...]], list[tuple[BlockPlace, Shapes]]]
-"""For a stage's blocks, everything that will run, each at its shapes."""
+"""From a stage's blocks, every block that will run, with its shapes."""
 
 OnStage = Callable[[ImageSizes, Runs, Callable[[LoadedStage], FloatArray]], FloatArray]
 """Brings the denoiser's stage onto the device and calls a function with it."""
 
 
 def patchify(latents: FloatArray) -> FloatArray:
-    """[channels, h, w] → [1, tokens, channels of 2 x 2 patches], as the model's embedder takes them."""
+    """[channels, h, w] → [1, tokens, channels of 2 x 2 patches], as the model's embedder reads them."""
     channels, height, width = latents.shape
     x = latents.reshape(channels, height // PATCH_SIZE, PATCH_SIZE, width // PATCH_SIZE, PATCH_SIZE)
     return x.transpose(1, 3, 2, 4, 0).reshape(1, -1, PATCH_SIZE**2 * channels)
 
 
 def unpatchify(patches: FloatArray, shape: tuple[int, ...]) -> FloatArray:
-    """Patches back to latents of `shape`, as `patchify` took them apart."""
+    """The inverse of `patchify`: patches → latents of `shape`."""
     channels, height, width = shape
     x = patches.reshape(height // PATCH_SIZE, width // PATCH_SIZE, PATCH_SIZE, PATCH_SIZE, channels)
     return x.transpose(4, 0, 2, 1, 3).reshape(shape)
@@ -43,7 +44,7 @@ def unpatchify(patches: FloatArray, shape: tuple[int, ...]) -> FloatArray:
 
 @dataclass
 class StageDenoiser:
-    """Implements `Denoiser`. The caption waits on the host while another stage has the device."""
+    """Implements `Denoiser`. The caption tokens are kept on the host, for when another stage used the device."""
 
     config: ModelConfig
     conditioning: Conditioning
@@ -72,7 +73,7 @@ class StageDenoiser:
                 self._queue(stage, shapes, len(group))
             else:
                 self._replay(stage, shapes)
-            stage.machine.device.synchronize(stage.machine.compute)
+            stage.tools.device.synchronize(stage.tools.compute)
             for turn in range(len(group)):
                 values = stage.host(f"velocity.{turn}", shapes.patch_bytes).data[: shapes.patch_bytes]
                 # the model predicts the direction towards the image; sigma runs the other way
@@ -80,7 +81,7 @@ class StageDenoiser:
         return np.stack(velocities)
 
     def _fill(self, stage: LoadedStage, shapes: "_StepShapes") -> None:
-        """Uploads what no step changes."""
+        """Uploads what is the same in every step."""
         stage.owner = None
         image, caption = self.conditioning.image_rotary, self.conditioning.caption_rotary
         stage.send("cos", np.concatenate([image.cos, caption.cos], axis=1), stage.buffer("cos"))
@@ -88,11 +89,11 @@ class StageDenoiser:
         stage.send("caption", self.caption, stage.buffer("caption"))
         if shapes.pads:
             stage.send("pads", np.repeat(self.pad_token, shapes.pads, axis=0), stage.buffer("pads"))
-        stage.machine.device.synchronize(stage.machine.compute)
+        stage.tools.device.synchronize(stage.tools.compute)
         stage.owner = self
 
     def _rows(self, step: int, row: int) -> FloatArray:
-        """A step's rows of the modulation table, and the final scale as one more: each starts aligned."""
+        """A step's rows of the modulation table, then the final scale as one more row. Each row starts aligned."""
         dim = self.config.transformer.dim
         rows = np.zeros((len(NORMS) * self.config.transformer.modulated_blocks + 1, row // _FLOAT), np.float32)
         rows[:-1, :dim] = self.modulation[step].reshape(-1, dim)
@@ -100,26 +101,26 @@ class StageDenoiser:
         return rows
 
     def _replay(self, stage: LoadedStage, shapes: "_StepShapes") -> None:
-        """Queues a step of one image: from its graph, if it has one or can have one by now."""
-        machine = stage.machine
+        """Queues a step of one image, as a graph from the second step on."""
+        tools = stage.tools
         if stage.graph is None and stage.warm:
-            machine.device.begin_capture(machine.compute)
+            tools.device.begin_capture(tools.compute)
             try:
                 self._queue(stage, shapes, 1)
             except BaseException:
-                with contextlib.suppress(ExecutorError):  # a failed capture ends with an error of its own, too
-                    machine.device.destroy_graph(machine.device.end_capture(machine.compute))
+                with contextlib.suppress(ExecutorError):  # ending a failed capture fails, too
+                    tools.device.destroy_graph(tools.device.end_capture(tools.compute))
                 raise
-            stage.keep_graph(machine.device.end_capture(machine.compute))
+            stage.keep_graph(tools.device.end_capture(tools.compute))
         if stage.graph is None:
             self._queue(stage, shapes, 1)
             stage.warm = True
         else:
-            machine.device.launch(stage.graph, machine.compute)
+            tools.device.launch(stage.graph, tools.compute)
 
     def _queue(self, stage: LoadedStage, shapes: "_StepShapes", images: int) -> None:
-        """Queues a step of some images, from and to pinned memory."""
-        device, stream = stage.machine.device, stage.machine.compute
+        """Queues a step of `images` images, from and to pinned memory."""
+        device, stream = stage.tools.device, stage.tools.compute
         rows = stage.buffer("modulation")
         stage.upload("modulation", shapes.rows * shapes.row, rows)
         places = [[stage.buffer(f"{name}.{turn}") for name in ("x", "y")] for turn in range(images)]
@@ -152,14 +153,14 @@ class StageDenoiser:
 
 @dataclass(frozen=True)
 class _StepShapes:
-    """Sizes and free shapes of a step."""
+    """Sizes of a step, and the shapes of its blocks' inputs that have free dimensions."""
 
     sizes: ImageSizes
     patches: Shapes
     image: Shapes
     unified: Shapes
     final: Shapes
-    refiners: int  # blocks that see the image alone
+    refiners: int  # blocks that run on image tokens only
     rows: int  # of modulation, the final scale included
     row: int  # bytes
     token_bytes: int
@@ -192,14 +193,14 @@ class _StepShapes:
 
     @property
     def pads(self) -> int:
-        """Tokens that fill the image up."""
+        """Tokens that pad the image to a multiple of 32."""
         return self.sizes.image_tokens - self.sizes.image_count
 
     def of_block(self, index: int) -> Shapes:
-        """A block's free shapes: noise refiners see the image alone."""
+        """A block's free shapes: noise refiners run on image tokens only."""
         return self.image if index < self.refiners else self.unified
 
     def runs(self, places: tuple[BlockPlace, ...]) -> list[tuple[BlockPlace, Shapes]]:
-        """See `Runs`."""
+        """Every block of a step, with its shapes. A `Runs`."""
         blocks = [(place, self.of_block(index)) for index, place in enumerate(places)]
         return [(IMAGE_EMBEDDER, self.patches), *blocks, (FINAL_LAYER, self.final)]

@@ -1,8 +1,8 @@
-"""What the executor asks of a device: a handful of calls, so that its logic can be tested without one.
+"""What the executor needs of a device, as two dozen calls: a stand-in for them tests its logic without a GPU.
 
-Addresses are plain integers: device memory, or pinned host memory. Copies and kernels are queued on a stream and run
-later, in the stream's order; between streams only events give an order. Whoever frees or overwrites memory must know
-that what uses it is done.
+Addresses are plain integers, of device memory or of pinned host memory. Copies and kernels are queued on a stream and
+run later, in the stream's order. Only events order two streams. Before memory is freed or overwritten, the caller makes
+sure that all work that uses it is done.
 """
 
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ Graph = int
 
 @dataclass(frozen=True)
 class Pinned:
-    """Page-locked host memory, which copies to and from without a detour."""
+    """Page-locked host memory, from and to which a GPU copies directly."""
 
     address: int
     data: NDArray[np.uint8]  # a view of it
@@ -37,43 +37,43 @@ class Device(Protocol):
         """What its maker calls it."""
 
     def memory(self) -> tuple[int, int]:
-        """Bytes that are free, and bytes in all."""
+        """Free bytes and total bytes."""
 
     def allocate(self, nbytes: int) -> int:
         """Device memory, aligned to 256 bytes."""
 
     def free(self, address: int) -> None:
-        """Gives device memory back. Nothing that uses it may be under way."""
+        """Frees device memory. No work that uses it may be pending."""
 
     def allocate_pinned(self, nbytes: int) -> Pinned:
         """Pinned host memory."""
 
     def free_pinned(self, pinned: Pinned) -> None:
-        """Gives pinned memory back. No copy of it may be under way."""
+        """Frees pinned memory. No copy from or to it may be pending."""
 
     def create_stream(self) -> Stream:
         """A new stream."""
 
     def destroy_stream(self, stream: Stream) -> None:
-        """Destroys a stream that is done."""
+        """Destroys a stream with no pending work."""
 
     def create_event(self) -> DeviceEvent:
-        """A new event; until it is recorded, waiting for it is no wait."""
+        """A new event. Until it is recorded, waiting for it returns at once."""
 
     def destroy_event(self, event: DeviceEvent) -> None:
         """Destroys an event."""
 
     def record(self, event: DeviceEvent, stream: Stream) -> None:
-        """The event happens when all that is now queued on the stream is done."""
+        """Makes the event happen when all work now queued on the stream is done."""
 
     def wait(self, stream: Stream, event: DeviceEvent) -> None:
-        """What is queued on the stream from now on runs after the event's last recording."""
+        """Makes what is queued on the stream from now on run after the event's last recording."""
 
     def synchronize_event(self, event: DeviceEvent) -> None:
-        """Waits, here on the host, for the event's last recording."""
+        """Blocks the calling thread until the event's last recording has happened."""
 
     def synchronize(self, stream: Stream) -> None:
-        """Waits, here on the host, for all that is queued on the stream."""
+        """Blocks the calling thread until all work queued on the stream is done."""
 
     def upload(self, device: int, host: int, nbytes: int, stream: Stream) -> None:
         """Queues a copy from pinned memory to the device."""
@@ -85,33 +85,33 @@ class Device(Protocol):
         """Queues a copy on the device."""
 
     def begin_capture(self, stream: Stream) -> None:
-        """From now on, what is queued on the stream is recorded instead of run."""
+        """Records what is queued on the stream from now on, instead of running it."""
 
     def end_capture(self, stream: Stream) -> Graph:
-        """Ends the recording and returns it, ready to launch."""
+        """Ends the recording and returns it as a graph that can be launched."""
 
     def launch(self, graph: Graph, stream: Stream) -> None:
-        """Queues all that was recorded."""
+        """Queues a graph."""
 
     def destroy_graph(self, graph: Graph) -> None:
-        """Destroys a graph that is done."""
+        """Destroys a graph with no pending launch."""
 
 
 class Context(Protocol):
-    """An engine, ready to run at shapes that are set once."""
+    """An engine that is ready to run at fixed shapes, which are set once."""
 
     def set_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """Sets the shapes of the inputs that have free dimensions; returns the bytes of scratch memory for them."""
+        """Sets the shapes of inputs with free dimensions; returns the bytes of scratch memory that a run needs."""
 
     def enqueue(self, addresses: Mapping[str, int], scratch: int, scratch_bytes: int, stream: Stream) -> None:
         """Queues one run. `addresses` names every input and output."""
 
 
 class Engines(Protocol):
-    """Where contexts come from."""
+    """Makes contexts for a bundle's block programs."""
 
     def context(self, program: str) -> Context:
         """A new context of a block program's engine."""
 
     def close(self) -> None:
-        """Frees all engines, once no context is in use; keeps what makes the next start quick."""
+        """Frees all engines and stores what makes the next start quick. No context may be in use."""

@@ -1,4 +1,4 @@
-"""The stages of one bundle on one device: which are loaded, and bringing one there.
+"""The stages of one bundle on one device: which are loaded, loading one, freeing them.
 
 Stages take turns on the device unless all of them fit. Everything here is called on the executor's thread.
 """
@@ -18,7 +18,7 @@ from .arena import Budget
 from .block_catalog import VariantSpec
 from .denoiser import Runs
 from .device import Device, Engines
-from .loaded_stage import LoadedStage, Machine
+from .loaded_stage import DeviceTools, LoadedStage
 from .plan import plan_stage
 from .stage_sizes import ImageSizes
 from .weight_source import WeightSource
@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 @dataclass
 class DeviceStages:
-    """What is on the device."""
+    """The stages that are on the device, and what they share."""
 
     bundle: Bundle
     device: Device
@@ -36,12 +36,12 @@ class DeviceStages:
     spec: VariantSpec
     vram: int  # budget in bytes, CUDA's own needs included
     pinnable: int  # bytes of host memory that streamed blocks may hold pinned
-    machine: Machine = field(init=False, repr=False)
+    tools: DeviceTools = field(init=False, repr=False)
     host: HostPrograms = field(init=False, repr=False)  # for what runs on the processor
     _stages: dict[Program, LoadedStage] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
-        self.machine = Machine(
+        self.tools = DeviceTools(
             self.device,
             self.engines,
             self.spec,
@@ -68,11 +68,11 @@ class DeviceStages:
         keep_all: bool,
         stop: Stop,
     ) -> Result:
-        """Brings a stage onto the device for an image's sizes and runs it. Whatever fails, nothing stays behind."""
+        """Loads a stage for an image's sizes, where it is not loaded yet, and runs it. Any error frees all stages."""
         stop.check()
         plan = plan_stage(program, self.spec, self.bundle.manifest.config, sizes, self.vram)
         if plan is None:
-            raise ExecutorError(f"{program} does not fit in the VRAM budget")  # the callers asked before
+            raise ExecutorError(f"{program} does not fit in the VRAM budget")  # callers plan first and do not get here
         try:
             stage = self._stages.get(program)
             if stage is not None and stage.plan.resident != plan.resident:
@@ -82,7 +82,7 @@ class DeviceStages:
             if others and not keep_all:
                 self.release(*others)
             if stage is None:
-                stage = self._stages[program] = LoadedStage(self.machine, program, plan)
+                stage = self._stages[program] = LoadedStage(self.tools, program, plan)
                 stage.prepare(plan, runs(plan.needs.blocks))
                 stage.load()
             else:
@@ -110,18 +110,18 @@ class DeviceStages:
     def close(self) -> None:
         """Frees everything, the engines too."""
         self.release()
-        for stream in (self.machine.compute, self.machine.copies):
+        for stream in (self.tools.compute, self.tools.copies):
             self.device.destroy_stream(stream)
-        self.machine.weights.close()
+        self.tools.weights.close()
         self.engines.close()
 
     def _settle(self) -> None:
-        """Waits until nothing is under way."""
-        self.device.synchronize(self.machine.copies)
-        self.device.synchronize(self.machine.compute)
+        """Waits until no work is pending."""
+        self.device.synchronize(self.tools.copies)
+        self.device.synchronize(self.tools.compute)
 
     def _abandon(self) -> None:
-        """Frees what can be freed after a failure, whose own error is what the caller must see."""
+        """Frees what can be freed after an error. Errors of freeing are ignored: the caller must see the first one."""
         for free in (self._settle, *(self._stages.pop(program).release for program in tuple(self._stages))):
             with contextlib.suppress(Exception):
                 free()

@@ -1,7 +1,7 @@
-"""Where engines come from: the bundle, if what it holds fits; the user's cache; or built now, in seconds.
+"""Where engines come from: the bundle, if it has one that fits; else the user's cache; else they are built, in seconds.
 
-An engine is code. It is loaded only from a file whose hash the bundle's manifest holds, or from our own cache, whose
-folder only the user can write to and whose files begin with the hash of the rest.
+An engine is code. It is loaded only from a file whose hash is in the bundle's manifest, or from our own cache: only the
+user can write to its folder, and its files begin with the hash of the rest.
 """
 
 import contextlib
@@ -39,12 +39,12 @@ def cache_folder() -> Path:
 
 @dataclass(frozen=True)
 class HashedCache:
-    """A folder of files that begin with the SHA-256 of the rest. Trouble with it only costs time."""
+    """A folder of files that begin with the SHA-256 of the rest. If it cannot be used, that only costs time."""
 
     folder: Path
 
     def read(self, name: str) -> bytes | None:
-        """The content of a file that is whole and that nobody else could have written."""
+        """The content of a file; None where it is missing or damaged, or where another user could have written it."""
         with contextlib.suppress(OSError):
             if not self._is_ours():
                 return None
@@ -55,7 +55,7 @@ class HashedCache:
         return None
 
     def write(self, name: str, content: bytes) -> None:
-        """Keeps a file, if the folder can be written to."""
+        """Writes a file, if the folder is the user's own and can be written to."""
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             if self._is_ours():
@@ -65,13 +65,13 @@ class HashedCache:
     def _is_ours(self) -> bool:
         """Whether the folder is the user's own and no other may write to it."""
         if not hasattr(os, "geteuid"):
-            return True  # on Windows, the profile's own folder is
+            return True  # on Windows, a folder in the profile is
         status = self.folder.stat()
         return status.st_uid == os.geteuid() and not status.st_mode & 0o022
 
 
 def read_hashed(bundle: Bundle, path: str) -> bytes:
-    """A file of the bundle, whole: read once, and its hash compared. Raises `BundleError`."""
+    """A file of the bundle, read once and checked against its hash. Raises `BundleError`."""
     record = bundle.manifest.files.get(path)
     if record is None:
         raise BundleError(f"{bundle.file(path)}: is not listed in the manifest; run zimage-export engines again")
@@ -95,10 +95,10 @@ def read_catalog(bundle: Bundle) -> Catalog:
 
 
 def variant_spec(catalog: Catalog, capability: tuple[int, int]) -> VariantSpec:
-    """The programs for a GPU. Raises `ExecutorError` where there can be none."""
+    """The programs for a GPU. Raises `ExecutorError` where the catalog has none that it can run."""
     label = f"compute capability {capability[0]}.{capability[1]}"
     if capability < OLDEST:
-        raise ExecutorError(f"this GPU ({label}) is older than TensorRT for RTX serves; use --executor cuda or cpu")
+        raise ExecutorError(f"this GPU ({label}) is older than TensorRT for RTX supports; use --executor cuda or cpu")
     spec = catalog.variants.get(variant_of(capability))
     if spec is None:
         raise ExecutorError(
@@ -120,7 +120,7 @@ class EngineStore:
     cache: HashedCache = field(default_factory=lambda: HashedCache(cache_folder()))
     _runtime: EngineRuntime | None = None
     _engines: dict[str, Any] = field(default_factory=dict)
-    _kernels: bytes | None = None  # as they were read
+    _kernels: bytes | None = None  # as read from the cache
 
     @property
     def spec(self) -> VariantSpec:
@@ -128,11 +128,9 @@ class EngineStore:
         return variant_spec(self.catalog, self.capability)
 
     def context(self, program: str) -> Context:
-        """See `Engines`."""
         return self._loaded().context(self._engine(program))
 
     def close(self) -> None:
-        """See `Engines`."""
         if self._runtime is not None:
             kernels = self._runtime.cache()
             if kernels and kernels != self._kernels:
@@ -169,12 +167,12 @@ class EngineStore:
         engine = runtime.load(data)
         if engine is None:
             raise ExecutorError(
-                f"{self.library.name} cannot load its own engine for {program.name}: {runtime.complaint()}"
+                f"{self.library.name} cannot load its own engine for {program.name}: {runtime.last_error()}"
             )
         return engine
 
     def candidates(self, program: str) -> list[str]:
-        """The bundle's engines for a program that fit this library and GPU, those for exactly this GPU first."""
+        """Paths of the bundle's engines of a program that fit this library and GPU, those for just this GPU first."""
         fitting = [
             engine
             for engine in self.catalog.engines
@@ -186,7 +184,7 @@ class EngineStore:
         return [engine.path for engine in sorted(fitting, key=lambda engine: engine.gpu is GpuTarget.PORTABLE)]
 
     def build(self, program: ProgramSpec) -> bytes:
-        """Builds a program's engine here, from the bundle's hashed ONNX file."""
+        """Builds a program's engine for this GPU, from the bundle's ONNX file."""
         gpu = gpu_of(self.capability)
         self.note(
             f"building the {program.name} engine for this GPU and {self.library.name} {self.library.version}, once"
@@ -194,7 +192,7 @@ class EngineStore:
         return self.library.build(read_hashed(self.bundle, program.path), program, [gpu]).data
 
     def _engine_name(self, program: ProgramSpec) -> str:
-        """Names what the engine is made from, so that whatever changes is built anew."""
+        """A name made of everything that the engine depends on, so that a change of any of it is built again."""
         parts = (
             self.bundle.manifest.files[program.path].sha256,
             repr(sorted(program.profile.items())),

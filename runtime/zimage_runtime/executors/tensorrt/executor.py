@@ -49,8 +49,8 @@ class TensorRtExecutor:
 
     @property
     def peak_bytes(self) -> int:
-        """The most device memory that was allocated so far, CUDA's own needs not included."""
-        return self.stages.machine.budget.peak
+        """The most device memory that was allocated so far, without what CUDA itself needs."""
+        return self.stages.tools.budget.peak
 
     @property
     def loaded(self) -> set[Program]:

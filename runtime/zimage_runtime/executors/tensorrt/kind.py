@@ -42,10 +42,10 @@ def open_executor(bundle: Bundle, options: Options) -> TensorRtExecutor:
     """
     library = Library()
     device = CudaDevice(options.device)
-    catalog = read_catalog(bundle)  # after the GPU: without one, that is what the user must hear
+    catalog = read_catalog(bundle)  # after the GPU: without one, the error must be about that
     store = EngineStore(bundle, catalog, library, device.capability, options.note)
     free, total = device.memory()
-    available = min(free + TENSORRT_CUDA.nbytes, total)  # CUDA's own needs are taken already
+    available = min(free + TENSORRT_CUDA.nbytes, total)  # CUDA has what it needs for itself by now
     return TensorRtExecutor(
         bundle,
         device,
@@ -59,7 +59,7 @@ def open_executor(bundle: Bundle, options: Options) -> TensorRtExecutor:
 
 
 def predict(bundle: Bundle, work: Work, hardware: Hardware) -> ResidencyPlan:
-    """The plan for a GPU that need not be here."""
+    """The plan for a GPU, which need not be in this machine."""
     wanted = [GpuTarget(hardware.gpu).variant] if hardware.gpu else [Variant.AMPERE, Variant.TURING]
     variants = read_catalog(bundle).variants
     spec = next((variants[variant] for variant in wanted if variant in variants), None)
@@ -70,7 +70,7 @@ def predict(bundle: Bundle, work: Work, hardware: Hardware) -> ResidencyPlan:
 
 
 def examine() -> Examination:
-    """What the executor needs, and what of it is here: packages, driver, GPU."""
+    """Which packages, driver and GPU the executor finds here, and what is missing."""
     library = next((package for package in (RTX, FULL) if find_spec(package)), None)
     bindings = find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
     values: dict[str, Any] = {
@@ -88,7 +88,7 @@ def examine() -> Examination:
     try:
         device = CudaDevice()
     except ZImageRuntimeError:
-        text = f"{installed}, but no NVIDIA driver with a GPU: engines can be built here, and run where there is one"
+        text = f"{installed}, but no NVIDIA driver with a GPU: engines can be built here, but not run"
         return Examination(Verdict.NOTE, text, values)
     capability = device.capability
     values |= {"gpu": device.name, "capability": list(capability)}
@@ -97,8 +97,8 @@ def examine() -> Examination:
         return Examination(Verdict.NOTE, text, values)
     target = gpu_of(capability)
     text = (
-        f"{installed}; {device.name}, {target} ({target.label}): runs bundles that `zimage-export engines` was run on, "
-        f"their {variant_of(capability)} programs"
+        f"{installed}; {device.name}, {target} ({target.label}): runs the {variant_of(capability)} programs of bundles "
+        "that `zimage-export engines` was run on"
     )
     return Examination(Verdict.OK, text, values)
 

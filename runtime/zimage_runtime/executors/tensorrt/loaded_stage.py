@@ -1,6 +1,6 @@
 """A stage while it is on the device: its weights, its buffers, and running its blocks.
 
-Weights stay when only the image's size changes; buffers, scratch memory and what is captured are then made anew.
+If only the size of the image changes, the weights stay, and buffers, scratch memory and the captured graph are renewed.
 """
 
 import math
@@ -20,7 +20,7 @@ from .device import Context, Device, Engines, Graph, Pinned, Stream
 from .plan import StagePlan
 from .stage_sizes import block_layout, is_modulated
 from .weight_source import WeightSource
-from .weight_stream import BlockStack
+from .weight_stream import WeightStream
 
 _FLOAT = 4  # bytes
 
@@ -28,8 +28,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What all stages share."""
+class DeviceTools:
+    """What all stages of a bundle share on one device."""
 
     device: Device
     engines: Engines
@@ -43,60 +43,60 @@ class Machine:
 
 @dataclass
 class LoadedStage:
-    """One stage. `prepare`, then `run` its blocks; all of it is queued on the compute stream."""
+    """One stage. `prepare` and `load` it, then queue its blocks. Everything runs on the compute stream."""
 
-    machine: Machine
+    tools: DeviceTools
     program: Program
     plan: StagePlan
     _weights: Arena = field(init=False)
     _work: Arena = field(init=False)
-    _stack: BlockStack = field(init=False)
+    _blocks: WeightStream = field(init=False)
     _ends: dict[str, int] = field(default_factory=dict)
     _contexts: dict[tuple[str, tuple[tuple[str, tuple[int, ...]], ...]], Context] = field(default_factory=dict)
     _scratch: tuple[int, int] = (0, 0)
     _buffers: dict[str, int] = field(default_factory=dict)
     _pinned: dict[str, Pinned] = field(default_factory=dict)
-    graph: Graph | None = None  # a captured step
-    warm: bool = False  # whether a step ran since the buffers were made
-    owner: object = None  # whose values the buffers hold
+    graph: Graph | None = None  # a captured step of the denoiser
+    warm: bool = False  # whether a step ran since the buffers were allocated
+    owner: object = None  # the denoiser whose values the buffers hold
     check: Callable[[], object] = lambda: None  # called before each block is queued; raises to stop
 
     def __post_init__(self) -> None:
-        self._weights = Arena(self.machine.device, self.machine.budget)
-        self._work = Arena(self.machine.device, self.machine.budget)
+        self._weights = Arena(self.tools.device, self.tools.budget)
+        self._work = Arena(self.tools.device, self.tools.budget)
 
     def load(self) -> None:
         """Uploads the weights. May be called once."""
-        machine, needs = self.machine, self.plan.needs
+        tools, needs = self.tools, self.plan.needs
         streamed = sum(needs.block_bytes[index] for index in self.plan.streamed)
-        self._stack = BlockStack(
-            machine.device,
+        self._blocks = WeightStream(
+            tools.device,
             self._weights,
             self.plan,
             lambda index, target: self._fill(needs.blocks[index], target),
-            machine.compute,
-            machine.copies,
+            tools.compute,
+            tools.copies,
             wraps=self.program is Program.DENOISER,
-            pin_streamed=self.program is Program.DENOISER and 0 < streamed <= machine.pinnable,
+            pin_streamed=self.program is Program.DENOISER and 0 < streamed <= tools.pinnable,
         )
         for place, nbytes in zip(needs.ends, needs.end_bytes, strict=True):
             self._ends[place.key] = self._weights.allocate(nbytes)
             staging = self._weights.pinned(nbytes)
             self._fill(place, staging.data[:nbytes])
-            machine.device.upload(self._ends[place.key], staging.address, nbytes, machine.copies)
-            machine.device.synchronize(machine.copies)
+            tools.device.upload(self._ends[place.key], staging.address, nbytes, tools.copies)
+            tools.device.synchronize(tools.copies)
             self._weights.release_pinned(staging)
-        self._stack.load()
+        self._blocks.load()
 
     def _fill(self, place: BlockPlace, target: NDArray[np.uint8]) -> None:
-        spec = self.machine.spec
+        spec = self.tools.spec
         program = spec.program_of(place)
-        self.machine.weights.fill(target, place, program, spec.blocks[place.key], block_layout(program, place))
+        self.tools.weights.fill(target, place, program, spec.blocks[place.key], block_layout(program, place))
 
     def prepare(self, plan: StagePlan, runs: list[tuple[BlockPlace, Shapes]]) -> None:
-        """Makes the buffers for an image's size, and the contexts for all shapes that its blocks will run at.
+        """Allocates the buffers for an image's size and makes the contexts for all shapes that its blocks will run at.
 
-        Nothing of the stage may be under way.
+        No work of the stage may be pending.
         """
         if self._buffers and plan == self.plan and self._prepared(runs):
             return
@@ -106,7 +106,7 @@ class LoadedStage:
         for place, shapes in runs:
             key = self._key(place, shapes)
             if key not in self._contexts:
-                self._contexts[key] = self.machine.engines.context(key[0])
+                self._contexts[key] = self.tools.engines.context(key[0])
                 needed = max(needed, self._contexts[key].set_shapes(shapes))
         self._scratch = (self._work.allocate(needed), needed)
         buffers = dict(plan.needs.buffers)
@@ -118,21 +118,21 @@ class LoadedStage:
         return all(self._key(place, shapes) in self._contexts for place, shapes in runs)
 
     def _key(self, place: BlockPlace, shapes: Shapes) -> tuple[str, tuple[tuple[str, tuple[int, ...]], ...]]:
-        return self.machine.spec.program_of(place).name, tuple(sorted(shapes.items()))
+        return self.tools.spec.program_of(place).name, tuple(sorted(shapes.items()))
 
     def keep_graph(self, graph: Graph) -> None:
-        """What was captured is valid for as long as the buffers are."""
+        """Keeps a captured graph for as long as the buffers that it uses."""
         self._work.keep_graph(graph)
         self.graph = graph
 
     def forget(self) -> None:
-        """Gives back what depends on the image's size."""
+        """Frees what depends on the size of the image."""
         self._contexts.clear()
         self._buffers, self._pinned, self.graph, self.warm, self.owner = {}, {}, None, False, None
         self._work.release()
 
     def release(self) -> None:
-        """Gives everything back. Nothing of the stage may be under way."""
+        """Frees everything. No work of the stage may be pending."""
         try:
             self.forget()
         finally:
@@ -143,23 +143,23 @@ class LoadedStage:
         return self._buffers[name] + offset
 
     def host(self, name: str, nbytes: int) -> Pinned:
-        """Pinned memory by name, for what goes to or comes from the device."""
+        """Pinned memory by name, of at least `nbytes`, for copies to and from the device."""
         if name not in self._pinned or len(self._pinned[name].data) < nbytes:
             self._pinned[name] = self._work.pinned(nbytes)
         return self._pinned[name]
 
     def staged(self, name: str, shape: tuple[int, ...]) -> FloatArray:
-        """Float32 values where `upload` takes them from, to be written. The last copy of this name must be done."""
+        """Float32 values to be written, from where `upload` copies them. The last copy of this name must be done."""
         nbytes = _FLOAT * math.prod(shape)
         return self.host(name, nbytes).data[:nbytes].view(np.float32).reshape(shape)
 
     def write(self, name: str, values: FloatArray) -> None:
-        """Puts float32 values there."""
+        """Writes float32 values to pinned memory, from where `upload` copies them."""
         self.staged(name, values.shape)[...] = values
 
     def upload(self, name: str, nbytes: int, address: int) -> None:
-        """Queues a copy of what was written to the device."""
-        self.machine.device.upload(address, self._pinned[name].address, nbytes, self.machine.compute)
+        """Queues a copy to the device of what was written under a name."""
+        self.tools.device.upload(address, self._pinned[name].address, nbytes, self.tools.compute)
 
     def send(self, name: str, values: FloatArray, address: int) -> None:
         """Writes values to pinned memory and queues their copy to the device."""
@@ -167,40 +167,40 @@ class LoadedStage:
         self.upload(name, values.nbytes, address)
 
     def send_block(self, place: BlockPlace, name: str) -> None:
-        """Puts a block's weights into a buffer, for `enqueue`. The last copy of this name must be done."""
-        nbytes = block_layout(self.machine.spec.program_of(place), place).nbytes
+        """Queues a copy of a block's weights to a buffer, for `enqueue`. The last copy of this name must be done."""
+        nbytes = block_layout(self.tools.spec.program_of(place), place).nbytes
         self._fill(place, self.host(name, nbytes).data[:nbytes])
         self.upload(name, nbytes, self.buffer(name))
 
     def receive(
         self, name: str, shape: tuple[int, ...], address: int, dtype: DType = DType.F32
     ) -> Callable[[], FloatArray]:
-        """Queues a copy to the host; what it returns gives the values, once the stream is synchronized."""
+        """Queues a copy to the host. Call the result for the values, once the stream is synchronized."""
         nbytes = dtype.size * math.prod(shape)
         pinned = self.host(name, nbytes)
-        self.machine.device.download(pinned.address, address, nbytes, self.machine.compute)
+        self.tools.device.download(pinned.address, address, nbytes, self.tools.compute)
         return lambda: to_float32(pinned.data[:nbytes].view(dtype.storage).reshape(shape), dtype).copy()
 
     def synchronize(self) -> None:
         """Waits for all that is queued on the compute stream."""
-        self.machine.device.synchronize(self.machine.compute)
+        self.tools.device.synchronize(self.tools.compute)
 
     def begin(self) -> None:
-        """A pass through the blocks begins."""
-        self._stack.begin()
+        """Begins a pass through the blocks."""
+        self._blocks.begin()
 
     def block(self, index: int, runs: list[tuple[Mapping[str, int], Shapes]], rows: int = 0, row: int = 0) -> None:
         """Queues one block for each of `runs`: addresses of its inputs and outputs, and its free shapes.
 
-        `rows` is the address of its four norms' rows, `row` bytes apart, where the timestep decides them.
+        `rows` is the address of its four norms' rows, `row` bytes apart, if the norms depend on the timestep.
         """
         self.check()
         place = self.plan.needs.blocks[index]
-        base = self._stack.acquire(index)
+        base = self._blocks.acquire(index)
         norms = {f"{name}.weight": rows + turn * row for turn, name in enumerate(NORMS)} if is_modulated(place) else {}
         for addresses, shapes in runs:
             self.enqueue(place, base, {**addresses, **norms}, shapes)
-        self._stack.release(index)
+        self._blocks.release(index)
 
     def end(self, place: BlockPlace, addresses: Mapping[str, int], shapes: Shapes) -> None:
         """Queues one of the blocks that are always resident."""
@@ -208,8 +208,8 @@ class LoadedStage:
 
     def enqueue(self, place: BlockPlace, base: int, addresses: Mapping[str, int], shapes: Shapes) -> None:
         """Queues a block whose weights are at `base`."""
-        program = self.machine.spec.program_of(place)
+        program = self.tools.spec.program_of(place)
         offsets = block_layout(program, place).offsets
         weights = {name: base + offset for name, offset in offsets.items()}
         context = self._contexts[self._key(place, shapes)]
-        context.enqueue({**weights, **addresses}, *self._scratch, self.machine.compute)
+        context.enqueue({**weights, **addresses}, *self._scratch, self.tools.compute)

@@ -1,9 +1,9 @@
 """What is on the device at each moment, for a VRAM budget and an image: computed before anything is loaded.
 
-Stages take turns. In each, all blocks are resident where they fit; otherwise as many as fit, and the others are
-streamed through two slots, so that one is copied while the other is computed with. Only where everything fits at
-once do stages stay loaded between images. Of a decoder that does not fit, as many blocks as do work on whole maps,
-and the others on tiles of maps that stay on the host; the encoder runs on the host if it does not fit.
+Stages take turns. In each, as many blocks as fit are resident. The others are streamed through two slots, so that one
+is copied while the other is computed with. Stages stay loaded between images only if all of them fit at once. If the
+decoder does not fit, as many of its blocks as possible run on whole maps, and the others on tiles of maps that stay on
+the host. If the encoder does not fit, it runs on the host.
 """
 
 import math
@@ -29,9 +29,9 @@ CONTEXT_BYTES = TENSORRT_CUDA.nbytes
 
 SLOTS = 2
 
-_NEEDED = (Program.TEXT_ENCODER, Program.CAPTION, Program.DENOISER)  # what cannot run on the host instead
+_NEEDED = (Program.TEXT_ENCODER, Program.CAPTION, Program.DENOISER)  # these cannot run on the host instead
 _STREAMABLE = _NEEDED
-_NO_ENGINE = "no engine of the bundle takes maps of this size"
+_NO_ENGINE = "the bundle's engines do not support maps of this size"
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class StagePlan:
 
     needs: StageNeeds
     resident: frozenset[int]  # indices of the blocks that stay
-    images: int  # of a batch that are computed block by block, so that a streamed block serves all of them
+    images: int  # of a batch that pass each block together, so that a block is streamed once for all of them
 
     @property
     def streamed(self) -> tuple[int, ...]:
-        """Indices of the blocks that are copied in turn."""
+        """Indices of the blocks that are copied to the slots in turn."""
         return tuple(index for index in range(len(self.needs.blocks)) if index not in self.resident)
 
     @property
@@ -60,7 +60,7 @@ class StagePlan:
 
     @property
     def nbytes(self) -> int:
-        """All that the stage allocates."""
+        """Everything that the stage allocates."""
         blocks = self.weight_bytes - sum(self.needs.end_bytes)
         return self.needs.fixed(self.images) + blocks
 
@@ -75,13 +75,13 @@ class ResidencyPlan:
     group_size: int  # images that are denoised before any is decoded, where stages take turns
     keep_all: bool = False  # whether stages stay loaded between images
     on_host: Mapping[Program, int | None] = field(default_factory=dict)
-    """The stages that the CPU does, and the smallest budget at which the device would; None where none is enough."""
+    """The stages that run on the CPU, and the smallest budget at which they run on the device; None: at no budget."""
     whole_decoder: int | None = None
-    """The smallest budget at which the decoder is not tiled; None where none is enough."""
+    """The smallest budget at which the decoder is not tiled; None: at no budget."""
 
     @property
     def peak(self) -> int:
-        """The most VRAM that is taken at any moment, CUDA's own included."""
+        """The most VRAM in use at any moment, with what CUDA itself needs."""
         sizes = [stage.nbytes for program, stage in self.stages.items() if program is not Program.ENCODER]
         return CONTEXT_BYTES + (sum(sizes) if self.keep_all else max(sizes))
 
@@ -103,21 +103,21 @@ class ResidencyPlan:
 
     @property
     def how_decoded(self) -> str | None:
-        """How the image is decoded, and what would change that; None where the device does it as a whole."""
+        """How the image is decoded, and what would change that; None where the device decodes it as a whole."""
         if Program.DECODER not in self.stages:
             return f"on the CPU, in tiles; {self.why_on_host(Program.DECODER)}"
         if not self.in_tiles:
             return None
         if self.whole_decoder is None:
             return f"in tiles; {_NO_ENGINE}"
-        return f"in tiles; as a whole from a budget of {gib_needed(self.whole_decoder, 2)}"
+        return f"in tiles; as a whole with a budget of at least {gib_needed(self.whole_decoder, 2)}"
 
     def why_on_host(self, program: Program) -> str:
         """Why a stage runs on the CPU, and what would change that."""
         budget = self.on_host[program]
         if budget is None:
             return _NO_ENGINE
-        return f"on the GPU from a budget of {gib_needed(budget, 2)}"
+        return f"on the GPU with a budget of at least {gib_needed(budget, 2)}"
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -129,7 +129,7 @@ class ResidencyPlan:
         return tuple(notes)
 
     def lines(self) -> list[str]:
-        """For people: the peak, each stage, and how a step runs."""
+        """The plan for people: the peak, each stage, and how a step runs."""
         together = "all stages stay loaded" if self.keep_all else "stages take turns"
         context = f"{gib(CONTEXT_BYTES, 2)} of it {TENSORRT_CUDA.source} for CUDA itself"
         return [
@@ -155,7 +155,7 @@ class ResidencyPlan:
         )
 
     def document(self) -> dict[str, Any]:
-        """For programs."""
+        """The plan for programs."""
         return {
             "peak": self.peak,
             "context": CONTEXT_BYTES,
@@ -179,7 +179,7 @@ class ResidencyPlan:
 def plan_residency(spec: VariantSpec, manifest: Manifest, work: Work, budget: int) -> ResidencyPlan:
     """The plan for a budget in bytes.
 
-    Raises `MemoryLimitError`, with the smallest budget that would do, where there is none.
+    Raises `MemoryLimitError` with the smallest budget that is enough, if this one is not.
     """
     config, sizes = manifest.config, ImageSizes.of(work.geometry, work.tokens, work.batch)
     _check_tokens(spec, config, sizes)
@@ -206,7 +206,7 @@ def plan_residency(spec: VariantSpec, manifest: Manifest, work: Work, budget: in
 
 
 def smallest_budget(needs: Mapping[Program, StageNeeds], sizes: ImageSizes) -> int:
-    """The least VRAM that every stage which needs the device runs in."""
+    """The least VRAM in which every stage that needs the device can run."""
     return CONTEXT_BYTES + max(_least(needs[program], sizes.images) for program in _NEEDED)
 
 
@@ -222,7 +222,7 @@ def _everything(needs: StageNeeds) -> StagePlan:
 def plan_stage(
     program: Program, spec: VariantSpec, config: ModelConfig, sizes: ImageSizes, budget: int
 ) -> StagePlan | None:
-    """One stage's part of the plan, which depends on no other; None where the host must do it.
+    """One stage's part of the plan, which depends on no other; None where it runs on the host.
 
     Raises `MemoryLimitError` as `plan_residency` does.
     """
@@ -244,7 +244,7 @@ def _first_that_fits(program: Program, choices: Iterable[StageNeeds], sizes: Ima
 def _choices(
     program: Program, whole: StageNeeds, spec: VariantSpec, config: ModelConfig, sizes: ImageSizes
 ) -> Iterator[StageNeeds]:
-    """What the device can do of a stage, the best first: all of it; of the decoder, ever more of it in tiles."""
+    """How the device can run a stage, the best first: as a whole or, for the decoder, with more and more in tiles."""
     if not _too_wide(whole, spec, sizes):
         yield whole
     if program is Program.DECODER:
@@ -254,13 +254,13 @@ def _choices(
 
 
 def _check_tokens(spec: VariantSpec, config: ModelConfig, sizes: ImageSizes) -> None:
-    """Raises `RequestError` for an image that the engines were not built for."""
+    """Raises `RequestError` for an image with more tokens than the engines were built for."""
     most = min(spec.program_of(place).largest for place in main_blocks(config))
     if sizes.tokens > most:
         side = math.isqrt(most - sizes.caption_tokens) * PATCH_SIZE * config.vae.scale
         raise RequestError(
-            f"the bundle's engines take at most {most} tokens, about a {side}x{side} image, and this one has "
-            f"{sizes.tokens}; lower --size, or use --executor cpu"
+            f"this image has {sizes.tokens} tokens, and the bundle's engines support {most}, about a {side}x{side} "
+            "image; lower --size, or use --executor cpu"
         )
 
 
@@ -272,7 +272,7 @@ def _too_wide(needs: StageNeeds, spec: VariantSpec, sizes: ImageSizes) -> bool:
 
 def _refusal(budget: int, smallest: int) -> MemoryLimitError:
     return MemoryLimitError(
-        f"this image does not fit in {gib_free(budget, 2)} of VRAM: the smallest budget that it would fit in is "
+        f"this image does not fit in {gib_free(budget, 2)} of VRAM: the smallest budget for it is "
         f"{gib_needed(smallest, 2)}; raise --vram, lower --size, or use --executor cpu"
     )
 
@@ -284,7 +284,7 @@ def _plan_stage(needs: StageNeeds, room: int, images: int, streamable: bool) -> 
         return everything
     if not streamable:
         return None
-    low, high = 0, count  # the most that fit: between none, which do, and all, which do not
+    low, high = 0, count  # bisects for the most blocks that fit: 0 may, all do not
     while high - low > 1:
         middle = (low + high) // 2
         if StagePlan(needs, spread(count, middle), images).nbytes <= room:
@@ -296,5 +296,5 @@ def _plan_stage(needs: StageNeeds, room: int, images: int, streamable: bool) -> 
 
 
 def spread(count: int, chosen: int) -> frozenset[int]:
-    """`chosen` of `count` indices, evenly apart: between two streamed blocks, a resident one hides a copy."""
+    """`chosen` of `count` indices, evenly spread: a resident block between two streamed ones hides a copy."""
     return frozenset(index for index in range(count) if (index + 1) * chosen // count > index * chosen // count)

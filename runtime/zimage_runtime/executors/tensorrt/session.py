@@ -1,7 +1,7 @@
-"""One request on TensorRT: its stages, from what the host sends to what it gets back.
+"""One request on TensorRT: its stages, from the inputs that the host uploads to the results that it downloads.
 
-Patches, pads, rotary tables and the modulation table are made on the host, where they are small; everything between
-runs on one compute stream.
+Patches, pads, rotary tables and the modulation table are small and made on the host. Everything else runs on one
+compute stream.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from ..protocol import Conditioning
 from ..worker import Stop, Worker
 from .denoiser import Runs, StageDenoiser
 from .device_stages import DeviceStages
-from .loaded_stage import LoadedStage, Machine, Shapes
+from .loaded_stage import DeviceTools, LoadedStage, Shapes
 from .plan import ResidencyPlan, plan_stage
 from .stage_sizes import ImageSizes, maps_between
 from .tile_kernels import DeviceTileKernels
@@ -62,8 +62,8 @@ class TensorRtSession:
         return self.stages.bundle.manifest.config
 
     @property
-    def _machine(self) -> Machine:
-        return self.stages.machine
+    def _tools(self) -> DeviceTools:
+        return self.stages.tools
 
     def _encode_text(self, embeddings: FloatArray, rotary: Rotary) -> FloatArray:
         tokens, width = embeddings.shape[1:]
@@ -84,7 +84,7 @@ class TensorRtSession:
         padded = rotary.cos.shape[1]
         shapes = _token_shapes(padded, dim, rotary)
         embedder: Shapes = {"hidden_states": conditioning.hidden_states.shape}
-        pad_token = self._machine.weights.embedded("transformer", "cap_pad_token")
+        pad_token = self._tools.weights.embedded("transformer", "cap_pad_token")
 
         def run(stage: LoadedStage) -> FloatArray:
             x = stage.buffer("x")
@@ -110,7 +110,7 @@ class TensorRtSession:
             caption,
             table["modulation"],
             table["final_scale"],
-            self._machine.weights.embedded("transformer", "x_pad_token"),
+            self._tools.weights.embedded("transformer", "x_pad_token"),
             self._denoise,
         )
 
@@ -118,7 +118,7 @@ class TensorRtSession:
         return self._stage(Program.DENOISER, sizes, runs, run)
 
     def _through(self, stage: LoadedStage, shapes: Shapes, shape: tuple[int, ...]) -> FloatArray:
-        """All blocks of a stage of tokens, from and to buffer `x` or `y`; the values that come out."""
+        """Runs all blocks of a stage on tokens, in buffers `x` and `y` by turns; returns the last block's values."""
         x, y = stage.buffer("x"), stage.buffer("y")
         tables = {"cos": stage.buffer("cos"), "sin": stage.buffer("sin")}
         stage.begin()
@@ -154,7 +154,7 @@ class TensorRtSession:
         return self._stage(Program.DECODER, sizes, lambda places: [*zip(places, shapes, strict=True), *tiles], run)
 
     def _decode_in_tiles(self, stage: LoadedStage, latents: FloatArray, shapes: list[Shapes]) -> FloatArray:
-        """The stage's blocks on whole maps, the others in tiles."""
+        """Runs the stage's blocks on whole maps and the decoder's other blocks in tiles."""
         decoder, x = self._tiled_decoder(DeviceTileKernels(stage)), latents[0]
         if shapes:
             place = stage.plan.needs.blocks[-1]
@@ -196,8 +196,10 @@ class TensorRtSession:
     def _maps(
         self, stage: LoadedStage, source: str, shapes: list[Shapes], outputs: dict[str, int] | None = None
     ) -> int:
-        """The blocks of the autoencoder, whose maps take turns in two buffers. Without `outputs`, the last one's map
-        is in the buffer that is returned."""
+        """Queues blocks of the autoencoder, whose maps take turns in two buffers.
+
+        Without `outputs` for the last block, its map is in the buffer whose address is returned.
+        """
         buffers = (stage.buffer("even"), stage.buffer("odd"))
         last = len(shapes) - 1
         stage.begin()
@@ -223,7 +225,7 @@ class _ThreadedDenoiser:
 
 
 def _sizes(**values: int) -> ImageSizes:
-    """Sizes of which a stage only looks at these."""
+    """The sizes of a stage that uses only these."""
     return replace(_OF_NO_IMAGE, **values)
 
 

@@ -1,6 +1,6 @@
-"""The stages that take turns on the device: their blocks, and the memory that an image takes in each.
+"""The stages that take turns on the device: their blocks, and the memory that an image needs in each.
 
-The one place where sizes are computed: the plan adds them up, and the executor allocates just these.
+All sizes are computed here: the plan adds them up, and the executor allocates exactly these.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,12 +29,12 @@ from .block_catalog import ProgramSpec, VariantSpec, aligned
 _FLOAT = 4  # bytes
 
 STAGES = (Program.TEXT_ENCODER, Program.CAPTION, Program.DENOISER, Program.DECODER, Program.ENCODER)
-"""Modulation runs on the CPU."""
+"""The stages on the device. Modulation always runs on the CPU."""
 
 
 @dataclass(frozen=True)
 class ImageSizes:
-    """Everything that decides how large an image's values are."""
+    """Everything that the sizes of an image's buffers depend on."""
 
     prompt_tokens: int
     image_count: int  # image tokens without pads
@@ -50,7 +50,7 @@ class ImageSizes:
 
     @property
     def tokens(self) -> int:
-        """Of [image, caption]."""
+        """Tokens of the sequence [image, caption]."""
         return self.image_tokens + self.caption_tokens
 
     @classmethod
@@ -75,7 +75,7 @@ class BlockLayout:
 
 
 def block_layout(spec: ProgramSpec, place: BlockPlace) -> BlockLayout:
-    """The buffer of one block. Norms that come from the modulation table have no place in it."""
+    """The buffer of one block. Norms that come from the modulation table are not in it."""
     offsets, end = {}, 0
     for name, weight in spec.weights.items():
         if is_modulated(place) and name.removesuffix(".weight") in NORMS:
@@ -89,50 +89,50 @@ def block_layout(spec: ProgramSpec, place: BlockPlace) -> BlockLayout:
 
 
 def is_modulated(place: BlockPlace) -> bool:
-    """Whether the timestep decides the block's norms."""
+    """Whether the block's norms depend on the timestep."""
     return place.kind is BlockKind.TRANSFORMER_BLOCK and not place.name.startswith("context_refiner")
 
 
 @dataclass(frozen=True)
 class TileShape:
-    """The pieces that a convolution of the decoder works on, where maps stay on the host."""
+    """The tiles that a convolution of the decoder runs on, where maps stay on the host."""
 
     place: BlockPlace
-    rows: int  # with the two beside them
-    columns: int  # with a border where no norm comes before the convolution
+    rows: int  # with one more above and one below
+    columns: int  # with one more on each side if there is no norm before the convolution
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Of its program's inputs, as far as they are free."""
+        """Shapes of its program's inputs with free dimensions."""
         return {TILE: (1, self.place.channels, self.rows, self.columns), "inside": (1, 1, self.rows, 1)}
 
     @property
     def out_shape(self) -> tuple[int, ...]:
-        """What comes out."""
+        """The shape of its output."""
         return (1, self.place.out_channels, self.rows - 2, self.columns)
 
 
 @dataclass(frozen=True)
 class StageNeeds:
-    """What one stage takes."""
+    """What one stage needs on the device. All sizes are in bytes."""
 
-    blocks: tuple[BlockPlace, ...]  # in the order that they run; these may be streamed
+    blocks: tuple[BlockPlace, ...]  # in the order in which they run; these may be streamed
     block_bytes: tuple[int, ...]
     ends: tuple[BlockPlace, ...]  # always resident
     end_bytes: tuple[int, ...]
-    buffers: Mapping[str, int]  # that there is one of, by name
-    image_buffers: Mapping[str, int]  # that each image of a batch has when blocks are streamed
-    scratch: int  # that all engines share
-    tiles: tuple[TileShape, ...] = ()  # what comes after the blocks, a tile at a time
+    buffers: Mapping[str, int]  # by name; one of each
+    image_buffers: Mapping[str, int]  # by name; one for each image of a batch when blocks are streamed
+    scratch: int  # shared by all engines
+    tiles: tuple[TileShape, ...] = ()  # the layers after the blocks, which run a tile at a time
 
     def fixed(self, images: int) -> int:
-        """All but the blocks, with room for some images at once."""
+        """Everything but the blocks' weights, with buffers for `images` images at once."""
         once = sum(map(aligned, self.buffers.values())) + sum(self.end_bytes) + aligned(self.scratch)
         return once + images * sum(map(aligned, self.image_buffers.values()))
 
 
 def stage_needs(program: Program, spec: VariantSpec, config: ModelConfig, sizes: ImageSizes) -> StageNeeds:
-    """What a stage takes for an image."""
+    """What a stage needs for an image."""
     return _STAGES[program](spec, config, sizes)
 
 
@@ -144,7 +144,7 @@ def needs_of(
     image_buffers: Mapping[str, int],
     scratch: int,
 ) -> StageNeeds:
-    """What a stage takes that has no tiles."""
+    """What a stage without tiles needs."""
     sizes = [tuple(block_layout(spec.program_of(place), place).nbytes for place in places) for places in (blocks, ends)]
     return StageNeeds(tuple(blocks), sizes[0], tuple(ends), sizes[1], buffers, image_buffers, scratch)
 
@@ -175,7 +175,7 @@ def _caption(spec: VariantSpec, config: ModelConfig, sizes: ImageSizes) -> Stage
 
 
 def row_bytes(config: ModelConfig) -> int:
-    """A row of the modulation table on the device."""
+    """Bytes of a row of the modulation table on the device."""
     return aligned(config.transformer.dim * _FLOAT)
 
 
@@ -204,18 +204,18 @@ Map = tuple[int, int, int]
 
 
 def maps_between(blocks: Sequence[BlockPlace], latent_height: int, latent_width: int) -> list[Map]:
-    """What leaves each block of the autoencoder but the last."""
+    """The maps that are the output of each block of the autoencoder but the last."""
     return [(latent_height * b.scale, latent_width * b.scale, b.channels) for b in blocks[1:]]
 
 
 def map_scratch(spec: VariantSpec, blocks: Sequence[BlockPlace], sizes: ImageSizes) -> list[int]:
-    """What each block of the autoencoder needs beside the maps that it takes and gives."""
+    """Bytes of scratch memory that each block of the autoencoder needs."""
     positions = sizes.latent_height * sizes.latent_width
     return [spec.program_of(b).scratch_bytes(positions * b.scale**2) for b in blocks]
 
 
 def map_buffers(spec: VariantSpec, blocks: list[BlockPlace], maps: list[Map]) -> dict[str, int]:
-    """Two buffers that the maps take turns in."""
+    """Bytes of the two buffers in which the maps take turns."""
     element = spec.program_of(blocks[0]).map_dtype.size if blocks else 0
     sizes = [rows * columns * channels * element for rows, columns, channels in maps]
     return {"even": max(sizes[::2], default=0), "odd": max(sizes[1::2], default=0)}

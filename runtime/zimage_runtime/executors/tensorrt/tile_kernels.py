@@ -1,4 +1,4 @@
-"""Tiles of the decoder on the device; see `tiles`."""
+"""The kernels of `tiles` on a TensorRT device: the decoder's convolutions, a tile at a time."""
 
 from dataclasses import dataclass
 
@@ -6,7 +6,7 @@ import numpy as np
 
 from ...arrays import FloatArray
 from ...model.blocks import TILE, TILE_OUT
-from ...tiles.kernels import Convolution, Normed, Plain
+from ...tiles.kernels import ConvolutionWeights, Normed, Plain
 from .decoder_tiles import TILE_VALUES
 from .loaded_stage import LoadedStage
 from .stage_sizes import TileShape
@@ -20,21 +20,18 @@ class DeviceTileKernels:
 
     @property
     def tile_values(self) -> int:
-        """See `TileKernels`."""
         return TILE_VALUES
 
-    def plain(self, convolution: Convolution) -> Plain:
-        """See `TileKernels`."""
+    def plain(self, convolution: ConvolutionWeights) -> Plain:
         layer = self._layer(convolution)
         channels = layer.shape.place.channels
         one, zero = np.ones((channels, 1, 1), np.float32), np.zeros((channels, 1, 1), np.float32)
         return lambda tile: layer(tile, one, zero, 0, 0)[:, :, 1:-1]  # the program has borders of its own
 
-    def normed(self, convolution: Convolution) -> Normed:
-        """See `TileKernels`."""
+    def normed(self, convolution: ConvolutionWeights) -> Normed:
         return self._layer(convolution)
 
-    def _layer(self, convolution: Convolution) -> "_Layer":
+    def _layer(self, convolution: ConvolutionWeights) -> "_Layer":
         shape = next(t for t in self.stage.plan.needs.tiles if t.place.name == convolution.name)
         self.stage.send_block(shape.place, "layer")
         return _Layer(self.stage, shape)
@@ -42,13 +39,13 @@ class DeviceTileKernels:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A convolution whose weights are on the device. Every call waits for its result."""
+    """A convolution whose weights are on the device. A call returns when its result is on the host."""
 
     stage: LoadedStage
     shape: TileShape
 
     def __call__(self, rows: FloatArray, scale: FloatArray, shift: FloatArray, above: int, below: int) -> FloatArray:
-        """A `Normed` kernel. The last tile of a map may have fewer rows than the others: the rest is zeros."""
+        """A `Normed` kernel. A map's last tile may have fewer rows than the others; it is filled up with zeros."""
         stage, shape, count = self.stage, self.shape, rows.shape[1]
         inside = np.zeros(shape.rows, np.float32)
         inside[above : above + count] = 1

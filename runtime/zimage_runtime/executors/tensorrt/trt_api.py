@@ -1,6 +1,6 @@
-"""TensorRT itself: `tensorrt_rtx`, or the full `tensorrt` where that is what serves the GPU. One module for both.
+"""TensorRT itself: `tensorrt_rtx`, or the full `tensorrt` for GPUs that only it supports. One module for both.
 
-Building needs neither GPU nor driver (with `tensorrt_rtx`); loading and running need both.
+Building with `tensorrt_rtx` needs no GPU and no driver. Loading and running engines needs both.
 """
 
 import re
@@ -23,14 +23,14 @@ _ACTIVATIONS = re.compile(r"Total Activation Memory: (\d+)")
 
 @dataclass(frozen=True)
 class Built:
-    """A built engine, and what the builder said."""
+    """A built engine, and the builder's log."""
 
     data: bytes
     log: str  # with `detailed`, every fused layer with its types and shapes
 
     @property
     def activation_bytes(self) -> int | None:
-        """Scratch memory at the profile's largest shapes, where the log says it."""
+        """Scratch memory at the profile's largest shapes, if it is in the log."""
         found = _ACTIVATIONS.findall(self.log)
         return int(found[-1]) if found else None
 
@@ -39,20 +39,20 @@ class Library:
     """One of the two packages."""
 
     def __init__(self, module: ModuleType | None = None) -> None:
-        """The module, or the one that is installed, RTX first. Raises `ExecutorError` where there is none."""
+        """Uses `module`, or the package that is installed, RTX first. Raises `ExecutorError` where there is none."""
         self.module: Any = module or _installed()
         self.name: str = RTX if "rtx" in self.module.__name__ else FULL
         self.version: str = self.module.__version__
 
     @property
     def is_rtx(self) -> bool:
-        """Whether it is TensorRT for RTX, which has what compiles at run time: kernels' cache and shapes."""
+        """Whether it is TensorRT for RTX, which compiles kernels at run time and has a cache of them."""
         return self.name == RTX
 
     def build(self, onnx: bytes, spec: ProgramSpec, gpus: Sequence[GpuTarget] = (), *, detailed: bool = False) -> Built:
-        """Builds one engine. Without GPUs, for what the library takes for granted: portable, or the one at hand.
+        """Builds one engine. Without `gpus`, it is portable with TensorRT for RTX, otherwise for this machine's GPU.
 
-        Raises `ExecutorError` with the library's own first complaint.
+        Raises `ExecutorError` with the library's last error message.
         """
         trt = self.module
         logger = _logger(trt, trt.ILogger.VERBOSE if detailed else trt.ILogger.WARNING)
@@ -63,9 +63,9 @@ class Library:
         network = builder.create_network(flags)
         parser = trt.OnnxParser(network, logger)
         if not parser.parse(onnx):
-            raise ExecutorError(f"{self.name} cannot read block program {spec.name}: {logger.complaint()}")
+            raise ExecutorError(f"{self.name} cannot read block program {spec.name}: {logger.last_error()}")
         config = builder.create_builder_config()
-        config.max_aux_streams = 0  # one stream, whose order is ours to capture; kernels are large enough alone
+        config.max_aux_streams = 0  # one stream, so that a step can be captured; one kernel fills a GPU
         if detailed:
             config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         targets = [gpu for gpu in gpus if gpu is not GpuTarget.PORTABLE]
@@ -79,11 +79,11 @@ class Library:
         config.add_optimization_profile(profile)
         data = builder.build_serialized_network(network, config)
         if data is None:
-            raise ExecutorError(f"{self.name} cannot build block program {spec.name}: {logger.complaint()}")
+            raise ExecutorError(f"{self.name} cannot build block program {spec.name}: {logger.last_error()}")
         return Built(bytes(data), logger.text())
 
     def runtime(self) -> "EngineRuntime":
-        """What loads engines. Needs a GPU."""
+        """A loader of engines. Needs a GPU."""
         return EngineRuntime(self)
 
 
@@ -97,7 +97,7 @@ def _installed() -> ModuleType:
 
 
 def _logger(trt: Any, least: Any) -> Any:
-    """A logger that keeps what it is told. The class can only be made once the module is there."""
+    """A logger that keeps messages of `least` and graver. Its class needs the imported module as its base."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -111,7 +111,7 @@ def _logger(trt: Any, least: Any) -> Any:
         def text(self) -> str:
             return "\n".join(message for _, message in self.lines)
 
-        def complaint(self) -> str:
+        def last_error(self) -> str:
             errors = [message for severity, message in self.lines if severity <= int(trt.ILogger.ERROR)]
             return " ".join((errors or ["no reason given"])[-1].split())[:300]
 
@@ -119,7 +119,7 @@ def _logger(trt: Any, least: Any) -> Any:
 
 
 class EngineRuntime:
-    """Loads engines and makes contexts; all of them share one cache of compiled kernels."""
+    """Loads engines and makes contexts, which share one cache of compiled kernels."""
 
     def __init__(self, library: Library) -> None:
         self._trt = library.module
@@ -133,27 +133,27 @@ class EngineRuntime:
         """An engine, or None where it does not fit this library or GPU."""
         return self._runtime.deserialize_cuda_engine(data)
 
-    def complaint(self) -> str:
-        """Why the last call failed, in the library's words."""
-        return str(self._logger.complaint())
+    def last_error(self) -> str:
+        """The library's last error message, in one line."""
+        return str(self._logger.last_error())
 
     def use_cache(self, stored: bytes | None) -> None:
-        """TileKernels compiled by earlier runs, for engines loaded from now on."""
+        """Sets kernels compiled by earlier runs, for contexts made from now on."""
         self._stored = stored
 
     def cache(self) -> bytes | None:
-        """TileKernels compiled so far, to be kept for the next run."""
+        """All kernels compiled so far, to be stored for the next run; None where there are none."""
         return bytes(self._cache.serialize()) if self._cache is not None else None
 
     def context(self, engine: Any) -> "TensorRtContext":
-        """A context that leaves its scratch memory to us."""
+        """A context whose scratch memory the caller allocates."""
         trt = self._trt
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if self._rtx:
-            # kernels for exactly these shapes, before the first run: an image has few shapes and many steps
+            # kernels for exactly these shapes, compiled before the first run: an image has few shapes and many steps
             config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-            config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # a whole step is captured by us
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED  # the denoiser captures a whole step
             if self._cache is None:
                 self._cache = config.create_runtime_cache()
                 if self._stored:
@@ -161,7 +161,7 @@ class EngineRuntime:
             config.set_runtime_cache(self._cache)
         context = engine.create_execution_context(config)
         if context is None:
-            raise ExecutorError(f"TensorRT cannot prepare an engine: {self.complaint()}")
+            raise ExecutorError(f"TensorRT cannot prepare an engine: {self.last_error()}")
         return TensorRtContext(context, self)
 
 
@@ -174,16 +174,14 @@ class TensorRtContext:
         self._scratch = (0, 0)
 
     def set_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """See `Context`."""
         for name, shape in shapes.items():
             if not self._context.set_input_shape(name, shape):
                 raise ExecutorError(
-                    f"an engine does not take {name} of shape {list(shape)}: {self._runtime.complaint()}"
+                    f"an engine does not take {name} of shape {list(shape)}: {self._runtime.last_error()}"
                 )
         return int(self._context.update_device_memory_size_for_shapes())
 
     def enqueue(self, addresses: Mapping[str, int], scratch: int, scratch_bytes: int, stream: Stream) -> None:
-        """See `Context`."""
         if self._scratch != (scratch, scratch_bytes):
             self._context.set_device_memory(scratch, scratch_bytes)
             self._scratch = (scratch, scratch_bytes)
@@ -191,4 +189,4 @@ class TensorRtContext:
             if not self._context.set_tensor_address(name, address):
                 raise ExecutorError(f"an engine has no tensor {name}; run zimage-export engines again")
         if not self._context.execute_async_v3(stream):
-            raise ExecutorError(f"an engine failed to run: {self._runtime.complaint()}")
+            raise ExecutorError(f"an engine failed to run: {self._runtime.last_error()}")

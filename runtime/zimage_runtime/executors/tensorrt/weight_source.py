@@ -1,7 +1,7 @@
 """Weights on their way from the mapped files to the device.
 
-`WeightSource.tensor` is where every weight is read, by name; whoever wants to change one (a LoRA's delta) does it
-there. Reads are converted to the type that the program takes.
+`WeightSource.tensor` reads every weight, by name: this is the place to change one, to add a LoRA's delta, say. What is
+read is converted to the type of the program's input.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from .block_catalog import BlockSpec, ProgramSpec
 from .stage_sizes import BlockLayout
 
 _FP16_MAX = 65504.0
-_PIECE = 1 << 22  # elements that are converted at once: what stays in the processor's cache is fastest
+_PIECE = 1 << 22  # elements that are converted at once; fastest while they fit the processor's cache
 
 
 @dataclass
@@ -28,7 +28,7 @@ class WeightSource:
     _files: dict[str, TensorFile] = field(default_factory=dict)
 
     def tensor(self, component: str, name: str) -> tuple[NDArray[np.generic], DType]:
-        """A weight's stored elements and their type. The one place that weights come from."""
+        """A weight's stored elements and their type. All weights are read here."""
         if component not in self._files:
             self._files[component] = TensorFile(self.bundle.file(self.bundle.manifest.weights[component]))
         return self._files[component].array(name)
@@ -36,9 +36,9 @@ class WeightSource:
     def fill(
         self, target: NDArray[np.uint8], place: BlockPlace, program: ProgramSpec, block: BlockSpec, layout: BlockLayout
     ) -> None:
-        """Writes a block's weights and scalars where its layout says. `target` is the block's whole buffer.
+        """Writes a block's weights and scalars to `target`, the block's whole buffer, as its layout says.
 
-        Raises `BundleError` for a tensor of another shape than the program takes.
+        Raises `BundleError` for a tensor of another shape or type than the program's input.
         """
         for name, offset in layout.offsets.items():
             if name in block.scalars:
@@ -56,16 +56,19 @@ class WeightSource:
             convert(values.reshape(-1), dtype, destination, spec.dtype, tensor)
 
     def embedded(self, component: str, name: str) -> NDArray[np.float32]:
-        """A small weight in float32, for what the host does itself."""
+        """A small weight in float32, for what the host computes."""
         return to_float32(*self.tensor(component, name))
 
     def close(self) -> None:
-        """Lets go of the mapped files."""
+        """Closes the mapped files."""
         self._files.clear()
 
 
 def convert(values: NDArray[np.generic], dtype: DType, target: NDArray[np.generic], wanted: DType, name: str) -> None:
-    """Stored elements into another element type, rounded to nearest even. Raises `BundleError` for other pairs."""
+    """Converts stored elements, rounding to nearest even.
+
+    Raises `BundleError` for integers of another type than `wanted`, and for values that fp16 cannot represent.
+    """
     if dtype is wanted:
         np.copyto(target, values)
         return
@@ -76,7 +79,10 @@ def convert(values: NDArray[np.generic], dtype: DType, target: NDArray[np.generi
     for start in range(0, len(values), _PIECE):
         piece = to_float32(values[start : start + _PIECE], dtype)
         if wanted is DType.F16 and piece.size and float(np.abs(piece).max()) > _FP16_MAX:
-            raise BundleError(f"{name}: holds values that fp16 cannot, which is all that this GPU has")
+            raise BundleError(
+                f"{name}: contains values beyond fp16's range, and this GPU computes in fp16; use a bundle made with "
+                "--precision fp16"
+            )
         target[start : start + _PIECE] = _bf16(piece) if wanted is DType.BF16 else piece.astype(wanted.storage)
 
 

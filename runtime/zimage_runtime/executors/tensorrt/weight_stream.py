@@ -1,14 +1,14 @@
-"""The blocks of a stage on the device: resident ones, and streamed ones that take turns in two slots.
+"""The weights of a stage's blocks on the device: resident ones, and streamed ones that take turns in two slots.
 
-A streamed block's way: host memory → staging (pinned) → slot → computed with → the slot is free. Two streams run at
-once; these events order them:
+The weights of a streamed block are copied from host memory to a pinned staging buffer, and from there to a slot. When
+the block has run, its slot is free for another. Copies and kernels run on two streams, which these events order:
 
-- `ready[slot]`, on the copy stream after a slot is written: computing waits for it, and so does the host before it
-  writes to that slot's staging buffer again;
-- `done[slot]`, on the compute stream after the slot's block was computed with: the next copy into it waits for it.
+- `ready[slot]`, on the copy stream after a slot is written. The slot's block waits for it, and so does the host before
+  it writes to the slot's staging buffer again.
+- `done[slot]`, on the compute stream after the slot's block has run. The next copy into the slot waits for it.
 
-The copy of the block after next is queued as soon as the next one is in use. In a stage that passes through its
-blocks again and again, also across the end of a pass, so that the first blocks are there when the next one begins.
+While a block runs, the next one's weights are in the other slot or on their way there. A stage that passes through its
+blocks many times also copies across the end of a pass, so that the first blocks are ready when the next pass begins.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,8 +26,8 @@ Fill = Callable[[int, NDArray[np.uint8]], None]
 
 
 @dataclass
-class BlockStack:
-    """The blocks of one stage. `load` first; then each pass asks for every block in order, and says when it is done."""
+class WeightStream:
+    """The weights of one stage. `load` it once. Each pass then acquires and releases every block in order."""
 
     device: Device
     arena: Arena
@@ -35,8 +35,8 @@ class BlockStack:
     fill: Fill
     compute: Stream
     copies: Stream
-    wraps: bool = False  # passes follow one another
-    pin_streamed: bool = False  # hold all streamed blocks in pinned memory, so that no step reads them anew
+    wraps: bool = False  # whether there are many passes
+    pin_streamed: bool = False  # keep all streamed blocks in pinned memory after the first pass
     _addresses: dict[int, int] = field(default_factory=dict)
     _slots: list[int] = field(default_factory=list)
     _staging: list[Pinned] = field(default_factory=list)
@@ -44,10 +44,10 @@ class BlockStack:
     _done: list[DeviceEvent] = field(default_factory=list)
     _pinned: dict[int, Pinned] = field(default_factory=dict)
     _queued: int = 0  # copies of streamed blocks so far; copy n goes to slot n % 2
-    _used: int = 0  # of which were computed with
+    _used: int = 0  # streamed blocks that were released so far
 
     def load(self) -> None:
-        """Allocates, and uploads what is resident."""
+        """Allocates everything and uploads the resident blocks."""
         sizes, streamed = self.plan.needs.block_bytes, self.plan.streamed
         for index in sorted(self.plan.resident):
             self._addresses[index] = self.arena.allocate(sizes[index])
@@ -57,26 +57,26 @@ class BlockStack:
         self._done = [self.arena.event() for _ in range(SLOTS)]
         for turn, index in enumerate(sorted(self.plan.resident)):
             self._upload(turn % SLOTS, index, self._addresses[index])
-        if not streamed:  # nothing is copied any more
+        if not streamed:  # nothing more is copied
             self.device.synchronize(self.copies)
             for staging in self._staging:
                 self.arena.release_pinned(staging)
             self._staging = []
-        self._wait_for_residents()
+        self._order_after_residents()
 
-    def _wait_for_residents(self) -> None:
-        """Orders all computing after the resident blocks' copies."""
+    def _order_after_residents(self) -> None:
+        """Makes all computing wait for the copies of the resident blocks."""
         event = self.arena.event()
         self.device.record(event, self.copies)
         self.device.wait(self.compute, event)
 
     def begin(self) -> None:
-        """A pass begins: the first streamed blocks are on their way, if they were not already."""
+        """Begins a pass: queues the copies of the first streamed blocks, unless that is done."""
         while self.plan.streamed and self._queued - self._used < SLOTS:
             self._queue_next()
 
     def acquire(self, index: int) -> int:
-        """The address of a block's weights, which what is queued on the compute stream from now on may read."""
+        """The address of a block's weights. Kernels queued on the compute stream from now on may read them."""
         if index in self._addresses:
             return self._addresses[index]
         slot = self._used % SLOTS
@@ -84,7 +84,7 @@ class BlockStack:
         return self._slots[slot]
 
     def release(self, index: int) -> None:
-        """All that reads the block is queued: its slot, if it has one, may be written when that is done."""
+        """Ends the use of a block: all kernels that read it are queued. After them, its slot may be written."""
         if index in self._addresses:
             return
         slot = self._used % SLOTS

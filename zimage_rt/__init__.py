@@ -1,8 +1,8 @@
 """Z-Image Turbo on the GPU or CPU you already have.
 
 >>> from zimage_rt import Pipeline
->>> pipeline = Pipeline.from_bundle("z-image-turbo-fp32")
->>> pipeline.generate("a red fox in the snow", size=(1024, 1024), seed=7).images[0].save("fox.png")
+>>> with Pipeline.from_bundle("z-image-turbo-fp32") as pipeline:
+...     pipeline.generate("a red fox in the snow", size=(1024, 1024), seed=7).save("fox.png")
 
 Importing this package loads nothing else; names are resolved when first used.
 """

@@ -1,4 +1,4 @@
-"""The bundle that ships in the package, for a first picture without a download."""
+"""The bundle that ships in the package, for a first image without a download."""
 
 from pathlib import Path
 
@@ -8,9 +8,7 @@ _DEMO = Path(__file__).with_name("demo_bundle")
 
 
 def demo_bundle() -> Path:
-    """The path of the bundle that ships. Raises `BundleError` where this version ships none."""
+    """The path of the bundle that ships. Raises `BundleError` if this version contains none."""
     if not _DEMO.is_dir():
-        raise BundleError(
-            "no demo bundle ships with this version; give a bundle with -m (zimage-export build makes one)"
-        )
+        raise BundleError("this version contains no demo bundle; give a bundle with -m (zimage-export build makes one)")
     return _DEMO

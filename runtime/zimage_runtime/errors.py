@@ -1,4 +1,4 @@
-"""What can go wrong at run time, said in one line: what was wrong, where, and what to do."""
+"""Errors at run time. Each has a message of one line: what was wrong, where, and what to do."""
 
 
 class ZImageRuntimeError(Exception):
@@ -6,7 +6,7 @@ class ZImageRuntimeError(Exception):
 
 
 class ConfigError(ZImageRuntimeError):
-    """A JSON document (configuration, manifest, results) holds a value that is not allowed."""
+    """A JSON document (configuration, manifest, results) contains a value that is not allowed."""
 
 
 class BundleError(ZImageRuntimeError):
@@ -14,11 +14,11 @@ class BundleError(ZImageRuntimeError):
 
 
 class RequestError(ZImageRuntimeError):
-    """An image was asked for that the model cannot draw (size, steps, seed, prompt)."""
+    """A request has a value that is invalid or that the model does not support (size, steps, seed, prompt)."""
 
 
 class MemoryLimitError(RequestError):
-    """An image was asked for that does not fit in the memory that is available."""
+    """A request does not fit in the memory that is available."""
 
 
 class ExecutorError(ZImageRuntimeError):

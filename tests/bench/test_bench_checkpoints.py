@@ -11,7 +11,7 @@ from hub_server import COMMIT, hub_in_use
 from zimage_export.source.checkpoint import DEMO, Checkpoint
 from zimage_rt.bench import run as runs
 from zimage_rt.bench.checkpoints import open_checkpoint
-from zimage_rt.bench.job import Job
+from zimage_rt.bench.job import WorkerJob
 from zimage_rt.bench.jobs import Planned, Settings, open_bundles, plan_cases
 from zimage_rt.bench.systems import find_system
 from zimage_rt.cli import cli
@@ -25,9 +25,9 @@ QUIET = Progress(quiet=True)
 
 
 def test_tiny_is_the_demo_checkpoint_wherever_the_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    jobs: list[Job] = []
+    jobs: list[WorkerJob] = []
 
-    def interrupt(job: Job, *_: Any, **__: Any) -> Any:
+    def interrupt(job: WorkerJob, *_: Any, **__: Any) -> Any:
         jobs.append(job)
         raise KeyboardInterrupt
 
@@ -54,7 +54,7 @@ def test_a_name_on_the_hub_is_fetched_and_gives_results_their_name(
     assert (baseline.case.model, baseline.model) == ("z-image-small", original.root)
     assert isinstance(baseline.reference, Planned)
     picture = tmp_path / "x.png"
-    model = find_system("diffusers").load(Job(baseline.case, str(baseline.model), str(picture)))
+    model = find_system("diffusers").load(WorkerJob(baseline.case, str(baseline.model), str(picture)))
     assert model.generate(lambda stage, ended=None: None).size == (48, 32)
 
 

@@ -17,7 +17,7 @@ from zimage_rt.bench.jobs import Planned, open_bundles
 from zimage_rt.bench.run import Runner
 from zimage_rt.bench.schema import Case, Floor, Reading
 from zimage_rt.bench.watch import Watched
-from zimage_runtime.machine.nvml import Unavailable
+from zimage_runtime.machine.nvml import Unmeasured
 from zimage_runtime.model.geometry import image_geometry, padded
 from zimage_runtime.model.operations import decode_operations, step_operations, text_operations
 
@@ -126,13 +126,13 @@ def measured_floor(
 ) -> Floor:
     """The floor in the row of a worker that only reports where it ran."""
     done = Done(on_gpu, None, (), {})
-    watched = Watched(0.0, 1.0, (), (), done, None, (), Unavailable("no NVML"), (), {})
+    watched = Watched(0.0, 1.0, (), (), done, None, (), Unmeasured("no NVML"), (), {})
     monkeypatch.setattr(runs, "watch", lambda *_, **__: watched)
     monkeypatch.setattr(runs, "cpu_rates", lambda: Rates(Reading(1e9), Reading(4e9)))
     (opened,) = open_bundles([str(bundle)])
     measured = replace(case("fp32"), system=system, executor=executor)
     planned = Planned(measured, opened.path, opened, "no reference")
     monkeypatch.setattr(Runner, "_converted", lambda self, planned: planned.model)
-    (row,) = Runner(out, [opened], Unavailable("no NVML"), "zimage-rt bench").run([planned])
+    (row,) = Runner(out, [opened], Unmeasured("no NVML"), "zimage-rt bench").run([planned])
     assert row.floor is not None
     return row.floor

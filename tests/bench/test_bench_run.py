@@ -15,7 +15,7 @@ from zimage_rt.bench import jobs
 from zimage_rt.bench import run as runs
 from zimage_rt.bench.checkpoints import open_checkpoint
 from zimage_rt.bench.floor import unknown_rates
-from zimage_rt.bench.job import Failed, Job, decode_event, encode_event
+from zimage_rt.bench.job import Failed, WorkerJob, decode_event, encode_event
 from zimage_rt.bench.jobs import Planned, Settings, open_bundles, plan_cases
 from zimage_rt.bench.results import read_rows
 from zimage_rt.bench.schema import Row
@@ -203,7 +203,7 @@ def test_a_budget_reaches_the_jobs(bundle: Path, monkeypatch: pytest.MonkeyPatch
     assert planned.case.vram == 8 << 30
     assert isinstance(planned.reference, Planned)
     assert planned.reference.case.vram is None, "it is drawn on the CPU"
-    job = Job.from_json(Job(planned.case, str(bundle), "x.png").to_json())
+    job = WorkerJob.from_json(WorkerJob(planned.case, str(bundle), "x.png").to_json())
     find_system(job.case.system).load(job)
     assert given == [8 << 30, 8 << 30]
 
@@ -251,7 +251,7 @@ def test_a_reference_that_fails_is_the_reason_why_rows_are_not_checked(
     jobs_run = []
     measure = runs.watch
 
-    def watch(job: Job, *rest: Any, **options: Any) -> Any:
+    def watch(job: WorkerJob, *rest: Any, **options: Any) -> Any:
         jobs_run.append(job.case.model)
         return measure(job, *rest, **options)
 
@@ -284,7 +284,7 @@ def test_a_reference_that_does_not_fit_in_memory_is_streamed(
         assert isinstance(planned.reference, Planned)
         case = planned.reference.case
         assert (case.system, case.precision) == (name, "fp32")
-        model = find_system(name).load(Job(case, str(checkpoint), "x.png"))
+        model = find_system(name).load(WorkerJob(case, str(checkpoint), "x.png"))
         pictures.append(np.asarray(model.generate(lambda stage, ended=None: None)))
     np.testing.assert_array_equal(*pictures)
 

@@ -12,8 +12,8 @@ import pytest
 from zimage_rt.bench.process_memory import HostMemory, read_host_memory
 from zimage_rt.bench.sampling import (
     Border,
+    PeriodicSampler,
     Sample,
-    Sampler,
     bands,
     device_delta,
     gaps,
@@ -22,10 +22,10 @@ from zimage_rt.bench.sampling import (
     stage_peaks,
     thinned,
 )
-from zimage_runtime.machine.nvml import NOT_LISTED, Unavailable
+from zimage_runtime.machine.nvml import NOT_LISTED, Unmeasured
 
 MIB = 1 << 20
-NO_GPU = Unavailable("no GPU")
+NO_GPU = Unmeasured("no GPU")
 
 
 @dataclass
@@ -43,7 +43,7 @@ class FakeClock:
         self.now += seconds
 
 
-def sample(at: float, anonymous: int = 0, mapped: int = 0, gpu: int | Unavailable = NO_GPU) -> Sample:
+def sample(at: float, anonymous: int = 0, mapped: int = 0, gpu: int | Unmeasured = NO_GPU) -> Sample:
     return Sample(at, HostMemory(anonymous + mapped, anonymous, mapped), gpu, gpu)
 
 
@@ -55,7 +55,7 @@ def watched(clock: FakeClock, durations: list[float], interval: float = 0.01) ->
         clock.now += left.pop(0)
         return sample(at)
 
-    sampler = Sampler(look, clock, clock.sleep, interval)
+    sampler = PeriodicSampler(look, clock, clock.sleep, interval)
     sampler.watch(lambda: not left)
     return [round(one.time - 100, 6) for one in sampler.samples]
 
@@ -73,7 +73,7 @@ def test_a_late_look_is_left_out_and_not_made_up_for() -> None:
 def test_sampling_ends_with_the_process() -> None:
     clock = FakeClock()
     looks = iter([sample(0), sample(1), None])
-    sampler = Sampler(lambda _: next(looks), clock, clock.sleep)
+    sampler = PeriodicSampler(lambda _: next(looks), clock, clock.sleep)
     sampler.watch(lambda: False)
     assert len(sampler.samples) == 2
 
@@ -117,7 +117,7 @@ def test_a_process_that_allocates_a_known_amount_is_measured(anonymous: int, map
             memory = read_host_memory(child.pid)
             return None if memory is None else Sample(at, memory, NO_GPU, NO_GPU)
 
-        sampler = Sampler(look, time.monotonic, time.sleep)
+        sampler = PeriodicSampler(look, time.monotonic, time.sleep)
         said = child.stdout
         sampler.watch(lambda: bool(select.select([said], [], [], 0)[0]))  # until it says that it holds everything
         last = look(time.monotonic())

@@ -95,7 +95,7 @@ def test_current_folder_is_not_replaced(
     monkeypatch.chdir(tmp_path / "here")
     with unchanged(tmp_path):
         outcome = call_export(capsys, "build", checkpoint, name, "--force", "--quiet")
-    assert_one_line_error(outcome, name, "current folder")
+    assert_one_line_error(outcome, name or ".", "current folder")
 
 
 def test_bad_checkpoint_spares_the_bundle_that_force_would_replace(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from cli_tools import finish, start
+from facts import raises_with
 from hub_server import COMMIT, HubServer, hub_in_use
 
 from zimage_runtime.bundle.bundle import Bundle
@@ -83,7 +84,7 @@ def test_what_xet_delivers_is_hashed_and_not_kept_when_it_is_wrong(
     """Neither under its name nor where huggingface_hub shares files between models, or every run would find it."""
     whole = xet.data
     xet.data = whole[:-1] + bytes([whole[-1] ^ 1])
-    with pytest.raises(HubError, match=f"{WEIGHTS} was damaged"):
+    with raises_with(HubError, NAME, WEIGHTS, "damaged", "again"):
         bundle_directory(NAME, QUIET)
     assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file() and p.stat().st_size == len(whole)]
     xet.data = whole
@@ -98,7 +99,7 @@ def test_a_download_in_one_go_is_hashed_too(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.file_download.are_symlinks_supported", lambda cache_dir=None: links)
     hub.damaged.append(file)
-    with pytest.raises(HubError, match=f"{NAME}: {file} was damaged"):
+    with raises_with(HubError, NAME, file, "damaged", "again"):
         bundle_directory(NAME, QUIET)
     assert hub.damaged == []
     assert not list((tmp_path / "cache").glob(f"models--*/snapshots/*/{file}"))
@@ -151,6 +152,6 @@ def test_a_manifest_that_lists_another_file_than_the_hub_has_is_refused_before_t
     document = json.loads(files["manifest.json"])
     document["files"][WEIGHTS]["sha256"] = "0" * 64
     files["manifest.json"] = json.dumps(document).encode()
-    with pytest.raises(HubError, match=f"{WEIGHTS} on the Hub is not the file that the manifest lists"):
+    with raises_with(HubError, NAME, WEIGHTS, "Hub", "manifest"):
         Hub(QUIET).bundle(NAME)
     assert hub.fetched() == ["manifest.json"]

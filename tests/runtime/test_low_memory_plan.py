@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from facts import raises_with
 
 from zimage_runtime.errors import MemoryLimitError
 from zimage_runtime.executors.ort import cpu_plan
@@ -19,6 +20,6 @@ def test_low_memory_is_planned_as_such(bundle: Path, monkeypatch: pytest.MonkeyP
     most = cpu_plan.plan_memory(manifest, work).peak
     assert least < most
     monkeypatch.setattr(cpu_plan, "available_memory", lambda: (least + most) // 2)
-    with pytest.raises(MemoryLimitError, match="--low-memory"):
+    with raises_with(MemoryLimitError, "64x64", "--low-memory"):
         whole.stream("a cat", size=size)
     mapped.stream("a cat", size=size)

@@ -8,6 +8,7 @@ from typing import Any
 
 import psutil
 import pytest
+from facts import assert_facts
 
 from zimage_rt.bench.environment import describe, machine
 from zimage_runtime.machine import processor
@@ -216,13 +217,11 @@ def test_a_core_has_a_name(implementer: str, part: str, name: str) -> None:
 
 def test_vector_instructions_in_words() -> None:
     assert vector_text(("NEON", "SVE")) == "NEON, SVE"
-    assert "no AVX2" in vector_text(())
-    assert "unknown" in vector_text(None)
+    assert_facts(vector_text(()), "no AVX2")
+    assert_facts(vector_text(None), "unknown")
 
 
-@pytest.mark.parametrize(
-    ("vectors", "said"), [(("NEON",), "(NEON)"), ((), "no AVX2"), (None, "(vector instructions unknown)")]
-)
+@pytest.mark.parametrize(("vectors", "said"), [(("NEON",), "NEON"), ((), "no AVX2"), (None, "unknown")])
 def test_results_record_what_doctor_shows(
     vectors: tuple[str, ...] | None, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -230,4 +229,4 @@ def test_results_record_what_doctor_shows(
     found = machine("numpy")
     assert (found["cpu"], found["physical_cores"]) == ("A Core", 6)
     assert describe(found).startswith("A Core, 6 cores ")
-    assert said in describe(found)
+    assert_facts(describe(found), said)

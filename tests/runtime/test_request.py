@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from facts import raises_with
 
 from zimage_rt import Pipeline
 from zimage_runtime.errors import RequestError
@@ -27,10 +28,9 @@ WRONG = {
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
 def test_a_wrong_value_is_named_with_its_field(name: str, value: Any) -> None:
     options: dict[str, Any] = {"prompt": "a fox", "image": "fox.png", name: value}
-    with pytest.raises(RequestError) as refusal:
+    with raises_with(RequestError, name) as refusal:
         Request(**options)
     assert str(refusal.value).startswith(name)
-    assert "\n" not in str(refusal.value)
 
 
 def test_numbers_of_numpy_are_numbers() -> None:
@@ -42,13 +42,13 @@ def test_numbers_of_numpy_are_numbers() -> None:
 def test_seeds_of_all_images_must_exist() -> None:
     last = 2**64 - 1
     Request("a fox", seed=last)
-    with pytest.raises(RequestError, match=rf"{last}.*{last + 1}"):
+    with raises_with(RequestError, last, last + 1):
         Request("a fox", seed=last, count=2)
 
 
 @pytest.mark.parametrize("option", [{"strength": 0.5}, {"mask": "mask.png"}])
 def test_options_of_a_source_image_need_one(option: dict[str, Any]) -> None:
-    with pytest.raises(RequestError, match="source image"):
+    with raises_with(RequestError, *option, "image"):
         Request("a fox", **option)
 
 
@@ -63,7 +63,7 @@ def test_generate_and_stream_take_the_fields_of_a_request_and_no_others(bundle: 
         parameters = inspect.signature(method).parameters
         assert list(parameters) == names
         assert all(p.kind is p.KEYWORD_ONLY for name, p in parameters.items() if name not in ("self", "prompt"))
-    with Pipeline.from_bundle(bundle, "cpu") as pipeline, pytest.raises(TypeError, match="colour"):
+    with Pipeline.from_bundle(bundle, "cpu") as pipeline, raises_with(TypeError, "'colour'"):
         pipeline.generate("a fox", colour="red")  # type: ignore[call-arg]
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from facts import raises_with
 from sessions import session
 
 from zimage_runtime.arrays import FloatArray
@@ -148,7 +149,7 @@ def test_the_plan_tiles_before_it_refuses(pipeline: Pipeline) -> None:
     assert tight.tiled
     assert tight.programs[Program.DECODER] == tiled_bytes(manifest.config.vae, 4096, 4096) < decode
     assert plan(pipeline, geometry, tight.peak).tiled
-    with pytest.raises(MemoryLimitError, match="largest size"):
+    with raises_with(MemoryLimitError, "4096x4096", "GiB", "largest size"):
         plan(pipeline, geometry, tight.peak - 1)
 
 
@@ -204,5 +205,5 @@ def test_a_source_image_is_encoded_in_tiles_before_it_is_refused(
     assert np.abs(np.asarray(found, np.int16) - np.asarray(expected, np.int16)).max() <= 1
     monkeypatch.setattr(memory, "available_memory", lambda: base)
     generated = Pipeline.from_bundle(bundle)
-    with pytest.raises(MemoryLimitError, match="512x512"):
+    with raises_with(MemoryLimitError, "512x512"):
         generated.prepare(Request("a fox", steps=1, seed=4, image=image))

@@ -10,20 +10,20 @@ from typing import Any
 
 from zimage_runtime.machine.cores import thread_count
 from zimage_runtime.machine.gpu_monitor import GpuMonitor
-from zimage_runtime.machine.nvml import Unavailable
+from zimage_runtime.machine.nvml import Unmeasured
 from zimage_runtime.machine.processor import find_processor, vector_text
 
 PACKAGES = ("zimage-rt", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "numpy", "pillow", "tokenizers")
 
 
-def environment(gpu: GpuMonitor | Unavailable, packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
+def environment(gpu: GpuMonitor | Unmeasured, packages: Iterable[str] = PACKAGES) -> dict[str, Any]:
     """What a row of results records of its machine, in JSON's types; None for what is not installed or not known."""
     return {
         **machine(*packages),
         "release": platform.release(),
         "threads": thread_count(),
         "git_commit": git_commit(),
-        "gpu": {"none": gpu.reason} if isinstance(gpu, Unavailable) else gpu.description(),
+        "gpu": {"none": gpu.reason} if isinstance(gpu, Unmeasured) else gpu.description(),
     }
 
 

@@ -11,7 +11,7 @@ from .schema import Case
 
 
 @dataclass(frozen=True)
-class Job:
+class WorkerJob:
     """A case and where things are on this machine. Only the worker sees the paths."""
 
     case: Case

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from zimage_runtime.machine.nvml import Unavailable
+from zimage_runtime.machine.nvml import Unmeasured
 
 from .sampling import Border, bands, device_delta, gaps, gpu_peak, host_peak, stage_peaks, thinned
 from .schema import DECODE, IMPORT, LOAD, SAVE, STEP, TEXT, Case, Draw, Memory, Reading, Times, absent
@@ -97,7 +97,7 @@ def energy_of(watched: Watched, case: Case) -> Reading:
     """Joules per warm image, by the device's own counter, from the end of the last warm-up to the end."""
     if not watched.energy:
         before = watched.gpu_used_before
-        return absent(before.reason if isinstance(before, Unavailable) else "this GPU does not report its energy")
+        return absent(before.reason if isinstance(before, Unmeasured) else "this GPU does not report its energy")
     saved = [border.time for border in watched.borders if border.stage == SAVE]
     if len(saved) != case.warmup + case.repeat or case.warmup < 1 or not case.repeat:
         return absent("images are missing")

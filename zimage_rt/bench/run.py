@@ -12,14 +12,14 @@ from typing import Any
 
 from zimage_runtime.machine.gpu_monitor import GpuMonitor
 from zimage_runtime.machine.host_memory import available_memory
-from zimage_runtime.machine.nvml import Unavailable
+from zimage_runtime.machine.nvml import Unmeasured
 from zimage_runtime.model.geometry import image_geometry
 from zimage_runtime.model.tokenizer import PromptTokenizer
 
 from .accuracy import Reference, judge, read_pixels, unchecked
 from .environment import conditions, environment, setup
 from .floor import Rates, cpu_rates, floor_of, unknown_rates, why_no_rate
-from .job import Job
+from .job import WorkerJob
 from .jobs import Opened, Planned
 from .measure import conditions_of, energy_of, log_tail, median_step, memory_of, planned_memory, times_of
 from .page_cache import forget_cached, read_through
@@ -42,7 +42,7 @@ class Runner:
 
     out: Path
     bundles: Sequence[Opened]
-    gpu: GpuMonitor | Unavailable
+    gpu: GpuMonitor | Unmeasured
     command: str
     note: Note = _quiet  # progress, which a user may silence
     warn: Note = _quiet  # what the user must see
@@ -137,7 +137,7 @@ class Runner:
 
     def _watch(self, case: Case, model: Path, picture: Path, log: Path) -> Watched:
         picture.unlink(missing_ok=True)
-        return watch(Job(case, str(model), str(picture)), self.gpu, log, interval=self.interval)
+        return watch(WorkerJob(case, str(model), str(picture)), self.gpu, log, interval=self.interval)
 
     def _files(self, case: Case, key: str, role: str = "") -> tuple[Path, Path]:
         """The image and the log of a case, named so that people find them."""

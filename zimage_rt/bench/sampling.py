@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from zimage_runtime.machine.nvml import Unavailable
+from zimage_runtime.machine.nvml import Unmeasured
 
 from .process_memory import NOT_SPLIT, HostMemory
 from .schema import Reading, StageMemory, absent
@@ -24,8 +24,8 @@ class Sample:
 
     time: float  # seconds, of the clock that all processes of the machine share
     host: HostMemory | None
-    gpu_process: int | Unavailable
-    gpu_used: int | Unavailable
+    gpu_process: int | Unmeasured
+    gpu_used: int | Unmeasured
 
 
 class Look(Protocol):
@@ -36,7 +36,7 @@ class Look(Protocol):
 
 
 @dataclass
-class Sampler:
+class PeriodicSampler:
     """Looks every `interval` seconds. A late look is skipped: samples never pile up."""
 
     look: Look
@@ -95,22 +95,22 @@ def host_peak(samples: Iterable[Sample], borders: Iterable[Border], kind: str) -
 
 def gpu_peak(samples: Sequence[Sample]) -> Reading:
     """The peak of the process on the device, or why it is unknown."""
-    values = [sample.gpu_process for sample in samples if not isinstance(sample.gpu_process, Unavailable)]
+    values = [sample.gpu_process for sample in samples if not isinstance(sample.gpu_process, Unmeasured)]
     if values:
         return Reading(max(values))
     return absent(_last_reason([sample.gpu_process for sample in samples]))
 
 
-def device_delta(samples: Sequence[Sample], before: int | Unavailable) -> Reading:
+def device_delta(samples: Sequence[Sample], before: int | Unmeasured) -> Reading:
     """The most by which the whole device's use grew since before the process started."""
-    if isinstance(before, Unavailable):
+    if isinstance(before, Unmeasured):
         return absent(before.reason)
-    values = [sample.gpu_used for sample in samples if not isinstance(sample.gpu_used, Unavailable)]
+    values = [sample.gpu_used for sample in samples if not isinstance(sample.gpu_used, Unmeasured)]
     return Reading(max(values) - before) if values else absent(_last_reason([s.gpu_used for s in samples]))
 
 
-def _last_reason(values: Sequence[int | Unavailable]) -> str:
-    reasons = [value.reason for value in values if isinstance(value, Unavailable)]
+def _last_reason(values: Sequence[int | Unmeasured]) -> str:
+    reasons = [value.reason for value in values if isinstance(value, Unmeasured)]
     return reasons[-1] if reasons else "the process ended before it was sampled"
 
 
@@ -137,7 +137,7 @@ def stage_peaks(start: float, samples: Sequence[Sample], borders: Sequence[Borde
                 continue
             if sample.host is not None:
                 seen.append(sample.host)
-            if not isinstance(sample.gpu_process, Unavailable):
+            if not isinstance(sample.gpu_process, Unmeasured):
                 on_gpu.setdefault(border.stage, []).append(sample.gpu_process)
         begin, previous = border.time, border.host
     return {
@@ -165,7 +165,7 @@ def thinned(start: float, samples: Sequence[Sample], points: int = TRACE_POINTS)
 
 def _point(start: float, group: Sequence[Sample]) -> Point:
     hosts = [sample.host for sample in group if sample.host is not None]
-    gpu = [sample.gpu_process for sample in group if not isinstance(sample.gpu_process, Unavailable)]
+    gpu = [sample.gpu_process for sample in group if not isinstance(sample.gpu_process, Unmeasured)]
     return (
         round(group[0].time - start, 4),
         max((h.anonymous for h in hosts if h.anonymous is not None), default=None),

@@ -11,11 +11,11 @@ from typing import IO
 
 from zimage_runtime.errors import ZImageRuntimeError
 from zimage_runtime.machine.gpu_monitor import GpuMonitor
-from zimage_runtime.machine.nvml import Unavailable
+from zimage_runtime.machine.nvml import Unmeasured
 
-from .job import Done, Failed, ImageEnd, Job, StageEnd, WorkerEvent, decode_event
+from .job import Done, Failed, ImageEnd, StageEnd, WorkerEvent, WorkerJob, decode_event
 from .process_memory import read_host_memory
-from .sampling import Border, Sample, Sampler
+from .sampling import Border, PeriodicSampler, Sample
 
 _STATE_INTERVAL = 0.5  # seconds between two readings of clocks and temperatures, which change slowly
 
@@ -31,7 +31,7 @@ class Watched:
     done: Done | None
     failure: str | None
     samples: tuple[Sample, ...]
-    gpu_used_before: int | Unavailable
+    gpu_used_before: int | Unmeasured
     energy: tuple[tuple[float, float], ...]  # time, joules of the device's own counter
     states: dict[str, tuple[float, ...]]  # power, clocks and temperatures while it ran
 
@@ -41,7 +41,7 @@ class _Look:
     """Looks at a process, and at longer intervals at the device's state."""
 
     pid: int
-    gpu: GpuMonitor | Unavailable
+    gpu: GpuMonitor | Unmeasured
     states: dict[str, list[float]] = field(default_factory=dict)
     energy: list[tuple[float, float]] = field(default_factory=list)
     _next_state: float = 0.0
@@ -50,21 +50,21 @@ class _Look:
         host = read_host_memory(self.pid)
         if host is None:
             return None
-        if isinstance(self.gpu, Unavailable):
+        if isinstance(self.gpu, Unmeasured):
             return Sample(time, host, self.gpu, self.gpu)
         if time >= self._next_state:
             self._next_state = time + _STATE_INTERVAL
             for name, value in self.gpu.state().items():
                 self.states.setdefault(name, []).append(value)
         joules = self.gpu.energy()
-        if not isinstance(joules, Unavailable):
+        if not isinstance(joules, Unmeasured):
             self.energy.append((time, joules))
         return Sample(time, host, self.gpu.process_memory(self.pid), self.gpu.used_memory())
 
 
-def watch(job: Job, gpu: GpuMonitor | Unavailable, log: Path, *, interval: float) -> Watched:
+def watch(job: WorkerJob, gpu: GpuMonitor | Unmeasured, log: Path, *, interval: float) -> Watched:
     """Runs a job in a fresh process until it ends; an interrupt kills it. What it prints goes to `log`."""
-    before = gpu if isinstance(gpu, Unavailable) else gpu.used_memory()
+    before = gpu if isinstance(gpu, Unmeasured) else gpu.used_memory()
     command = [sys.executable, "-m", "zimage_rt.bench.worker", job.to_json()]
     log.parent.mkdir(parents=True, exist_ok=True)
     events: list[WorkerEvent] = []
@@ -75,7 +75,7 @@ def watch(job: Job, gpu: GpuMonitor | Unavailable, log: Path, *, interval: float
         reader = threading.Thread(target=_collect, args=(process.stdout, events), daemon=True)
         reader.start()
         look = _Look(process.pid, gpu)
-        sampler = Sampler(look, time.monotonic, time.sleep, interval)
+        sampler = PeriodicSampler(look, time.monotonic, time.sleep, interval)
         try:
             sampler.watch(lambda: process.poll() is not None)
             process.wait()

@@ -14,7 +14,7 @@ from typing import TextIO
 
 from zimage_runtime.errors import ZImageRuntimeError
 
-from .job import Done, Failed, ImageEnd, Job, StageEnd, WorkerEvent, encode_event
+from .job import Done, Failed, ImageEnd, StageEnd, WorkerEvent, WorkerJob, encode_event
 from .process_memory import read_own_memory
 from .schema import IMPORT, LOAD, SAVE
 from .systems import System, find_system
@@ -39,7 +39,7 @@ class Channel:
         self.send(StageEnd(stage, now, read_own_memory() if ended is None else None))
 
 
-def work(job: Job, channel: Channel, system: System) -> None:
+def work(job: WorkerJob, channel: Channel, system: System) -> None:
     """Runs a job: imports, loads, generates all images and keeps the last."""
     system.prepare()
     channel.mark(IMPORT)
@@ -68,7 +68,7 @@ def main() -> None:
     """``python -m zimage_rt.bench.worker JOB``."""
     channel = Channel()
     try:
-        job = Job.from_json(sys.argv[1])
+        job = WorkerJob.from_json(sys.argv[1])
         work(job, channel, find_system(job.case.system))
     except ZImageRuntimeError as error:
         channel.send(Failed(" ".join(str(error).split())))

@@ -1,4 +1,4 @@
-"""`zimage-rt info`: what a bundle holds, and whether it is still what was written."""
+"""`zimage-rt info`: what a bundle contains, and whether it has changed since it was written."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 _LABEL_WIDTH = 16
 
 
-@click.command(short_help="Show what a bundle holds.")
+@click.command(short_help="Show what a bundle contains.")
 @click.argument("bundle", type=click.Path())
 @click.option("--verify", is_flag=True, help="Read every file and check that it has not changed since it was written.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of lines.")
 def info(bundle: str, verify: bool, as_json: bool) -> None:
-    """Show what BUNDLE holds: its source, dimensions, sizes, programs and measured distance to the checkpoint.
+    """Show what BUNDLE contains: its source, dimensions, sizes, programs and measured distance to the checkpoint.
 
     BUNDLE is a directory, or the name of a bundle on the Hub, ORG/NAME, which is downloaded.
     """
@@ -35,15 +35,15 @@ def info(bundle: str, verify: bool, as_json: bool) -> None:
     altered = _verify(opened) if verify else None
     if as_json:
         document = {**_document(opened), "verified": altered is None if verify else None}
-        click.echo(json.dumps(document, indent=2))  # ASCII: a manifest may hold what stdout cannot encode
+        click.echo(json.dumps(document, indent=2))  # ASCII: stdout may be unable to encode a manifest's text
     if altered:
         raise altered
     if verify and not as_json:
-        click.echo(f"all {len(opened.manifest.files)} files are as written")
+        click.echo(f"all {len(opened.manifest.files)} files are unchanged")
 
 
 def _verify(bundle: "Bundle") -> BundleError | None:
-    """Hashes every file; returns the error that names the altered ones, so that a document can be printed first."""
+    """Hashes every file. Returns the error that names altered ones, so that a document can be printed first."""
     with Progress().task("verifying", bundle.size, in_bytes=True) as advance:
         try:
             bundle.verify(advance)
@@ -121,7 +121,7 @@ def _dimensions(config: "ModelConfig") -> dict[str, str]:
             f"{transformer.n_layers} layers and 2 x {transformer.n_refiner_layers} refiners, "
             f"width {transformer.dim}, {transformer.n_heads} heads"
         ),
-        "vae": f"{vae.latent_channels} channels, {vae.scale} pixels a latent, widths {list(vae.block_out_channels)}",
+        "vae": f"{vae.latent_channels} channels, {vae.scale} pixels per latent, widths {list(vae.block_out_channels)}",
         "scheduler": f"flow matching, shift {scheduler.shift:g}",
     }
 
@@ -145,7 +145,7 @@ def _programs(bundle: "Bundle") -> dict[str, list[str]]:
 
 
 def _nested(values: Mapping[str, Any], depth: int) -> Iterator[str]:
-    """Numbers as `key: value`, indented by one level per object; the exporter decides which there are."""
+    """Numbers as `key: value`, indented by one level per object; their names are the exporter's."""
     for key, value in values.items():
         indent = "  " * depth + _printable(key)
         if isinstance(value, Mapping):

@@ -15,6 +15,7 @@ from zimage_runtime.bundle.tensors import DType
 from zimage_runtime.machine.int8_products import EXACT_LEVELS
 from zimage_runtime.model.linears import Linear
 from zimage_runtime.model.programs import Program
+from zimage_runtime.model.query_blocks import POSITION_BLOCKS
 
 from ..storage.precision import StoragePolicy
 from .builder import GraphBuilder
@@ -26,7 +27,12 @@ from .program_set import ProgramSet, TypePolicy
 
 @dataclass(frozen=True)
 class CudaLayers(Layers):
-    """Layers for CUDA: operators of opset 23 alone."""
+    """Layers for CUDA: operators of opset 23 alone.
+
+    `Attention` of one head as wide as the autoencoder's is not flash attention, and stores its scores.
+    """
+
+    position_blocks: int = POSITION_BLOCKS
 
     def attention(self, q: str, k: str, v: str, heads: int, head_dim: int, name: str = "scores") -> str:
         """Full attention of [batch, tokens, heads * head_dim]."""

@@ -1,19 +1,17 @@
 """The layers of WebGPU's programs: products in float32, and attention that stores a few heads' scores at a time.
 
-ONNX Runtime's WebGPU provider sums fp16 products in fp16, which costs half a percent of each linear's output and
-overflows; so weights keep their 16, 8 or 4 bits in the device's memory, and every product is in float32. It has no
-bfloat16 at all: bundles in it get no such programs, and the autoencoder's weights, where they are bfloat16, are widened
-when a program is loaded. Its fused attention, which stores no scores, is silently wrong on Vulkan, so that it is a
-program of its own (`WEBGPU_FUSED`) for adapters on which it proves right; the others multiply, take a softmax and
-multiply, in blocks of the sizes that `zimage_runtime.model.query_blocks` states.
+ONNX Runtime's WebGPU provider sums fp16 products in fp16, which costs half a percent of each linear's output and can
+overflow. So weights keep their 16, 8 or 4 bits in the device's memory, and every product is in float32. The provider
+has no bfloat16 at all: bundles in it get no such programs, and where the autoencoder's weights are bfloat16 (in an fp16
+bundle), ONNX Runtime must fold their casts when it loads a program. Its fused attention, which stores no scores, is
+silently wrong on Vulkan: it is a program of its own (`WEBGPU_FUSED`), for adapters on which it proves right. The others
+multiply, take a softmax and multiply, in blocks of the sizes that `zimage_runtime.model.query_blocks` states.
 
-Nothing but shapes is computed on the CPU, and no value crosses between the two. What the provider lacks, or does not
-do well, is not used: `Split` with many outputs (a kernel binds 8 buffers or more, by adapter), `Concat` of many
-inputs (several passes, which are right for one image only), `Attention`, `If` (on the CPU, with copies), an empty
-operand (`Softmax` refuses it).
+Only shapes are computed on the CPU, and no value is copied between the two. So these are not used: `Attention`, `Range`
+and `If`, which run on the CPU; `Split` with many outputs, which binds more buffers than a kernel may; empty operands,
+which `Softmax` refuses.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,7 +29,6 @@ from .int8 import WidenedInt8Layers
 from .layers import Layers
 from .program_set import ProgramSet, TypePolicy
 
-_BUFFERS = 7  # that one kernel may read: every adapter binds 8, and one is written
 _UNSEEN = -1e30  # a score whose exponential is 0 beside any other's
 
 
@@ -39,6 +36,7 @@ _UNSEEN = -1e30  # a score whose exponential is 0 beside any other's
 class WebGpuLayers(Layers):
     """Layers for WebGPU, in float32."""
 
+    position_blocks: int = POSITION_BLOCKS
     fused: bool = False  # long attention is one operator, which stores no scores
 
     def table_rows(self, table: str, count: int, width: int, name: str) -> list[str]:
@@ -54,39 +52,27 @@ class WebGpuLayers(Layers):
         """Full attention of [batch, tokens, heads * head_dim]. Captions are short: their heads are one group."""
         if self.fused:
             return super().attention(q, k, v, heads, head_dim, name)
-        b, long = self.b, self.b.program is Program.DENOISER
-        q = self._heads(self._scaled(q, head_dim, name), heads, f"{name}.q", [0, 2, 1, 3])
-        k = self._heads(k, heads, f"{name}.k", [0, 2, 3, 1])
-        v = self._heads(v, heads, f"{name}.v", [0, 2, 1, 3])
-        if not long:
-            h = self._attended(q, k, v, name)
-        else:
-            blocks = self._blocks(q, 2, TOKEN_BLOCKS, name)
-            groups = []
-            for first in range(0, heads, HEADS_PER_GROUP):
-                bounds = b.integers(first), b.integers(min(first + HEADS_PER_GROUP, heads)), b.integers(1)
-                keys, values = (b.op("Slice", x, *bounds, name=f"{x}.{first}") for x in (k, v))
-                parts = [
-                    self._attended(b.op("Slice", x, *bounds, name=f"{x}.{first}"), keys, values, f"{name}.{first}")
-                    for x in blocks
-                ]
-                groups.append(self._joined(parts, 2, f"{name}.{first}.blocks"))
-            h = self._joined(groups, 1, f"{name}.groups")
+        b = self.b
+        q = self._heads(self._scaled(q, head_dim, name), heads, [0, 2, 1, 3])
+        k, v = self._heads(k, heads, [0, 2, 3, 1]), self._heads(v, heads, [0, 2, 1, 3])
+        h = self._grouped(q, k, v, heads, name) if b.program is Program.DENOISER else self._attended(q, k, v, name)
         h = b.op("Transpose", h, name=f"{name}.tokens", perm=[0, 2, 1, 3])
         return b.op("Reshape", h, b.integers(0, 0, heads * head_dim), name=name)
 
-    def spatial_attention(self, q: str, k: str, v: str, width: int, name: str = "scores") -> str:
-        """Attention of one head over all positions, [batch, positions, width], in blocks of queries."""
-        b = self.b
-        count = b.dim(q, 1, f"{name}.positions")
-        # so that no block is empty, however small the image
-        rest = b.op("Mod", b.op("Neg", count, name=f"{name}.less"), b.integers(POSITION_BLOCKS), name=f"{name}.rest")
-        pads = b.op("Concat", b.integers(0, 0, 0, 0), rest, b.integers(0), name=f"{name}.pads", axis=0)
-        q = b.op("Pad", self._scaled(q, width, name), pads, name=f"{name}.q.padded")
-        k = b.op("Transpose", k, name=f"{name}.k.columns", perm=[0, 2, 1])
-        parts = [self._attended(x, k, v, name) for x in self._blocks(q, 1, POSITION_BLOCKS, name)]
-        h = self._joined(parts, 1, f"{name}.blocks")
-        return b.op("Slice", h, b.integers(0), count, b.integers(1), name=name)
+    def _grouped(self, q: str, k: str, v: str, heads: int, name: str) -> str:
+        """As `_attended`, a few heads and a block of the queries at a time."""
+        b, groups = self.b, []
+        length = self.quotient(b.dim(q, 2, f"{name}.length"), TOKEN_BLOCKS - 1, TOKEN_BLOCKS, f"{name}.block")
+        blocks = self.blocks(q, 2, length, TOKEN_BLOCKS, name)
+        for first in range(0, heads, HEADS_PER_GROUP):
+            bounds = b.integers(first), b.integers(min(first + HEADS_PER_GROUP, heads)), b.integers(1)
+            keys, values, *queries = (
+                b.op("Slice", x, *bounds, name=f"{name}.{first}.{part}")
+                for part, x in zip(("keys", "values", *range(len(blocks))), (k, v, *blocks), strict=True)
+            )
+            parts = [self._attended(x, keys, values, f"{name}.{first}") for x in queries]
+            groups.append(self.joined(parts, 2, f"{name}.{first}"))
+        return self.joined(groups, 1, name)
 
     def causal_attention(
         self, q: str, k: str, v: str, heads: int, kv_heads: int, head_dim: int, name: str = "scores"
@@ -116,38 +102,25 @@ class WebGpuLayers(Layers):
         return b.op("Reshape", h, b.integers(1, -1, heads * head_dim), name=name)
 
     def _scaled(self, q: str, head_dim: int, name: str) -> str:
-        return self.b.op("Mul", q, self.b.number(head_dim**-0.5), name=f"{name}.q.scaled")
+        return self.b.op("Mul", q, self.b.number(head_dim**-0.5), name=f"{name}.scaled")
 
-    def _heads(self, x: str, heads: int, name: str, axes: Sequence[int]) -> str:
-        """[batch, tokens, heads * head_dim] as [batch, tokens, heads, head_dim], with the axes in another order."""
-        x = self.b.op("Reshape", x, self.b.integers(0, 0, heads, -1), name=name)
-        return self.b.op("Transpose", x, name=f"{name}.heads", perm=axes)
+    def _heads(self, x: str, heads: int, axes: Sequence[int]) -> str:
+        """[batch, tokens, heads * head_dim] as [batch, tokens, heads, head_dim], with the axes in another order.
+
+        Once, if several blocks of queries see the same keys.
+        """
+        b, name = self.b, f"{x}.heads"
+        if not b.has(name):
+            with b.outside():
+                split = b.op("Reshape", x, b.integers(0, 0, heads, -1), name=f"{x}.split")
+                b.op("Transpose", split, name=name, perm=axes)
+        return name
 
     def _attended(self, q: str, k: str, v: str, name: str) -> str:
         """Softmax of [..., queries, head_dim] times [..., head_dim, keys], times [..., keys, head_dim]."""
         scores = self.b.op("MatMul", q, k, name=f"{name}.products")
         weights = self.b.op("Softmax", scores, name=f"{name}.weights", axis=-1)
         return self.b.op("MatMul", weights, v, name=f"{name}.mixed")
-
-    def _blocks(self, x: str, axis: int, count: int, name: str) -> list[str]:
-        """A value in blocks along an axis, all of one length but perhaps the last."""
-        b = self.b
-        length = b.op("Add", b.dim(x, axis, f"{name}.length"), b.integers(count - 1), name=f"{name}.more")
-        length = b.op("Div", length, b.integers(count), name=f"{name}.block")
-        bounds = [b.op("Mul", length, b.integers(i), name=f"{name}.bound{i}") for i in range(count + 1)]
-        return [
-            b.op("Slice", x, start, end, b.integers(axis), name=f"{x}.block{i}")
-            for i, (start, end) in enumerate(itertools.pairwise(bounds))
-        ]
-
-    def _joined(self, parts: Sequence[str], axis: int, name: str) -> str:
-        """The parts one after the other along an axis, a few at a time."""
-        while len(parts) > 1:
-            parts = [
-                self.b.op("Concat", *some, name=name, axis=axis) if len(some) > 1 else some[0]
-                for some in (parts[start : start + _BUFFERS] for start in range(0, len(parts), _BUFFERS))
-            ]
-        return parts[0]
 
     def _mask(self, x: str) -> str:
         """What is added to the scores of each token of [1, tokens, width]: [tokens, tokens], once for a program."""

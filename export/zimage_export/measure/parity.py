@@ -73,7 +73,7 @@ def parity_table(parity: dict[str, Any]) -> str:
     rows = [*((name, f"{error:.2e}") for name, error in parity["relative_error"].items())]
     rows += [
         ("latents", f"{parity['latents']:.2e}"),
-        ("picture", f"{psnr}, at most {image['max_difference']}/255 off"),
+        ("image", f"{psnr}, at most {image['max_difference']}/255 off"),
     ]
     title = f"against {parity['reference']}, {parity['size']}, {parity['steps']} steps, {parity['prompts']} prompts"
     return "\n".join([title, *(f"  {name:<14}{value}" for name, value in rows)])

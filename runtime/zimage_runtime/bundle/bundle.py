@@ -12,7 +12,7 @@ from .files import hash_file
 from .manifest import MANIFEST_NAME, Manifest
 
 _NEEDED_FOR = {Program.ENCODER: "to start from an image"}
-"""What only some requests need a program for."""
+"""The purpose of programs that only some requests need."""
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ def ask(name: str, revision: str | None, call: Callable[[], T]) -> T:
 
 @dataclass(frozen=True)
 class Download:
-    """One commit of a model, and what is wanted of it."""
+    """One commit of a model, and the download of its files."""
 
     progress: Progress
     name: str
@@ -79,10 +79,10 @@ class Download:
         if indices:
             return [f"{component}/{shard}" for shard in _shards(self.fetch(indices[0]))]
         if len(single) != 1 and self.offline:
-            raise not_cached(self.name, self.offline, f"what {component} is made of")
+            raise not_cached(self.name, self.offline, f"the file list of {component}")
         if len(single) != 1:
             raise HubError(
-                f"{self.name}: {component} holds {len(single)} safetensors files and no index; "
+                f"{self.name}: {component} has {len(single)} safetensors files and no index; "
                 "use a checkpoint whose weights are stored as safetensors"
             )
         return single
@@ -125,7 +125,7 @@ class Download:
     def fetch(self, file: str, sha256: str | None = None) -> Path:
         """The path of a file, which is downloaded and hashed unless the cache has it.
 
-        Raises `HubError`, also where the Hub is out of reach and the cache lacks the file.
+        Raises `HubError`, also if the Hub cannot be reached and the file is not in the cache.
         """
         path = self.folder / file
         return path if path.exists() else ask(self.name, self.revision, lambda: self._download(file, sha256))
@@ -182,7 +182,7 @@ class Download:
         return True
 
     def _check(self, file: str, path: Path, sha256: str) -> None:
-        """Hashes a file that has arrived. Removes it and raises `HubError` where it is not what was sent."""
+        """Hashes a file that has arrived. Removes it and raises `HubError` where the hash differs."""
         with self.progress.task(f"checking {file}", path.stat().st_size, in_bytes=True) as advance:
             intact = hash_file(path, advance) == sha256
         if not intact:

@@ -1,4 +1,4 @@
-"""What went wrong between us and the Hub, in one line. huggingface_hub's own messages are many and long."""
+"""Errors of the Hub in one line each. huggingface_hub's own messages are many and long."""
 
 import errno
 from collections.abc import Iterator

@@ -115,7 +115,7 @@ class RebalancingFactors:
     """The factors of one component of a bundle; all are one where the precision is not rebalanced (any but int8)."""
 
     def __init__(self, bundle: Bundle, component: str) -> None:
-        """Raises `BundleError` for a rebalanced bundle that does not hold its factors, as earlier versions wrote it."""
+        """Raises `BundleError` for a rebalanced bundle without its factors, as earlier versions wrote it."""
         manifest = bundle.manifest
         self._component = component
         self._heads = SharedHeads.of(manifest.config, component)
@@ -123,8 +123,8 @@ class RebalancingFactors:
         self._file = TensorFile(bundle.file(path)) if path else None
         if path is None and manifest.precision is Precision.INT8 and component in PLACES:
             raise BundleError(
-                f"{bundle.root}: does not hold the rebalancing factors of its {component}, without which its weights "
-                "cannot be changed; export it again"
+                f"{bundle.root}: has no rebalancing factors of its {component}, without which its weights cannot be "
+                "changed; export it again"
             )
 
     def of(self, name: str) -> Factors:
@@ -141,7 +141,9 @@ class RebalancingFactors:
         values, dtype = self._file.array(name)
         factors = values.astype(np.float32, copy=False)
         if dtype is not DType.F32 or factors.ndim != 1 or not np.all(np.isfinite(factors) & (factors > 0)):
-            raise BundleError(f"{self._file.path}: {name} does not hold factors; export or download the bundle again")
+            raise BundleError(
+                f"{self._file.path}: {name} does not contain factors; export or download the bundle again"
+            )
         return factors
 
 

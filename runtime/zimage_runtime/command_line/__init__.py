@@ -1,1 +1,1 @@
-"""What the two commands share: errors as one line, exit statuses, option types, progress on stderr."""
+"""What both commands share: errors as one line, exit statuses, option types, progress on stderr."""

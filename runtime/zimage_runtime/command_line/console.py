@@ -1,4 +1,4 @@
-"""Running a command so that whatever goes wrong is one line on stderr and an exit status, never a traceback."""
+"""Running a command so that every error is one line on stderr and an exit status, never a traceback."""
 
 import contextlib
 import errno
@@ -19,7 +19,7 @@ from ..errors import DeviceLostError, ZImageRuntimeError
 FAILURE = 1
 INTERRUPTED = 128 + signal.SIGINT
 
-_MAX_LINE = 1000  # characters of an error: a message may quote what a file holds
+_MAX_LINE = 1000  # characters of an error: a message may quote a file's contents
 
 
 def run_command(command: click.Command, arguments: Sequence[str] | None = None) -> int:
@@ -55,7 +55,7 @@ def _status(command: click.Command, arguments: Sequence[str] | None) -> int:
     except ZImageRuntimeError as error:
         _say(str(error))
     except BrokenPipeError:
-        _discard_stdout()  # the reader of our output has seen enough
+        _discard_stdout()  # the reader of our output has closed it
     except MemoryError:
         _say("out of memory; try a smaller --size, --low-memory, or close other programs")
     except OSError as error:
@@ -66,8 +66,11 @@ def _status(command: click.Command, arguments: Sequence[str] | None) -> int:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """Handles Ctrl-C and SIGTERM while a command runs: the first unwinds the stack, so that files are removed and
-    devices freed; the second does not wait for that."""
+    """Handles Ctrl-C and SIGTERM while a command runs.
+
+    The first signal unwinds the stack, so that files are removed and devices freed. A second one ends the process
+    without waiting for that.
+    """
     came = False
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -93,13 +96,13 @@ def _signals() -> Iterator[None]:
 
 
 def _prepare_streams() -> None:
-    """A stream that the caller closed becomes one to nowhere, and no file name is impossible to print."""
+    """Opens streams that the caller closed, to nowhere, and lets stdout print any file name."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  # lives as long as the process
         elif name == "stdout" and isinstance(stream, io.TextIOWrapper):
-            # a name that is not valid UTF-8 goes out as the bytes it came in as
+            # a name that is not valid UTF-8 is printed as the bytes that were given
             stream.reconfigure(errors="surrogateescape" if stream.encoding.lower() == "utf-8" else "backslashreplace")
 
 
@@ -128,7 +131,7 @@ def _os_error_line(error: OSError) -> str:
 
 
 def _settle_stdout() -> None:
-    """What stdout could not take is dropped, where the interpreter would complain of it once more at exit."""
+    """Drops what stdout could not write; otherwise the interpreter would report it again at exit."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):
@@ -171,10 +174,10 @@ class SizeType(_SizeParam):
     name = "WxH"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
-        """Parses the text; whether the model can generate that size is the pipeline's to say."""
+        """Parses the text. The pipeline checks whether the model can generate that size."""
         match = _SIZE.fullmatch(value)
         if not match or len(value) > 40:
-            self.fail(f"{value[:40]!r} is no size; write it like 1024x768", param, ctx)
+            self.fail(f"{value[:40]!r} is not a size; write it like 1024x768", param, ctx)
         return int(match[1]), int(match[2])
 
 
@@ -184,10 +187,10 @@ class MemoryType(_MemoryParam):
     name = "SIZE"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Parses the text; a number without a unit is refused, for nobody means bytes."""
+        """Parses the text. A number without a unit is refused: it would mean bytes, which nobody intends."""
         match = _MEMORY.fullmatch(value)
         if not match or not match[2] or not float(match[1]):
-            self.fail(f"{value[:40]!r} is no amount of memory; write it like 8GiB", param, ctx)
+            self.fail(f"{value[:40]!r} is not an amount of memory; write it like 8GiB", param, ctx)
         unit = match[2].upper()
         decimal = value.upper().endswith("B") and not unit.endswith("I")
         # rounded up, so that the amount reads back as it was written

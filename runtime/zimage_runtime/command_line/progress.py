@@ -1,4 +1,4 @@
-"""Progress on stderr, and silence where nobody wants it."""
+"""Progress on stderr, or none if the user wants none."""
 
 import sys
 from collections.abc import Iterator
@@ -8,7 +8,7 @@ from typing import Protocol
 
 
 class Advance(Protocol):
-    """Told how much more of a task is done."""
+    """Called with how much more of a task is done."""
 
     def __call__(self, amount: int) -> None:
         """`amount` in the task's unit: bytes or steps."""
@@ -43,12 +43,12 @@ class Progress:
             yield advance
 
     def note(self, text: str) -> None:
-        """A line about what is done, between bars."""
+        """Prints a line about progress, between bars."""
         if not self.quiet:
             self.warn(text)
 
     def warn(self, text: str) -> None:
-        """A line that the user must not miss: it is printed even when `quiet`."""
+        """Prints a line that the user must not miss, even when `quiet`."""
         from tqdm import tqdm
 
         tqdm.write(text, file=sys.stderr)

@@ -9,7 +9,7 @@ from typing import Any, Self, TypeVar
 
 from ..errors import ExecutorError
 from .gpus import Gpu, find_gpu
-from .nvml import Unavailable, nvml_session, process_memory
+from .nvml import Unmeasured, nvml_session, process_memory
 
 T = TypeVar("T")
 
@@ -35,18 +35,18 @@ class GpuMonitor:
         self.close()
 
     def close(self) -> None:
-        """Nothing can be asked afterwards."""
+        """Ends the monitoring. Nothing can be read afterwards."""
         self._opened.close()
 
-    def process_memory(self, pid: int) -> int | Unavailable:
+    def process_memory(self, pid: int) -> int | Unmeasured:
         """Bytes that a process holds on the GPU."""
         return process_memory(self._nvml, self._handle, pid)
 
-    def used_memory(self) -> int | Unavailable:
+    def used_memory(self) -> int | Unmeasured:
         """Bytes in use on the GPU, by all processes."""
         return self._ask(lambda: int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used))
 
-    def energy(self) -> float | Unavailable:
+    def energy(self) -> float | Unmeasured:
         """Joules since the driver was loaded, by the GPU's own counter."""
         return self._ask(lambda: float(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) / 1e3)
 
@@ -60,7 +60,7 @@ class GpuMonitor:
             "gpu_temperature_celsius": lambda: n.nvmlDeviceGetTemperature(self._handle, n.NVML_TEMPERATURE_GPU),
         }
         found = {name: self._ask(question) for name, question in questions.items()}
-        return {name: value for name, value in found.items() if not isinstance(value, Unavailable)}
+        return {name: value for name, value in found.items() if not isinstance(value, Unmeasured)}
 
     def description(self) -> dict[str, Any]:
         """What stays the same during a run: name, memory, versions of driver and CUDA, and the power limit."""
@@ -70,19 +70,19 @@ class GpuMonitor:
             "memory_bytes": self.gpu.total,
             "driver": self.gpu.driver,
             "cuda": self.gpu.cuda,
-            "power_limit_watts": None if isinstance(limit, Unavailable) else limit,
+            "power_limit_watts": None if isinstance(limit, Unmeasured) else limit,
         }
 
-    def _ask(self, question: Callable[[], T]) -> T | Unavailable:
+    def _ask(self, question: Callable[[], T]) -> T | Unmeasured:
         try:
             return question()
         except self._nvml.NVMLError as error:
-            return Unavailable(f"NVML: {error}")
+            return Unmeasured(f"NVML: {error}")
 
 
-def open_monitor(index: int = 0) -> GpuMonitor | Unavailable:
+def open_monitor(index: int = 0) -> GpuMonitor | Unmeasured:
     """A monitor of the GPU that CUDA calls device `index`, or why there is none."""
     try:
         return GpuMonitor(find_gpu(index))
     except ExecutorError as error:
-        return Unavailable(str(error))
+        return Unmeasured(str(error))

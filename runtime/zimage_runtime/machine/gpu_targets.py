@@ -1,33 +1,33 @@
-"""GPU generations that engines are built for, and the two sets of block programs that serve them."""
+"""GPU generations that engines are built for, and the two sets of block programs for them."""
 
 from enum import StrEnum
 
 
 class Variant(StrEnum):
-    """What a block program may use: Turing has no bf16 and, in TensorRT for RTX, no float32 matrix products."""
+    """A set of block programs. Turing's use no bf16 and, because of TensorRT for RTX, no float32 matrix products."""
 
     TURING = "sm75"
-    AMPERE = "sm80"  # and all that came after
+    AMPERE = "sm80"  # and all later ones
 
 
 class GpuTarget(StrEnum):
-    """What an engine is built for. Names are the compute capabilities, less the dot."""
+    """The GPUs that an engine is built for. Names are compute capabilities without the dot."""
 
     SM75 = "sm75"
     SM80 = "sm80"
     SM86 = "sm86"
     SM89 = "sm89"
     SM120 = "sm120"
-    PORTABLE = "portable"  # every one from 8.0 on
+    PORTABLE = "portable"  # all from 8.0 on
 
     @property
     def variant(self) -> Variant:
-        """The block programs that it runs."""
+        """The set of block programs that it runs."""
         return Variant.TURING if self is GpuTarget.SM75 else Variant.AMPERE
 
     @property
     def capability(self) -> tuple[int, int] | None:
-        """Its compute capability; None where it is for many."""
+        """Its compute capability; None where there are several."""
         digits = self.value.removeprefix("sm")
         return (int(digits[:-1]), int(digits[-1])) if digits.isdigit() else None
 
@@ -53,16 +53,16 @@ _LABELS = {
 }
 
 OLDEST = (7, 5)
-"""The oldest compute capability that TensorRT for RTX serves."""
+"""The oldest compute capability that TensorRT for RTX supports."""
 
 
 def variant_of(capability: tuple[int, int]) -> Variant:
-    """The block programs for a GPU."""
+    """The set of block programs for a GPU."""
     return Variant.TURING if capability < (8, 0) else Variant.AMPERE
 
 
 def gpu_of(capability: tuple[int, int]) -> GpuTarget:
-    """The narrowest target that serves a GPU."""
+    """The most specific target for a GPU."""
     return next(
         (gpu for gpu in GpuTarget if gpu is not GpuTarget.PORTABLE and gpu.runs_on(capability)), GpuTarget.PORTABLE
     )

@@ -14,7 +14,7 @@ from typing import Any
 from ..errors import ExecutorError
 from .cuda_driver import cuda_devices
 from .host_memory import available_memory
-from .nvml import NOT_LISTED, Unavailable, nvml_session, process_memory
+from .nvml import NOT_LISTED, Unmeasured, nvml_session, process_memory
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,17 @@ class Gpu:
         """Whether it multiplies in bfloat16."""
         return self.capability >= (8, 0)
 
-    def used_by(self, pid: int) -> int | Unavailable:
+    def used_by(self, pid: int) -> int | Unmeasured:
         """Bytes that a process holds on it now, with its CUDA context."""
         try:
             with nvml_session() as nvml:
                 try:
                     handle = nvml.nvmlDeviceGetHandleByUUID(self.uuid)
                 except nvml.NVMLError as error:
-                    return Unavailable(f"NVML: {error}")
+                    return Unmeasured(f"NVML: {error}")
                 return process_memory(nvml, handle, pid)
         except ExecutorError as error:
-            return Unavailable(str(error))
+            return Unmeasured(str(error))
 
     def __str__(self) -> str:
         return f"{self.name} (compute capability {self.capability[0]}.{self.capability[1]})"
@@ -84,7 +84,7 @@ def memory_of_this_process(index: int = 0) -> int | None:
         return None
     if held == NOT_LISTED and _ids_are_the_hosts():
         return 0
-    return None if isinstance(held, Unavailable) else held
+    return None if isinstance(held, Unmeasured) else held
 
 
 _PROCESS_IDS = Path("/proc/self/ns/pid")

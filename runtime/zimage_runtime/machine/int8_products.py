@@ -20,7 +20,7 @@ EXACT_LEVELS = 127.0  # 8 bits
 SAFE_LEVELS = 63.0  # 7 bits
 
 _INNER, _WIDTH = 64, 32
-_PAIR = 2 * 255 * 127  # what two neighbouring products come to, far above 32767
+_PAIR = 2 * 255 * 127  # the sum of two neighbouring products, far above 32767
 
 KNOWN_PRODUCT_MODEL = onnx_model(
     [
@@ -68,6 +68,6 @@ def products_are_exact() -> bool:
             for rows in (1, 5, 32)
             for answer in session.run(["y", "z"], {"x": np.full((rows, _INNER), 255, np.uint8), "w": weights})
         ]
-    except Exception:  # the library's own classes share no base but Exception; 7 bits need nothing of it
+    except Exception:  # the library's own classes share no base but Exception; 7 bits are right in any case
         return False
     return all(bool((answer == _PAIR * _INNER // 2).all()) for answer in answers)

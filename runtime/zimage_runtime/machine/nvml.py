@@ -1,6 +1,6 @@
 """NVML, the management library that comes with NVIDIA's driver, through the ``nvidia-ml-py`` package (``pynvml``).
 
-A value that cannot be had is `Unavailable` with its reason, never 0. NVML lists processes by the ids of the host: in a
+A value that cannot be had is `Unmeasured` with its reason, never 0. NVML lists processes by the ids of the host: in a
 container with ids of its own, ours is not found. On Windows (WDDM) the system owns the memory, and NVML knows no
 process's share. Source: NVIDIA's NVML API reference.
 """
@@ -16,18 +16,18 @@ from .cuda_driver import has_cuda_library
 
 
 @dataclass(frozen=True)
-class Unavailable:
+class Unmeasured:
     """Why there is no value."""
 
     reason: str
 
 
-NOT_LISTED = Unavailable(
+NOT_LISTED = Unmeasured(
     "NVML does not list the process: it has allocated nothing, or this is a container with process ids of its own "
     "(`docker run --pid=host` shows it)"
 )
-_WINDOWS = Unavailable("Windows (WDDM) does not report a process's GPU memory")
-_NO_SHARE = Unavailable("NVML does not report the process's memory on this GPU")
+_WINDOWS = Unmeasured("Windows (WDDM) does not report a process's GPU memory")
+_NO_SHARE = Unmeasured("NVML does not report the process's memory on this GPU")
 
 
 @contextmanager
@@ -61,14 +61,14 @@ _NO_MANAGEMENT = (
 )
 
 
-def process_memory(nvml: Any, handle: Any, pid: int) -> int | Unavailable:
+def process_memory(nvml: Any, handle: Any, pid: int) -> int | Unmeasured:
     """Bytes that a process holds on the GPU of a handle, with its CUDA context."""
     found: list[int | None] = []
     try:
         for listing in (nvml.nvmlDeviceGetComputeRunningProcesses, nvml.nvmlDeviceGetGraphicsRunningProcesses):
             found += [process.usedGpuMemory for process in listing(handle) if process.pid == pid]
     except nvml.NVMLError as error:
-        return Unavailable(f"NVML: {error}")
+        return Unmeasured(f"NVML: {error}")
     if not found:
         return NOT_LISTED
     known = [value for value in found if value is not None]  # None stands for NVML_VALUE_NOT_AVAILABLE

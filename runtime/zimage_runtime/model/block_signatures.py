@@ -1,10 +1,10 @@
 """Inputs and outputs of block programs, which take their weights as inputs: one program per block *shape*.
 
-The one place where these names and shapes are written: the exporter builds programs with them, the executor feeds
-programs by them. Patching and padding are done on the host, so that no program has a shape that depends on the values
-of another's. Inputs and outputs named here are float32 in every precision, but for feature maps; batch is 1. Every
-other input is a weight, named as in its component without the block's own name (`layers.7.attention.to_q.weight` →
-`attention.to_q.weight`), or a scalar that differs between layers, named by the same rule.
+These names and shapes are stated here alone: the exporter builds programs with them, and the executor feeds programs by
+them. Patching and padding are done on the host, so that no program's shapes depend on the values of another. Inputs and
+outputs named here are float32 in every precision, except feature maps. Batch is 1. Every other input is a weight, named
+as in its component without the block's own name (`layers.7.attention.to_q.weight` → `attention.to_q.weight`), or a
+scalar that differs between layers, named by the same rule.
 """
 
 from .blocks import MAP, MAP_OUT, TILE, TILE_OUT, BlockKind, BlockPlace
@@ -26,7 +26,7 @@ BLOCK_SIGNATURES: dict[BlockKind, Signature] = {
         {"y": (1, "tokens", "dim")},
     ),
     BlockKind.IMAGE_EMBEDDER: Signature({"patches": (1, "tokens", "patch_dim")}, {"y": (1, "tokens", "dim")}),
-    # the velocity's negative, still in patches
+    # the negative velocity, in patches
     BlockKind.FINAL_LAYER: Signature(
         {"x": (1, "tokens", "dim"), "final_scale": ("dim",)}, {"patches": (1, "tokens", "patch_dim")}
     ),
@@ -35,7 +35,7 @@ BLOCK_SIGNATURES: dict[BlockKind, Signature] = {
     BlockKind.MIDDLE_ATTENTION: Signature({MAP: (1, "h", "w", "channels")}, {MAP_OUT: (1, "h", "w", "channels")}),
     BlockKind.UPSAMPLE: Signature({MAP: (1, "h", "w", "channels")}, {MAP_OUT: (1, "out_h", "out_w", "channels")}),
     BlockKind.DECODER_OUT: Signature({MAP: (1, "h", "w", "channels")}, {"image": (1, "out_channels", "h", "w")}),
-    # rows of a map with the rows beside them, of which those outside the map do not count: `inside` is 0 there, else 1
+    # rows of a map, with one more above and one below: `inside` is 0 for rows outside the map, otherwise 1
     BlockKind.DECODER_TILE: Signature(
         {
             TILE: (1, "channels", "rows", "columns"),
@@ -55,7 +55,7 @@ BLOCK_SIGNATURES: dict[BlockKind, Signature] = {
 
 
 def block_dims(place: BlockPlace, config: ModelConfig) -> dict[str, int]:
-    """What the names of widths in its signature's shapes come to; all others are free."""
+    """Values of the widths that its signature's shapes name. All other names are free dimensions."""
     text, transformer = config.text_encoder, config.transformer
     if place.kind is BlockKind.TEXT_LAYER:
         return {"hidden_size": text.hidden_size, "half_head": text.head_dim // 2}

@@ -1,4 +1,4 @@
-"""The blocks that the model consists of, in the order in which they run: the one place where they are listed.
+"""The blocks that the model consists of, in the order in which they run. They are listed here alone.
 
 The text encoder and the transformer are chains of layers (attention, then SwiGLU) with an embedder or a projection at
 their ends; the autoencoder is a chain of convolutional blocks. `linears` and `norms` state what each block contains,
@@ -24,12 +24,12 @@ class BlockKind(StrEnum):
     TRANSFORMER_BLOCK = "transformer_block"  # context refiners too: their four norms do not depend on the timestep
     IMAGE_EMBEDDER = "image_embedder"
     FINAL_LAYER = "final_layer"
-    DECODER_IN = "decoder_in"  # the autoencoder is a chain of blocks too, whose engines are small
-    RESNET = "resnet"  # of decoder and encoder alike; those of the same widths are one program
+    DECODER_IN = "decoder_in"  # here and below, blocks of the autoencoder
+    RESNET = "resnet"  # of decoder and encoder; blocks of the same widths share a program
     MIDDLE_ATTENTION = "middle_attention"
     UPSAMPLE = "upsample"
     DECODER_OUT = "decoder_out"
-    DECODER_TILE = "decoder_tile"  # one convolution on a piece of its map, where whole maps do not fit
+    DECODER_TILE = "decoder_tile"  # one convolution on a tile of its map, where whole maps do not fit
     ENCODER_IN = "encoder_in"
     DOWNSAMPLE = "downsample"
     ENCODER_OUT = "encoder_out"
@@ -46,7 +46,7 @@ class BlockKind(StrEnum):
 
     @property
     def is_layer(self) -> bool:
-        """Whether the block is attention and SwiGLU: where nearly all parameters are, and what integers are for."""
+        """Whether the block is attention and SwiGLU. Such layers have most parameters; they are what is quantized."""
         return self in (BlockKind.TEXT_LAYER, BlockKind.TRANSFORMER_BLOCK)
 
 
@@ -71,10 +71,10 @@ NORMS = ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")
 """A transformer block's norms, in the order of the modulation table's rows; the inputs end in `.weight`."""
 
 MAP, MAP_OUT = "map", "map_out"
-"""Feature maps between the blocks of the autoencoder, channels last: the one value that is of its block's own type."""
+"""Feature maps between the blocks of the autoencoder, channels last. Only they may not be float32."""
 
 TILE, TILE_OUT = "tile", "tile_out"
-"""Pieces of maps that stay on the host, channels first, in float32; the output has two rows fewer."""
+"""Tiles of maps that stay on the host, channels first, in float32. The output has two rows fewer."""
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,11 @@ class BlockPlace:
 
     @property
     def key(self) -> str:
-        """A name that no other block of the model has."""
+        """A name that is unique among the blocks of the model."""
         return f"{self.kind}:{self.name}" if self.name else self.kind.value
 
     def tensor(self, input_name: str) -> str:
-        """The name, in the component's weights file, of what feeds an input."""
+        """The name in the component's weights file of the tensor for an input."""
         return f"{self.name}.{input_name}" if self.name else input_name
 
 
@@ -110,17 +110,17 @@ def text_blocks(config: ModelConfig) -> list[BlockPlace]:
 
 
 def caption_blocks(config: ModelConfig) -> list[BlockPlace]:
-    """The context refiners, in order: they see caption tokens alone."""
+    """The context refiners, in order: they run on caption tokens only."""
     return _transformer_blocks("context_refiner", config.transformer.n_refiner_layers)
 
 
 def noise_blocks(config: ModelConfig) -> list[BlockPlace]:
-    """The noise refiners, in order: they see image tokens alone."""
+    """The noise refiners, in order: they run on image tokens only."""
     return _transformer_blocks("noise_refiner", config.transformer.n_refiner_layers)
 
 
 def main_blocks(config: ModelConfig) -> list[BlockPlace]:
-    """The main layers, in order: they see [image, caption]."""
+    """The main layers, in order: they run on [image, caption]."""
     return _transformer_blocks("layers", config.transformer.n_layers)
 
 
@@ -220,7 +220,7 @@ def convolutions(place: BlockPlace) -> tuple[Convolution, ...]:
 
 
 def block_tiles(place: BlockPlace) -> list[BlockPlace]:
-    """The convolutions over 3 x 3 pixels of one block of the decoder: what is computed in tiles of maps on the host."""
+    """The 3 x 3 convolutions of one block of the decoder, which can run on tiles of maps that stay on the host."""
     return [
         BlockPlace(BlockKind.DECODER_TILE, place.tensor(c.name), c.in_channels, c.out_channels, place.out_scale)
         for c in convolutions(place)
@@ -256,7 +256,7 @@ def program_blocks(program: Program, config: ModelConfig) -> list[BlockPlace]:
 
 
 def all_blocks(config: ModelConfig) -> Iterator[BlockPlace]:
-    """Every block of a model, and the tiles of the decoder's."""
+    """Every block of a model, then the tiles of the decoder's blocks."""
     for program in Program:
         places = program_blocks(program, config)
         yield from places

@@ -1,8 +1,8 @@
 """The names that ComfyUI's files give to tensors, beside those of diffusers: one table, read in both directions.
 
-ComfyUI joins a layer's query, key and value projections to one tensor, whose rows they are in this order, and keeps
-the names of the original autoencoder, which counts the decoder's levels from the image where diffusers counts them
-from the latents, and whose attention is made of convolutions over single pixels: linear layers, in the same bytes.
+ComfyUI joins the query, key and value projections of a layer to one tensor, by rows, in this order. It keeps the names
+of the original autoencoder. That one counts the decoder's levels from the image, and diffusers counts them from the
+latents. Its attention consists of convolutions over single pixels, which are linear layers in the same bytes.
 
 Sources: ``convert_z_image_transformer_checkpoint_to_diffusers`` and ``convert_ldm_vae_checkpoint`` in diffusers'
 ``loaders/single_file_utils.py``.
@@ -74,9 +74,9 @@ def to_comfyui(component: str, names: Iterable[str]) -> dict[str, tuple[str, ...
 
 
 def from_comfyui(component: str, names: Iterable[str]) -> dict[str, Rows]:
-    """diffusers' names for the tensors of a component's ComfyUI file, each with where it lies there.
+    """diffusers' names for the tensors of a component's ComfyUI file, each with its place in that file.
 
-    Names that are diffusers' own already stay what they are. The text encoder's are the same in both.
+    Names that are diffusers' own are kept. Those of the text encoder are the same in both.
     """
     names = list(names)
     table = [(theirs, ours) for ours, theirs in _table(component, _levels(names, "encoder.down"))]

@@ -19,7 +19,7 @@ PATCH_SIZE = 2
 
 _ADALN_WIDTH = 256
 
-# Far more than any model has; a damaged file with more would take hours
+# Far more than any model has; building for a damaged file with more would take hours
 _MOST_LAYERS = 1024
 _MOST_POSITIONS = 1 << 16
 
@@ -193,7 +193,7 @@ class VaeConfig:
 
     @property
     def scale(self) -> int:
-        """Pixels a latent row or column stands for."""
+        """Pixels per latent row or column."""
         return int(2 ** (len(self.block_out_channels) - 1))
 
     @classmethod

@@ -1,7 +1,7 @@
-"""The linear layers of the model: their names and shapes, block by block; the one place where they are listed.
+"""The linear layers of the model: their names and shapes, block by block. They are listed here alone.
 
-Layers of the text encoder and of the transformer consist of the same seven linears under different names; here they are
-found by what they do, for folding, rebalancing, quantizing and counting.
+Layers of the text encoder and of the transformer consist of the same seven linears under different names. `LayerRoles`
+names them by what they do, for folding, rebalancing, quantizing and counting.
 """
 
 from collections.abc import Iterator

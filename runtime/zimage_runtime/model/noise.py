@@ -15,14 +15,14 @@ from ..errors import RequestError
 _BLOCK = 16
 
 MAX_SEED = 2**64 - 1
-"""torch takes larger seeds modulo 2**64 only after complaining, so we refuse them."""
+"""The largest seed that torch accepts without a warning."""
 
 
 class TorchGenerator:
     """A stream of normals equal to a torch CPU generator's, within 3e-7. Draws follow one another as in torch."""
 
     def __init__(self, seed: int) -> None:
-        """Raises `RequestError` for a seed that torch would not take. Only its low 32 bits count, as in torch."""
+        """Raises `RequestError` for a seed out of range. Only its low 32 bits count, as in torch."""
         if not 0 <= seed <= MAX_SEED:
             raise RequestError(f"seed must be 0 to {MAX_SEED}, not {seed}")
         self._words = np.random.RandomState(seed & 0xFFFFFFFF)
@@ -39,7 +39,7 @@ class TorchGenerator:
         values = self._uniforms(size)
         whole = size - size % _BLOCK
         values[:whole] = _box_muller(values[:whole])
-        if whole != size:  # the last 16 are drawn again, over what was already there
+        if whole != size:  # as in torch, the last 16 are drawn again and replaced
             values[-_BLOCK:] = _box_muller(self._uniforms(_BLOCK))
         return values.reshape(shape)
 

@@ -1,4 +1,4 @@
-"""The norms of the model: their names, widths and epsilons, block by block; the one place where they are listed."""
+"""The norms of the model: their names, widths and epsilons, block by block. They are listed here alone."""
 
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -7,7 +7,7 @@ from .blocks import NORM_BEFORE, NORMS, BlockKind, BlockPlace, convolutions
 from .config import ModelConfig
 from .linears import PATCH
 
-_HEAD_EPSILON = 1e-5  # of the transformer's queries and keys: fixed in diffusers, whatever norm_eps is
+_HEAD_EPSILON = 1e-5  # of the transformer's queries and keys; fixed in diffusers, independent of norm_eps
 _FINAL_EPSILON = 1e-6
 _GROUP_EPSILON = 1e-6
 

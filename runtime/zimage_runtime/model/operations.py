@@ -1,7 +1,7 @@
-"""How many operations an image takes: matrix products, convolutions and attention; norms and the like are left out.
+"""How many operations an image takes: matrix products, convolutions and attention, without norms and the like.
 
-A multiplication and an addition are two operations. Counted from the configuration, for the work that has to be done:
-the caption once, no last text layer, causal attention in full (as every implementation here computes it).
+A multiplication and an addition are two operations. They are counted from the configuration: the caption once, no last
+text layer, and causal attention in full, as every implementation here computes it.
 """
 
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""The programs of a bundle: their inputs and outputs, with shapes. The one place where these names are stated.
+"""The programs of a bundle: their inputs and outputs, with shapes. These names are stated here alone.
 
 The exporter builds programs with exactly these names, and every executor feeds them by these names. All arrays are
 float32 in every precision; the precision decides what is inside a program.

@@ -12,7 +12,7 @@ from ..errors import RequestError
 from .config import SchedulerConfig
 
 DEFAULT_STEPS = 8
-"""What Z-Image Turbo is distilled for."""
+"""The number of steps that Z-Image Turbo is distilled for."""
 
 MAX_STEPS = 256
 

@@ -23,7 +23,7 @@ two."""
 
 
 @dataclass(frozen=True)
-class Convolution:
+class ConvolutionWeights:
     """A layer's 3 x 3 convolution, by its name in a component's weights."""
 
     name: str
@@ -52,10 +52,10 @@ class TileKernels(Protocol):
     def tile_values(self) -> int:
         """Values in a tile, all channels together."""
 
-    def plain(self, convolution: Convolution) -> Plain:
+    def plain(self, convolution: ConvolutionWeights) -> Plain:
         """The kernel of a convolution."""
 
-    def normed(self, convolution: Convolution) -> Normed:
+    def normed(self, convolution: ConvolutionWeights) -> Normed:
         """The kernel of a group norm with known statistics, SiLU and a convolution."""
 
 
@@ -66,7 +66,7 @@ class NumpyTileKernels:
     tile_values: int = 1 << 20  # 4 MB, which fits in processors' caches
     check: Callable[[], object] = lambda: None  # called before each tile; raises to stop
 
-    def plain(self, convolution: Convolution) -> Plain:
+    def plain(self, convolution: ConvolutionWeights) -> Plain:
         """The kernel of a convolution, whose weight is laid out by taps once."""
         taps = np.ascontiguousarray(convolution.weight.transpose(2, 3, 0, 1))  # [3, 3, out, in]
         bias = convolution.bias
@@ -79,7 +79,7 @@ class NumpyTileKernels:
 
         return convolve
 
-    def normed(self, convolution: Convolution) -> Normed:
+    def normed(self, convolution: ConvolutionWeights) -> Normed:
         """The same after a norm and SiLU, which are computed in place in the bordered tile."""
         convolve = self.plain(convolution)
 

@@ -30,7 +30,7 @@ import numpy as np
 from ..arrays import FloatArray
 from ..bundle.tensors import TensorFile, to_float32
 from ..model.config import VaeConfig
-from .kernels import Convolution, NumpyTileKernels, TileKernels
+from .kernels import ConvolutionWeights, NumpyTileKernels, TileKernels
 
 _ON_CPU = NumpyTileKernels()
 
@@ -184,7 +184,7 @@ class _TiledLayers:
 
         `add` computes the tile's own rows before they are written, so `out` may be the map that it reads.
         """
-        convolution = Convolution(name, self.weights)
+        convolution = ConvolutionWeights(name, self.weights)
         channels, height, width = shape
         if out is None:
             out = np.empty((convolution.out_channels, height, width), np.float32)
@@ -201,7 +201,7 @@ class _TiledLayers:
             out[:, start:stop] = result
         return out
 
-    def _normed_tiles(self, source: _Normed, convolution: Convolution) -> Rows:
+    def _normed_tiles(self, source: _Normed, convolution: ConvolutionWeights) -> Rows:
         kernel, height = self.kernels.normed(convolution), source.x.shape[1]
 
         def tile(start: int, stop: int) -> FloatArray:
@@ -211,7 +211,7 @@ class _TiledLayers:
 
         return tile
 
-    def _plain_tiles(self, rows: Rows, convolution: Convolution, shape: tuple[int, ...]) -> Rows:
+    def _plain_tiles(self, rows: Rows, convolution: ConvolutionWeights, shape: tuple[int, ...]) -> Rows:
         kernel = self.kernels.plain(convolution)
         channels, height, width = shape
 
@@ -225,7 +225,7 @@ class _TiledLayers:
 
     def _halve(self, name: str, x: FloatArray) -> FloatArray:
         """A 3 x 3 convolution at every second row and column, of a map with a border of zeros below and right."""
-        convolution = Convolution(name, self.weights)
+        convolution = ConvolutionWeights(name, self.weights)
         kernel = self.kernels.plain(convolution)
         channels, height, width = x.shape
         out = np.empty((convolution.out_channels, height // 2, width // 2), np.float32)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 from zimage_runtime.errors import RequestError
 from zimage_runtime.model.config import ModelConfig
 
-from ..job import Job
+from ..job import WorkerJob
 from ..schema import OURS
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class System(Protocol):
     def prepare(self) -> None:
         """Imports its libraries, in the measured process."""
 
-    def load(self, job: Job) -> Model:
+    def load(self, job: WorkerJob) -> Model:
         """Opens `job.model`."""
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from zimage_runtime.model.config import ModelConfig
 
-from ..job import Job
+from ..job import WorkerJob
 from ..schema import DECODE, STEP, TEXT
 from . import Mark
 
@@ -55,7 +55,7 @@ class _Diffusers:
         import torch  # noqa: F401
         import transformers  # noqa: F401
 
-    def load(self, job: Job) -> "DiffusersModel":
+    def load(self, job: WorkerJob) -> "DiffusersModel":
         """The whole pipeline, with as many threads as we use."""
         import torch
         from diffusers import ZImagePipeline
@@ -80,7 +80,7 @@ class Streamed(_Diffusers):
     def __init__(self) -> None:
         super().__init__(prefers_gpu=False)
 
-    def load(self, job: Job) -> "DiffusersModel":
+    def load(self, job: WorkerJob) -> "DiffusersModel":
         """Loads only the VAE: blocks are read each time that they run."""
         import torch
 
@@ -122,7 +122,7 @@ class Offloaded(_Diffusers):
 class DiffusersModel:
     """A loaded pipeline."""
 
-    def __init__(self, pipeline: Any, job: Job, device: str) -> None:
+    def __init__(self, pipeline: Any, job: WorkerJob, device: str) -> None:
         self._pipeline, self._case, self._device = pipeline, job.case, device
 
     def generate(self, mark: Mark) -> "Image":

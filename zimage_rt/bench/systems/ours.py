@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from zimage_runtime.bundle.manifest import CPU
 from zimage_runtime.model.config import ModelConfig
 
-from ..job import Job
+from ..job import WorkerJob
 from ..schema import DECODE, STEP, TEXT
 from . import Mark
 
@@ -38,7 +38,7 @@ class Ours:
 
         import zimage_runtime.pipeline  # noqa: F401
 
-    def load(self, job: Job) -> "OurModel":
+    def load(self, job: WorkerJob) -> "OurModel":
         """Opens the bundle. Programs are loaded when they are first used: with the cold image."""
         from zimage_runtime.pipeline import Pipeline
 
@@ -49,7 +49,7 @@ class Ours:
 class OurModel:
     """A pipeline that keeps loaded what fits."""
 
-    def __init__(self, pipeline: "Pipeline", job: Job) -> None:
+    def __init__(self, pipeline: "Pipeline", job: WorkerJob) -> None:
         self._pipeline, self._case = pipeline, job.case
 
     def generate(self, mark: Mark) -> "Image":

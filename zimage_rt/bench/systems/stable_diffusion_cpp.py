@@ -14,7 +14,7 @@ import psutil
 from zimage_runtime.model.config import ModelConfig, SchedulerConfig
 from zimage_runtime.model.schedule import make_schedule
 
-from ..job import Job
+from ..job import WorkerJob
 from ..schema import DECODE, STEP, TEXT
 from . import Mark
 from .comfyui_files import FILES, convert
@@ -51,7 +51,7 @@ class StableDiffusionCpp:
         """Imports the library."""
         import stable_diffusion_cpp  # noqa: F401
 
-    def load(self, job: Job) -> "CppModel":
+    def load(self, job: WorkerJob) -> "CppModel":
         """Reads and quantizes all weights."""
         from stable_diffusion_cpp import StableDiffusion
 
@@ -73,7 +73,7 @@ class StableDiffusionCpp:
 class CppModel:
     """A context of the library."""
 
-    def __init__(self, model: Any, job: Job) -> None:
+    def __init__(self, model: Any, job: WorkerJob) -> None:
         self._model, self._case = model, job.case
 
     def generate(self, mark: Mark) -> "Image":

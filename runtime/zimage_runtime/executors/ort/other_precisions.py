@@ -1,7 +1,7 @@
-"""What a bundle of the same model would be in another precision, as far as a GPU's memory is concerned.
+"""How much of a GPU's memory a bundle of the same model would need in another precision.
 
-The linears of the blocks are what precisions store in different ways; what is left is float32 in all of them, but for
-the autoencoder, which is of 16 bits where the bundle is.
+Precisions store the linears of the blocks in different ways. Everything else is float32 in all of them, except the
+autoencoder, which has 16 bits in a 16-bit bundle.
 """
 
 import dataclasses
@@ -27,10 +27,10 @@ _BITS: dict[Precision, float] = {
     Precision.BF16: 16,
     Precision.FP16: 16,
     Precision.INT8: 8,
-    # a float32 scale for 32 values; of the parameters, a tenth at most keeps 8 bits
+    # one float32 scale per 32 values; at most a tenth of the parameters keeps 8 bits
     Precision.INT4: 0.9 * (4 + 1) + 0.1 * (8 + 1),
 }
-_SCALE = 4  # bytes, of an int8 linear's output channel
+_SCALE = 4  # bytes per output channel of an int8 linear
 _HALVES = (Precision.BF16, Precision.FP16)
 
 
@@ -43,9 +43,9 @@ def nearer(one: Precision, other: Precision) -> bool:
 
 
 def candidates(capability: Capability | None) -> tuple[Precision, ...]:
-    """The precisions that suit a GPU, the nearest to the original first; without a GPU, one that has bfloat16.
+    """The precisions that suit a GPU, the nearest to the original first. Without a capability, it has bfloat16.
 
-    Weight-only int4 widens to fp16 for every product: it is for where nothing else fits.
+    int4 comes last: it is widened to fp16 for every product, and only saves memory.
     """
     half = Precision.BF16 if capability is None or capability >= (8, 0) else Precision.FP16
     int8 = (Precision.INT8,) if capability is None or capability >= INT8_PRODUCTS else ()
@@ -53,13 +53,13 @@ def candidates(capability: Capability | None) -> tuple[Precision, ...]:
 
 
 def advised(peaks: Mapping[Precision, int], budget: int, capability: Capability | None) -> Precision | None:
-    """The precision to take within a budget in bytes, of those whose peaks are given; None where none fits."""
+    """The best precision, among those with a known peak, for a budget in bytes; None where none fits."""
     fitting = (p for p in candidates(capability) if p in peaks and peaks[p] <= budget)
     return next(fitting, None)
 
 
 def as_precision(manifest: Manifest, precision: Precision) -> Manifest:
-    """A manifest as if the bundle were of another precision: its programs' weights, and nothing else, are right."""
+    """A manifest as if the bundle had another precision. Only the sizes of its programs' weights are right."""
     programs = {}
     for program, records in manifest.programs.items():
         converted = {}

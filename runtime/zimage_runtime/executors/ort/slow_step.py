@@ -17,7 +17,7 @@ def step_seconds(operations: Operations, *, integers: bool) -> float:
 
 
 def slow_step_notes(manifest: Manifest, work: Work) -> tuple[str, ...]:
-    """What to tell the user about the time that a step takes: nothing where it is below a minute."""
+    """What the user should know about the time of a step: nothing if it is below a minute."""
     one = step_operations(manifest.config, work.geometry, work.tokens)
     operations = Operations(work.batch * one.linear, work.batch * one.other)
     if operations.total < _MINUTE * _FASTEST_UNMEASURED:

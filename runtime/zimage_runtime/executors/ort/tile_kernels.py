@@ -1,7 +1,7 @@
-"""Tiles of the autoencoder on a GPU, by two programs of a few nodes that are written here: no bundle has them.
+"""The kernels of `tiles` on a GPU: two programs of a few nodes, which are written here and are in no bundle.
 
-The maps stay in the host's memory and the tiles take turns on the GPU, so that an image of any size is decoded in
-the same VRAM, exactly as on the CPU.
+Maps stay in the host's memory, and tiles take turns on the GPU. So an image of any size is decoded in the same amount
+of VRAM, exactly as on the CPU.
 """
 
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ import numpy as np
 
 from ...arrays import FloatArray
 from ...machine.tiny_onnx import Element, Node, Value, onnx_model
-from ...tiles.kernels import Convolution, Normed, Plain
+from ...tiles.kernels import ConvolutionWeights, Normed, Plain
 from ..worker import Stop
 
 _OPSET = 18
@@ -46,16 +46,15 @@ NORMED_MODEL = onnx_model(
 
 @dataclass
 class OrtTileKernels:
-    """Tiles on the device of an executor, which makes the sessions and knows what its errors mean."""
+    """Implements `TileKernels` on an executor's device."""
 
-    device: Any  # the executor's `Device`
+    device: Any  # an `OrtDevice`
     make_session: Any  # bytes of a model → its session
     tile_values: int
     stop: Stop = field(default_factory=Stop)
     _sessions: dict[bytes, Any] = field(default_factory=dict, repr=False)
 
-    def plain(self, convolution: Convolution) -> Plain:
-        """See `TileKernels`."""
+    def plain(self, convolution: ConvolutionWeights) -> Plain:
         fixed = self._fixed(convolution)
 
         def convolve(tile: FloatArray) -> FloatArray:
@@ -63,8 +62,7 @@ class OrtTileKernels:
 
         return convolve
 
-    def normed(self, convolution: Convolution) -> Normed:
-        """See `TileKernels`."""
+    def normed(self, convolution: ConvolutionWeights) -> Normed:
         fixed = self._fixed(convolution)
 
         def run(rows: FloatArray, scale: FloatArray, shift: FloatArray, above: int, below: int) -> FloatArray:
@@ -75,7 +73,7 @@ class OrtTileKernels:
 
         return run
 
-    def _fixed(self, convolution: Convolution) -> dict[str, Any]:
+    def _fixed(self, convolution: ConvolutionWeights) -> dict[str, Any]:
         return {"weight": self.device.upload(convolution.weight), "bias": self.device.upload(convolution.bias)}
 
     def _run(self, model: bytes, values: dict[str, Any], pads: Any = None) -> FloatArray:
@@ -85,5 +83,5 @@ class OrtTileKernels:
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
         if pads is not None:
-            binding.bind_cpu_input("pads", pads)  # which the operator reads on the host
+            binding.bind_cpu_input("pads", pads)  # the operator reads them on the host
         return self.device.run(self._sessions[model], binding, "y", self.stop)[0]  # type: ignore[no-any-return]

@@ -6,7 +6,7 @@ import numpy as np
 
 from ...arrays import FloatArray
 from ...model.blocks import TILE, TILE_OUT
-from ...tiles.kernels import Convolution, Normed, Plain
+from ...tiles.kernels import ConvolutionWeights, Normed, Plain
 from .decoder_tiles import TILE_VALUES
 from .loaded_stage import LoadedStage
 from .stage_sizes import TileShape
@@ -22,16 +22,16 @@ class DeviceTileKernels:
     def tile_values(self) -> int:
         return TILE_VALUES
 
-    def plain(self, convolution: Convolution) -> Plain:
+    def plain(self, convolution: ConvolutionWeights) -> Plain:
         layer = self._layer(convolution)
         channels = layer.shape.place.channels
         one, zero = np.ones((channels, 1, 1), np.float32), np.zeros((channels, 1, 1), np.float32)
         return lambda tile: layer(tile, one, zero, 0, 0)[:, :, 1:-1]  # the program has borders of its own
 
-    def normed(self, convolution: Convolution) -> Normed:
+    def normed(self, convolution: ConvolutionWeights) -> Normed:
         return self._layer(convolution)
 
-    def _layer(self, convolution: Convolution) -> "_Layer":
+    def _layer(self, convolution: ConvolutionWeights) -> "_Layer":
         shape = next(t for t in self.stage.plan.needs.tiles if t.place.name == convolution.name)
         self.stage.send_block(shape.place, "layer")
         return _Layer(self.stage, shape)

@@ -123,18 +123,38 @@ def library_devices() -> tuple[Any, ...]:
     if reason := why_no_library():
         raise ExecutorError(reason)
     import onnxruntime
-    import onnxruntime_ep_webgpu as library
 
     onnxruntime.set_default_logger_severity(4)  # errors reach the caller as exceptions; stderr is the command's own
-    before = os.environ.get(_SOFTWARE)
-    os.environ[_SOFTWARE] = "1"  # whether a software adapter is used is decided here, not there
     try:
-        with TURN.taken():
-            onnxruntime.register_execution_provider_library("zimage-webgpu", library.get_library_path())
-        return tuple(device for device in onnxruntime.get_ep_devices() if device.ep_name == PROVIDER)
+        with TURN.taken(), _software_adapters_too():
+            return _offered() or _registered()
     except Exception as error:  # the library's own classes share no base but Exception
         text = " ".join(str(error).split())[:200]
         raise ExecutorError(f"{PACKAGE} cannot be loaded ({text}); run `pip install --upgrade {PACKAGE}`") from None
+
+
+def _offered() -> tuple[Any, ...]:
+    """What this process has registered so far, which may be someone else's doing."""
+    import onnxruntime
+
+    return tuple(device for device in onnxruntime.get_ep_devices() if device.ep_name == PROVIDER)
+
+
+def _registered() -> tuple[Any, ...]:
+    import onnxruntime
+    import onnxruntime_ep_webgpu as library
+
+    onnxruntime.register_execution_provider_library("zimage-webgpu", library.get_library_path())
+    return _offered()
+
+
+@contextlib.contextmanager
+def _software_adapters_too() -> Iterator[None]:
+    """Whether a software adapter is used is decided by `auto`, not by the plug-in."""
+    before = os.environ.get(_SOFTWARE)
+    os.environ[_SOFTWARE] = "1"
+    try:
+        yield
     finally:
         if before is None:
             del os.environ[_SOFTWARE]

@@ -21,7 +21,7 @@ from ...model.programs import SIGNATURES, Program
 from ...tiles.tiling import TiledDecoder, TiledEncoder
 from ..protocol import Computation, Conditioning, Plan, Work
 from ..turns import leaving, scope
-from ..worker import Stop, Worker
+from ..worker import Stop, Worker, forget_locals
 from .cpu_plan import check_host
 from .device import OrtDevice, Provider, checked, explained, run_bound
 from .device_plan import VramPlan, tile_values
@@ -80,14 +80,26 @@ class OrtDeviceExecutor:
         self._worker.call(self._release)
 
     def _release(self, *programs: Program) -> None:
-        with self.provider.exclusive(Stop()):
+        def free() -> None:
             for program in programs or tuple(self._sessions):
                 self._sessions.pop(program, None)
+
+        self.exclusively(free, Stop())
         self._host.release(*programs)
 
     def close(self) -> None:
         self.release()
         self._worker.close()
+
+    def exclusively(self, function: Callable[[], Result], stop: Stop) -> Result:
+        """Runs what uses the device, in this thread's turn. All that it made there and does not return is freed by the
+        end of the turn, even after an error."""
+        with self.provider.exclusive(stop):
+            try:
+                return function()
+            except BaseException as error:
+                forget_locals(error)
+                raise
 
     def enter(self, program: Program, plan: VramPlan) -> None:
         """Makes room for a program that is about to run."""
@@ -151,8 +163,7 @@ class OrtDeviceExecutor:
     def _run(self, program: Program, binding: Any, stop: Stop, shrink: bool) -> None:
         arena = self._shrinks if shrink else None
         try:
-            with self.provider.exclusive(stop):
-                run_bound(self._sessions[program], binding, f"{program} failed", stop, arena)
+            run_bound(self._sessions[program], binding, f"{program} failed", stop, arena)
         except ExecutorError as error:
             if arena is None or "memory arena shrink list" not in str(error):
                 raise
@@ -169,10 +180,7 @@ class OrtDeviceExecutor:
         """A session of a program, by its file's path, or of another model, by its bytes."""
         options = session_options()
         try:
-            with (
-                self.provider.exclusive(stop),
-                stop.aborting(lambda: options.set_load_cancellation_flag(True)),
-            ):
+            with stop.aborting(lambda: options.set_load_cancellation_flag(True)):
                 return self.provider.session(model, options, program, nbytes)
         except (CancelledError, ExecutorError):
             raise
@@ -195,7 +203,7 @@ class DeviceSession:
         return self._run_once(Program.TEXT_ENCODER, feeds)["hidden_states"]
 
     def denoiser(self, conditioning: Conditioning) -> "_DeviceDenoiser":
-        return self.worker.call(lambda: self._denoiser(conditioning), self.stop)
+        return self.call(lambda: self._denoiser(conditioning))
 
     def _denoiser(self, conditioning: Conditioning) -> "_DeviceDenoiser":
         executor, device, rotary = self.executor, self.executor.device, conditioning.caption_rotary
@@ -243,15 +251,18 @@ class DeviceSession:
             self.executor.enter(program, self.plan)
             return self.executor.run_once(program, feeds, self.stop)
 
-        return self.worker.call(task, self.stop)
+        return self.call(task)
 
     def _in_tiles(self, program: Program, function: Callable[[], Result]) -> Result:
         def task() -> Result:
             self.executor.enter(program, self.plan)
-            with self.executor.provider.exclusive(self.stop):  # the tiles' sessions end where `function` does
-                return function()
+            return function()
 
-        return self.worker.call(task, self.stop)
+        return self.call(task)
+
+    def call(self, task: Callable[[], Result]) -> Result:
+        """Runs what uses the device on the executor's thread, in its turn."""
+        return self.worker.call(lambda: self.executor.exclusively(task, self.stop), self.stop)
 
     def _tiled(self) -> tuple[VaeConfig, TensorFile, OrtTileKernels]:
         executor, manifest = self.executor, self.executor.bundle.manifest
@@ -280,7 +291,7 @@ class _DeviceDenoiser:
     rows: tuple[Mapping[str, Any], ...]  # of the modulation table, one per step
 
     def __call__(self, latents: FloatArray, step: int) -> FloatArray:
-        return self.session.worker.call(lambda: self._velocity(latents, step), self.session.stop)
+        return self.session.call(lambda: self._velocity(latents, step))
 
     def _velocity(self, latents: FloatArray, step: int) -> FloatArray:
         executor, stop = self.session.executor, self.session.stop

@@ -12,14 +12,14 @@ from ...bundle.bundle import Bundle
 from ...bundle.manifest import WEBGPU, WEBGPU_FUSED, Manifest, Precision
 from ...errors import BundleError, ExecutorError, MemoryLimitError
 from ...model.programs import Program
-from ...units import gib
+from ...units import gib, gib_needed
 from ..examination import Examination, Verdict
 from ..protocol import ExecutorKind, Hardware, Options, Unavailable, Work
 from ..worker import Stop
 from .attention_verdict import verdict_on
 from .device import OrtDevice
 from .device_executor import OrtDeviceExecutor
-from .device_plan import VramPlan
+from .device_plan import VramPlan, best_plan
 from .webgpu_adapters import Adapter, find_adapter
 from .webgpu_answers import ANSWERS, answers_for, fault_of
 from .webgpu_library import HOLDINGS, PACKAGE, TURN, library_version, open_session, why_no_library
@@ -63,14 +63,18 @@ def webgpu_executor(
     provider, costs = WebGpuProvider(), costs_on(adapter, bundle.manifest, fused=fused)
 
     def plan(work: Work) -> VramPlan:
+        alone = plan_webgpu(bundle.manifest, work, budget, costs)
+        if not HOLDINGS.others(provider):
+            return alone
         taken = HOLDINGS.of_others(provider) + HOLDINGS.stale
-        plan = plan_webgpu(bundle.manifest, work, max(budget - taken, 0), costs)
-        if not plan.keep_all and HOLDINGS.others(provider):
-            raise MemoryLimitError(
-                "stages would have to take turns on the GPU, which frees no memory while another pipeline of this "
-                "process has programs there; release or close it first"
-            )
-        return plan
+        beside = best_plan(costs, bundle.manifest, work, max(budget - taken, 0))
+        if beside.keep_all:
+            return beside
+        raise MemoryLimitError(
+            f"all stages at once need {gib_needed(beside.peak, 2)} of GPU memory, beside {gib_needed(taken, 2)} of another "
+            "pipeline in this process; as long as it has programs loaded, taking turns frees nothing: release or close "
+            "it first"
+        )
 
     return OrtDeviceExecutor(
         WEBGPU,

@@ -71,9 +71,9 @@ def webgpu_executor(
         if beside.keep_all:
             return beside
         raise MemoryLimitError(
-            f"all stages at once need {gib_needed(beside.peak, 2)} of GPU memory, beside {gib_needed(taken, 2)} of another "
-            "pipeline in this process; as long as it has programs loaded, taking turns frees nothing: release or close "
-            "it first"
+            f"all stages at once need {gib_needed(beside.peak, 2)} of GPU memory, beside {gib_needed(taken, 2)} of "
+            "other pipelines in this process; as long as they have programs loaded, taking turns frees nothing: "
+            "release or close them first"
         )
 
     return OrtDeviceExecutor(

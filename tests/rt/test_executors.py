@@ -24,7 +24,7 @@ def _no_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_says_which_and_why(bundle: Path, capsys: Capture) -> None:
     outcome = call_rt(capsys, "run", "a fox", "-m", bundle, *TINY)
     assert outcome.lines == ["zimage-1.png"]
-    assert "Using the CPU (no NVIDIA driver found)" in outcome.err
+    assert "Using the CPU (no NVIDIA driver found; no other GPU found)" in outcome.err
     asked = call_rt(capsys, "run", "a fox", "-m", bundle, *TINY, "--executor", "cpu")
     assert "Using" not in asked.err
     assert call_rt(capsys, "run", "a fox", "-m", bundle, *TINY, "--quiet").err == ""

@@ -7,15 +7,7 @@ autoencoder, which has 16 bits in a 16-bit bundle.
 import dataclasses
 from collections.abc import Mapping
 
-from ...bundle.manifest import (
-    CUDA,
-    CUDA_WEIGHT_ONLY,
-    WEBGPU,
-    WEBGPU_FUSED,
-    Manifest,
-    Precision,
-    ProgramRecord,
-)
+from ...bundle.manifest import CUDA, CUDA_WEIGHT_ONLY, Manifest, Precision, ProgramRecord
 from ...model.blocks import program_blocks
 from ...model.config import ModelConfig
 from ...model.linears import block_linears
@@ -63,20 +55,13 @@ def as_precision(manifest: Manifest, precision: Precision) -> Manifest:
     programs = {}
     for program, records in manifest.programs.items():
         converted = {}
-        if record := records.get(CUDA, records.get(WEBGPU)):
+        if record := records.get(CUDA):
             size = _weights(program, record.weight_bytes, manifest, precision)
-            converted = {name: ProgramRecord("", size) for name in _names(program, precision)}
+            both = precision is Precision.INT8 and program is Program.DENOISER
+            names = (CUDA, CUDA_WEIGHT_ONLY) if both else (CUDA,)
+            converted = {name: ProgramRecord("", size) for name in names}
         programs[program] = converted
     return dataclasses.replace(manifest, precision=precision, programs=programs)
-
-
-def _names(program: Program, precision: Precision) -> list[str]:
-    """The names under which a bundle has a program for GPUs."""
-    names = [CUDA] if precision is Precision.BF16 else [CUDA, WEBGPU]
-    if program is Program.DENOISER:
-        names += [CUDA_WEIGHT_ONLY] if precision is Precision.INT8 else []
-        names += [WEBGPU_FUSED] if WEBGPU in names else []
-    return names
 
 
 def _weights(program: Program, size: int, manifest: Manifest, precision: Precision) -> int:

@@ -21,7 +21,7 @@ class Physical:
     name: bytes = b"AMD Radeon RX 7900 XTX (RADV NAVI31)"
     kind: int = 2
     driver: tuple[bytes, bytes] = (b"radv", b"Mesa 25.0.7")
-    heaps: tuple[tuple[int, bool], ...] = ((16 * GIB, False), (24 * GIB, True), (GIB // 4, True))
+    heaps: tuple[tuple[int, bool], ...] = ((64 * GIB, False), (24 * GIB, True), (GIB // 4, True))
     budget: tuple[int, ...] = (0, 20 * GIB, 0)
     binding: int = 2**32 - 1
     allocation: int = 4 * GIB

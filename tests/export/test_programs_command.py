@@ -173,10 +173,13 @@ def test_nothing_is_written_where_weights_are_missing(tmp_path: Path, capsys: Ca
 
 def test_weights_of_another_shape_are_refused(tmp_path: Path, capsys: Capture) -> None:
     root = earlier("fp16", tmp_path / "bundle")
-    edit(root, lambda document: document["config"]["vae"].update(layers_per_block=2))
+    path, name = root / "text_encoder" / "weights.safetensors", "layers.0.mlp.gate_proj.weight"
+    rows, columns = read_header(path)[name].shape
+    edit(root, lambda document: document["config"]["text_encoder"].update(intermediate_size=2 * rows))
     before = contents(root)
     outcome = call_export(capsys, "programs", root, "--quiet")
-    assert_one_line_error(outcome, root / "vae" / "weights.safetensors", "resnets", "export the bundle again")
+    shapes = [2 * rows, columns], [rows, columns]
+    assert_one_line_error(outcome, path, name, "F16", *shapes, "export the bundle again")
     assert contents(root) == before
 
 

@@ -5,18 +5,20 @@ measured matrix rate sets; diffusers eager and compiled beside it; parity with t
     python benchmarks/gpu_cuda.py --work DIR --executor cpu --scale small --out DIR/report      # a trial without one
 
 Weights are random and made here: 20 GB in DIR, and 21 GB for one bundle at a time. Needs torch and onnxruntime-gpu;
-without diffusers its columns are left out, and the report says so. Every measurement runs in a process of its own.
+without diffusers its columns are left out, and the report says so. Every measurement runs in a process of its own,
+for no longer than --limit, and is in the report as soon as it is there; `--only` chooses among them.
 Steps of ours and of diffusers take turns in one process, which holds both models: 25 GB of VRAM at full size.
 """
 
 import argparse
+import faulthandler
 import itertools
 import json
 import shutil
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,8 @@ _SEED = 7
 _PACKAGES = ("onnxruntime-gpu", "onnxruntime", "torch", "diffusers", "numpy")
 _TORCH_TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
+_MEASURES = ("parity", "placement", "pictures", "steps")
+_BLOCKS = 4  # of the scale of that name
 _SHAPES_ONLY = {"Concat", "Div", "Gather", "Mul", "Shape", "Slice", "Sub", "Unsqueeze", "Add"}
 
 Child = dict[str, Any]
@@ -128,7 +132,7 @@ def child_steps(options: Child) -> Child:
                 backend, backends = best_backend(model, run, repeat)
                 result = {"backend": backend, "backends": backends}
                 variants = {"ours": step, "diffusers eager": lambda: run(model)}
-                if device == "cuda":
+                if device == "cuda" and options["compiled"]:
                     result |= add_compiled(variants, model, run)
                 seconds = interleave(variants, repeat)
         except Exception as error:  # of torch, diffusers or the driver
@@ -245,7 +249,12 @@ def in_child(kind: str, options: Child) -> Child:
     """Runs a measurement in a process of its own; what it raises is its result, so that the others go on."""
     print(time.strftime("%H:%M:%S"), kind, options["precision"], options.get("size", ""), file=sys.stderr, flush=True)
     words = [sys.executable, __file__, "--child", kind, json.dumps(options)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=options["limit"])
+    except subprocess.TimeoutExpired as late:
+        said = late.stderr or b""  # bytes, whatever `text` says
+        print(said.decode(errors="replace") if isinstance(said, bytes) else said, file=sys.stderr, flush=True)
+        return {"failed": f"not done in {options['limit']} s"}
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
         return {"failed": (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1][:500]}
@@ -253,10 +262,25 @@ def in_child(kind: str, options: Child) -> Child:
     return result
 
 
+def scale_of(name: str) -> Any:
+    """The dimensions to build: the published ones, those with few blocks in each stage, or the tests' small ones."""
+    from zimage_export.synthetic.checkpoint import SCALES
+
+    if name != "blocks":
+        return SCALES[name]
+    full = SCALES["full"]
+    config = replace(
+        full.config,
+        transformer=replace(full.config.transformer, n_layers=_BLOCKS, n_refiner_layers=1),
+        text_encoder=replace(full.config.text_encoder, num_hidden_layers=_BLOCKS),
+    )
+    return replace(full, config=config)
+
+
 def prepared(work: Path, scale_name: str, precision: str) -> Path:
     """The bundle of a precision and scale, made where it is not there; at full size, the only one there is."""
     from zimage_export.build import BuildOptions, build
-    from zimage_export.synthetic.checkpoint import SCALES, write_checkpoint
+    from zimage_export.synthetic.checkpoint import write_checkpoint
     from zimage_runtime.bundle.manifest import Precision
     from zimage_runtime.bundle.tensors import DType
     from zimage_runtime.command_line.progress import Progress
@@ -264,7 +288,7 @@ def prepared(work: Path, scale_name: str, precision: str) -> Path:
     work.mkdir(parents=True, exist_ok=True)
     checkpoint, bundle = work / f"checkpoint-{scale_name}", work / f"bundle-{scale_name}-{precision}"
     if not checkpoint.exists():
-        write_checkpoint(checkpoint, SCALES[scale_name], transformer_type=DType.BF16, progress=Progress())
+        write_checkpoint(checkpoint, scale_of(scale_name), transformer_type=DType.BF16, progress=Progress())
     if not bundle.exists():
         if scale_name == "full":
             for other in work.glob("bundle-full-*"):
@@ -304,23 +328,35 @@ def run(options: argparse.Namespace) -> Child:
         "steps": options.steps,
         "repeat": options.repeat,
         "rate_seconds": 3.0 if cuda else 0.1,
+        "limit": options.limit,
+        "compiled": not options.without_compiled,
     }
-    for precision in options.precision:
+
+    def kept() -> None:  # what there is, should it be cut short
+        write_results(options.name, document, report(document), options.out)
+
+    for precision, kind in itertools.product(options.precision, ("parity", "placement")):
+        if kind not in options.only:
+            continue
         reduced = {**common, "bundle": str(prepared(options.work, "small", precision))}
         for name, denoiser in ways(precision):
-            one = {**reduced, "precision": name, "denoiser": denoiser}
-            document["parity"][name] = in_child("parity", one)
-            document["placement"][name] = in_child("placement", one)
+            document[kind][name] = in_child(kind, {**reduced, "precision": name, "denoiser": denoiser})
+            kept()
     for precision in options.precision:
+        if not {"pictures", "steps"} & set(options.only):
+            break
         bundle = str(prepared(options.work, options.scale, precision))
         dtype = _TORCH_TYPES.get(precision, _TORCH_TYPES[half])  # the floor of integers is 16 bits' own
         for size, (name, denoiser) in itertools.product(options.size, ways(precision)):
             one = {**common, "bundle": bundle, "precision": name, "denoiser": denoiser, "size": size, "dtype": dtype}
-            document["pictures"].append({**one, **in_child("pictures", one)})
             # diffusers runs in 16 bits alone, as its users run it
             beside = document["diffusers"] and precision == (half if cuda else "fp32")
-            document["one_step"].append({**one, **in_child("steps", {**one, "diffusers": beside})})
-            write_results("gpu_cuda", document, report(document), options.out)  # what there is, should it be cut short
+            if "pictures" in options.only:
+                document["pictures"].append({**one, **in_child("pictures", one)})
+                kept()
+            if "steps" in options.only:
+                document["one_step"].append({**one, **in_child("steps", {**one, "diffusers": beside})})
+                kept()
     return document
 
 
@@ -333,18 +369,24 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     words = sys.argv[1:] if arguments is None else arguments
     if words[:1] == ["--child"]:
-        print(json.dumps(_CHILDREN[words[1]](json.loads(words[2]))))
+        asked: Child = json.loads(words[2])
+        faulthandler.dump_traceback_later(max(asked["limit"] - 3, 1))  # where it was, should it be too slow
+        print(json.dumps(_CHILDREN[words[1]](asked)))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="where checkpoints and bundles are put")
     parser.add_argument("--executor", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--scale", choices=["full", "small"], default="full")
+    parser.add_argument("--scale", choices=["full", "blocks", "small"], default="full")
     parser.add_argument("--precision", nargs="+", default=["bf16", "fp16", "int8"], choices=_PRECISIONS)
     parser.add_argument("--size", nargs="+", type=_size, default=[(512, 512), (1024, 1024), (1536, 1536)])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--vram", type=int, metavar="MIB", help="budget; by default what is free")
     parser.add_argument("--without-diffusers", action="store_true")
+    parser.add_argument("--without-compiled", action="store_true", help="diffusers' step uncompiled alone")
+    parser.add_argument("--only", nargs="+", default=list(_MEASURES), choices=_MEASURES, help="what is measured")
+    parser.add_argument("--limit", type=float, default=1800, metavar="SECONDS", help="for each measurement")
+    parser.add_argument("--name", default="gpu_cuda", help="of the report's files")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(words)
     document = run(options)

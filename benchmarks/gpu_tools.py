@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Self
 
 from zimage_runtime.machine.gpu_monitor import GpuMonitor, open_monitor
-from zimage_runtime.machine.nvml import Unavailable
+from zimage_runtime.machine.nvml import Unmeasured
 
 _INTERVAL = 0.005  # seconds between two looks at the memory
 
@@ -29,7 +29,7 @@ class VramWatch:
 
     def __enter__(self) -> Self:
         monitor = open_monitor()
-        if not isinstance(monitor, Unavailable):
+        if not isinstance(monitor, Unmeasured):
             self._thread = threading.Thread(target=self._watch, args=(monitor, monitor.used_memory()), daemon=True)
             self._thread.start()
         return self
@@ -39,13 +39,13 @@ class VramWatch:
         if self._thread:
             self._thread.join()
 
-    def _watch(self, monitor: GpuMonitor, start: int | Unavailable) -> None:
+    def _watch(self, monitor: GpuMonitor, start: int | Unmeasured) -> None:
         with monitor:
             while not self._stop.is_set():
                 used, own = monitor.used_memory(), monitor.process_memory(os.getpid())
-                if not isinstance(used, Unavailable) and not isinstance(start, Unavailable):
+                if not isinstance(used, Unmeasured) and not isinstance(start, Unmeasured):
                     self.device = max(self.device, used - start)
-                if not isinstance(own, Unavailable):
+                if not isinstance(own, Unmeasured):
                     self.process = max(self.process or 0, own)
                 time.sleep(_INTERVAL)
 

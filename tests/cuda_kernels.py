@@ -25,7 +25,6 @@ KERNELS: dict[str, set[int]] = {
     "Expand": _ANY,
     "Gemm": _ALL_FLOATS,
     "Identity": _ANY,
-    "InstanceNormalization": _FLOATS,
     "LayerNormalization": _ALL_FLOATS,
     "MatMul": _ALL_FLOATS,
     "MatMulInteger": {TensorProto.INT8},

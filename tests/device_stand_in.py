@@ -2,11 +2,10 @@
 logic, not its speed nor a real device's arithmetic.
 
 Device memory is host memory behind made-up addresses. What is queued runs late, in an order that only streams and
-events constrain, chosen at random: whoever forgets to wait gets wrong values. And whatever the order turned out to be,
-each access is compared with the earlier ones to the same bytes: two that conflict and that no stream, event or
-synchronization orders are an error (the happened-before relation, by vector clocks). So are reading what was never
-written, freeing what is in use, overwriting pinned memory that a copy still needs, copying beyond an allocation, and
-exceeding the budget.
+events constrain, chosen at random: code that forgets to wait gets wrong values. In any order, each access is compared
+with the earlier ones to the same bytes: two that conflict and that no stream, event or synchronization orders are an
+error (the happened-before relation, by vector clocks). So are reading what was never written, freeing what is in use,
+overwriting pinned memory that a copy still needs, copying beyond an allocation, and exceeding the budget.
 """
 
 import bisect

@@ -1,4 +1,4 @@
-"""GPUs that are not there: NVIDIA's two libraries answer for them, NVML through the real ``pynvml`` and its errors."""
+"""GPUs that do not exist: NVIDIA's two libraries answer for them, NVML through the real ``pynvml`` and its errors."""
 
 import uuid
 from collections.abc import Callable, Sequence

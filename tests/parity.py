@@ -19,6 +19,36 @@ PIXEL_TOLERANCE = 1
 
 
 @dataclass(frozen=True)
+class Guided:
+    """Guidance, in our terms: diffusers' guidance scale is 1 less."""
+
+    scale: float = 4.0
+    negative: str = "blurry, dark, a hen that looks at the camera, text and a watermark over all of it"
+    normalization: bool = False
+    truncation: float = 1.0
+
+    def ours(self) -> dict[str, Any]:
+        return {
+            "cfg_scale": self.scale,
+            "negative": self.negative,
+            "cfg_normalization": self.normalization,
+            "cfg_truncation": self.truncation,
+        }
+
+    def diffusers(self) -> dict[str, Any]:
+        return {
+            "guidance_scale": self.scale - 1,
+            "negative_prompt": self.negative,
+            "cfg_normalization": self.normalization,
+            "cfg_truncation": self.truncation,
+        }
+
+
+def diffusers_guidance(guided: Guided | None) -> dict[str, Any]:
+    return {"guidance_scale": 0.0} if guided is None else guided.diffusers()
+
+
+@dataclass(frozen=True)
 class Case:
     """One image to generate."""
 
@@ -26,6 +56,7 @@ class Case:
     size: tuple[int, int] = (64, 64)  # width, height
     steps: int = 4
     seed: int = 0
+    guided: Guided | None = None
 
 
 @dataclass(frozen=True)
@@ -38,8 +69,15 @@ class Drawing:
 
 def draw(pipeline: Pipeline, case: Case, count: int = 1, batch_size: int = 1) -> list[Drawing]:
     """Generates `count` images with our pipeline, from the case's seed on."""
+    guidance = {} if case.guided is None else case.guided.ours()
     events = pipeline.stream(
-        case.prompt, size=case.size, steps=case.steps, seed=case.seed, count=count, batch_size=batch_size
+        case.prompt,
+        size=case.size,
+        steps=case.steps,
+        seed=case.seed,
+        count=count,
+        batch_size=batch_size,
+        **guidance,
     )
     return [Drawing(e.latents, np.asarray(e.image)) for e in events if isinstance(e, ImageEvent)]
 
@@ -66,9 +104,9 @@ def draw_with_diffusers(pipeline: Any, case: Case) -> Drawing:
             width=width,
             height=height,
             num_inference_steps=case.steps,
-            guidance_scale=0.0,
             generator=torch.Generator("cpu").manual_seed(case.seed),
             output_type="latent",
+            **diffusers_guidance(case.guided),
         ).images
         config = pipeline.vae.config
         decoded = pipeline.vae.decode(latents / config.scaling_factor + config.shift_factor).sample

@@ -71,13 +71,13 @@ def test_the_bundle_is_what_the_checkpoint_exports_to(tmp_path: Path) -> None:
     ],
     ids=["en", "zh", "wide"],
 )
-def test_diffusers_draws_the_same_pictures(pipeline: Pipeline, demo_diffusers: Any, case: Case) -> None:
+def test_diffusers_generates_the_same_images(pipeline: Pipeline, demo_diffusers: Any, case: Case) -> None:
     (ours,), theirs = draw(pipeline, case), draw_with_diffusers(demo_diffusers, case)
     assert relative_error(ours.latents, theirs.latents) < LATENTS_TOLERANCE
     assert np.abs(ours.pixels.astype(int) - theirs.pixels).max() <= PIXEL_TOLERANCE
 
 
-def test_run_without_a_bundle_draws_what_was_asked_for(capsys: Capture, tmp_path: Path) -> None:
+def test_run_without_a_bundle_generates_what_was_asked_for(capsys: Capture, tmp_path: Path) -> None:
     out = tmp_path / "picture.png"
     outcome = call_rt(capsys, "run", "a red circle left of a blue square", "--seed", 1, "-o", out, "--quiet")
     assert (outcome.status, outcome.lines) == (0, [str(out)]), outcome.err
@@ -98,7 +98,7 @@ def test_tiny_is_a_model_to_build_from_and_to_verify_against(capsys: Capture, tm
 
 @pytest.mark.deep
 @pytest.mark.parametrize("language", ["en", "zh"])
-def test_held_out_prompts_are_drawn_as_asked(pipeline: Pipeline, language: Any) -> None:
+def test_held_out_prompts_are_generated_as_asked(pipeline: Pipeline, language: Any) -> None:
     """A few of those that the model card's figures are over."""
     requests = held_out_requests(language, 24)
 
@@ -112,7 +112,7 @@ def test_held_out_prompts_are_drawn_as_asked(pipeline: Pipeline, language: Any) 
     assert score([(scene, "") for scene, _ in requests[:8]], draw_prompt).pairs <= 0.25
 
 
-def test_a_seed_decides_the_picture_and_a_prompt_its_content(pipeline: Pipeline) -> None:
+def test_a_seed_decides_the_image_and_a_prompt_its_content(pipeline: Pipeline) -> None:
     def pixels(prompt: str, seed: int) -> np.ndarray:
         return np.asarray(pipeline.generate(prompt, seed=seed).images[0], dtype=int)
 

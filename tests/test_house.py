@@ -23,13 +23,14 @@ HOMES = {
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {  # from the top; the rooms of one floor do not import each other
     "zimage_runtime": (
         ("pipeline",),
-        ("events", "sampler", "guidance", "adapters"),
+        ("job",),
+        ("events", "sampling", "adapters"),
         ("executors",),
         ("tiles", "images"),
         ("bundle",),
         ("model",),
         ("machine", "checked_json", "mistaken_files", "command_line"),
-        ("errors", "arrays", "units"),
+        ("errors", "arrays", "units", "keyword_fields"),
     ),
     "zimage_export": (
         ("cli",),
@@ -54,7 +55,7 @@ PACKAGES = {  # which other packages each may import
 }
 
 PROGRESS = "zimage_runtime.command_line.progress"
-"""What reports progress to whoever shows it: any room may import it; the rest of `command_line` is for commands."""
+"""What reports progress: any room may import it; the rest of `command_line` is for commands."""
 
 COMMANDS = ("zimage_rt.cli", "zimage_rt.commands", "zimage_export.cli")
 

@@ -10,18 +10,23 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import click
 import psutil
 import pytest
 from cli_tools import Capture, Outcome, assert_one_line_error, call_export, finish, start, unchanged
+from facts import assert_facts
 from PIL import Image
 
 from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.command_line.console import run_command
 from zimage_runtime.errors import BundleError
 from zimage_runtime.model.programs import Program
 
 pytestmark = pytest.mark.deep
 
+STOPPING = [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else [])]
 LONG = ("--steps", 256, "--size", "512x512", "--seed", 1)
 
 
@@ -130,29 +135,30 @@ def wait_until(process: "subprocess.Popen[str]", at_work: Callable[[psutil.Proce
         time.sleep(0.02)
 
 
-def test_ctrl_c_while_drawing(bundle: Path, tmp_path: Path) -> None:
+def test_ctrl_c_while_generating(bundle: Path, tmp_path: Path) -> None:
     with unchanged(tmp_path):
         outcome = stop_at_work(bundle, tmp_path, signal.SIGINT)
     assert outcome.status == 130
     assert outcome.out == ""
     first, *after = [line for line in outcome.err.splitlines() if line.strip()]
-    assert first.startswith("Using the CPU")
+    assert_facts(first, "CPU")
     assert any(line.startswith("generating") for line in after)
     assert "256/256" not in outcome.err
     assert [line for line in after if not line.startswith("generating")] == ["interrupted"]
     assert outcome.err.endswith("interrupted\n")
 
 
-def test_terminated_while_drawing(bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", STOPPING[1:])
+def test_terminated_while_generating(bundle: Path, tmp_path: Path, number: signal.Signals) -> None:
     with unchanged(tmp_path):
-        outcome = stop_at_work(bundle, tmp_path, signal.SIGTERM)
-    assert outcome.status == 143
+        outcome = stop_at_work(bundle, tmp_path, number)
+    assert outcome.status == 128 + number
     assert outcome.out == ""
     assert "Traceback" not in outcome.err
     assert "256/256" not in outcome.err
 
 
-def test_images_drawn_before_an_interrupt_stay_whole(bundle: Path, tmp_path: Path) -> None:
+def test_images_generated_before_an_interrupt_stay_whole(bundle: Path, tmp_path: Path) -> None:
     process = start_run(bundle, tmp_path, "--size", "64x64", "--steps", 8, "--seed", 1, "-n", 10_000, "--quiet")
     assert process.stdout is not None
     paths = [process.stdout.readline().strip() for _ in range(2)]
@@ -166,7 +172,7 @@ def test_images_drawn_before_an_interrupt_stay_whole(bundle: Path, tmp_path: Pat
             image.load()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", STOPPING)
 def test_stopped_while_building(checkpoint: Path, tmp_path: Path, number: signal.Signals) -> None:
     process = start("zimage-export", "build", checkpoint, tmp_path / "bundle", "--quiet")
     while not os.listdir(tmp_path):
@@ -259,6 +265,45 @@ def test_error_with_stderr_closed_stays_off_stdout(tmp_path: Path) -> None:
     assert finish(process) == Outcome(1, "", "")
 
 
+@pytest.mark.parametrize("gone", [False, True])
+def test_an_image_is_worth_more_than_its_progress(bundle: Path, tmp_path: Path, gone: bool) -> None:
+    """stderr is on a disk that is full, or its reader has gone."""
+    reader, writer = os.pipe() if gone else (os.open(os.devnull, os.O_RDONLY), os.open("/dev/full", os.O_WRONLY))
+    process = start(
+        *("zimage-rt", "run", "a fox", "-m", bundle, "--size", "64x64", "--steps", 1, "--seed", 3),
+        cwd=tmp_path,
+        stderr=writer,
+    )
+    os.close(writer)
+    os.close(reader)
+    assert finish(process) == Outcome(0, "zimage-3.png\n", "")
+    assert os.listdir(tmp_path) == ["zimage-3.png"]
+
+
+def test_ctrl_c_before_a_command_begins_is_no_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It comes as soon as the first handler is set, while the second one is not."""
+    setter = signal.signal
+
+    def interrupted(number: int, handler: Any) -> Any:
+        before = setter(number, handler)
+        if number == signal.SIGINT and callable(handler) and handler is not signal.default_int_handler:
+            handler(number, None)
+        return before
+
+    restored = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in a shell's background job it is ignored
+    monkeypatch.setattr(signal, "signal", interrupted)
+    try:
+        assert run_command(click.Command("nothing"), []) == 130
+    except KeyboardInterrupt:
+        pytest.fail("Ctrl-C reached the interpreter")
+    finally:
+        setter(signal.SIGINT, restored)
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_stdout_on_a_full_disk(bundle: Path, tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:
         process = start(
@@ -267,4 +312,4 @@ def test_stdout_on_a_full_disk(bundle: Path, tmp_path: Path) -> None:
             stdout=full,
         )
         outcome = finish(process)
-    assert_one_line_error(outcome, "no space left")
+    assert_one_line_error(outcome, "space")

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from facts import raises_with
 
 HEAVY = {"torch", "transformers", "diffusers", "onnx", "safetensors", "zimage_export"}
 SLOW_TO_LOAD = HEAVY | {"numpy", "onnxruntime", "tokenizers", "PIL", "tqdm", "psutil"}
@@ -38,7 +39,7 @@ def test_an_image_loads_no_torch(bundle: Path) -> None:
     assert not loaded & HEAVY
 
 
-def test_the_command_draws_without_torch(bundle: Path, tmp_path: Path) -> None:
+def test_the_command_generates_without_torch(bundle: Path, tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "from zimage_rt.cli import main\n"
@@ -63,7 +64,7 @@ def test_importing_the_package_loads_nothing() -> None:
 def test_an_unknown_name_is_an_attribute_error() -> None:
     import zimage_rt
 
-    with pytest.raises(AttributeError, match="no attribute 'Pipelines'"):
+    with raises_with(AttributeError, "'zimage_rt'", "'Pipelines'"):
         _ = zimage_rt.Pipelines
 
 

@@ -10,6 +10,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from facts import assert_facts
 
 pytestmark = pytest.mark.deep
 
@@ -91,9 +92,8 @@ def test_outside_the_repository_tiny_says_where_it_is(unpacked: Path, tmp_path: 
     code = "from zimage_export.source.checkpoint import Checkpoint; print(Checkpoint.open('tiny').name)"
     outside = run_isolated(code, unpacked, site_packages, cwd=tmp_path)
     error = outside.stderr.splitlines()[-1]
-    assert error.startswith("zimage_export.errors.CheckpointError: tiny: ")
-    assert "clone the repository" in error
-    assert "demo_model/tiny" in error
+    assert error.startswith("zimage_export.errors.CheckpointError: ")
+    assert_facts(error, "tiny:", "clone", "demo_model/tiny")
     inside = run_isolated(code, unpacked, site_packages, cwd=REPOSITORY)
     assert inside.stdout == "tiny\n", inside.stderr
 

@@ -66,12 +66,12 @@ def qwen_pipeline(qwen_bundle: Path) -> Pipeline:
 
 
 @pytest.mark.parametrize("case", CASES, ids=describe)
-def test_draws_what_diffusers_draws(pipeline: Pipeline, diffusers_pipeline: Any, case: Case) -> None:
+def test_generates_what_diffusers_generates(pipeline: Pipeline, diffusers_pipeline: Any, case: Case) -> None:
     check_parity(draw(pipeline, case)[0], draw_with_diffusers(diffusers_pipeline, case))
 
 
 @pytest.mark.parametrize("case", QWEN_CASES, ids=describe)
-def test_draws_what_diffusers_draws_with_the_published_tokenizer(
+def test_generates_what_diffusers_generates_with_the_published_tokenizer(
     qwen_pipeline: Pipeline, qwen_diffusers_pipeline: Any, case: Case
 ) -> None:
     check_parity(draw(qwen_pipeline, case)[0], draw_with_diffusers(qwen_diffusers_pipeline, case))
@@ -87,7 +87,7 @@ def test_the_long_prompts_are_cut(kind: str, pipeline: Pipeline, request: pytest
     assert event.cut_tokens > 0
 
 
-def test_low_memory_draws_the_same(bundle: Path, diffusers_pipeline: Any) -> None:
+def test_low_memory_generates_the_same(bundle: Path, diffusers_pipeline: Any) -> None:
     case = CASES[3]
     pipeline = Pipeline.from_bundle(bundle, low_memory=True)
     check_parity(draw(pipeline, case)[0], draw_with_diffusers(diffusers_pipeline, case))
@@ -105,7 +105,7 @@ def test_several_images_equal_single_runs(pipeline: Pipeline) -> None:
     assert len(set(singles)) == 3
 
 
-def test_a_batch_draws_what_diffusers_draws_one_by_one(pipeline: Pipeline, diffusers_pipeline: Any) -> None:
+def test_a_batch_generates_what_diffusers_generates_one_by_one(pipeline: Pipeline, diffusers_pipeline: Any) -> None:
     case = Case(CHINESE, (80, 112), 4, 9)
     drawings = draw(pipeline, case, count=3, batch_size=3)
     assert len(drawings) == 3
@@ -134,7 +134,7 @@ def run(bundle: Path, folder: Path, *arguments: str) -> list[Path]:
     return [folder / line for line in done.stdout.splitlines()]
 
 
-def test_the_command_draws_several_images_equal_to_single_ones(
+def test_the_command_generates_several_images_equal_to_single_ones(
     bundle: Path, tmp_path: Path, diffusers_pipeline: Any
 ) -> None:
     together = run(bundle, tmp_path, EMOJI, "-n", "3", "--seed", "7")

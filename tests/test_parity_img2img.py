@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from parity import Drawing, check_parity, relative_error
+from parity import Drawing, Guided, check_parity, diffusers_guidance, relative_error
 from PIL import Image
 
 from zimage_runtime.images.img2img import Encoded
+from zimage_runtime.model.noise import BatchNoise, TorchGenerator
 from zimage_runtime.pipeline import EncodeEvent, ImageEvent, Pipeline, Request, StepEvent
 
 pytestmark = pytest.mark.deep
@@ -27,6 +28,7 @@ class Case:
     steps: int = 8
     seed: int = 5
     taken: int = field(kw_only=True)  # steps, by the formula in diffusers
+    guided: Guided | None = None
 
 
 CASES = [
@@ -38,6 +40,10 @@ CASES = [
     Case(0.6, True, (128, 64), taken=5),
     Case(1.0, True, (64, 64), taken=8),
     Case(0.5, True, (112, 80), 9, 3, taken=5),  # 9 - int(4.5)
+    Case(0.6, False, (112, 80), 4, 3, taken=3, guided=Guided()),
+    Case(0.6, False, (64, 64), 4, 3, taken=3, guided=Guided(normalization=True, truncation=0.5)),
+    Case(1.0, True, (64, 128), 4, 3, taken=4, guided=Guided(normalization=True)),
+    Case(0.6, True, (64, 64), 4, 3, taken=3, guided=Guided(truncation=0.5)),
 ]
 
 
@@ -89,9 +95,9 @@ def draw_with_diffusers(text_to_image: Any, case: Case, image: Image.Image, mask
             image=image,
             strength=case.strength,
             num_inference_steps=case.steps,
-            guidance_scale=0.0,
             generator=torch.Generator("cpu").manual_seed(case.seed),
             output_type="latent",
+            **diffusers_guidance(case.guided),
             **masks,
         ).images
         config = pipeline.vae.config
@@ -101,13 +107,13 @@ def draw_with_diffusers(text_to_image: Any, case: Case, image: Image.Image, mask
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_draws_what_diffusers_draws(pipeline: Pipeline, diffusers_pipeline: Any, case: Case) -> None:
+def test_generates_what_diffusers_generates(pipeline: Pipeline, diffusers_pipeline: Any, case: Case) -> None:
     image = photograph(*case.size)
     mask = blot(*case.size) if case.masked else None
     expected = draw_with_diffusers(diffusers_pipeline, case, image, mask)
-    events = list(
-        pipeline.stream(PROMPT, steps=case.steps, seed=case.seed, image=image, strength=case.strength, mask=mask)
-    )
+    guidance = {} if case.guided is None else case.guided.ours()
+    given = {"image": image, "strength": case.strength, "mask": mask, **guidance}
+    events = list(pipeline.stream(PROMPT, steps=case.steps, seed=case.seed, **given))
     assert isinstance(events[0], EncodeEvent)
     steps = [event for event in events if isinstance(event, StepEvent)]
     assert [event.step for event in steps] == list(range(1, case.taken + 1))
@@ -149,7 +155,7 @@ def test_several_images_equal_single_runs(pipeline: Pipeline, masked: bool) -> N
     assert len({single.pixels.tobytes() for single in singles}) == 3
 
 
-def test_a_batch_draws_what_diffusers_draws_one_by_one(pipeline: Pipeline, diffusers_pipeline: Any) -> None:
+def test_a_batch_generates_what_diffusers_generates_one_by_one(pipeline: Pipeline, diffusers_pipeline: Any) -> None:
     image, mask = photograph(64, 64), blot(64, 64)
     events = pipeline.stream(PROMPT, steps=4, seed=11, count=3, batch_size=2, image=image, strength=0.6, mask=mask)
     found = [Drawing(e.latents, np.asarray(e.image)) for e in events if isinstance(e, ImageEvent)]
@@ -176,7 +182,8 @@ def test_the_less_strength_the_closer_to_the_image(pipeline: Pipeline) -> None:
     assert job.source is not None
     with job.executor.session(job.plan) as session:
         encoded = Encoded(*session.encode(job.source.pixels))
-    clean, _ = encoded.sample((5,), pipeline.bundle.manifest.config.vae)
+    noise = BatchNoise((TorchGenerator(5),), encoded.mean.shape)
+    clean = encoded.sample(noise, pipeline.bundle.manifest.config.vae)
     generated = [
         draw(pipeline, Case(strength, False, (64, 64), 8, taken=0), image, None)[0].latents
         for strength in (0.1, 0.5, 1.0)

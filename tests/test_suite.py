@@ -52,7 +52,7 @@ def test_what_is_shared_is_made_once_and_whole(tmp_path_factory: pytest.TempPath
         out.mkdir()
         (out / "whole").touch()
 
-    with pytest.raises(OSError, match="no space left"):
+    with raises_with(OSError, "no space left"):
         made_once(tmp_path_factory, name, fail_half_way)
     made = [made_once(tmp_path_factory, name, make) for _ in range(2)]
     assert made[0] == made[1]

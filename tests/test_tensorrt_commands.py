@@ -152,8 +152,8 @@ def test_plan_says_what_is_where(engined: Path, capsys: Capture) -> None:
     labels = [line.split()[0] for line in outcome.lines]
     stages = ["text_encoder", "caption", "denoiser", "decoder", "encoder"]
     assert labels == ["image", "executor", "budget", "peak", *stages, "step"]
-    assert "all stages stay loaded" in outcome.lines[3]
-    assert outcome.lines[-1].endswith("one CUDA graph")
+    assert_facts(outcome.lines[3], "GiB", "all stages")
+    assert_facts(outcome.lines[-1], "CUDA graph")
 
 
 def test_plan_as_json_in_a_budget(engined: Path, capsys: Capture) -> None:

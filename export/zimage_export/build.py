@@ -30,6 +30,7 @@ from .engines.build import add_engines, check_engine_precision
 from .errors import CheckpointError
 from .graphs import Graph, build_graphs, build_programs
 from .graphs.program_file import file_name, write_program
+from .measure.preview_map import fit_preview_map
 from .measure.self_check import self_check
 from .output import check_disk, check_target, replaced_directory
 from .source.checkpoint import Checkpoint
@@ -120,8 +121,9 @@ def build_reported(model: str | Path, out: str | Path, options: BuildOptions, pr
     )
     with replaced_directory(target) as folder:
         manifest = _write(folder, checkpoint, graphs, streams, options, progress, phases)
-        checked = self_check(Bundle(folder, manifest))
-        manifest = _with_earlier(target, dataclasses.replace(manifest, self_check=checked, folds=_plain(folds)))
+        checked, colours = self_check(Bundle(folder, manifest)), fit_preview_map(Bundle(folder, manifest))
+        manifest = dataclasses.replace(manifest, self_check=checked, folds=_plain(folds), preview=colours)
+        manifest = _with_earlier(target, manifest)
         write_manifest(folder, manifest)
         phases.end("self_check")
         if options.engines:

@@ -48,7 +48,7 @@ def _object(value: object, where: str) -> Mapping[str, Any]:
 def _integer(value: object, where: str, minimum: int | None = None, maximum: int = _LARGEST) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not (minimum is None or minimum <= value <= maximum):
         least = "" if minimum is None else f" of at least {minimum}"
-        most = "" if maximum >= _LARGEST else f" and at most {maximum}"
+        most = "" if maximum == _LARGEST else f" and at most {maximum}"
         raise _wrong(where, f"an integer{least}{most}", _shown(value))
     return value
 

@@ -4,14 +4,12 @@ The caller gets an event after the caption, after each step and with each image,
 and cancelling. The latents live here, in float32 numpy, where a step is a line.
 """
 
-import functools
-import inspect
 import secrets
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, Self, TypeVar
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +18,7 @@ from .arrays import FloatArray
 from .bundle.bundle import Bundle
 from .bundle.hub import bundle_directory
 from .bundle.tensors import TensorFile, to_float32
-from .errors import BundleError, DeviceLostError, ExecutorError, RequestError
+from .errors import BundleError, CancelledError, DeviceLostError, ExecutorError, RequestError
 from .events import (
     MAX_COUNT,
     CaptionEvent,
@@ -33,13 +31,14 @@ from .events import (
     StepEvent,
     Timings,
 )
-from .executors.choose import Chosen, ExecutorChoice
-from .executors.protocol import Conditioning, Executor, Options, Plan, Session, Work
+from .executors.choose import ExecutorChoice
+from .executors.protocol import Conditioning, Denoiser, Executor, Options, Session, Work
 from .executors.registry import AUTO
-from .guidance import Guidance, NoGuidance
 from .images.img2img import DEFAULT_MASKED_STRENGTH, DEFAULT_STRENGTH, Encoded, Start, steps_skipped
-from .images.metadata import ImageInfo
-from .images.source_image import SourceImage, open_given
+from .images.pixels import to_image
+from .images.source_image import open_given
+from .job import Job, Prompt, image_info, notices_of
+from .keyword_fields import with_fields
 from .model.geometry import (
     ImageGeometry,
     Rotary,
@@ -50,13 +49,12 @@ from .model.geometry import (
     text_rotary,
     transformer_rotary,
 )
-from .model.noise import TorchGenerator
+from .model.noise import BatchNoise, TorchGenerator, mixed
+from .model.sampling_names import SchedulerName
 from .model.schedule import Schedule, make_schedule
 from .model.tokenizer import PromptTokenizer
-from .sampler import Euler, Sampler
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from .sampling.guidance import make_guidance
+from .sampling.samplers import make_solver
 
 __all__ = [
     "MAX_COUNT",
@@ -74,54 +72,6 @@ __all__ = [
     "to_image",
 ]
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _with_fields(
-    make: Callable[P, Request],
-) -> Callable[[Callable[["Pipeline", Request], R]], Callable[Concatenate["Pipeline", P], R]]:
-    """Turns a method of a request into one that takes the request's fields, which are written in `Request` alone."""
-
-    def wrap(method: Callable[["Pipeline", Request], R]) -> Callable[Concatenate["Pipeline", P], R]:
-        def call(pipeline: "Pipeline", /, *args: P.args, **kwargs: P.kwargs) -> R:
-            return method(pipeline, make(*args, **kwargs))
-
-        functools.update_wrapper(call, method)
-        own = next(iter(inspect.signature(method).parameters.values()))
-        shown = inspect.signature(method).replace(parameters=[own, *inspect.signature(make).parameters.values()])
-        call.__signature__ = shown  # type: ignore[attr-defined]  # for help() and editors
-        return call
-
-    return wrap
-
-
-@dataclass(frozen=True)
-class Job:
-    """A request that was checked against the bundle and planned: its defaults filled in, its images read."""
-
-    prompt: str
-    ids: tuple[int, ...]  # of the prompt in its template
-    cut_tokens: int  # beyond what the model sees
-    geometry: ImageGeometry
-    schedule: Schedule
-    seeds: tuple[int, ...]
-    batch_size: int
-    source: SourceImage | None
-    first_step: int  # of the schedule; a source image leaves out those before it
-    executor: Executor
-    plan: Plan
-    notices: tuple[NoticeEvent, ...]  # what the user should know
-    choice: str | None  # which executor `auto` chose, and why
-    info: ImageInfo  # of the first seed's image
-    sampler: Sampler = field(default_factory=Euler)
-    guidance: Guidance = field(default_factory=NoGuidance)
-
-    @property
-    def steps(self) -> int:
-        """Steps that are taken for each image."""
-        return self.schedule.steps - self.first_step
-
 
 @dataclass
 class Pipeline:
@@ -131,8 +81,9 @@ class Pipeline:
     choice: ExecutorChoice
     _tokenizer: PromptTokenizer = field(init=False, repr=False)
     _embeddings: TensorFile = field(init=False, repr=False)
-    _encoded: tuple[tuple[int, ...], FloatArray] | None = field(default=None, init=False, repr=False)
+    _encoded: dict[tuple[int, ...], FloatArray] = field(default_factory=dict, init=False, repr=False)
     _sessions: list[Session] = field(default_factory=list, init=False, repr=False)
+    _cancels: int = field(default=0, init=False, repr=False)  # how often `cancel` was called
 
     def __post_init__(self) -> None:
         manifest = self.bundle.manifest
@@ -177,7 +128,7 @@ class Pipeline:
         """The executor of the last request; before the first one, the best that opens."""
         return self.choice.open()
 
-    @_with_fields(Request)
+    @with_fields(Request)
     def generate(self, request: Request) -> Result:
         """Generates the images of a request, whose fields are the arguments: ``generate("a fox", seed=7)``.
 
@@ -205,7 +156,7 @@ class Pipeline:
         timings = Timings(caption, tuple(steps), decode, time.perf_counter() - start, encode)
         return Result([e.image for e in images], [e.seed for e in images], timings, [e.info for e in images])
 
-    @_with_fields(Request)
+    @with_fields(Request)
     def stream(self, request: Request) -> Iterator[Event]:
         """The same as `generate`, event by event. The request is checked now, not at the first event."""
         return self.run(self.prepare(request))
@@ -217,13 +168,17 @@ class Pipeline:
         `MemoryLimitError` where no executor can hold the request.
         """
         manifest, config = self.bundle.manifest, self.bundle.manifest.config
+        cancels = self._cancels
         given = None if request.image is None else open_given(request.image, request.mask, request.mask_grow)
         size = request.size
         if size is None:
             defaults = (manifest.defaults.width, manifest.defaults.height)
             size = defaults if given is None else given.own_size(config.vae)
         geometry = image_geometry(int(size[0]), int(size[1]), config)
-        schedule = make_schedule(int(request.steps or manifest.defaults.steps), config.scheduler)
+        steps, shift = int(request.steps or manifest.defaults.steps), request.shift
+        schedule = make_schedule(
+            steps, config.scheduler, SchedulerName(request.scheduler), None if shift is None else float(shift)
+        )
         source, strength, first_step = None, request.strength, 0
         if given is not None:
             if strength is None:
@@ -231,52 +186,54 @@ class Pipeline:
             first_step = steps_skipped(schedule.steps, strength)
             source = given.resized(geometry.width, geometry.height, config.vae)
         count = int(request.count)
+        variation = None if request.variation is None else (int(request.variation[0]), float(request.variation[1]))
         first = secrets.randbelow(2**32 - count) if request.seed is None else int(request.seed)
         batch = min(int(request.batch_size), count)
-        ids, cut = self._tokenizer.encode_counted(request.prompt)
+        scale = manifest.defaults.cfg_scale if request.cfg_scale is None else float(request.cfg_scale)
+        normalize, truncation = request.cfg_normalization, float(request.cfg_truncation)
+        guidance = make_guidance(scale, schedule, first_step, normalize=normalize, truncation=truncation)
+        prompts = [self._prompt(text) for text in (request.prompt, request.negative)[: 1 + guidance.guided]]
         chosen = self.choice.plan(
             Work(
                 geometry=geometry,
-                tokens=len(ids),
+                tokens=max(len(prompt.ids) for prompt in prompts),
+                guided=guidance.guided,
                 batch=batch,
                 count=count,
                 encodes=source is not None,
                 held=3 * geometry.width * geometry.height * count if keeps_images else 0,
             )
         )
-        computed = chosen.executor.computation(chosen.plan)
-        info = ImageInfo(
-            prompt=request.prompt,
+        info = image_info(
+            request,
+            manifest,
             seed=first,
-            width=geometry.width,
-            height=geometry.height,
-            steps=schedule.steps,
-            model=manifest.name,
-            fingerprint=manifest.fingerprint,
+            geometry=geometry,
+            steps=steps,
+            source=source,
+            strength=strength,
+            scale=scale if guidance.guided else None,
             executor=chosen.executor.name,
-            strength=None if source is None or strength is None else float(strength),
-            image=source.image_hash if source else None,
-            mask=source.mask_hash if source else None,
-            mask_grow=source.mask_grow if source else 0,
-            program=computed.program,
-            activation_bits=computed.activation_bits,
-            library=computed.library,
+            computed=chosen.executor.computation(chosen.plan),
         )
         return Job(
-            prompt=request.prompt,
-            ids=tuple(ids),
-            cut_tokens=cut,
+            positive=prompts[0],
+            negative=prompts[1] if guidance.guided else None,
             geometry=geometry,
             schedule=schedule,
-            seeds=tuple(range(first, first + count)),
+            seeds=tuple(range(first, first + count)) if variation is None else (first,) * count,
+            variation=variation,
+            sampler=info.sampler,
             batch_size=batch,
             source=source,
             first_step=first_step,
             executor=chosen.executor,
             plan=chosen.plan,
-            notices=_notices(chosen),
+            notices=notices_of(request, guidance, chosen),
             choice=chosen.why,
             info=info,
+            cancels=cancels,
+            guidance=guidance,
         )
 
     def run(self, job: Job) -> Iterator[Event]:
@@ -284,15 +241,21 @@ class Pipeline:
 
         Raises `RequestError` for a job whose executor was left for a later request's.
         """
+        self._check_open(job)
+        return self._run(job)
+
+    def _check_open(self, job: Job) -> None:
         if job.executor is not self.choice.current:
             raise RequestError(f"the {job.executor.name} executor was closed since; prepare the request again")
-        return self._run(job)
 
     def _run(self, job: Job) -> Iterator[Event]:
         yield from job.notices
+        self._check_open(job)  # again, for a stream may begin long after it was made
         with job.executor.session(job.plan) as session:
             self._sessions.append(session)
             try:
+                if job.cancels != self._cancels:  # before the session was there to be cancelled
+                    raise CancelledError
                 yield from self._events(job, session)
             finally:
                 self._sessions.remove(session)
@@ -304,43 +267,62 @@ class Pipeline:
             encoded = Encoded(*session.encode(job.source.pixels))
             yield EncodeEvent(time.perf_counter() - begin)
         begin = time.perf_counter()
-        hidden_states = self.hidden_states(session, job.ids)
-        denoiser = session.denoiser(self.conditioning(job.geometry, job.schedule, hidden_states))
-        yield CaptionEvent(len(job.ids), job.cut_tokens, time.perf_counter() - begin)
+        prompts = [prompt for prompt in (job.positive, job.negative) if prompt is not None]
+        denoisers = self._denoisers(job, session, [prompt.ids for prompt in prompts])
+        cut = [prompt.cut_tokens for prompt in prompts]
+        yield CaptionEvent(len(job.ids), cut[0], time.perf_counter() - begin, negative_cut_tokens=sum(cut[1:]))
+
+        estimate = np.empty(0, np.float32)
 
         def velocity(latents: FloatArray, step: int) -> FloatArray:
-            return job.guidance.velocity(denoiser, latents, step)
+            nonlocal estimate
+            found = job.guidance.velocity(denoisers, latents, step)
+            estimate = job.schedule.image(latents, step, found)
+            return found
 
+        colours = self.bundle.manifest.preview
         whole_batches = max(job.plan.group // job.batch_size, 1) * job.batch_size
-        for group in _parts(job.seeds, whole_batches):
+        for group in _parts(range(len(job.seeds)), whole_batches):
             finished: list[FloatArray] = []
-            for seeds in _parts(group, job.batch_size):
-                latents, start = self._start(job, seeds, encoded)
+            for batch in _parts(group, job.batch_size):
+                seeds = tuple(job.seeds[index] for index in batch)
+                noise = self._noise(job.geometry, seeds)
+                latents, start = self._start(job, noise, batch, encoded)
+                solver = make_solver(job.sampler, job.schedule, noise.draw)
                 for step in range(job.first_step, job.schedule.steps):
                     begin = time.perf_counter()
-                    latents = job.sampler(latents, step, job.schedule, velocity)
+                    latents = solver.step(latents, step, velocity)
                     if start is not None:
                         latents = start.kept(latents, job.schedule.sigmas[step + 1])
+                        estimate = start.kept(estimate, job.schedule.sigmas[-1])
                     if not np.isfinite(latents).all():
                         raise ExecutorError(f"step {step + 1} gave values that are not finite; verify the bundle")
                     taken = step + 1 - job.first_step
-                    yield StepEvent(seeds, taken, job.steps, latents, time.perf_counter() - begin)
+                    seconds = time.perf_counter() - begin
+                    yield StepEvent(seeds, taken, job.steps, latents, seconds, estimate, colours)
                 finished.extend(latents)
-            for seed, one in zip(group, finished, strict=True):
+            for index, one in zip(group, finished, strict=True):
                 begin = time.perf_counter()
                 image = to_image(session.decode(self.unscaled(one[None]))[0])
-                yield ImageEvent(seed, image, one, time.perf_counter() - begin, replace(job.info, seed=seed))
+                yield ImageEvent(job.seeds[index], image, one, time.perf_counter() - begin, job.info_of(index))
+
+    def _denoisers(self, job: Job, session: Session, prompts: list[tuple[int, ...]]) -> tuple[Denoiser, ...]:
+        """A denoiser for each prompt. All are encoded first: the text encoder and the transformer may take turns."""
+        found = [self.hidden_states(session, ids) for ids in prompts]
+        self._encoded = dict(zip(prompts, found, strict=True))  # the last request's alone are kept
+        return tuple(session.denoiser(self.conditioning(job.geometry, job.schedule, hidden)) for hidden in found)
 
     def hidden_states(self, session: Session, ids: tuple[int, ...]) -> FloatArray:
-        """The text encoder's hidden states of a prompt: [1, tokens, hidden_size]. The last prompt's are kept."""
-        if self._encoded is None or self._encoded[0] != ids:
+        """The text encoder's hidden states of a prompt: [1, tokens, hidden_size]. The last request's are kept."""
+        kept = self._encoded  # which another thread may replace at any time
+        if ids not in kept:
             rotary = text_rotary(len(ids), self.bundle.manifest.config.text_encoder)
-            self._encoded = (ids, session.encode_text(self.embed(ids), rotary))
-        return self._encoded[1]
+            kept[ids] = session.encode_text(self.embed(ids), rotary)
+        return kept[ids]
 
     def forget_prompt(self) -> None:
-        """Drops what is kept of the last prompt: the next request encodes its own, even if it is the same."""
-        self._encoded = None
+        """Drops what is kept of the last prompts: the next request encodes its own, even if they are the same."""
+        self._encoded = {}
 
     def conditioning(self, geometry: ImageGeometry, schedule: Schedule, hidden_states: FloatArray) -> Conditioning:
         """What a denoiser is made from, for a prompt's hidden states [1, tokens, hidden_size]."""
@@ -351,6 +333,10 @@ class Pipeline:
             image_rotary=self._rotary(image_positions(geometry, caption_tokens)),
             caption_rotary=self._rotary(caption_positions(caption_tokens)),
         )
+
+    def _prompt(self, text: str) -> Prompt:
+        ids, cut = self._tokenizer.encode_counted(text)
+        return Prompt(text, tuple(ids), cut)
 
     def token_ids(self, prompt: str) -> list[int]:
         """The ids of a prompt in its template."""
@@ -377,16 +363,25 @@ class Pipeline:
 
     def initial_latents(self, geometry: ImageGeometry, seeds: tuple[int, ...]) -> FloatArray:
         """The noise that each seed starts from: [seeds, channels, height / 8, width / 8]."""
+        return self._noise(geometry, seeds).draw()
+
+    def _noise(self, geometry: ImageGeometry, seeds: tuple[int, ...]) -> BatchNoise:
         channels = self.bundle.manifest.config.vae.latent_channels
         shape = (1, channels, geometry.latent_height, geometry.latent_width)
-        return np.concatenate([TorchGenerator(seed).normals(shape) for seed in seeds])
+        return BatchNoise(tuple(TorchGenerator(seed) for seed in seeds), shape)
 
-    def _start(self, job: Job, seeds: tuple[int, ...], encoded: Encoded | None) -> tuple[FloatArray, Start | None]:
+    def _start(
+        self, job: Job, noise: BatchNoise, batch: range, encoded: Encoded | None
+    ) -> tuple[FloatArray, Start | None]:
         """A batch's first latents: noise, or an image with noise, which may be needed after each step."""
-        if job.source is None or encoded is None:
-            return self.initial_latents(job.geometry, seeds), None
-        clean, noise = encoded.sample(seeds, self.bundle.manifest.config.vae)
-        start = Start(clean, noise, job.source.mask)
+        clean = None if encoded is None else encoded.sample(noise, self.bundle.manifest.config.vae)
+        first = noise.draw()
+        if job.variation is not None:
+            seed, share = job.variation
+            first = mixed(first, self.initial_latents(job.geometry, tuple(seed + index for index in batch)), share)
+        if clean is None or job.source is None:
+            return first, None
+        start = Start(clean, first, job.source.mask)
         return start.at(job.schedule.sigmas[job.first_step]), start
 
     def unscaled(self, latents: FloatArray) -> FloatArray:
@@ -395,19 +390,22 @@ class Pipeline:
         return latents / np.float32(vae.scaling_factor) + np.float32(vae.shift_factor)
 
     def cancel(self) -> None:
-        """Stops what this pipeline generates, from any thread: its streams raise `CancelledError` within moments."""
+        """Stops what was asked of this pipeline so far, from any thread: streams, those that have not begun included,
+        raise `CancelledError` within moments. Later requests run."""
+        self._cancels += 1
         for session in tuple(self._sessions):
             session.cancel()
 
     def release(self) -> None:
         """Frees all that is loaded; the next image loads it again."""
-        self._encoded = None
+        self._encoded = {}
         if self.choice.current is not None:
             self.choice.current.release()
 
     def close(self) -> None:
-        """Frees everything for good and writes caches."""
-        self._encoded = None
+        """Cancels what runs, frees everything and writes caches. A later request opens the executor again."""
+        self.cancel()
+        self._encoded = {}
         self.choice.close()
 
     def __enter__(self) -> Self:
@@ -418,22 +416,6 @@ class Pipeline:
             self.close()
 
 
-def _notices(chosen: Chosen) -> tuple[NoticeEvent, ...]:
-    choice = (NoticeEvent(chosen.why, warning=True),) if chosen.why and chosen.unexpected else ()
-    return (*choice, *(NoticeEvent(note) for note in chosen.plan.notes))
-
-
-def _parts(seeds: tuple[int, ...], size: int) -> Iterator[tuple[int, ...]]:
-    for first in range(0, len(seeds), size):
-        yield seeds[first : first + size]
-
-
-def to_image(values: FloatArray) -> "Image":
-    """[3, height, width] in about -1 to 1 → 8-bit RGB, rounded as diffusers rounds. Raises `ExecutorError`."""
-    from PIL import Image
-
-    if not np.isfinite(values).all():
-        raise ExecutorError("the decoder gave values that are not finite; verify the bundle")
-    unit = np.clip(values * np.float32(0.5) + np.float32(0.5), 0, 1)
-    pixels = np.rint(unit.transpose(1, 2, 0) * np.float32(255)).astype(np.uint8)
-    return Image.fromarray(pixels)
+def _parts(indices: range, size: int) -> Iterator[range]:
+    for first in range(0, len(indices), size):
+        yield indices[first : first + size]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from cli_tools import call_redirected
+from facts import raises_with
 from hub_server import COMMIT, hub_in_use
 
 from zimage_export.source.checkpoint import DEMO, Checkpoint
@@ -78,7 +79,7 @@ def test_weights_are_counted_in_float32(checkpoint: Path) -> None:
 
 def test_a_checkpoint_of_another_model_is_refused(bundle: Path) -> None:
     settings = Settings(((48, 32),), ("cpu",), 1, "a", 7, 1, 1, checkpoint=open_checkpoint("tiny", QUIET))
-    with pytest.raises(RequestError, match=bundle.name):
+    with raises_with(RequestError, bundle.name, "tiny"):
         plan_cases(settings, open_bundles([str(bundle)]), 1)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from bench_rows import made_row
+from facts import raises_with
 
 from zimage_rt.bench.results import ResultsError, append_row, read_rows, results_file
 from zimage_rt.bench.schema import SCHEMA, Draw, Reading, Row
@@ -47,32 +48,31 @@ def test_a_line_that_an_interrupt_cut_is_left_out_and_overwritten(left: int, tmp
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "facts"),
     [
-        ({"schema": SCHEMA + 1}, "upgrade zimage-rt"),
-        ({"case": 7}, "line 1: case: expected a JSON object"),
-        ({"status": None}, "status must be a string"),
-        ({"energy": {"value": None, "reason": None}}, "either a value or a reason"),
-        ({"notes": "none"}, "notes must be a list"),
+        ({"schema": SCHEMA + 1}, ["upgrade zimage-rt"]),
+        ({"case": 7}, ["case", "JSON object"]),
+        ({"status": None}, ["status", "string"]),
+        ({"energy": {"value": None, "reason": None}}, ["energy", "value", "reason"]),
+        ({"notes": "none"}, ["notes", "list"]),
     ],
 )
-def test_a_damaged_or_newer_file_is_one_line(change: dict[str, Any], named: str, tmp_path: Path) -> None:
+def test_a_damaged_or_newer_file_is_one_line(change: dict[str, Any], facts: list[str], tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     path.write_text(json.dumps(to_document(made_row("a")) | change) + "\n")
-    with pytest.raises(ResultsError, match=named) as error:
+    with raises_with(ResultsError, path, "line 1", *facts):
         read_rows(path)
-    assert "line 1" in str(error.value)
 
 
 def test_a_line_in_the_middle_that_is_not_json_is_named(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     path.write_text("{\n" + json.dumps(to_document(made_row("a"))) + "\n")
-    with pytest.raises(ResultsError, match="line 1 is not JSON"):
+    with raises_with(ResultsError, path, "line 1", "JSON"):
         read_rows(path)
 
 
 def test_no_file_says_what_writes_one(tmp_path: Path) -> None:
-    with pytest.raises(ResultsError, match="zimage-rt bench writes one"):
+    with raises_with(ResultsError, tmp_path / "missing", "zimage-rt bench"):
         read_rows(results_file(tmp_path / "missing"))
 
 
@@ -84,13 +84,13 @@ def test_unknown_keys_of_a_later_minor_version_are_ignored() -> None:
 @pytest.mark.parametrize("value", [True, "1.0", None, [1.0]])
 def test_a_number_must_be_one(value: object) -> None:
     document = {"total": value, "text": None, "steps": [], "decode": None, "save": 0.0}
-    with pytest.raises(ConfigError, match="total must be a number"):
+    with raises_with(ConfigError, "draw:", "total", "number"):
         from_document(Draw, document, "draw")
 
 
 @pytest.mark.parametrize(("value", "reason"), [(1.0, "why"), (None, None)])
 def test_a_reading_has_a_value_or_a_reason(value: float | None, reason: str | None) -> None:
-    with pytest.raises(ValueError, match="either a value or a reason"):
+    with raises_with(ValueError, "value", "reason"):
         Reading(value, reason)
 
 

@@ -30,7 +30,7 @@ NO_GPU = Unmeasured("no GPU")
 
 @dataclass
 class FakeClock:
-    """Time passes only where it is told to."""
+    """Time passes only in calls of `sleep`."""
 
     now: float = 100.0
     slept: list[float] = field(default_factory=list)
@@ -78,7 +78,7 @@ def test_sampling_ends_with_the_process() -> None:
     assert len(sampler.samples) == 2
 
 
-def test_gaps_are_told_as_they_came() -> None:
+def test_gaps_are_reported_as_they_came() -> None:
     reached = gaps([sample(t) for t in (0.0, 0.01, 0.02, 0.05)])
     assert reached.median.value == pytest.approx(0.01)
     assert reached.longest.value == pytest.approx(0.03)
@@ -99,7 +99,7 @@ print("held", flush=True); sys.stdin.readline()
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells own memory from mapped files")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux separates own memory from mapped files")
 @pytest.mark.parametrize(("anonymous", "mapped"), [(96 * MIB, 48 * MIB), (24 * MIB, 160 * MIB)])
 def test_a_process_that_allocates_a_known_amount_is_measured(anonymous: int, mapped: int, tmp_path: Path) -> None:
     path = tmp_path / "mapped"

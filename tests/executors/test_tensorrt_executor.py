@@ -74,7 +74,7 @@ def test_the_image_is_the_cpus(make: Make, cpu: Pipeline, case: Case) -> None:
 # Budgets
 
 
-def test_every_budget_from_the_smallest_on_draws_the_same(
+def test_every_budget_from_the_smallest_on_generates_the_same(
     make: Make, cpu: Pipeline, opened: Bundle, spec: VariantSpec
 ) -> None:
     """The device has not a byte more than the budget, and the order of what is queued is another each time."""

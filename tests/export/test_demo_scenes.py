@@ -73,7 +73,7 @@ def test_every_held_out_request_asks_for_a_held_out_pair() -> None:
 
 
 def test_captions_tell_what_the_scene_says() -> None:
-    """English is read back by its words; the same scenes are all told apart in Chinese."""
+    """English is read back by its words; the same scenes all differ in Chinese."""
     rng = np.random.default_rng(2)
     for _ in range(300):
         scene = random_scene(rng)
@@ -83,11 +83,11 @@ def test_captions_tell_what_the_scene_says() -> None:
             assert thing.shape in words
         assert ("background" in words) == scene.mentions_background
     plain = [Scene((Thing(shape, colour, 0.5, 0.5, 0.2),), ("white",)) for shape in SHAPES for colour in COLOURS]
-    told = [{caption(scene, "zh", rng) for _ in range(40)} for scene in plain]
-    assert sum(map(len, told)) == len(set().union(*told))
+    captions = [{caption(scene, "zh", rng) for _ in range(40)} for scene in plain]
+    assert sum(map(len, captions)) == len(set().union(*captions))
 
 
-def test_a_relation_is_the_same_whichever_object_is_told_first() -> None:
+def test_a_relation_is_the_same_whichever_object_comes_first() -> None:
     rng = np.random.default_rng(3)
     first, second = Thing("circle", "red", 0.25, 0.5, 0.18), Thing("square", "blue", 0.75, 0.5, 0.18)
     for relation in RELATIONS:

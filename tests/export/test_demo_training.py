@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from facts import raises_with
 from fitting import Failing, Fitting
 from torch import Tensor
 
@@ -105,7 +106,7 @@ def test_an_interrupted_course_goes_on_to_the_same_bits(
 
 
 def test_a_failure_in_a_worker_ends_the_training() -> None:
-    with pytest.raises(RuntimeError, match="ValueError: no such scene"), gradient_workers(Failing(), 2, 1) as gradients:
+    with raises_with(RuntimeError, "ValueError", "no such scene"), gradient_workers(Failing(), 2, 1) as gradients:
         gradients(0)
 
 

@@ -60,19 +60,17 @@ def test_a_revision_is_recorded_as_commit(hub: HubServer, checkpoint: Path, tmp_
     hub.add(NAME, {**_files(checkpoint), "model_index.json": b"{}"}, SECOND_COMMIT, branch="main")
     hub.models[NAME].branches["v1"] = COMMIT
     out = tmp_path / "out"
-    assert_one_line_error(call_export(capsys, "build", NAME, out, "--quiet"), "model_index.json", "not supported")
+    assert_one_line_error(call_export(capsys, "build", NAME, out, "--quiet"), "model_index.json")
     assert call_export(capsys, "build", NAME, out, "--quiet", "--revision", "v1").status == 0
     assert Bundle.open(out).manifest.source.revision == COMMIT
     outcome = call_export(capsys, "build", NAME, tmp_path / "none", "--quiet", "--revision", "v2")
-    assert_one_line_error(outcome, NAME, "has no revision 'v2'")
+    assert_one_line_error(outcome, NAME, "revision", "'v2'")
 
 
-def test_a_shard_that_broke_off_is_gone_on_with_by_the_next_run(
-    hub: HubServer, tmp_path: Path, capsys: Capture
-) -> None:
+def test_a_shard_that_broke_off_is_continued_by_the_next_run(hub: HubServer, tmp_path: Path, capsys: Capture) -> None:
     hub.break_after[SHARD] = [1 << 20, *[0] * 20]
     out = tmp_path / "out"
-    assert_one_line_error(call_export(capsys, "build", NAME, out, "--quiet"), NAME, "run the command again")
+    assert_one_line_error(call_export(capsys, "build", NAME, out, "--quiet"), NAME, "connection", "Hub", "again")
     assert not out.exists()
     hub.break_after.clear()
     done = set(hub.fetched()) - {SHARD}
@@ -84,7 +82,7 @@ def test_a_shard_that_broke_off_is_gone_on_with_by_the_next_run(
 
 def test_nothing_is_fetched_for_an_output_that_is_in_the_way(hub: HubServer, tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "out").mkdir()
-    assert_one_line_error(call_export(capsys, "build", NAME, tmp_path / "out"), "already exists", "--force")
+    assert_one_line_error(call_export(capsys, "build", NAME, tmp_path / "out"), tmp_path / "out", "--force")
     assert hub.log == []
 
 
@@ -98,18 +96,18 @@ def test_what_is_no_name_is_a_directory_that_is_missing(
     hub: HubServer, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, model: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert_one_line_error(call_export(capsys, "build", model, "out"), "no such directory")
+    assert_one_line_error(call_export(capsys, "build", model, "out"), Path(model), "directory", "diffusers")
     assert hub.log == []
 
 
-def test_a_model_that_is_not_there_and_one_that_is_no_checkpoint(
+def test_a_model_that_does_not_exist_and_one_that_is_no_checkpoint(
     hub: HubServer, tmp_path: Path, capsys: Capture
 ) -> None:
     hub.add("painters/words", {"config.json": b"{}"})
     outcome = call_export(capsys, "build", "painters/nothing", tmp_path / "out")
-    assert_one_line_error(outcome, "painters/nothing", "no such directory", "no such model on the Hub", "hf auth login")
+    assert_one_line_error(outcome, "painters/nothing", "directory", "Hub", "`hf auth login`")
     outcome = call_export(capsys, "build", "painters/words", tmp_path / "out")
-    assert_one_line_error(outcome, "painters/words", "not a checkpoint in diffusers layout", "model_index.json")
+    assert_one_line_error(outcome, "painters/words", "diffusers", "model_index.json")
 
 
 def test_weights_in_another_format_are_said_to_be_of_no_use(

@@ -100,8 +100,8 @@ def test_eight_bits_halve_the_error_and_saturating_ones_are_what_it_guards_from(
     assert careless == pytest.approx(eight, rel=0.05) if integers.products_are_exact() else careless > 4 * seven
 
 
-def test_programs_are_safe_unless_they_are_told_otherwise(int8: Path) -> None:
-    """Whoever runs a program without knowing of the scalar gets 7 bits; all integers hang on that one scalar."""
+def test_programs_are_safe_unless_they_are_set_otherwise(int8: Path) -> None:
+    """Without the scalar, a program has 7 bits; all integers depend on that one scalar."""
     bundle = Bundle.open(int8)
     for program in (Program.TEXT_ENCODER, Program.CAPTION, Program.DENOISER):
         graph = onnx.load(bundle.program(program, CPU), load_external_data=False).graph
@@ -296,7 +296,7 @@ def test_a_weight_is_widened_just_before_its_product_and_never_at_load(int8: Pat
     assert {order[index + 1] for index in widened} == {"MatMul"}
 
 
-def test_low_memory_draws_the_same(int8: Path) -> None:
+def test_low_memory_generates_the_same(int8: Path) -> None:
     (fast,), (mapped,) = (draw(Pipeline.from_bundle(int8, low_memory=low), CASES[0]) for low in (False, True))
     # a value at the border between two levels may fall on either side, and no more than that
     assert relative_error(mapped.latents, fast.latents) < LATENTS_GATE

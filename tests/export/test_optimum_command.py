@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 import pytest
+from facts import assert_facts
 
 from zimage_export.cli import build
 from zimage_runtime.bundle.bundle import Bundle
@@ -25,7 +26,7 @@ def test_optimum_lists_the_command() -> None:
     result = optimum_cli("export", "--help")
     assert result.returncode == 0
     assert "zimage" in result.stdout
-    assert "Export a Z-Image checkpoint" in result.stdout
+    assert "Z-Image" in result.stdout
 
 
 def test_every_option_of_build_is_offered() -> None:
@@ -61,20 +62,18 @@ def test_the_bundle_is_the_one_that_build_writes(checkpoint: Path, bundle: Path,
 
 
 @pytest.mark.parametrize(
-    ("options", "status", "said"),
+    ("options", "status", "facts"),
     [
-        (["--model", "absent", "out"], 1, "absent: no such directory"),
-        (["--model", "absent", "out", "--precision", "fp1"], 2, "'optimum-cli export zimage --help'"),
+        (["--model", "absent", "out"], 1, ["absent", "directory"]),
+        (["--model", "absent", "out", "--precision", "fp1"], 2, ["'fp1'", "'optimum-cli export zimage --help'"]),
     ],
 )
-def test_errors_are_one_line(options: list[str], status: int, said: str, tmp_path: Path) -> None:
+def test_errors_are_one_line(options: list[str], status: int, facts: list[str], tmp_path: Path) -> None:
     options[options.index("out")] = str(tmp_path / "out")
     result = optimum_cli("export", "zimage", *options)
     assert result.returncode == status
     assert result.stdout == ""
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ")
-    assert said in line
+    assert_facts(result.stderr.strip(), "error:", *facts)
     assert not list(tmp_path.iterdir())
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoint_tools import with_loud_channels
+from facts import raises_with
 from parity import Case, Drawing, check_parity, draw, draw_with_diffusers, relative_error
 
 import zimage_export.weights.rebalance as rebalance
@@ -96,7 +97,7 @@ def test_a_wrong_fold_is_caught(
         return found
 
     monkeypatch.setattr(Rebalancing, "_factors_of_block", wrong)
-    with pytest.raises(AssertionError, match="away from diffusers'"):
+    with raises_with(AssertionError, "latents", "diffusers"):
         check_parity(rebuilt(checkpoint, tmp_path / "bundle"), expected)
 
 
@@ -106,7 +107,7 @@ def test_shared_values_must_be_scaled_alike(
     """Two query heads read each value head of the text encoder, and which two matters."""
     random_factors(monkeypatch, 1)
     monkeypatch.setattr(SharedHeads, "repeat", lambda self, values: np.tile(values, self.groups))
-    with pytest.raises(AssertionError, match="away from diffusers'"):
+    with raises_with(AssertionError, "latents", "diffusers"):
         check_parity(rebuilt(checkpoint, tmp_path / "bundle"), expected)
 
 

@@ -59,9 +59,9 @@ def test_verify_tells_every_layer_and_keeps_the_summary(
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red circle\na blue square\n一只猫\n", encoding="utf-8")
     options = ["--reference", checkpoint, "--prompts", prompts, "--size", "64x64", "--quiet"]
-    told = call_export(capsys, "verify", bundle.root, *options, "--json")
-    assert told.status == 0, told.err
-    document = json.loads(told.out)
+    outcome = call_export(capsys, "verify", bundle.root, *options, "--json")
+    assert outcome.status == 0, outcome.err
+    document = json.loads(outcome.out)
     layers = document["each_layer"]
     assert len(layers["transformer"]) == 7 * 7
     assert len(layers["text_encoder"]) == 7 * 3

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cli_tools import Capture, assert_one_line_error, call_rt, unchanged
-from facts import assert_facts
+from facts import assert_facts, raises_with
 from mistaken_contents import MISTAKEN
 
 from zimage_runtime.bundle.bundle import Bundle
@@ -47,7 +47,7 @@ def edit_manifest(root: Path, edit: Callable[[dict[str, Any]], object]) -> None:
 
 
 def test_missing_bundle(tmp_path: Path, capsys: Capture) -> None:
-    refuse(capsys, tmp_path / "nowhere", tmp_path / "nowhere", "no such bundle")
+    refuse(capsys, tmp_path / "nowhere", tmp_path / "nowhere", "bundle")
 
 
 def test_directory_that_is_no_bundle(checkpoint: Path, capsys: Capture) -> None:
@@ -56,7 +56,7 @@ def test_directory_that_is_no_bundle(checkpoint: Path, capsys: Capture) -> None:
 
 def test_file_instead_of_a_bundle(tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "model.onnx").write_bytes(b"")
-    refuse(capsys, tmp_path / "model.onnx", tmp_path / "model.onnx", "not a bundle")
+    refuse(capsys, tmp_path / "model.onnx", tmp_path / "model.onnx", "bundle", "manifest.json", "zimage-export")
 
 
 def test_manifest_that_is_a_folder(tmp_path: Path, capsys: Capture) -> None:
@@ -81,7 +81,7 @@ def test_folder_in_place_of_a_file(damaged: Path, capsys: Capture, name: str) ->
 def test_truncated_file(damaged: Path, capsys: Capture, name: str) -> None:
     data = (damaged / name).read_bytes()
     (damaged / name).write_bytes(data[:-1])
-    refuse(capsys, damaged, damaged / name, f"{len(data) - 1} bytes instead of {len(data)}")
+    refuse(capsys, damaged, damaged / name, len(data) - 1, len(data))
 
 
 @pytest.mark.parametrize("what", MISTAKEN)
@@ -89,9 +89,9 @@ def test_truncated_file(damaged: Path, capsys: Capture, name: str) -> None:
 def test_file_that_is_a_pointer_or_a_page_is_named_as_such(
     damaged: Path, capsys: Capture, name: str, what: str
 ) -> None:
-    content, said = MISTAKEN[what]
+    content, facts = MISTAKEN[what]
     (damaged / name).write_bytes(content)
-    refuse(capsys, damaged, damaged / name, *said)
+    refuse(capsys, damaged, damaged / name, *facts)
 
 
 @pytest.mark.parametrize("what", MISTAKEN)
@@ -99,11 +99,11 @@ def test_file_that_is_a_pointer_or_a_page_is_named_as_such(
 def test_bundle_that_was_made_of_a_pointer_or_a_page_names_it(
     damaged: Path, capsys: Capture, name: str, what: str
 ) -> None:
-    """Where even the manifest lists it with its size, whoever reads the file says so."""
-    content, said = MISTAKEN[what]
+    """Where even the manifest lists it with its size, reading the file finds it."""
+    content, facts = MISTAKEN[what]
     (damaged / name).write_bytes(content)
     edit_manifest(damaged, lambda data: data["files"][name].update(size=len(content)))
-    refuse(capsys, damaged, damaged / name, *said)
+    refuse(capsys, damaged, damaged / name, *facts)
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -111,12 +111,12 @@ def test_altered_file_is_found_by_its_hash(damaged: Path, capsys: Capture, name:
     data = bytearray((damaged / name).read_bytes())
     data[len(data) // 2] ^= 1
     (damaged / name).write_bytes(data)
-    with pytest.raises(BundleError, match=name):
+    with raises_with(BundleError, damaged, "altered", name):
         Bundle.open(damaged).verify()
     outcome = call_rt(capsys, "info", damaged, "--verify")
     error = outcome.err.splitlines()[-1]
     assert (outcome.status, "Traceback" in outcome.err) == (1, False)
-    assert error.startswith(f"error: {damaged}: altered")
+    assert_facts(error, "error:", damaged, "altered", name)
     assert [other for other in FILES if other in error] == [name]
 
 
@@ -165,7 +165,7 @@ def test_tokenizer_with_more_tokens_than_embeddings(damaged: Path, qwen_tokenize
 @pytest.mark.parametrize("text", ["", "{", "nul", "\x00", "[" * 100_000, "9" * 5000])
 def test_manifest_that_is_not_json(damaged: Path, capsys: Capture, text: str) -> None:
     (damaged / "manifest.json").write_text(text)
-    refuse(capsys, damaged, damaged / "manifest.json", "not valid JSON")
+    refuse(capsys, damaged, damaged / "manifest.json", "JSON")
 
 
 @pytest.mark.parametrize("text", ["null", "[]", "5", '"zimage-bundle"', "{}", '{"format": "zimage-bundle"}'])

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cli_tools import Capture, Outcome, assert_one_line_error, call_rt, unchanged
+from facts import raises_with
 from PIL import Image, PngImagePlugin
 
 from zimage_runtime.errors import RequestError
@@ -55,10 +56,8 @@ def given(source: str | Path | Image.Image) -> Any:
 def refused(source: str | Path | Image.Image, *named: object) -> None:
     """It is refused both as an image and as a mask, by an error that names all of `named`."""
     for image, mask in ((source, None), (made_image(), source)):
-        with pytest.raises(RequestError) as caught:
+        with raises_with(RequestError, *named):
             open_given(image, mask)
-        assert all(str(text) in str(caught.value) for text in named), caught.value
-        assert "\n" not in str(caught.value)
 
 
 def test_what_was_started_from_is_recorded_and_replayed(bundle: Path, capsys: Capture) -> None:
@@ -80,11 +79,11 @@ def test_what_was_started_from_is_recorded_and_replayed(bundle: Path, capsys: Ca
         ((), ("out.png", "--image")),
         (("--image", "in.png"), ("out.png", "--mask")),
         (("--image", "other.png", "--mask", "mask.png"), ("mask.png", "48x32", "64x32")),
-        (("--image", "in.png", "--mask", "in.png"), ("in.png", "pixels differ")),
+        (("--image", "in.png", "--mask", "in.png"), ("in.png", "out.png", "differ")),
     ):
         with unchanged(Path()):
             outcome = call_rt(capsys, *replay, *options)
-        # the size is the recorded one, so a mask that fits it is taken, and the hashes tell
+        # the size is the recorded one, so a mask that fits it is accepted, and the hashes differ
         assert_one_line_error(outcome, *(named if options[:2] != ("--image", "other.png") else ("other.png", "differ")))
     outcome = call_rt(capsys, *replay, "--image", "in.png", "--mask", "mask.png", "--strength", 0.6)
     assert_one_line_error(outcome, "--strength", status=2)
@@ -94,7 +93,7 @@ def test_replay_of_an_image_from_a_prompt_alone_takes_no_image(bundle: Path, cap
     made_image().save("in.png")
     generated(capsys, bundle, "--size", "48x32")
     outcome = call_rt(capsys, "run", "--replay", "out.png", "-m", bundle, "--quiet", "--image", "in.png")
-    assert_one_line_error(outcome, "out.png", "--image", "leave it out")
+    assert_one_line_error(outcome, "out.png", "--image")
 
 
 def test_size_is_the_images_own_cut_to_multiples_of_16_or_the_one_given(bundle: Path, capsys: Capture) -> None:
@@ -169,10 +168,10 @@ def test_images_that_are_none(bundle: Path, capsys: Capture) -> None:
     Path("text.png").write_text("a fox")
     Path("empty.png").write_bytes(b"")
     Path("folder").mkdir()
-    refuse(capsys, bundle, "--image", "text.png", named=("text.png", "not an image"))
+    refuse(capsys, bundle, "--image", "text.png", named=("text.png", "image"))
     made_image().save("in.png")
-    refuse(capsys, bundle, "--image", "in.png", "--mask", "text.png", named=("text.png", "not an image"))
-    refused("empty.png", "empty.png", "not an image")
+    refuse(capsys, bundle, "--image", "in.png", "--mask", "text.png", named=("text.png", "image"))
+    refused("empty.png", "empty.png", "image")
     refused("folder", "folder", "directory")
     refused("gone.png", "gone.png", "no such file")
 
@@ -183,7 +182,7 @@ GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\ns
 @pytest.mark.parametrize(
     ("data", "named"),
     [
-        (GIT_LFS_POINTER, "git lfs pull"),
+        (GIT_LFS_POINTER, "`git lfs pull`"),
         (b"<!DOCTYPE html>\n<html><head><title>Sign in</title>", "HTML"),
         (b"\xef\xbb\xbf\r\n  <HTML lang=en>", "HTML"),
         (b'<?xml version="1.0"?>\n<!DOCTYPE html PUBLIC "-//W3C//DTD XHTML 1.0 Strict//EN">', "HTML"),
@@ -193,14 +192,14 @@ GIT_LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%s\ns
 def test_what_is_often_saved_in_an_images_place_is_named(data: bytes, named: str) -> None:
     Path("in.png").write_bytes(data)
     refused("in.png", "in.png", named)
-    with pytest.raises(RequestError, match=f"in.png.*{named}"):
+    with raises_with(RequestError, "in.png", named):
         read_image_info(Path("in.png"))
 
 
 @pytest.mark.parametrize("data", [b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"a page about <html>", b"\0<html>"])
 def test_other_files_are_not_called_web_pages(data: bytes) -> None:
     Path("in.png").write_bytes(data)
-    with pytest.raises(RequestError, match="not an image") as caught:
+    with raises_with(RequestError, "in.png", "image") as caught:
         open_given("in.png", None)
     assert "HTML" not in str(caught.value)
 
@@ -216,7 +215,7 @@ def test_an_image_that_is_cut_off(suffix: str) -> None:
 def test_an_image_with_transparent_parts() -> None:
     made_image(mode="RGBA").save("in.png")
     refused("in.png", "in.png", "transparent")
-    refused(made_image(mode="LA"), "the ", "transparent")
+    refused(made_image(mode="LA"), "transparent")
     made_image(mode="L").save("gray.png", transparency=0)
     refused("gray.png", "gray.png", "transparent")
 
@@ -288,13 +287,14 @@ def test_impossible_strength(bundle: Path, capsys: Capture, strength: object) ->
 
 def test_a_strength_that_leaves_no_step(bundle: Path, capsys: Capture) -> None:
     made_image().save("in.png")
-    refuse(capsys, bundle, "--image", "in.png", "--strength", 1e-20, named=("1e-20", "none of 2 steps"))
+    refuse(capsys, bundle, "--image", "in.png", "--strength", 1e-20, named=("1e-20", 2))
 
 
 def test_options_without_an_image(bundle: Path, capsys: Capture) -> None:
     made_image().save("mask.png")
     refuse(capsys, bundle, "--strength", 0.5, named=("--strength", "--image"), status=2)
     refuse(capsys, bundle, "--mask", "mask.png", named=("--mask", "--image"), status=2)
+    refuse(capsys, bundle, "--mask-grow", 3, named=("--mask-grow", "--mask"), status=2)
 
 
 def test_the_limit_is_of_pixels_not_of_sides(monkeypatch: pytest.MonkeyPatch) -> None:

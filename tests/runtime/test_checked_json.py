@@ -108,3 +108,9 @@ def test_both_ways_to_read_use_the_same_words(key: str, value: object, getter: C
         said.append(str(caught.value).replace(" above zero", ""))
     assert said[0].startswith(f"file: {key}")
     assert said[0] == said[1]
+
+
+def test_the_limit_of_an_integer_is_named_however_large() -> None:
+    with pytest.raises(ConfigError) as refusal:
+        Fields({"seed": 2**64}, "file").integer("seed", minimum=0, maximum=2**64 - 1)
+    assert str(2**64 - 1) in str(refusal.value)

@@ -138,6 +138,14 @@ def test_a_budget_is_nothing_to_the_cpu(monkeypatch: pytest.MonkeyPatch, opened:
     assert "driver" not in str(refusal.value), "which has nothing to do with it"
 
 
+def test_a_gpus_number_is_nothing_to_the_cpu(monkeypatch: pytest.MonkeyPatch, opened: Bundle) -> None:
+    remove_driver(monkeypatch)
+    with raises_with(RequestError, "device", 7, "GPU", "cpu"):
+        Pipeline.from_bundle(opened.root, "cpu", device=7)
+    with Pipeline.from_bundle(opened.root, device=7) as pipeline:  # which says that it uses the CPU, and why
+        assert pipeline.executor.name == "cpu"
+
+
 def test_an_unknown_executor_names_those_that_exist(opened: Bundle) -> None:
     with raises_with(RequestError, "'abacus'", "auto", "tensorrt", "cuda", "cpu"):
         choose(opened, "abacus")

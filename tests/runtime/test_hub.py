@@ -54,7 +54,7 @@ def test_what_is_there_is_never_looked_up(
     assert hub.log == []
 
 
-def test_run_draws_from_the_hub_what_it_draws_from_a_directory(
+def test_run_generates_from_the_hub_what_it_generates_from_a_directory(
     hub: HubServer, bundle: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     far, near = tmp_path / "far.png", tmp_path / "near.png"

@@ -49,7 +49,7 @@ def pipeline(bundle: Path) -> Pipeline:
 @pytest.mark.parametrize(
     "case", [Case("a red fox", (80, 112), 8, 7), Case("雪地里的一只红狐狸", (64, 64), 4, 2**32 + 5)], ids=str
 )
-def test_draws_what_diffusers_draws(pipeline: Pipeline, diffusers_pipeline: Any, case: Case) -> None:
+def test_generates_what_diffusers_generates(pipeline: Pipeline, diffusers_pipeline: Any, case: Case) -> None:
     assert pipeline.executor.name == "cuda"
     check_parity(draw(pipeline, case)[0], draw_with_diffusers(diffusers_pipeline, case))
 
@@ -123,6 +123,32 @@ def test_only_latents_cross_between_steps(bundle: Path, monkeypatch: pytest.Monk
     assert len(spy.uploads) == 5 + 2 * 3 + 6
     # the arena gives back a schedule's activations at its end
     assert [shrink for program, _, shrink in spy.runs if program is Program.DENOISER] == [False, False, True] * 2
+
+
+def test_both_conditionings_stay_on_the_device(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Caption tokens and rotary tables of each prompt, and one modulation table for both."""
+    spy = Spy(monkeypatch)
+    pipeline = Pipeline.on(Bundle.open(bundle), executor(bundle))
+    options: dict[str, Any] = {
+        "size": (64, 48),
+        "steps": 3,
+        "seed": 1,
+        "cfg_scale": 4.0,
+        "negative": "a long list of faults " * 4,
+    }
+    guided = pipeline.generate("a fox", **options).images[0]
+    config = pipeline.bundle.manifest.config.transformer
+    steps = [inputs for program, inputs, _ in spy.runs if program is Program.DENOISER]
+    assert len(steps) == 6
+    for name in ("caption", "image_cos", "image_sin", "caption_cos", "caption_sin"):
+        assert [step[name] for step in steps] == [steps[0][name], steps[1][name]] * 3
+        assert steps[0][name] != steps[1][name]
+    assert [step["modulation"] for step in steps[::2]] == [step["modulation"] for step in steps[1::2]]
+    assert spy.uploads.count((config.modulated_blocks, 4, config.dim)) == 3
+    assert len(spy.uploads) == 2 * 5 + 2 * 3 + 6
+    with Pipeline.from_bundle(bundle, "cpu") as cpu:
+        expected = np.asarray(cpu.generate("a fox", **options).images[0])
+    assert np.abs(np.asarray(guided, np.int16) - expected).max() <= 1
 
 
 def test_what_a_step_returns_is_the_callers_own(pipeline: Pipeline) -> None:

@@ -1,8 +1,11 @@
 """What a pipeline keeps, frees, encodes and counts: over several requests, in groups, and when it is left early."""
 
 import gc
+import os
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +14,12 @@ import pytest
 from facts import raises_with
 
 from zimage_runtime.bundle.bundle import Bundle
-from zimage_runtime.errors import CancelledError, DeviceLostError, ExecutorError, MemoryLimitError
+from zimage_runtime.errors import CancelledError, DeviceLostError, ExecutorError, MemoryLimitError, RequestError
 from zimage_runtime.executors.ort import cpu_plan
 from zimage_runtime.executors.ort.cpu import OrtCpuExecutor
 from zimage_runtime.executors.ort.host_programs import HostPrograms
+from zimage_runtime.executors.protocol import Work
+from zimage_runtime.model.geometry import image_geometry
 from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import CaptionEvent, ImageEvent, Pipeline, Request, StepEvent
 
@@ -81,6 +86,20 @@ def test_what_a_pipeline_holds_itself_does_not_count_as_taken(
     again = pipeline.prepare(request).plan
     assert isinstance(again, cpu_plan.MemoryPlan)
     assert (again.available, again.keep_all, again.tiled) == (room, True, False)
+
+
+def test_a_system_that_does_not_describe_the_process_can_generate(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sandbox without /proc. What holds nothing need not ask."""
+
+    def unknown(pid: int | None = None) -> psutil.Process:
+        raise psutil.NoSuchProcess(os.getpid())
+
+    monkeypatch.setattr(psutil, "Process", unknown)
+    with Pipeline.from_bundle(bundle, "cpu", keep_loaded=False) as opened:
+        for _ in range(2):
+            assert len(opened.generate("a fox", size=(32, 32), steps=1).images) == 1
 
 
 def test_no_more_is_counted_as_its_own_than_the_process_has(
@@ -209,6 +228,91 @@ def test_cancelling_from_another_thread_ends_the_stream(bundle: Path, keep_loade
         canceller.join()
         assert bool(cpu(pipeline).loaded) == keep_loaded
         assert len(pipeline.generate("a fox", size=(32, 32), steps=1).images) == 1, "cancelling is for one request"
+
+
+@pytest.mark.parametrize("end", [Pipeline.cancel, Pipeline.close])
+def test_what_stops_a_pipeline_stops_streams_that_have_not_begun(
+    pipeline: Pipeline, end: Callable[[Pipeline], None]
+) -> None:
+    waiting = pipeline.stream("a fox", size=(32, 32), steps=1, seed=0)
+    end(pipeline)
+    with pytest.raises((CancelledError, RequestError)):
+        next(waiting)
+    assert cpu(pipeline).loaded == set()
+    assert len(pipeline.generate("a fox", size=(32, 32), steps=1).images) == 1
+
+
+def test_a_request_that_is_cancelled_while_it_is_prepared_does_not_run(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = OrtCpuExecutor.plan
+
+    def cancelled(executor: OrtCpuExecutor, work: Work) -> cpu_plan.MemoryPlan:
+        pipeline.cancel()
+        return plan(executor, work)
+
+    with monkeypatch.context() as preparing:
+        preparing.setattr(OrtCpuExecutor, "plan", cancelled)
+        with pytest.raises(CancelledError):
+            pipeline.generate("a fox", size=(32, 32), steps=1)
+    assert cpu(pipeline).loaded == set()
+
+
+def test_closing_a_pipeline_ends_the_stream_that_runs(pipeline: Pipeline, loads: Loads) -> None:
+    events = pipeline.stream("a fox", size=(32, 32), steps=4, seed=0)
+    next(events)
+    next(events)
+    pipeline.close()
+    before = list(loads.loaded)
+    with pytest.raises(CancelledError):
+        list(events)
+    assert loads.loaded == before, "a closed executor loaded a program"
+
+
+def test_a_prompt_that_another_thread_encodes_in_between_is_not_taken_for_ours(pipeline: Pipeline) -> None:
+    """The other thread comes at the worst moment: between finding that ours is the kept prompt and taking it."""
+    ours, theirs = (tuple(pipeline.token_ids(prompt)) for prompt in ("a fox", "a lighthouse at night"))
+
+    class Interrupted(tuple[int, ...]):
+        def __ne__(self, other: object) -> bool:
+            pipeline.hidden_states(session, theirs)
+            return tuple.__ne__(self, other)
+
+        __hash__ = tuple.__hash__
+
+    work = Work(geometry=image_geometry(32, 32, pipeline.bundle.manifest.config), tokens=len(theirs))
+    executor = pipeline.executor
+    with executor.session(executor.plan(work)) as session:
+        expected = pipeline.hidden_states(session, ours)
+        found = pipeline.hidden_states(session, Interrupted(ours))
+    assert found.shape == expected.shape
+    assert np.array_equal(found, expected)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_process_is_told_to_open_its_own(bundle: Path) -> None:
+    """In a process of its own: pytest's may have threads that a fork would break."""
+    script = """
+import os, signal, sys
+from zimage_rt import Pipeline
+from zimage_runtime.errors import ExecutorError
+
+pipeline = Pipeline.from_bundle(sys.argv[1], "cpu")
+pipeline.generate("a fox", size=(32, 32), steps=1)
+child = os.fork()
+if not child:
+    signal.alarm(30)  # ends it where it waits for a thread that it does not have
+    try:
+        pipeline.generate("a hen", size=(32, 32), steps=1)
+    except ExecutorError as error:
+        os._exit(42 if "fork" in str(error) else 1)
+    os._exit(2)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(bundle)], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout.strip() == "42", done.stderr
 
 
 def test_a_pipeline_closes_itself(bundle: Path) -> None:

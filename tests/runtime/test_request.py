@@ -13,15 +13,17 @@ from zimage_rt import Pipeline
 from zimage_runtime.errors import RequestError
 from zimage_runtime.pipeline import Request
 
-WRONG = {
+WRONG: dict[str, list[Any]] = {
     "prompt": [None, 7, b"a fox", ["a fox"]],
     "size": [(128.0, 128.0), (64,), 64, "64x64", (64, None), (True, 64)],
     "steps": [2.5, 0, -1, 257, "8", True],
     "seed": ["7", -1, 1.0, 2**64, None.__class__],
-    "count": [0, 10_001, 1.5, None.__class__],
-    "batch_size": [0, "2", 1.0],
+    "count": [0, 10_001, 1.5, None, None.__class__],
+    "batch_size": [0, "2", 1.0, None],
     "strength": ["half", True, b"1"],
-    "mask_grow": [-1, 2.5, "4"],
+    "mask_grow": [-1, 2.5, "4", None],
+    "image": [7, b"fox.png", np.zeros((16, 16, 3), np.uint8)],
+    "mask": [7, b"fox.png", np.zeros((16, 16), np.uint8)],
 }
 
 
@@ -44,6 +46,14 @@ def test_seeds_of_all_images_must_exist() -> None:
     Request("a fox", seed=last)
     with raises_with(RequestError, last, last + 1):
         Request("a fox", seed=last, count=2)
+    with raises_with(RequestError, last, last + 1):  # numpy's own sum would be 0
+        Request("a fox", seed=np.uint64(last), count=np.uint64(2))  # type: ignore[arg-type]
+
+
+def test_a_mask_is_grown_only_where_there_is_one() -> None:
+    with raises_with(RequestError, "mask_grow"):
+        Request("a fox", image="fox.png", mask_grow=3)
+    Request("a fox", image="fox.png", mask="mask.png", mask_grow=3)
 
 
 @pytest.mark.parametrize("option", [{"strength": 0.5}, {"mask": "mask.png"}])

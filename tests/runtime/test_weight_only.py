@@ -84,13 +84,13 @@ def test_what_another_bundle_would_hold_is_what_it_does_hold(source: Precision, 
         if program is Program.MODULATION:
             continue
         assert records.keys() == found[program].keys()
-        held, told = records[CUDA].weight_bytes, found[program][CUDA].weight_bytes
+        held, predicted = records[CUDA].weight_bytes, found[program][CUDA].weight_bytes
         if Precision.INT4 in (source, target):  # of which a tenth keeps 8 bits, and here nothing does
-            assert told == pytest.approx(held, rel=0.09)
+            assert predicted == pytest.approx(held, rel=0.09)
         elif program.component == "vae":  # norms are float32 in all
-            assert told == pytest.approx(held, rel=0.01)
+            assert predicted == pytest.approx(held, rel=0.01)
         else:
-            assert told == held
+            assert predicted == held
 
 
 def test_products_of_bytes_are_for_gpus_that_are_fast_at_them() -> None:

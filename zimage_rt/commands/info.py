@@ -83,7 +83,8 @@ def _lines(bundle: "Bundle") -> Iterator[str]:
     yield _line("exporter", manifest.exporter)
     for part, dimensions in _dimensions(manifest.config).items():
         yield _line(part, dimensions)
-    yield _line("default", f"{defaults.width}x{defaults.height}, {defaults.steps} steps")
+    guidance = "" if defaults.cfg_scale == 1 else f", cfg scale {defaults.cfg_scale:g}"
+    yield _line("default", f"{defaults.width}x{defaults.height}, {defaults.steps} steps{guidance}")
     yield _line("size", f"{_readable(bundle.size)} in {len(manifest.files)} files")
     for component, size in _sizes(bundle).items():
         yield _line(f"  {component}", _readable(size))

@@ -16,6 +16,7 @@ _GPUS = ("sm75", "sm80", "sm86", "sm89", "sm120", "portable")
 @click.option("--vram", type=MemoryType(), help="The GPU's memory, or for cpu the machine's.  [default: enough]")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Images in one step.")
 @click.option("--tokens", type=click.IntRange(1, 512), default=128, show_default=True, help="Of the prompt.")
+@click.option("--guided", is_flag=True, help="With guidance: a negative prompt of as many tokens.")
 @click.option(
     "--executor",
     type=click.Choice([*EXECUTORS]),
@@ -29,6 +30,7 @@ def plan(
     vram: int | None,
     batch: int,
     tokens: int,
+    guided: bool,
     executor: str | None,
     gpu: str,
     as_json: bool,
@@ -51,14 +53,18 @@ def plan(
     opened = Bundle.open(bundle_directory(bundle))
     manifest = opened.manifest
     width, height = size or (manifest.defaults.width, manifest.defaults.height)
-    work = Work(geometry=image_geometry(width, height, manifest.config), tokens=tokens, batch=batch)
+    work = Work(geometry=image_geometry(width, height, manifest.config), tokens=tokens, guided=guided, batch=batch)
     chosen = executor or ("cuda" if manifest.engines is None else "tensorrt")
     hardware = Hardware(memory=UNLIMITED if vram is None else vram, gpu=gpu)
     planned = executor_kind(chosen).predict(opened, work, hardware)
     if as_json:
         click.echo(json.dumps({"executor": chosen, "budget": vram, **planned.document()}, indent=2))
         return
-    click.echo(labelled("image", f"{width}x{height}, {batch} at once, a prompt of {tokens} tokens"))
+    click.echo(
+        labelled(
+            "image", f"{width}x{height}, {batch} at once, {'two prompts' if guided else 'a prompt'} of {tokens} tokens"
+        )
+    )
     click.echo(labelled("executor", chosen))
     click.echo(labelled("budget", "as much as it takes" if vram is None else gib(vram, 2)))
     for line in planned.lines():

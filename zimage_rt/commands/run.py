@@ -9,10 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zimage_runtime.command_line.console import MemoryType, SizeType
+from zimage_runtime.command_line.console import MemoryType, SizeType, VariationType
+from zimage_runtime.command_line.option_groups import GroupedCommand
 from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.errors import RequestError
 from zimage_runtime.executors.registry import AUTO, EXECUTORS
+from zimage_runtime.model.sampling_names import SamplerName, SchedulerName
+
+from .run_options import GROUPS, RunOptions
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -20,8 +24,10 @@ if TYPE_CHECKING:
     from zimage_runtime.images.metadata import ImageInfo
     from zimage_runtime.pipeline import Event, Job, Pipeline
 
+SAMPLERS, SCHEDULERS = ([name.value for name in names] for names in (SamplerName, SchedulerName))
 
-@click.command(short_help="Generate images from a prompt.")
+
+@click.command(cls=GroupedCommand, groups=GROUPS, short_help="Generate images from a prompt.")
 @click.argument("prompt", required=False)
 @click.option(
     "-m", "--model", type=click.Path(), help="The bundle to generate with: a directory, or its Hub id, ORG/NAME."
@@ -55,85 +61,83 @@ if TYPE_CHECKING:
 @click.option(
     "--mask-grow", type=click.IntRange(0), default=0, help="Widen the mask's white areas by this many pixels."
 )
+@click.option("--negative", help="What to guide the image away from.  [needs --cfg-scale]")
+@click.option(
+    "--cfg-scale",
+    type=float,
+    help="Guidance, as in A1111 and ComfyUI: 1 is none, more takes two forwards a step.  [default: the bundle's own]",
+)
+@click.option("--cfg-normalization", is_flag=True, help="Guidance makes no velocity longer than it was.")
+@click.option("--cfg-truncation", type=float, help="Guide up to this share of the schedule only.  [default: 1, all]")
+@click.option("--sampler", type=click.Choice(SAMPLERS), help="How steps are taken.  [default: euler]")
+@click.option(
+    "--scheduler",
+    type=click.Choice(SCHEDULERS),
+    help="How sigmas are chosen.  [default: model]",
+)
+@click.option("--shift", type=float, help="Of the schedule: more gives the noise more steps.  [default: the model's]")
+@click.option(
+    "--variation",
+    type=VariationType(),
+    help="Mix another seed's noise into the seed's, like 5:0.2; with -n, of SEED, SEED+1, …",
+)
 @click.option("--executor", type=click.Choice([AUTO, *EXECUTORS]), default=AUTO, show_default=True)
 @click.option(
     "--device", type=click.IntRange(0), default=0, show_default=True, help="Which GPU, where there are several."
 )
 @click.option("--vram", type=MemoryType(), help="GPU memory to use at most, like 8GiB.  [default: what is free]")
 @click.option("--low-memory", is_flag=True, help="Keep weights on disk, mapped: slower, far less memory.")
+@click.option(
+    "--preview",
+    type=click.Path(path_type=Path),
+    help="Rewrite this small PNG, JPEG or WebP file after each step: what the image will be, roughly.",
+)
 @click.option("--no-metadata", is_flag=True, help="Write nothing but pixels.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the paths.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr; warnings remain.")
-def run(
-    prompt: str | None,
-    model: str | None,
-    output: Path | None,
-    size: tuple[int, int] | None,
-    steps: int | None,
-    seed: int | None,
-    count: int,
-    replay: Path | None,
-    image: Path | None,
-    strength: float | None,
-    mask: Path | None,
-    mask_grow: int,
-    executor: str,
-    device: int,
-    vram: int | None,
-    low_memory: bool,
-    no_metadata: bool,
-    as_json: bool,
-    quiet: bool,
-) -> None:
+def run(**given: Any) -> None:
     """Generate images of PROMPT and print the path of each file written."""
     from zimage_runtime.bundle.hub import bundle_directory
+    from zimage_runtime.events import NO_PREVIEWS
     from zimage_runtime.images.outputs import check_output
-    from zimage_runtime.pipeline import Pipeline, Request
+    from zimage_runtime.pipeline import Pipeline
 
     from ..demo import demo_bundle
 
-    if (prompt is None) == (replay is None):
-        raise click.UsageError("give a PROMPT, or --replay FILE, and not both")
-    if replay and ((size, steps, seed) != (None, None, None) or count != 1):
-        raise click.UsageError("--replay takes size, steps and seed from the file; leave these options out")
-    if replay and (strength is not None or mask_grow):
-        raise click.UsageError("--replay takes --strength and --mask-grow from the file; leave these options out")
-    if image is None and not replay and (strength is not None or mask is not None):
-        raise click.UsageError("--strength and --mask need a source image: give it with --image")
+    options = RunOptions(**given)
+    options.check()
     start = time.perf_counter()
-    check_output(output)
-    recorded = _recorded(replay) if replay else None
-    if recorded and replay:
-        _check_sources_given(recorded, image, mask, replay)
-        prompt, size = recorded.prompt, (recorded.width, recorded.height)
-        steps, seed, strength, mask_grow = recorded.steps, recorded.seed, recorded.strength, recorded.mask_grow
-    request = Request(
-        prompt or "",
-        size=size,
-        steps=steps,
-        seed=seed,
-        count=count,
-        image=image,
-        strength=strength,
-        mask=mask,
-        mask_grow=mask_grow,
-    )
-    progress = Progress(quiet)
-    bundle = bundle_directory(model, progress) if model is not None else demo_bundle()
+    check_output(options.output)
+    if options.preview is not None:
+        check_output(options.preview)
+    recorded = _recorded(options.replay) if options.replay else None
+    if recorded:
+        options.check_sources(recorded)
+    request = options.request(recorded)
+    progress = Progress(options.quiet)
+    bundle = bundle_directory(options.model, progress) if options.model is not None else demo_bundle()
     with Pipeline.from_bundle(
-        bundle, executor, vram, device=device, low_memory=low_memory, keep_loaded=False, note=progress.note
+        bundle,
+        options.executor,
+        options.vram,
+        device=options.device,
+        low_memory=options.low_memory,
+        keep_loaded=False,
+        note=progress.note,
     ) as pipeline:
-        if recorded and replay:
-            _check_same_bundle(recorded, pipeline, replay)
+        if recorded and options.replay:
+            _check_same_bundle(recorded, pipeline, options.replay)
+        if options.preview is not None and pipeline.bundle.manifest.preview is None:
+            raise RequestError(f"--preview: {NO_PREVIEWS}")
         job = pipeline.prepare(request)
-        if recorded and replay:
-            _compare(recorded, job, image, mask, replay, progress)
+        if recorded:
+            _compare(recorded, job, options, progress)
         if job.choice is not None and not any(notice.text == job.choice for notice in job.notices):
             progress.note(job.choice)
-        report = _Report(as_json)
-        writer = _Writer(output, not no_metadata, len(job.seeds), report)
+        report = _Report(options.as_json)
+        writer = _Writer(options.output, not options.no_metadata, len(job.seeds), report)
         writer.check(job.info)
-        _generate(pipeline.run(job), job, writer, progress)
+        _generate(pipeline.run(job), job, writer, options.preview, progress)
     report.finish(time.perf_counter() - start)
 
 
@@ -153,26 +157,14 @@ def _check_same_bundle(recorded: "ImageInfo", pipeline: "Pipeline", replay: Path
         )
 
 
-def _check_sources_given(recorded: "ImageInfo", image: Path | None, mask: Path | None, replay: Path) -> None:
-    """An image file holds only the hashes of the images that it was generated from."""
-    for option, given, wanted in (("--image", image, recorded.image), ("--mask", mask, recorded.mask)):
-        if wanted and given is None:
-            raise RequestError(
-                f"{replay}: was generated from another image, which is needed again; give it with {option}"
-            )
-        if given is not None and not wanted:
-            raise RequestError(f"{replay}: was generated without {option}; leave it out")
-
-
-def _compare(
-    recorded: "ImageInfo", job: "Job", image: Path | None, mask: Path | None, replay: Path, progress: Progress
-) -> None:
+def _compare(recorded: "ImageInfo", job: "Job", options: RunOptions, progress: Progress) -> None:
     """Refuses other sources, and says what else may make the image another one."""
     from zimage_runtime.images.metadata import differences
 
-    for given, wanted, found in ((image, recorded.image, job.info.image), (mask, recorded.mask, job.info.mask)):
+    pairs = ((options.image, recorded.image, job.info.image), (options.mask, recorded.mask, job.info.mask))
+    for given, wanted, found in pairs:
         if wanted != found:
-            raise RequestError(f"{given}: is not the image that {replay} was generated from; its pixels differ")
+            raise RequestError(f"{given}: is not the image that {options.replay} was generated from; its pixels differ")
     for line in differences(recorded, job.info):
         progress.warn(line)
 
@@ -228,8 +220,9 @@ class _Writer:
         return encode_image(image, kind, info if self.metadata else None)
 
 
-def _generate(events: "Iterator[Event]", job: "Job", writer: _Writer, progress: Progress) -> None:
+def _generate(events: "Iterator[Event]", job: "Job", writer: _Writer, preview: Path | None, progress: Progress) -> None:
     """Writes each image as soon as it is decoded, so that an interrupt loses only what is at work."""
+    from zimage_runtime.images.preview import write_preview
     from zimage_runtime.pipeline import CaptionEvent, ImageEvent, NoticeEvent, StepEvent
 
     with progress.task("generating", job.steps * len(job.seeds)) as advance:
@@ -237,9 +230,14 @@ def _generate(events: "Iterator[Event]", job: "Job", writer: _Writer, progress: 
             match event:
                 case NoticeEvent():
                     (progress.warn if event.warning else progress.note)(event.text)
-                case CaptionEvent(cut_tokens=cut) if cut:
-                    progress.warn(f"the prompt is too long: its last {cut} tokens were cut off")
+                case CaptionEvent():
+                    for name, cut in (("prompt", event.cut_tokens), ("negative prompt", event.negative_cut_tokens)):
+                        if cut:
+                            progress.warn(f"the {name} is too long: its last {cut} tokens were cut off")
                 case StepEvent():
                     advance(len(event.seeds))
+                    if preview is not None:
+                        write_preview(event.preview(), preview)
                 case ImageEvent():
-                    writer.write(event.image, event.info)
+                    with progress.aside():
+                        writer.write(event.image, event.info)

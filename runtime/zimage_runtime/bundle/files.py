@@ -18,9 +18,10 @@ def temporary_sibling(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, *, overwrite: bool = True, durable: bool = True) -> Iterator[BinaryIO]:
     """A file that appears at `path` only when the block ends without an error; otherwise nothing is left behind.
 
+    A `durable` file is on the disk before it appears, which takes milliseconds and outlives a loss of power.
     Without `overwrite`, raises `FileExistsError` if the name was taken while the block ran.
     """
     temporary = temporary_sibling(path)
@@ -28,7 +29,8 @@ def atomic_write(path: Path, *, overwrite: bool = True) -> Iterator[BinaryIO]:
         with temporary.open("xb") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         if overwrite or not _link(temporary, path):
             if not overwrite and path.exists():
                 raise FileExistsError(str(path))

@@ -1,4 +1,4 @@
-"""Models on the Hub: a name like ``ORG/NAME`` becomes a directory in the user's cache that holds the files needed.
+"""Models on the Hub: a name like ``ORG/NAME`` becomes a directory in the user's cache with the files needed.
 
 The cache, the token, ``HF_HOME``, ``HF_ENDPOINT`` and ``HF_HUB_OFFLINE`` are huggingface_hub's own. A command that was
 interrupted downloads only what is missing when it is run again (see `hub_download`).
@@ -78,7 +78,7 @@ class Hub:
             return _snapshot(download)
 
     def _open(self, name: str, revision: str | None, index: str, kind: str) -> Download:
-        """Chooses the commit: the Hub's answer or, if it cannot be reached, what the cache holds."""
+        """Chooses the commit: the Hub's answer or, if it cannot be reached, what is in the cache."""
         from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
         try:

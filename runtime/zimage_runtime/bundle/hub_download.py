@@ -102,7 +102,7 @@ class Download:
         free = shutil.disk_usage(self.folder).free
         if total - here + _SPARE > free:
             raise HubError(
-                f"{cache_folder()}: no space left: {self.name} takes {total / 1e9:.2f} GB more, "
+                f"{cache_folder()}: no space left: {self.name} needs {total / 1e9:.2f} GB more, "
                 f"{free / 1e9:.2f} GB is free; set HF_HOME to a folder with more room"
             )
         self.progress.note(

@@ -1,4 +1,4 @@
-"""``manifest.json``: what a bundle holds, where it came from, and how far it is from its checkpoint.
+"""``manifest.json``: what a bundle contains, where it came from, and how far it is from its checkpoint.
 
 What decides the image (weights, embeddings, tokenizer, configuration) is required. All that is made from it (programs,
 engines) or that adds to it (rebalancing factors, measurements) may be missing or unknown: a bundle that was made before
@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-from ..checked_json import Fields, is_unicode
+from ..checked_json import Fields, from_document, is_unicode, to_document
 from ..errors import BundleError, ConfigError
 from ..mistaken_files import mistaken_for
 from ..model.config import PARTS, ModelConfig
+from ..model.preview_map import PreviewMap
 from ..model.programs import COMPONENTS, Program
 from .files import atomic_write
 from .precision import Precision as Precision
@@ -80,6 +81,7 @@ class Defaults:
     width: int  # pixels
     height: int
     steps: int
+    cfg_scale: float = 1.0  # of classifier-free guidance, as A1111 counts it: 1 is none
 
 
 @dataclass(frozen=True)
@@ -96,11 +98,12 @@ class Manifest:
     embeddings: str  # path of the token embeddings
     tokenizer: str  # path of tokenizer.json
     files: Mapping[str, FileRecord]  # every file but the manifest, by path with forward slashes
-    self_check: Mapping[str, Any] = field(default_factory=dict)  # what each program gave on a fixed input
+    self_check: Mapping[str, Any] = field(default_factory=dict)  # each program's output on a fixed input, summarized
     folds: Mapping[str, Any] = field(default_factory=dict)  # powers of two divided out of weights, by component
     parity: Mapping[str, Any] | None = None  # distances to the checkpoint; None until measured
     engines: str | None = None  # path of the catalog of block programs and engines for TensorRT
     rebalancing: Mapping[str, str] = field(default_factory=dict)  # path of a component's factors, where it has some
+    preview: PreviewMap | None = None  # latents to colours; bundles that were made before have none
     earlier_fingerprints: tuple[str, ...] = ()  # that images may record which these weights generated: see `matches`
 
     @property
@@ -155,7 +158,7 @@ class Manifest:
         earlier = tuple(dict.fromkeys((*self.earlier_fingerprints, self.files_fingerprint)))
         renewed = dataclasses.replace(self, programs=programs, files=files, earlier_fingerprints=earlier)
         if renewed.fingerprint != self.fingerprint:
-            raise ValueError("only programs may be replaced: these files hold other weights")
+            raise ValueError("only programs may be replaced: these files contain other weights")
         return renewed
 
     def record(self, program: Program, executor: str) -> ProgramRecord | None:
@@ -198,6 +201,7 @@ class Manifest:
             "parity": self.parity,
             "engines": self.engines,
             "rebalancing": dict(self.rebalancing),
+            "preview": to_document(self.preview),
             "earlier_fingerprints": list(self.earlier_fingerprints),
         }
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
@@ -250,7 +254,7 @@ class Manifest:
                 {part: config.raw(part) for part in PARTS},
                 {part: f"{where}: config: {part}" for part in PARTS},
             ),
-            defaults=Defaults(defaults.integer("width"), defaults.integer("height"), defaults.integer("steps")),
+            defaults=_defaults(defaults),
             programs={
                 Program(name): records
                 for name in programs.names()
@@ -266,6 +270,7 @@ class Manifest:
             parity=_plain_object(fields, "parity"),
             engines=listed(fields.text("engines")) if "engines" in fields else None,
             rebalancing=_rebalancing(fields, listed),
+            preview=_preview(fields),
             earlier_fingerprints=_fingerprints(fields),
         )
 
@@ -283,6 +288,13 @@ def checked_path(path: str, where: str) -> str:
     if outside or not is_unicode(path):
         raise BundleError(f"{where}: unsafe path {path!r}: paths must be relative, inside the bundle, without '..'")
     return path
+
+
+def _defaults(fields: Fields) -> Defaults:
+    scale = fields.number("cfg_scale") if "cfg_scale" in fields else 1.0
+    if scale < 1:
+        raise fields.fail("cfg_scale", "at least 1, which is no guidance")
+    return Defaults(fields.integer("width"), fields.integer("height"), fields.integer("steps"), scale)
 
 
 def _file_record(fields: Fields) -> FileRecord:
@@ -314,6 +326,12 @@ def _fingerprints(fields: Fields) -> tuple[str, ...]:
     if not isinstance(values, list) or not all(isinstance(v, str) and _SHA256.fullmatch(v) for v in values):
         raise fields.fail("earlier_fingerprints", "a list of fingerprints, 64 hexadecimal digits each")
     return tuple(values)
+
+
+def _preview(fields: Fields) -> PreviewMap | None:
+    if "preview" not in fields:
+        return None
+    return from_document(PreviewMap, fields.raw("preview"), f"{fields.where}: preview")
 
 
 def _plain_object(fields: Fields, key: str) -> dict[str, Any] | None:

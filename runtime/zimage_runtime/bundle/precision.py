@@ -24,7 +24,7 @@ class Precision(StrEnum):
 
     @property
     def gate(self) -> Gate:
-        """What `zimage-export verify` and `zimage-rt bench` hold a bundle to."""
+        """The limits that `zimage-export verify` and `zimage-rt bench` set for a bundle."""
         return _GATES[self]
 
 

@@ -15,9 +15,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ..errors import DeviceLostError, ZImageRuntimeError
+from .progress import printable
 
 FAILURE = 1
 INTERRUPTED = 128 + signal.SIGINT
+
+_STOPPING = [signal.SIGINT, signal.SIGTERM]
+if sys.platform != "win32":
+    _STOPPING.append(signal.SIGHUP)  # of a terminal that is closed
 
 _MAX_LINE = 1000  # characters of an error: a message may quote a file's contents
 
@@ -25,12 +30,16 @@ _MAX_LINE = 1000  # characters of an error: a message may quote a file's content
 def run_command(command: click.Command, arguments: Sequence[str] | None = None) -> int:
     """Runs a click command and returns its exit status: 0, 1 for a failure, 2 for usage.
 
-    Ctrl-C and SIGTERM stop what runs at the next operator, clean up and give 130 and 143; a second signal ends the
-    process at once.
+    Ctrl-C, SIGTERM and SIGHUP stop what runs at the next operator, clean up and give 130, 143 and 129; a second signal
+    ends the process at once.
     """
     _prepare_streams()
-    with _signals():
-        return _status(command, arguments)
+    try:
+        with _signals():
+            return _status(command, arguments)
+    except KeyboardInterrupt:  # it came while the handlers were set or taken back
+        _say("interrupted")
+        return INTERRUPTED
 
 
 def _status(command: click.Command, arguments: Sequence[str] | None) -> int:
@@ -66,15 +75,17 @@ def _status(command: click.Command, arguments: Sequence[str] | None) -> int:
 
 @contextlib.contextmanager
 def _signals() -> Iterator[None]:
-    """Handles Ctrl-C and SIGTERM while a command runs.
+    """Handles Ctrl-C, SIGTERM and SIGHUP while a command runs.
 
     The first signal unwinds the stack, so that files are removed and devices freed. A second one ends the process
-    without waiting for that.
+    without waiting for that, except SIGHUP: when a terminal is closed, both the system and the shell may send it.
     """
     came = False
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal came
+        if came and sys.platform != "win32" and number == signal.SIGHUP:
+            return
         if came:
             os._exit(128 + number)
         came = True
@@ -83,8 +94,8 @@ def _signals() -> Iterator[None]:
         raise SystemExit(128 + number)
 
     before = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        # a shell's background job ignores Ctrl-C, and only the main thread may set handlers
+    for number in _STOPPING:
+        # a shell's background job ignores Ctrl-C and a program under nohup SIGHUP; only the main thread sets handlers
         if signal.getsignal(number) is not signal.SIG_IGN:
             with contextlib.suppress(ValueError):
                 before[number] = signal.signal(number, handle)
@@ -110,7 +121,7 @@ def _say(text: str) -> None:
     line = " ".join(text.split())
     if len(line) > _MAX_LINE:
         line = f"{line[:_MAX_LINE]} …"
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    line = printable(line)
     with contextlib.suppress(OSError):  # where stderr is closed too, the exit status remains
         print(f"error: {line}" if line != "interrupted" else line, file=sys.stderr, flush=True)
 
@@ -159,13 +170,15 @@ def _discard_stdout() -> None:
 _MEMORY = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*(|[KMGT]i?)B?", re.IGNORECASE)
 _UNITS = " KMGT"
 _SIZE = re.compile(r"(-?\d+)[xX×](-?\d+)")
+_VARIATION = re.compile(r"(\d{1,20}):(\d{1,9}(?:\.\d{1,9})?|\.\d{1,9})", re.ASCII)
 
 
 if TYPE_CHECKING:
     _SizeParam = click.ParamType[tuple[int, int]]
     _MemoryParam = click.ParamType[int]
+    _VariationParam = click.ParamType[tuple[int, float]]
 else:  # generic since click 8.4 only
-    _SizeParam = _MemoryParam = click.ParamType
+    _SizeParam = _MemoryParam = _VariationParam = click.ParamType
 
 
 class SizeType(_SizeParam):
@@ -179,6 +192,19 @@ class SizeType(_SizeParam):
         if not match or len(value) > 40:
             self.fail(f"{value[:40]!r} is not a size; write it like 1024x768", param, ctx)
         return int(match[1]), int(match[2])
+
+
+class VariationType(_VariationParam):
+    """SEED:STRENGTH: another seed, and its share of the noise."""
+
+    name = "SEED:STRENGTH"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, float]:
+        """Parses the text; the request checks the values."""
+        match = _VARIATION.fullmatch(value)
+        if not match:
+            self.fail(f"{value[:40]!r} is no variation; write it like 5:0.2", param, ctx)
+        return int(match[1]), float(match[2])
 
 
 class MemoryType(_MemoryParam):

@@ -84,11 +84,12 @@ class ExecutorChoice:
 
     def _options_for(self, name: str) -> Options:
         """A budget of VRAM is for GPUs: with `auto`, it does not keep the CPU from what no GPU can hold."""
-        if executor_kind(name).on_gpu or self.options.vram is None:
+        if executor_kind(name).on_gpu:
             return self.options
-        if all(other in self._reasons for other in EXECUTORS if executor_kind(other).on_gpu):
+        without_gpus = all(other in self._reasons for other in EXECUTORS if executor_kind(other).on_gpu)
+        if self.options.vram is not None and without_gpus:
             raise RequestError(f"vram is a budget for executors on a GPU; the {name} executor has none ({self.why})")
-        return replace(self.options, vram=None)
+        return replace(self.options, vram=None, device=0)
 
     def _misses_a_gpu(self, name: str) -> bool:
         """Whether the processor is used although there is a GPU: something can be repaired."""

@@ -17,7 +17,11 @@ PROCESS = Overhead(
     "the interpreter, numpy, ONNX Runtime, Pillow and a tokenizer of 150,000 words",
     "measured with benchmarks/memory_model.py on x86-64 Linux",
 )
-ORT_CUDA = Overhead(700 << 20, "CUDA, cuBLAS and cuDNN, as ONNX Runtime loads them", "assumed")
+ORT_CUDA = Overhead(
+    700 << 20,
+    "CUDA, cuBLAS and cuDNN, as ONNX Runtime loads them",
+    "reserved (626 MiB measured with benchmarks/gpu_cuda.py on an H100)",
+)
 ORT_WEBGPU = Overhead(
     256 << 20, "the driver, compiled kernels and buffers for copying, with ONNX Runtime's WebGPU", "assumed"
 )

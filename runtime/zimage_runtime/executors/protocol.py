@@ -20,11 +20,17 @@ class Work:
     """What a request asks of an executor: all that decides how much memory it takes."""
 
     geometry: ImageGeometry
-    tokens: int  # of the prompt in its template
+    tokens: int  # of the prompt in its template; of the longer one, if there is a negative prompt
+    guided: bool = False  # whether there is a negative prompt: its conditioning stays beside the prompt's
     batch: int = 1  # images that are denoised in one call
     count: int = 1  # images in all
     encodes: bool = False  # whether there is a source image
     held: int = 0  # bytes of the host's memory that the caller keeps until the end: finished images
+
+    @property
+    def conditionings(self) -> int:
+        """Prompts that are encoded, and whose caption tokens are kept."""
+        return 2 if self.guided else 1
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ thread is inside a library's call that takes minutes. So the call runs here, and
 """
 
 import contextlib
+import os
 import queue
 import threading
 import traceback
@@ -12,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from ..errors import CancelledError
+from ..errors import CancelledError, ExecutorError
 
 T = TypeVar("T")
 
@@ -90,6 +91,7 @@ class Worker:
         self._name = name
         self._tasks: queue.SimpleQueue[_Task | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
+        self._process = 0  # the id of the process that the thread is in
         self._starting = threading.Lock()
         weakref.finalize(self, self._tasks.put, None)  # an executor that nobody closes does not leave its thread
 
@@ -98,7 +100,12 @@ class Worker:
 
         Whatever interrupts the wait, such as a signal handler that raises, requests `stop`, waits until the function
         has ended, and goes on: nothing is freed under a running call.
+
+        Raises `CancelledError` if `stop` was requested before, and `ExecutorError` in a process that was forked after
+        the thread started: neither this thread nor the library's own exist there, and waiting would never end.
         """
+        if stop is not None:
+            stop.check()
         if threading.current_thread() is self._thread:
             return function()
         self._start()
@@ -127,7 +134,13 @@ class Worker:
 
     def _start(self) -> None:
         with self._starting:
+            if self._thread is not None and self._process != os.getpid():
+                raise ExecutorError(
+                    "this pipeline ran before the process was forked and cannot run in the fork; open a pipeline in "
+                    "each process, or start processes with multiprocessing's spawn method"
+                )
             if self._thread is None:
+                self._process = os.getpid()
                 self._thread = threading.Thread(target=_work, args=(self._tasks,), name=self._name, daemon=True)
                 self._thread.start()
 

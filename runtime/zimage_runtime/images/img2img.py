@@ -14,7 +14,7 @@ import numpy as np
 from ..arrays import FloatArray
 from ..errors import RequestError
 from ..model.config import VaeConfig
-from ..model.noise import TorchGenerator
+from ..model.noise import BatchNoise
 
 DEFAULT_STRENGTH = 0.6
 DEFAULT_MASKED_STRENGTH = 1.0
@@ -38,16 +38,12 @@ class Encoded:
     mean: FloatArray  # [1, channels, height / 8, width / 8]
     logvar: FloatArray
 
-    def sample(self, seeds: tuple[int, ...], config: VaeConfig) -> tuple[FloatArray, FloatArray]:
-        """Latents of the image, and noise: a pair for each seed, each [seeds, channels, height / 8, width / 8]."""
+    def sample(self, noise: BatchNoise, config: VaeConfig) -> FloatArray:
+        """Latents of the image for each seed, drawn with its noise: [seeds, channels, height / 8, width / 8]."""
         deviation = np.exp(np.float32(0.5) * self.logvar)
-        clean, noise = [], []
-        for seed in seeds:
-            generator = TorchGenerator(seed)
-            sampled = self.mean + deviation * generator.normals(self.mean.shape)
-            clean.append((sampled - np.float32(config.shift_factor)) * np.float32(config.scaling_factor))
-            noise.append(generator.normals(self.mean.shape))
-        return np.concatenate(clean), np.concatenate(noise)
+        sampled = self.mean + deviation * noise.draw()
+        latents: FloatArray = (sampled - np.float32(config.shift_factor)) * np.float32(config.scaling_factor)
+        return latents
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ refuse unknown versions, so an older release replays whatever it can replay exac
 1. an image from a prompt
 2. an image from another image, with or without a mask
 3. an image from another image, with a mask that was grown
+4. an image with guidance, another sampler, schedule or shift, or a variation
 
 To record one more setting, add a field here, and a row to `_SETTINGS` if A1111 has a name for it.
 """
@@ -15,11 +16,13 @@ To record one more setting, add a field here, and a row to `_SETTINGS` if A1111 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
+from enum import StrEnum
 from typing import Annotated, Any, Self, get_args, get_type_hints
 
 from ..checked_json import Fields
 from ..errors import ConfigError, RequestError
 from ..model.noise import MAX_SEED
+from ..model.sampling_names import SamplerName, SchedulerName
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,25 @@ def _any_text(document: Fields, key: str) -> str:
     value = document.raw(key)
     if not isinstance(value, str):
         raise document.fail(key, "a string")
+    return value
+
+
+def _share(document: Fields, key: str) -> float:
+    return document.number(key, positive=False)
+
+
+def _sampler(document: Fields, key: str) -> SamplerName:
+    return SamplerName(_name(document, key, SamplerName))
+
+
+def _scheduler(document: Fields, key: str) -> SchedulerName:
+    return SchedulerName(_name(document, key, SchedulerName))
+
+
+def _name(document: Fields, key: str, known: type[StrEnum]) -> str:
+    value = document.text(key)
+    if value not in list(known):
+        raise document.fail(key, f"one of {', '.join(known)}")
     return value
 
 
@@ -63,16 +85,31 @@ class ImageInfo:
     image: Annotated[str | None, Recorded(Fields.text, since=2)] = None  # SHA-256 of its pixels
     mask: Annotated[str | None, Recorded(Fields.text, since=2)] = None  # the same of the mask, as it was given
     mask_grow: Annotated[int, Recorded(_count, since=3)] = 0  # pixels by which white areas were grown
+    # how it was guided
+    cfg_scale: Annotated[float, Recorded(Fields.number, since=4)] = 1.0  # 1 is no guidance
+    negative: Annotated[str, Recorded(_any_text, since=4)] = ""
+    cfg_normalization: Annotated[bool, Recorded(Fields.boolean, since=4)] = False
+    cfg_truncation: Annotated[float, Recorded(_share, since=4)] = 1.0
+    # how it was sampled
+    sampler: Annotated[SamplerName, Recorded(_sampler, since=4)] = SamplerName.EULER
+    scheduler: Annotated[SchedulerName, Recorded(_scheduler, since=4)] = SchedulerName.MODEL
+    shift: Annotated[float | None, Recorded(Fields.number, since=4)] = None  # in place of the model's own
+    variation_seed: Annotated[int | None, Recorded(_seed, since=4)] = None  # whose noise was mixed in
+    variation_strength: Annotated[float | None, Recorded(Fields.number, since=4)] = None
     # how it was computed; None where that is unknown, as in images of older versions, or does not apply
     program: Annotated[str | None, Recorded(Fields.text)] = None  # the denoiser's, like "cuda-weight-only"
     activation_bits: Annotated[int | None, Recorded(Fields.integer)] = None  # of int8 bundles on the CPU: 7 or 8
     library: Annotated[str | None, Recorded(Fields.text)] = None  # with its version, like "onnxruntime 1.29.0"
 
     def parameters(self) -> str:
-        """The A1111 text: the prompt, then a line of settings. Values with , : or a newline are JSON-quoted."""
+        """The A1111 text: the prompt, the negative prompt if there is one, then a line of settings.
+
+        Values with , : or a newline are JSON-quoted.
+        """
         settings = ((name, value(self)) for name, value in _SETTINGS)
         line = ", ".join(f"{name}: {_quoted(str(value))}" for name, value in settings if value is not None)
-        return f"{self.prompt}\n{line}"
+        negative = f"Negative prompt: {self.negative}\n" if self.negative else ""
+        return f"{self.prompt}\n{negative}{line}"
 
     def replay(self) -> str:
         """The document that `--replay` reads."""
@@ -109,14 +146,23 @@ def _recorded(kind: type[ImageInfo]) -> Mapping[str, Recorded]:
 REPLAY_VERSION = max(each.since for each in _recorded(ImageInfo).values())
 """The newest version that we read."""
 
+
+def _number(value: float | None) -> str | None:
+    return None if value is None else f"{value:g}"
+
+
 _SETTINGS: tuple[tuple[str, Callable[[ImageInfo], object]], ...] = (
     ("Steps", lambda info: info.steps),
-    ("Sampler", lambda info: "Euler"),
-    ("CFG scale", lambda info: 1),
+    ("Sampler", lambda info: info.sampler.label),
+    ("Schedule type", lambda info: info.scheduler.label),
+    ("CFG scale", lambda info: f"{info.cfg_scale:g}"),
     ("Seed", lambda info: info.seed),
     ("Size", lambda info: f"{info.width}x{info.height}"),
     ("Model", lambda info: info.model),
-    ("Denoising strength", lambda info: None if info.strength is None else f"{info.strength:g}"),
+    ("Variation seed", lambda info: info.variation_seed),
+    ("Variation seed strength", lambda info: _number(info.variation_strength)),
+    ("Denoising strength", lambda info: _number(info.strength)),
+    ("Shift", lambda info: _number(info.shift)),
 )
 """A1111's names and our values, in A1111's order; None is left out."""
 

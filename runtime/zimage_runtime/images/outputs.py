@@ -63,7 +63,7 @@ def save_images(
     """
     from .image_files import encode_image
 
-    name = os.fspath(path)
+    name = _file_name(path)
     target = Path(name)
     folder = target.is_dir() or name.endswith(_SEPARATORS)
     if folder:
@@ -98,6 +98,20 @@ def save_image(
     """Saves one image, as `save_images` does, and returns its path."""
     (saved,) = save_images([image], [info], path, metadata=metadata, overwrite=overwrite)
     return saved
+
+
+def _file_name(path: str | os.PathLike[str]) -> str:
+    """A path as text, which a file system can hold."""
+    name = os.fspath(path)
+    if not isinstance(name, str):
+        raise RequestError(f"{name!r}: a path must be text")
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:
+        raise RequestError(f"{name!r}: not a valid file name") from None
+    if "\0" in name:
+        raise RequestError(f"{name!r}: not a valid file name")
+    return name
 
 
 _SEPARATORS = tuple(separator for separator in (os.sep, os.altsep) if separator)

@@ -37,7 +37,7 @@ def processor_quota() -> float | None:
 
 
 def _memory_v2(group: Path) -> MemoryLimit | None:
-    # at memory.high the kernel slows the group down and takes pages away, which is as good as a limit
+    # at memory.high the kernel slows the group down and reclaims pages, so it counts as a limit
     limits = [limit for name in ("memory.max", "memory.high") if (limit := _number(group / name)) is not None]
     used = _number(group / "memory.current")
     if not limits or used is None:
@@ -110,7 +110,7 @@ def _inside(path: str, root: str) -> tuple[str, ...]:
 
 
 def _own_path(controller: str) -> str:
-    """The group of this process in a controller's tree, "/" where the kernel does not say."""
+    """The group of this process in a controller's tree, "/" where the kernel does not list it."""
     for line in _lines(_PROCESS / "cgroup"):  # 4:memory:/user.slice, or 0::/user.slice in version 2
         _, controllers, path = (*line.split(":", 2), "", "")[:3]
         if controller in controllers.split(","):

@@ -39,7 +39,7 @@ class GpuMonitor:
         self._opened.close()
 
     def process_memory(self, pid: int) -> int | Unmeasured:
-        """Bytes that a process holds on the GPU."""
+        """Bytes that a process uses on the GPU."""
         return process_memory(self._nvml, self._handle, pid)
 
     def used_memory(self) -> int | Unmeasured:

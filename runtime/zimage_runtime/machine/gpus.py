@@ -19,7 +19,7 @@ from .nvml import NOT_LISTED, Unmeasured, nvml_session, process_memory
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU, as it was when it was looked at."""
+    """One GPU, as it was when it was examined."""
 
     name: str
     capability: tuple[int, int]  # compute capability; 8.0 is the first with bfloat16
@@ -36,7 +36,7 @@ class Gpu:
         return self.capability >= (8, 0)
 
     def used_by(self, pid: int) -> int | Unmeasured:
-        """Bytes that a process holds on it now, with its CUDA context."""
+        """Bytes that a process uses on it now, with its CUDA context."""
         try:
             with nvml_session() as nvml:
                 try:
@@ -73,10 +73,10 @@ def find_gpu(index: int = 0) -> Gpu:
 
 
 def memory_of_this_process(index: int = 0) -> int | None:
-    """Bytes that this process holds on a GPU; None where the driver does not say, or there is no such GPU.
+    """Bytes that this process uses on a GPU; None if the driver does not report it or there is no such GPU.
 
-    The CUDA context counts. NVML lists no process that holds nothing, nor ours in a container with process ids of its
-    own. Where they are the host's, the first is certain, and the answer is 0.
+    The CUDA context counts. NVML lists no process that uses nothing, nor this one in a container with process ids of
+    its own. Where the ids are the host's, the first must be the case, and the answer is 0.
     """
     try:
         held = find_gpu(index).used_by(os.getpid())
@@ -98,7 +98,7 @@ def _ids_are_the_hosts() -> bool:
 
 
 def _uuids(nvml: Any) -> Iterator[str]:
-    """NVML's names of CUDA's devices: what is not the id of a whole GPU is a slice's."""
+    """NVML's names of CUDA's devices: an id that is not a whole GPU's is a slice's."""
     whole = {nvml.nvmlDeviceGetUUID(nvml.nvmlDeviceGetHandleByIndex(i)) for i in range(nvml.nvmlDeviceGetCount())}
     for device in cuda_devices():
         name = f"GPU-{device}"
@@ -135,7 +135,7 @@ def _memory(nvml: Any, handle: Any) -> tuple[int, int]:
 def _capability(nvml: Any, handle: Any) -> tuple[int, int]:
     try:
         major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
-    except nvml.NVMLError_InvalidArgument:  # a slice does not know its own: the whole GPU does
+    except nvml.NVMLError_InvalidArgument:  # a slice does not report it: the whole GPU does
         major, minor = nvml.nvmlDeviceGetCudaComputeCapability(
             nvml.nvmlDeviceGetDeviceHandleFromMigDeviceHandle(handle)
         )

@@ -1,8 +1,8 @@
 """NVML, the management library that comes with NVIDIA's driver, through the ``nvidia-ml-py`` package (``pynvml``).
 
-A value that cannot be had is `Unmeasured` with its reason, never 0. NVML lists processes by the ids of the host: in a
-container with ids of its own, ours is not found. On Windows (WDDM) the system owns the memory, and NVML knows no
-process's share. Source: NVIDIA's NVML API reference.
+A value that NVML does not report is `Unmeasured` with the reason, never 0. NVML lists processes by the ids of the host:
+in a container with ids of its own, this process is not found. On Windows (WDDM) the system owns the memory, and NVML
+reports no process's share. Source: NVIDIA's NVML API reference.
 """
 
 import os
@@ -17,7 +17,7 @@ from .cuda_driver import has_cuda_library
 
 @dataclass(frozen=True)
 class Unmeasured:
-    """Why there is no value."""
+    """The reason why there is no value."""
 
     reason: str
 
@@ -62,7 +62,7 @@ _NO_MANAGEMENT = (
 
 
 def process_memory(nvml: Any, handle: Any, pid: int) -> int | Unmeasured:
-    """Bytes that a process holds on the GPU of a handle, with its CUDA context."""
+    """Bytes that a process uses on the GPU of a handle, with its CUDA context."""
     found: list[int | None] = []
     try:
         for listing in (nvml.nvmlDeviceGetComputeRunningProcesses, nvml.nvmlDeviceGetGraphicsRunningProcesses):

@@ -77,6 +77,12 @@ def image_geometry(width: int, height: int, config: ModelConfig) -> ImageGeometr
     return ImageGeometry(width, height, width // config.vae.scale, height // config.vae.scale)
 
 
+def conditioning_bytes(config: TransformerConfig, geometry: ImageGeometry, tokens: int) -> int:
+    """What a prompt of `tokens` keeps for all steps, in float32: caption tokens, and rotary tables of all tokens."""
+    caption = padded(tokens)
+    return 4 * (caption * config.dim + (geometry.image_tokens + caption) * config.head_dim)
+
+
 def image_positions(geometry: ImageGeometry, caption_tokens: int) -> NDArray[np.int64]:
     """(time, row, column) of each image token, pads included: [image_tokens, 3]."""
     positions = np.zeros((geometry.image_tokens, 3), dtype=np.int64)

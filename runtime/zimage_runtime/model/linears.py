@@ -56,7 +56,7 @@ class LayerRoles(Generic[T]):
     query: T
     key: T
     value: T
-    out: T  # reads what attention gives
+    out: T  # reads the output of attention
     gate: T
     up: T
     down: T  # reads silu(gate) * up

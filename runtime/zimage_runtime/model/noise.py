@@ -6,6 +6,7 @@ first 8 of a block are radii, the last 8 are angles. Source: ``normal_fill`` in 
 """
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from ..errors import RequestError
 
 _BLOCK = 16
+_PARALLEL = 0.9995  # A1111's limit for the cosine of the angle between noises
 
 MAX_SEED = 2**64 - 1
 """The largest seed that torch accepts without a warning."""
@@ -42,6 +44,37 @@ class TorchGenerator:
         if whole != size:  # as in torch, the last 16 are drawn again and replaced
             values[-_BLOCK:] = _box_muller(self._uniforms(_BLOCK))
         return values.reshape(shape)
+
+
+@dataclass(frozen=True)
+class BatchNoise:
+    """The noise of a batch, draw after draw: each image's from its own seed, as if it were alone."""
+
+    generators: tuple[TorchGenerator, ...]
+    shape: tuple[int, ...]  # of one image's: [1, channels, height / 8, width / 8]
+
+    def draw(self) -> NDArray[np.float32]:
+        """The next normals: [batch, channels, height / 8, width / 8]."""
+        return np.concatenate([generator.normals(self.shape) for generator in self.generators])
+
+
+def mixed(own: NDArray[np.float32], other: NDArray[np.float32], share: float) -> NDArray[np.float32]:
+    """Noise between two, [batch, …] each, along the arc from `own` (`share` 0) to `other` (1), image by image.
+
+    A1111's variations mix so, column by column of the latents; over an image's whole noise, no column of few values
+    decides alone. Noises that point the same way are mixed along the line between them.
+    """
+    return np.stack([_between(one, another, share) for one, another in zip(own, other, strict=True)])
+
+
+def _between(own: NDArray[np.float32], other: NDArray[np.float32], share: float) -> NDArray[np.float32]:
+    lengths = np.linalg.norm(own.astype(np.float64)) * np.linalg.norm(other.astype(np.float64))
+    cosine = float(np.vdot(own.astype(np.float64), other.astype(np.float64)) / lengths)
+    weights = (1 - share, share)
+    if abs(cosine) < _PARALLEL:
+        angle = math.acos(cosine)
+        weights = (math.sin((1 - share) * angle) / math.sin(angle), math.sin(share * angle) / math.sin(angle))
+    return np.float32(weights[0]) * own + np.float32(weights[1]) * other
 
 
 def _box_muller(uniforms: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -66,9 +66,11 @@ class OrtCpuExecutor:
 
     def _reusable(self) -> int:
         """Bytes of what is loaded: as planned, but never more than this process has."""
+        planned = sum(self._planned[program] for program in self.programs.loaded)
+        if not planned:
+            return 0
         import psutil
 
-        planned = sum(self._planned[program] for program in self.programs.loaded)
         return min(planned, int(psutil.Process().memory_info().rss))
 
     def session(self, plan: Plan) -> AbstractContextManager["CpuSession"]:
@@ -104,6 +106,7 @@ class CpuSession:
     plan: MemoryPlan
     worker: Worker
     stop: Stop = field(default_factory=Stop)
+    _tables: dict[bytes, dict[str, FloatArray]] = field(default_factory=dict, repr=False)
 
     def run(self, program: Program, feeds: dict[str, FloatArray]) -> dict[str, FloatArray]:
         """Runs a program on the executor's thread."""
@@ -122,7 +125,7 @@ class CpuSession:
         rotary = conditioning.caption_rotary
         feeds = {"hidden_states": conditioning.hidden_states, "cos": rotary.cos, "sin": rotary.sin}
         caption = self.run(Program.CAPTION, feeds)["caption"]
-        table = self.run(Program.MODULATION, {"timesteps": conditioning.timesteps})
+        table = self._modulation(conditioning.timesteps)
         fixed = {
             "caption": caption,
             "image_cos": conditioning.image_rotary.cos,
@@ -131,6 +134,13 @@ class CpuSession:
             "caption_sin": rotary.sin,
         }
         return _CpuDenoiser(self, fixed, table["modulation"], table["final_scale"])
+
+    def _modulation(self, timesteps: FloatArray) -> dict[str, FloatArray]:
+        """The table of a schedule, which all conditionings of a request share."""
+        key = timesteps.tobytes()
+        if key not in self._tables:
+            self._tables = {key: self.run(Program.MODULATION, {"timesteps": timesteps})}
+        return self._tables[key]
 
     def decode(self, latents: FloatArray) -> FloatArray:
         if not self.plan.tiled:
@@ -185,6 +195,8 @@ def _why_unavailable(bundle: Bundle, device: int) -> Unavailable | None:
 def _open(bundle: Bundle, options: Options) -> OrtCpuExecutor:
     if options.vram is not None:
         raise RequestError("vram is a budget for executors on a GPU; the cpu executor has none")
+    if options.device:
+        raise RequestError(f"device {options.device} is a GPU's number; the cpu executor uses none")
     return OrtCpuExecutor(bundle, low_memory=options.low_memory, keep_loaded=options.keep_loaded)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from ...bundle.manifest import CPU, Manifest, Precision
 from ...errors import MemoryLimitError, RequestError
 from ...machine.host_memory import available_memory
-from ...model.geometry import image_geometry, padded
+from ...model.geometry import conditioning_bytes, image_geometry, padded
 from ...model.programs import Program
 from ...tiles.tiling import tiled_bytes, tiled_encoder_bytes
 from ...units import gib, gib_free, gib_needed
@@ -149,7 +149,8 @@ def _activations(program: Program, manifest: Manifest, work: Work) -> int:
         return int(_FLOAT * tokens * widths)
     if program is Program.DENOISER:
         sequence = work.batch * (geometry.image_tokens + padded(tokens))
-        return int(_FLOAT * sequence * _DENOISER_WIDTHS * config.transformer.dim)
+        second = (work.conditionings - 1) * conditioning_bytes(config.transformer, geometry, tokens)
+        return second + int(_FLOAT * sequence * _DENOISER_WIDTHS * config.transformer.dim)
     if program is Program.ENCODER:
         pixels = geometry.width * geometry.height
         return int(_FLOAT * pixels * config.vae.block_out_channels[0] * _ENCODER_MAPS)

@@ -1,7 +1,8 @@
 """What the programs for CUDA take of a GPU's memory.
 
-The factors are counted from the programs' operators and from the CPU's measured ones, at the element sizes of the GPU;
-`benchmarks/gpu_cuda.py` measures them where there is a GPU.
+The factors are counted from the programs' operators and from the CPU's measured ones, at the element sizes of the GPU.
+`_ALLOCATED`, `_ARENA` and `_DECODER_MAPS` were set on an H100 with a bf16 bundle of the published width:
+`benchmarks/results/gpu_h100.md`.
 """
 
 import dataclasses
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 
 from ...bundle.manifest import CUDA, Manifest, Precision
 from ...errors import MemoryLimitError
-from ...model.geometry import padded
+from ...model.geometry import conditioning_bytes, padded
 from ...model.programs import Program
 from ...units import gib_needed
 from ..overheads import ORT_CUDA
@@ -18,13 +19,16 @@ from .device_plan import FLOAT, VramPlan, best_plan, refusal
 from .int8_denoiser import Capability, denoiser_programs, why_weight_only
 from .other_precisions import advised, as_precision, candidates, nearer
 
+_ALLOCATED = 1.035  # of weights: CUDA rounds each matrix up to 2 MiB
+_ARENA = 1.3  # of a denoiser's activations: blocks that are free and do not fit
+
 # Live activations at a program's peak, in units of one token (or pixel) times the width named beside it
 _BLOCK_WIDTHS = 17.0  # x dim, in the type that is multiplied in
 _FLOAT32_WIDTHS = 3.0  # x dim: the residual stream, a norm's input and its output
 _WIDENED_WEIGHTS = 2  # of the largest linear, in fp16: the one that is used, and one that is just freed
 _TEXT_WIDTHS = 15.0  # x intermediate_size / 3
 _TEXT_SCORES = 3.0  # x heads x tokens
-_DECODER_MAPS = 5.0  # x the widest feature map at full resolution, in float32: group norms are computed in it
+_DECODER_MAPS = 4.0  # x the widest feature map at full resolution, in float32: group norms are computed in it
 _ENCODER_MAPS = 5.0
 
 
@@ -38,6 +42,9 @@ class CudaCosts:
     executor = CUDA
     overhead = ORT_CUDA
     keeps_buffers = False  # the arena gives back what a run took; the denoiser keeps it between steps
+
+    def allocated(self, weights: int) -> int:
+        return int(_ALLOCATED * weights)
 
     def activations(self, program: Program, manifest: Manifest, work: Work, denoiser: str) -> int:
         config, geometry, tokens, batch = manifest.config, work.geometry, work.tokens, work.batch
@@ -54,11 +61,12 @@ class CudaCosts:
         if program is Program.DECODER:
             widest = max(config.vae.block_out_channels[:2])  # the last upsampled map keeps the level's width
             return int(FLOAT * pixels * widest * _DECODER_MAPS)
-        sequence = padded(tokens)
+        transformer, sequence, extra = config.transformer, padded(tokens), 0
         if program is Program.DENOISER:
             sequence = batch * (geometry.image_tokens + padded(tokens))
-        widened = weight_only * _WIDENED_WEIGHTS * 2 * config.transformer.dim * config.transformer.ffn_dim
-        return widened + int(sequence * config.transformer.dim * (half * _BLOCK_WIDTHS + FLOAT * _FLOAT32_WIDTHS))
+            extra = weight_only * _WIDENED_WEIGHTS * 2 * transformer.dim * transformer.ffn_dim
+            extra += (work.conditionings - 1) * conditioning_bytes(transformer, geometry, tokens)
+        return extra + int(_ARENA * sequence * transformer.dim * (half * _BLOCK_WIDTHS + FLOAT * _FLOAT32_WIDTHS))
 
     def needs_tiles(self, program: Program, manifest: Manifest, work: Work) -> bool:
         return False

@@ -30,6 +30,9 @@ from .tile_kernels import OrtTileKernels
 
 Result = TypeVar("Result")
 
+Rows = tuple[Mapping[str, Any], ...]
+"""The modulation table on the device, one row per step."""
+
 
 @dataclass
 class OrtDeviceExecutor:
@@ -197,6 +200,7 @@ class DeviceSession:
     plan: VramPlan
     worker: Worker
     stop: Stop = field(default_factory=Stop)
+    _tables: dict[bytes, Rows] = field(default_factory=dict, repr=False)
 
     def encode_text(self, embeddings: FloatArray, rotary: Rotary) -> FloatArray:
         feeds = {"inputs_embeds": embeddings, "cos": rotary.cos, "sin": rotary.sin}
@@ -226,12 +230,17 @@ class DeviceSession:
         executor.run_bound(Program.CAPTION, feeds, {"caption": caption}, self.stop, shrink=True)
         if executor.provider.checks_outputs:
             executor.checked(Program.CAPTION, device.download(caption))
-        table = executor.run_host(Program.MODULATION, {"timesteps": conditioning.timesteps}, self.stop)
-        rows = tuple(
-            {"modulation": upload(row), "final_scale": upload(scale)}
-            for row, scale in zip(table["modulation"], table["final_scale"], strict=True)
-        )
-        return _DeviceDenoiser(self, fixed, rows)
+        return _DeviceDenoiser(self, fixed, self._modulation(conditioning.timesteps))
+
+    def _modulation(self, timesteps: FloatArray) -> Rows:
+        """The table of a schedule, which all conditionings of a request share."""
+        key, upload = timesteps.tobytes(), self.executor.device.upload
+        if key not in self._tables:
+            table = self.executor.run_host(Program.MODULATION, {"timesteps": timesteps}, self.stop)
+            rows = zip(table["modulation"], table["final_scale"], strict=True)
+            uploaded = ({"modulation": upload(row), "final_scale": upload(scale)} for row, scale in rows)
+            self._tables = {key: tuple(uploaded)}
+        return self._tables[key]
 
     def decode(self, latents: FloatArray) -> FloatArray:
         if not self.plan.tiled:
@@ -288,7 +297,7 @@ class _DeviceDenoiser:
 
     session: DeviceSession
     fixed: Mapping[str, Any]  # caption tokens and rotary tables
-    rows: tuple[Mapping[str, Any], ...]  # of the modulation table, one per step
+    rows: Rows
 
     def __call__(self, latents: FloatArray, step: int) -> FloatArray:
         return self.session.call(lambda: self._velocity(latents, step))

@@ -45,6 +45,9 @@ class DeviceCosts(Protocol):
     def keeps_buffers(self) -> bool:
         """Whether each loaded program keeps what its last run took; else the denoiser alone does, between steps."""
 
+    def allocated(self, weights: int) -> int:
+        """Bytes that so many bytes of weights take there."""
+
     def activations(self, program: Program, manifest: Manifest, work: Work, denoiser: str) -> int:
         """Bytes that a run of a program takes beside the weights. `denoiser` is which program that is."""
 
@@ -230,4 +233,4 @@ def _plan(costs: DeviceCosts, manifest: Manifest, work: Work, budget: int, denoi
 
 def _weights(program: Program, manifest: Manifest, costs: DeviceCosts) -> int:
     record = manifest.record(program, costs.executor)
-    return record.weight_bytes if record else 0
+    return costs.allocated(record.weight_bytes) if record else 0

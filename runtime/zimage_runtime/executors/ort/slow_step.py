@@ -18,8 +18,8 @@ def step_seconds(operations: Operations, *, integers: bool) -> float:
 
 def slow_step_notes(manifest: Manifest, work: Work) -> tuple[str, ...]:
     """What the user should know about the time of a step: nothing if it is below a minute."""
-    one = step_operations(manifest.config, work.geometry, work.tokens)
-    operations = Operations(work.batch * one.linear, work.batch * one.other)
+    one, forwards = step_operations(manifest.config, work.geometry, work.tokens), work.batch * work.conditionings
+    operations = Operations(forwards * one.linear, forwards * one.other)
     if operations.total < _MINUTE * _FASTEST_UNMEASURED:
         return ()
     seconds = step_seconds(operations, integers=manifest.precision is Precision.INT8)

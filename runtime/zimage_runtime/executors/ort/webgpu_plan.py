@@ -52,6 +52,9 @@ class WebGpuCosts:
     overhead = ORT_WEBGPU
     keeps_buffers = True  # until the next run, or for good where sizes repeat
 
+    def allocated(self, weights: int) -> int:
+        return weights
+
     def activations(self, program: Program, manifest: Manifest, work: Work, denoiser: str) -> int:
         config, geometry, tokens = manifest.config, work.geometry, work.tokens
         if program in (Program.ENCODER, Program.DECODER):

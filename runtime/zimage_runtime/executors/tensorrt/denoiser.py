@@ -53,6 +53,7 @@ class StageDenoiser:
     final_scale: FloatArray  # [steps, dim]
     pad_token: FloatArray  # [1, dim], of the image
     on_stage: OnStage
+    slot: int = 0  # which of the stage's buffers for conditionings it fills
 
     def __call__(self, latents: FloatArray, step: int) -> FloatArray:
         """The velocity at a step: [batch, channels, h, w], in and out."""
@@ -60,7 +61,7 @@ class StageDenoiser:
         return self.on_stage(shapes.sizes, shapes.runs, lambda stage: self._step(stage, shapes, latents, step))
 
     def _step(self, stage: LoadedStage, shapes: "_StepShapes", latents: FloatArray, step: int) -> FloatArray:
-        if stage.owner is not self:
+        if stage.owners.get(self.slot) is not self:
             self._fill(stage, shapes)
         stage.write("modulation", self._rows(step, shapes.row))
         streamed = bool(stage.plan.streamed)
@@ -82,15 +83,18 @@ class StageDenoiser:
 
     def _fill(self, stage: LoadedStage, shapes: "_StepShapes") -> None:
         """Uploads what is the same in every step."""
-        stage.owner = None
+        stage.owners.pop(self.slot, None)
         image, caption = self.conditioning.image_rotary, self.conditioning.caption_rotary
-        stage.send("cos", np.concatenate([image.cos, caption.cos], axis=1), stage.buffer("cos"))
-        stage.send("sin", np.concatenate([image.sin, caption.sin], axis=1), stage.buffer("sin"))
-        stage.send("caption", self.caption, stage.buffer("caption"))
+        stage.send("cos", np.concatenate([image.cos, caption.cos], axis=1), self._buffer(stage, "cos"))
+        stage.send("sin", np.concatenate([image.sin, caption.sin], axis=1), self._buffer(stage, "sin"))
+        stage.send("caption", self.caption, self._buffer(stage, "caption"))
         if shapes.pads:
             stage.send("pads", np.repeat(self.pad_token, shapes.pads, axis=0), stage.buffer("pads"))
         stage.tools.device.synchronize(stage.tools.compute)
-        stage.owner = self
+        stage.owners[self.slot] = self
+
+    def _buffer(self, stage: LoadedStage, name: str) -> int:
+        return stage.buffer(f"{name}.{self.slot}")
 
     def _rows(self, step: int, row: int) -> FloatArray:
         """A step's rows of the modulation table, then the final scale as one more row. Each row starts aligned."""
@@ -102,8 +106,8 @@ class StageDenoiser:
 
     def _replay(self, stage: LoadedStage, shapes: "_StepShapes") -> None:
         """Queues a step of one image, as a graph from the second step on."""
-        tools = stage.tools
-        if stage.graph is None and stage.warm:
+        tools, key = stage.tools, (self.slot, shapes.sizes.caption_tokens)
+        if key not in stage.graphs and key in stage.warm:
             tools.device.begin_capture(tools.compute)
             try:
                 self._queue(stage, shapes, 1)
@@ -111,12 +115,12 @@ class StageDenoiser:
                 with contextlib.suppress(ExecutorError):  # ending a failed capture fails, too
                     tools.device.destroy_graph(tools.device.end_capture(tools.compute))
                 raise
-            stage.keep_graph(tools.device.end_capture(tools.compute))
-        if stage.graph is None:
-            self._queue(stage, shapes, 1)
-            stage.warm = True
+            stage.keep_graph(key, tools.device.end_capture(tools.compute))
+        if key in stage.graphs:
+            tools.device.launch(stage.graphs[key], tools.compute)
         else:
-            tools.device.launch(stage.graph, tools.compute)
+            self._queue(stage, shapes, 1)
+            stage.warm.add(key)
 
     def _queue(self, stage: LoadedStage, shapes: "_StepShapes", images: int) -> None:
         """Queues a step of `images` images, from and to pinned memory."""
@@ -131,13 +135,15 @@ class StageDenoiser:
             if shapes.pads:
                 end = x + shapes.sizes.image_count * shapes.token_bytes
                 device.copy(end, stage.buffer("pads"), shapes.pads * shapes.token_bytes, stream)
-        tables = {"cos": stage.buffer("cos"), "sin": stage.buffer("sin")}
+        tables = {name: self._buffer(stage, name) for name in ("cos", "sin")}
         stage.begin()
         for index in range(len(stage.plan.needs.blocks)):
             if index == shapes.refiners:
                 for x, _ in places:
                     end = x + shapes.sizes.image_tokens * shapes.token_bytes
-                    device.copy(end, stage.buffer("caption"), shapes.sizes.caption_tokens * shapes.token_bytes, stream)
+                    device.copy(
+                        end, self._buffer(stage, "caption"), shapes.sizes.caption_tokens * shapes.token_bytes, stream
+                    )
             runs: list[tuple[Mapping[str, int], Shapes]] = [
                 ({"x": x, "y": y, **tables}, shapes.of_block(index)) for x, y in places
             ]

@@ -3,6 +3,7 @@
 If only the size of the image changes, the weights stay, and buffers, scratch memory and the captured graph are renewed.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -56,9 +57,10 @@ class LoadedStage:
     _scratch: tuple[int, int] = (0, 0)
     _buffers: dict[str, int] = field(default_factory=dict)
     _pinned: dict[str, Pinned] = field(default_factory=dict)
-    graph: Graph | None = None  # a captured step of the denoiser
-    warm: bool = False  # whether a step ran since the buffers were allocated
-    owner: object = None  # the denoiser whose values the buffers hold
+    graphs: dict[object, Graph] = field(default_factory=dict)  # captured steps, by what they read and its shapes
+    warm: set[object] = field(default_factory=set)  # which of these steps ran since the buffers were allocated
+    owners: dict[int, object] = field(default_factory=dict)  # whose values the buffers of each conditioning hold
+    _runs: list[list[tuple[BlockPlace, Shapes]]] = field(default_factory=list)  # that are prepared
     check: Callable[[], object] = lambda: None  # called before each block is queued; raises to stop
 
     def __post_init__(self) -> None:
@@ -96,14 +98,17 @@ class LoadedStage:
     def prepare(self, plan: StagePlan, runs: list[tuple[BlockPlace, Shapes]]) -> None:
         """Allocates the buffers for an image's size and makes the contexts for all shapes that its blocks will run at.
 
-        No work of the stage may be pending.
+        The last runs' contexts stay while the plan does: a prompt and a negative prompt take turns. No work of
+        the stage may be pending.
         """
-        if self._buffers and plan == self.plan and self._prepared(runs):
+        same = bool(self._buffers) and plan == self.plan
+        if same and self._prepared(runs):
             return
+        kept = [*(self._runs[-1:] if same else []), runs]
         self.forget()
-        self.plan = plan
+        self.plan, self._runs = plan, kept
         needed = 0
-        for place, shapes in runs:
+        for place, shapes in itertools.chain(*kept):
             key = self._key(place, shapes)
             if key not in self._contexts:
                 self._contexts[key] = self.tools.engines.context(key[0])
@@ -120,15 +125,16 @@ class LoadedStage:
     def _key(self, place: BlockPlace, shapes: Shapes) -> tuple[str, tuple[tuple[str, tuple[int, ...]], ...]]:
         return self.tools.spec.program_of(place).name, tuple(sorted(shapes.items()))
 
-    def keep_graph(self, graph: Graph) -> None:
+    def keep_graph(self, key: object, graph: Graph) -> None:
         """Keeps a captured graph for as long as the buffers that it uses."""
         self._work.keep_graph(graph)
-        self.graph = graph
+        self.graphs[key] = graph
 
     def forget(self) -> None:
         """Frees what depends on the size of the image."""
         self._contexts.clear()
-        self._buffers, self._pinned, self.graph, self.warm, self.owner = {}, {}, None, False, None
+        self._buffers, self._pinned, self._runs = {}, {}, []
+        self.graphs, self.warm, self.owners = {}, set(), {}
         self._work.release()
 
     def release(self) -> None:

@@ -181,7 +181,7 @@ def plan_residency(spec: VariantSpec, manifest: Manifest, work: Work, budget: in
 
     Raises `MemoryLimitError` with the smallest budget that is enough, if this one is not.
     """
-    config, sizes = manifest.config, ImageSizes.of(work.geometry, work.tokens, work.batch)
+    config, sizes = manifest.config, ImageSizes.of(work.geometry, work.tokens, work.batch, work.conditionings)
     _check_tokens(spec, config, sizes)
     needs = {program: stage_needs(program, spec, config, sizes) for program in STAGES}
     room = budget - CONTEXT_BYTES

@@ -40,6 +40,8 @@ class TensorRtSession:
     plan: ResidencyPlan
     worker: Worker
     stop: Stop = field(default_factory=Stop)
+    _tables: dict[bytes, dict[str, FloatArray]] = field(default_factory=dict, repr=False)
+    _made: int = 0  # denoisers
 
     def encode_text(self, embeddings: FloatArray, rotary: Rotary) -> FloatArray:
         return self.worker.call(lambda: self._encode_text(embeddings, rotary), self.stop)
@@ -67,7 +69,7 @@ class TensorRtSession:
 
     def _encode_text(self, embeddings: FloatArray, rotary: Rotary) -> FloatArray:
         tokens, width = embeddings.shape[1:]
-        sizes = _sizes(prompt_tokens=tokens)
+        sizes = _sizes(prompt_tokens=self._longest(tokens))
         shapes = _token_shapes(tokens, width, rotary)
 
         def run(stage: LoadedStage) -> FloatArray:
@@ -98,12 +100,13 @@ class TensorRtSession:
 
         caption = self._stage(
             Program.CAPTION,
-            _sizes(prompt_tokens=tokens),
+            _sizes(prompt_tokens=self._longest(tokens)),
             lambda places: [(CAPTION_EMBEDDER, embedder), *((place, shapes) for place in places)],
             run,
         )
-        table = self.stages.host.run(Program.MODULATION, {"timesteps": conditioning.timesteps}, self.stop)
-        self.stages.host.release()
+        table = self._modulation(conditioning.timesteps)
+        slot = self._made % self.plan.work.conditionings
+        self._made += 1
         return StageDenoiser(
             self._config,
             conditioning,
@@ -112,9 +115,24 @@ class TensorRtSession:
             table["final_scale"],
             self._tools.weights.embedded("transformer", "x_pad_token"),
             self._denoise,
+            slot,
         )
 
+    def _modulation(self, timesteps: FloatArray) -> dict[str, FloatArray]:
+        """The table of a schedule, which all conditionings of a request share."""
+        key = timesteps.tobytes()
+        if key not in self._tables:
+            self._tables = {key: self.stages.host.run(Program.MODULATION, {"timesteps": timesteps}, self.stop)}
+            self.stages.host.release()
+        return self._tables[key]
+
+    def _longest(self, tokens: int) -> int:
+        """The length that a stage is planned for: one plan serves all prompts of a request, so that it stays loaded."""
+        return max(tokens, self.plan.work.tokens)
+
     def _denoise(self, sizes: ImageSizes, runs: Runs, run: Callable[[LoadedStage], FloatArray]) -> FloatArray:
+        tokens, conditionings = self._longest(sizes.prompt_tokens), self.plan.work.conditionings
+        sizes = replace(sizes, prompt_tokens=tokens, conditionings=conditionings)
         return self._stage(Program.DENOISER, sizes, runs, run)
 
     def _through(self, stage: LoadedStage, shapes: Shapes, shape: tuple[int, ...]) -> FloatArray:

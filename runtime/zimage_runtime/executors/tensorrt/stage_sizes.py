@@ -42,6 +42,7 @@ class ImageSizes:
     latent_height: int
     latent_width: int
     images: int = 1  # in a batch
+    conditionings: int = 1  # prompts that take turns at a step
 
     @property
     def caption_tokens(self) -> int:
@@ -54,8 +55,8 @@ class ImageSizes:
         return self.image_tokens + self.caption_tokens
 
     @classmethod
-    def of(cls, geometry: ImageGeometry, prompt_tokens: int, images: int = 1) -> "ImageSizes":
-        """The sizes of an image."""
+    def of(cls, geometry: ImageGeometry, prompt_tokens: int, images: int = 1, conditionings: int = 1) -> "ImageSizes":
+        """The sizes of an image, and of the longest of its prompts."""
         return cls(
             prompt_tokens,
             geometry.rows * geometry.columns,
@@ -63,6 +64,7 @@ class ImageSizes:
             geometry.latent_height,
             geometry.latent_width,
             images,
+            conditionings,
         )
 
 
@@ -183,12 +185,12 @@ def _denoiser(spec: VariantSpec, config: ModelConfig, sizes: ImageSizes) -> Stag
     blocks, c = noise_blocks(config) + main_blocks(config), config.transformer
     table = sizes.tokens * c.head_dim // 2 * _FLOAT
     buffers = {
-        "caption": sizes.caption_tokens * c.dim * _FLOAT,
         "pads": (sizes.image_tokens - sizes.image_count) * c.dim * _FLOAT,
-        "cos": table,
-        "sin": table,
         "modulation": (len(NORMS) * c.modulated_blocks + 1) * row_bytes(config),  # and the final scale
     }
+    for slot in range(sizes.conditionings):
+        caption = sizes.caption_tokens * c.dim * _FLOAT
+        buffers |= {f"caption.{slot}": caption, f"cos.{slot}": table, f"sin.{slot}": table}
     values, patches = sizes.tokens * c.dim * _FLOAT, sizes.image_count * c.patch_dim * _FLOAT
     image_buffers = {"x": values, "y": values, "patches": patches, "velocity": patches}
     scratch = max(

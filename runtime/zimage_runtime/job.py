@@ -1,0 +1,123 @@
+"""A request that was checked and planned, before any of it runs."""
+
+from dataclasses import dataclass, field, replace
+
+from .bundle.manifest import Manifest
+from .events import NoticeEvent, Request
+from .executors.choose import Chosen
+from .executors.protocol import Computation, Executor, Plan
+from .images.metadata import ImageInfo
+from .images.source_image import SourceImage
+from .model.geometry import ImageGeometry
+from .model.sampling_names import SamplerName, SchedulerName
+from .model.schedule import Schedule
+from .sampling.guidance import Guidance, NoGuidance
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt's tokens, in its template."""
+
+    text: str
+    ids: tuple[int, ...]
+    cut_tokens: int  # beyond what the model sees
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request that was checked against the bundle and planned: its defaults filled in, its images read."""
+
+    positive: Prompt
+    negative: Prompt | None  # only where it has an effect
+    geometry: ImageGeometry
+    schedule: Schedule
+    seeds: tuple[int, ...]
+    batch_size: int
+    source: SourceImage | None
+    first_step: int  # of the schedule; a source image leaves out those before it
+    executor: Executor
+    plan: Plan
+    notices: tuple[NoticeEvent, ...]  # what the user should know
+    choice: str | None  # which executor `auto` chose, and why
+    info: ImageInfo  # of the first seed's image
+    cancels: int = 0  # of the pipeline when the request came
+    variation: tuple[int, float] | None = None  # the first image's other seed, and its share of the noise
+    sampler: SamplerName = SamplerName.EULER
+    guidance: Guidance = field(default_factory=NoGuidance)
+
+    @property
+    def prompt(self) -> str:
+        """The prompt, as it was given."""
+        return self.positive.text
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The prompt's tokens."""
+        return self.positive.ids
+
+    def info_of(self, index: int) -> ImageInfo:
+        """What decides the image of that index."""
+        info = replace(self.info, seed=self.seeds[index])
+        if self.variation is None:
+            return info
+        return replace(info, variation_seed=self.variation[0] + index)
+
+    @property
+    def steps(self) -> int:
+        """Steps that are taken for each image."""
+        return self.schedule.steps - self.first_step
+
+
+def image_info(
+    request: Request,
+    manifest: Manifest,
+    *,
+    seed: int,
+    geometry: ImageGeometry,
+    steps: int,
+    source: SourceImage | None,
+    strength: float | None,
+    scale: float | None,
+    executor: str,
+    computed: Computation,
+) -> ImageInfo:
+    """What decides the image of a request whose defaults are filled in. `scale` is None where no step is guided."""
+    guided = scale is not None
+    variation_seed, variation_strength = request.variation or (None, None)
+    return ImageInfo(
+        prompt=request.prompt,
+        seed=seed,
+        width=geometry.width,
+        height=geometry.height,
+        steps=steps,
+        model=manifest.name,
+        fingerprint=manifest.fingerprint,
+        executor=executor,
+        strength=None if source is None or strength is None else float(strength),
+        image=source.image_hash if source else None,
+        mask=source.mask_hash if source else None,
+        mask_grow=source.mask_grow if source else 0,
+        cfg_scale=1.0 if scale is None else scale,
+        negative=request.negative if guided else "",
+        cfg_normalization=request.cfg_normalization and guided,
+        cfg_truncation=float(request.cfg_truncation) if guided else 1.0,
+        sampler=SamplerName(request.sampler),
+        scheduler=SchedulerName(request.scheduler),
+        shift=None if request.shift is None else float(request.shift),
+        variation_seed=None if variation_seed is None else int(variation_seed),
+        variation_strength=None if variation_strength is None else float(variation_strength),
+        program=computed.program,
+        activation_bits=computed.activation_bits,
+        library=computed.library,
+    )
+
+
+def notices_of(request: Request, guidance: Guidance, chosen: Chosen) -> tuple[NoticeEvent, ...]:
+    """What the user should know before anything runs."""
+    notices = [NoticeEvent(note) for note in chosen.plan.notes]
+    if chosen.why and chosen.unexpected:
+        notices.insert(0, NoticeEvent(chosen.why, warning=True))
+    if request.negative and not guidance.guided:
+        text = "the negative prompt has no effect, as no step is guided; give a cfg scale above 1"
+        notices.append(NoticeEvent(text, warning=True))
+    return tuple(notices)

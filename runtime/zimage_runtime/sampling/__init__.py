@@ -1,0 +1,1 @@
+"""From noise to an image: guidance, and the solvers that follow the velocity that it gives."""

@@ -1,0 +1,154 @@
+"""What `zimage-rt run` was given: options on one side, a checked request on the other."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from zimage_runtime.errors import RequestError
+
+if TYPE_CHECKING:
+    from zimage_runtime.events import Request
+    from zimage_runtime.images.metadata import ImageInfo
+
+GROUPS = {
+    "Common options": ("model", "output", "size", "steps", "seed", "count", "replay"),
+    "Image to image": ("image", "strength", "mask", "mask_grow"),
+    "Guidance": ("negative", "cfg_scale", "cfg_normalization", "cfg_truncation"),
+    "Sampling": ("sampler", "scheduler", "shift", "variation"),
+    "Execution": ("executor", "device", "vram", "low_memory"),
+    "Output": ("preview", "no_metadata", "as_json", "quiet"),
+}
+"""Of `--help`, in order."""
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The values of all options, by the names of their parameters; None where an option was not given."""
+
+    prompt: str | None
+    model: str | None
+    output: Path | None
+    size: tuple[int, int] | None
+    steps: int | None
+    seed: int | None
+    count: int
+    replay: Path | None
+    image: Path | None
+    strength: float | None
+    mask: Path | None
+    mask_grow: int
+    negative: str | None
+    cfg_scale: float | None
+    cfg_normalization: bool
+    cfg_truncation: float | None
+    sampler: str | None
+    scheduler: str | None
+    shift: float | None
+    variation: tuple[int, float] | None
+    executor: str
+    device: int
+    vram: int | None
+    low_memory: bool
+    preview: Path | None
+    no_metadata: bool
+    as_json: bool
+    quiet: bool
+
+    def check(self) -> None:
+        """Raises `UsageError` for options that contradict each other."""
+        if (self.prompt is None) == (self.replay is None):
+            raise click.UsageError("give a PROMPT, or --replay FILE, and not both")
+        if self.replay is not None:
+            given = [option for option, value in self._recorded() if value]
+            if given:
+                raise click.UsageError(f"--replay takes {' and '.join(given)} from the file; leave out what it takes")
+        if self.preview is not None and self.preview == self.output:
+            raise click.UsageError("--preview and --output are the same file; give the preview another name")
+        if self.replay is None and self.image is None and (self.strength is not None or self.mask is not None):
+            raise click.UsageError("--strength and --mask need a source image: give it with --image")
+        if self.mask is None and self.mask_grow:
+            raise click.UsageError("--mask-grow widens a mask: give one with --mask")
+
+    def _recorded(self) -> tuple[tuple[str, Any], ...]:
+        """What an image file holds, by option, and whether it was given."""
+        return (
+            ("--size", self.size is not None),
+            ("--steps", self.steps is not None),
+            ("--seed", self.seed is not None),
+            ("--count", self.count != 1),
+            ("--strength", self.strength is not None),
+            ("--mask-grow", self.mask_grow),
+            ("--negative", self.negative is not None),
+            ("--cfg-scale", self.cfg_scale is not None),
+            ("--cfg-normalization", self.cfg_normalization),
+            ("--cfg-truncation", self.cfg_truncation is not None),
+            ("--sampler", self.sampler is not None),
+            ("--scheduler", self.scheduler is not None),
+            ("--shift", self.shift is not None),
+            ("--variation", self.variation is not None),
+        )
+
+    def request(self, recorded: "ImageInfo | None") -> "Request":
+        """The request: what the options say or, for a replay, what the file does."""
+        from zimage_runtime.events import Request
+
+        if recorded is not None:
+            return _replayed(recorded, self.image, self.mask)
+        settings = {
+            "sampler": self.sampler,
+            "scheduler": self.scheduler,
+            "negative": self.negative,
+            "cfg_truncation": self.cfg_truncation,
+        }
+        return Request(
+            self.prompt or "",
+            size=self.size,
+            steps=self.steps,
+            seed=self.seed,
+            count=self.count,
+            image=self.image,
+            strength=self.strength,
+            mask=self.mask,
+            mask_grow=self.mask_grow,
+            cfg_scale=self.cfg_scale,
+            cfg_normalization=self.cfg_normalization,
+            shift=self.shift,
+            variation=self.variation,
+            **{name: value for name, value in settings.items() if value is not None},  # type: ignore[arg-type]
+        )
+
+    def check_sources(self, recorded: "ImageInfo") -> None:
+        """An image file holds only the hashes of the images that it was generated from. Raises `RequestError`."""
+        for option, given, wanted in (("--image", self.image, recorded.image), ("--mask", self.mask, recorded.mask)):
+            if wanted and given is None:
+                raise RequestError(
+                    f"{self.replay}: was generated from another image, which is needed again; give it with {option}"
+                )
+            if given is not None and not wanted:
+                raise RequestError(f"{self.replay}: was generated without {option}; leave it out")
+
+
+def _replayed(recorded: "ImageInfo", image: Path | None, mask: Path | None) -> "Request":
+    from zimage_runtime.events import Request
+
+    seed, strength = recorded.variation_seed, recorded.variation_strength
+    return Request(
+        recorded.prompt,
+        size=(recorded.width, recorded.height),
+        steps=recorded.steps,
+        seed=recorded.seed,
+        image=image,
+        strength=recorded.strength,
+        mask=mask,
+        mask_grow=recorded.mask_grow,
+        cfg_scale=recorded.cfg_scale,
+        negative=recorded.negative,
+        cfg_normalization=recorded.cfg_normalization,
+        cfg_truncation=recorded.cfg_truncation,
+        sampler=recorded.sampler,
+        scheduler=recorded.scheduler,
+        shift=recorded.shift,
+        variation=None if seed is None or strength is None else (seed, strength),
+    )

@@ -2,7 +2,7 @@
 
 On Vulkan it is silently wrong by 4 to 10 % from 32 tokens on (onnxruntime-ep-webgpu 0.4.0): accumulators that are
 declared in a loop, and so are zero in each turn by WebGPU's rules, are zeroed once (see
-``docs/webgpu_attention.md``). Images still look like images. So it is asked, on random values of the bundle's own head
+``docs/webgpu_attention``). Images still look like images. So it is asked, on random values of the bundle's own head
 size, and used only where the answer is right.
 """
 

@@ -3,7 +3,7 @@
 On Mesa's software Vulkan the library, its kernels and its allocations are those of a GPU; device memory is shared
 memory of the process, so that it can be read. How fast a GPU is cannot be learned here, and no time is reported.
 
-    python benchmarks/webgpu_block.py --work out/benchmarks            # half an hour on two cores, 4 GB of disk
+    python benchmarks/webgpu_block.py --work out/benchmarks            # half an hour on two cores, 10 GB of disk
 """
 
 import argparse
@@ -178,11 +178,13 @@ def _on_cpu(bundle: Any, executor: str, program: Program, inputs: Any) -> dict[s
 
 
 def measure(bundle: Path, point: Point, fp32: Path | None = None) -> Measured:
-    """Runs `child` in a process of its own."""
+    """Runs `child` in a process of its own. What an interrupted run has measured before is taken from the folder."""
     options = {"bundle": str(bundle), "point": asdict(point), "fp32": str(fp32) if fp32 else None}
-    start = time.monotonic()
-    done = subprocess.run(python_child(__file__, options), stdout=subprocess.PIPE, text=True, check=True)
-    found = Measured(**json.loads(done.stdout.splitlines()[-1]))
+    start, kept = time.monotonic(), bundle / f"measured {point.label}.json"
+    if not kept.exists():
+        done = subprocess.run(python_child(__file__, options), stdout=subprocess.PIPE, text=True, check=True)
+        kept.write_text(done.stdout.splitlines()[-1])
+    found = Measured(**json.loads(kept.read_text()))
     print(
         f"{found.precision} {point.label}: {mib(found.peak)} MiB, planned {mib(found.planned)} MiB, errors "
         f"{found.to_same} {found.to_fp32} ({time.monotonic() - start:.0f} s)",

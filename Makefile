@@ -23,7 +23,7 @@ $(STAMP) $(EXPORT_STAMP): pyproject.toml constraints.txt
 # The demo model's checkpoint to a bundle, and an image from it: the whole way, with what exporting needs and no more.
 demo: $(EXPORT_STAMP)
 	rm -rf out/demo && mkdir -p out/demo
-	$(BIN)/zimage-export build tiny out/demo/bundle --precision bf16
+	$(BIN)/zimage-export build tiny out/demo/bundle --precision fp16
 	$(BIN)/zimage-rt run "a red circle left of a blue square" -m out/demo/bundle --seed 1 -o out/demo/picture.png
 
 # Trains the demo model from nothing, about four hours on two cores; interrupted, it goes on where it was. The C library
@@ -35,7 +35,7 @@ demo-model: $(EXPORT_STAMP)
 
 # Renews the bundle that ships, after a change of the exporter or of the demo model.
 demo-bundle: $(EXPORT_STAMP)
-	$(BIN)/zimage-export build tiny zimage_rt/demo_bundle --precision bf16 --force
+	$(BIN)/zimage-export build tiny zimage_rt/demo_bundle --precision fp16 --force
 
 # Does it draw what it is asked for? The model card's figures, and the README's picture.
 demo-scores: $(STAMP)

@@ -8,6 +8,8 @@ Activations are [batch, tokens, width]; `shape` arguments are int64 vectors of t
 differ, so in float32 nowhere.
 """
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +20,10 @@ from zimage_runtime.model.norms import Norm
 
 from .builder import GraphBuilder
 
+_JOINED = 7
+"""Values that one `Concat` reads. WebGPU binds 8 buffers on every adapter and more on some; where there are more
+values, ONNX Runtime joins them in several passes, which is right only along the first axis that is not 1."""
+
 
 @dataclass(frozen=True)
 class Layers:
@@ -25,6 +31,7 @@ class Layers:
 
     b: GraphBuilder
     compute: DType = DType.F32
+    position_blocks: int = 1  # of queries of the autoencoder's attention, where the operator stores scores
 
     def weight(self, name: str, shape: tuple[int, ...], dtype: DType = DType.F32) -> str:
         """A tensor of the weights file, cast to an element type."""
@@ -55,6 +62,11 @@ class Layers:
     def branch_norm(self, x: str, scale: str, epsilon: float, exponent: int, name: str) -> str:
         """The norm of a branch's output that was divided by 2**exponent: it ignores scale, except for its epsilon."""
         return self.rms_norm(x, scale, epsilon * 2.0 ** (-2 * exponent), name)
+
+    def table_rows(self, table: str, count: int, width: int, name: str) -> list[str]:
+        """The rows of a table of `count` times `width` values as [width] vectors: one `Split`."""
+        flat = self.b.op("Reshape", table, self.b.integers(-1), name=f"{name}.flat")
+        return self.b.ops("Split", flat, name=f"{name}.rows", outputs=count, axis=0, num_outputs=count)
 
     def rotary(self, x: str, cos: str, sin: str, heads: int, name: str, *, interleaved: bool) -> str:
         """Rotary embedding of [batch, tokens, heads * head_dim]; tables are [batch, tokens, head_dim / 2].
@@ -113,6 +125,44 @@ class Layers:
         """Full attention of [batch, tokens, heads * head_dim]."""
         # the contrib operator is a little faster than opset 23's and blocks over the keys
         return self.b.op("MultiHeadAttention", q, k, v, name=name, contrib=True, num_heads=heads)
+
+    def spatial_attention(self, q: str, k: str, v: str, width: int, name: str = "scores") -> str:
+        """Attention of one head over all positions of a map, [batch, positions, width], in blocks of queries."""
+        b, blocks = self.b, self.position_blocks
+        if blocks == 1:
+            return self.attention(q, k, v, heads=1, head_dim=width, name=name)
+        batch, count = b.dim(q, 0, f"{name}.batch"), b.dim(q, 1, f"{name}.positions")
+        # 1 to `blocks` queries more, so that all blocks have the same length, which is never 0
+        length = self.quotient(count, blocks, blocks, f"{name}.block")
+        rest = b.op("Sub", b.op("Mul", length, b.integers(blocks), name=f"{name}.padded"), count, name=f"{name}.rest")
+        one = b.op("Slice", q, b.integers(0), b.integers(1), b.integers(1), name=f"{name}.first")
+        shape = b.op("Concat", batch, rest, b.integers(width), name=f"{name}.more.shape", axis=0)
+        q = b.op("Concat", q, b.op("Expand", one, shape, name=f"{name}.more"), name=f"{name}.queries", axis=1)
+        parts = [self.attention(x, k, v, 1, width, name) for x in self.blocks(q, 1, length, blocks, name)]
+        return b.op("Slice", self.joined(parts, 1, name), b.integers(0), count, b.integers(1), name=f"{name}.all")
+
+    def quotient(self, size: str, more: int, divisor: int, name: str) -> str:
+        """(size + more) / divisor, rounded down, of the size of an axis."""
+        more_of = self.b.op("Add", size, self.b.integers(more), name=f"{name}.dividend")
+        return self.b.op("Div", more_of, self.b.integers(divisor), name=name)
+
+    def blocks(self, x: str, axis: int, length: str, count: int, name: str) -> list[str]:
+        """A value in blocks of one length along an axis, of which the last may be shorter."""
+        b = self.b
+        bounds = [b.op("Mul", length, b.integers(i), name=f"{name}.bound{i}") for i in range(count + 1)]
+        return [
+            b.op("Slice", x, start, end, b.integers(axis), name=f"{name}.block{i}")
+            for i, (start, end) in enumerate(itertools.pairwise(bounds))
+        ]
+
+    def joined(self, parts: Sequence[str], axis: int, name: str) -> str:
+        """The parts one after the other along an axis, a few at a time."""
+        while len(parts) > 1:
+            parts = [
+                self.b.op("Concat", *some, name=f"{name}.joined", axis=axis) if len(some) > 1 else some[0]
+                for some in (parts[start : start + _JOINED] for start in range(0, len(parts), _JOINED))
+            ]
+        return parts[0]
 
     def causal_attention(
         self, q: str, k: str, v: str, heads: int, kv_heads: int, head_dim: int, name: str = "scores"

@@ -6,9 +6,11 @@ STAMP := $(VENV)/.installed
 EXPORT_STAMP := $(VENV)/.installed-export
 comma := ,
 # TensorRT for RTX (104 MB to download, 230 MB installed) builds engines without a GPU; its wheels are for these.
-EXTRAS := export,report,test,dev$(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(comma)tensorrt)
+SYSTEM := $(shell uname -sm | tr ' ' -)
+EXTRAS := export,report,test,dev$(if $(filter Linux-x86_64,$(SYSTEM)),$(comma)tensorrt)
+EXTRAS := $(EXTRAS)$(if $(filter Linux-x86_64 Darwin-arm64,$(SYSTEM)),$(comma)webgpu)
 
-.PHONY: demo demo-model demo-bundle demo-scores test test-fast test-slow check bench bench-int8 bench-report bench-full-size bench-full-size-systems bench-gpu install clean
+.PHONY: mesa demo demo-model demo-bundle demo-scores test test-fast test-slow check bench bench-int8 bench-report bench-full-size bench-full-size-systems bench-gpu install clean
 
 install: $(STAMP)
 
@@ -42,16 +44,21 @@ demo-scores: $(STAMP)
 	PYTHONPATH=. $(BIN)/python benchmarks/demo_scores.py
 	$(BIN)/python benchmarks/contact_sheet.py docs/demo.png
 
+# Without a GPU, WebGPU computes on Mesa's software Vulkan driver, which is unpacked where the system has none.
+MESA := $(VENV)/mesa
+mesa: $(STAMP)
+	.ci/mesa $(MESA)
+
 # One worker per core, each with its part of the tests; whoever is done first takes over from the others.
 WORKERS := -n auto --dist worksteal
-test: $(STAMP)
-	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not gpu"
+test: mesa
+	. $(MESA)/environment && $(BIN)/python -m pytest $(WORKERS) -m "not slow and not gpu"
 
-test-fast: $(STAMP)
-	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not gpu and not deep"
+test-fast: mesa
+	. $(MESA)/environment && $(BIN)/python -m pytest $(WORKERS) -m "not slow and not gpu and not deep"
 
-test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+test-slow: mesa
+	. $(MESA)/environment && $(BIN)/python -m pytest -m slow
 
 # Types are checked as they are on each system that we support; a cache for each, or each would undo the others'.
 check: $(STAMP)

@@ -20,7 +20,7 @@ from zimage_rt.bench.cards import CARDS_GB, TOKENS, answers, card_table
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.errors import ExecutorError
 from zimage_runtime.executors.examination import Verdict
-from zimage_runtime.executors.ort.device_plan import plan_vram
+from zimage_runtime.executors.ort.cuda_plan import plan_vram
 from zimage_runtime.executors.overheads import CARD
 from zimage_runtime.executors.protocol import UNLIMITED, Hardware, Work
 from zimage_runtime.executors.tensorrt import kind

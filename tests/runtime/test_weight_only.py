@@ -30,8 +30,9 @@ from zimage_runtime.bundle.manifest import (
 from zimage_runtime.bundle.tensors import DType
 from zimage_runtime.errors import ExecutorError, MemoryLimitError
 from zimage_runtime.executors.ort.cuda import cuda_executor
+from zimage_runtime.executors.ort.cuda_plan import other_peaks, plan_vram
 from zimage_runtime.executors.ort.device import OrtDevice
-from zimage_runtime.executors.ort.device_plan import VramPlan, other_peaks, plan_vram
+from zimage_runtime.executors.ort.device_plan import VramPlan
 from zimage_runtime.executors.ort.int8_denoiser import why_no_int8
 from zimage_runtime.executors.ort.other_precisions import advised, as_precision, candidates
 from zimage_runtime.executors.protocol import Work

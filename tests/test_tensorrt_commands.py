@@ -231,7 +231,7 @@ def test_plan_for_cuda_is_the_executors_own(bundle: Path, capsys: Capture) -> No
 def test_the_table_of_cards_has_tensorrt_too(engined: Path, bundle: Path) -> None:
     opened = Bundle.open(engined)
     table = {row.executor: row for row in card_table([("m", opened)], [(512, 512)], [])}
-    assert set(table) == {"tensorrt", "cuda", "cpu"}
+    assert set(table) == {"tensorrt", "cuda", "webgpu", "cpu"}
     spec = read_catalog(opened).variants[Variant.AMPERE]
     work = Work(geometry=image_geometry(512, 512, opened.manifest.config), tokens=TOKENS)
     for card, answer in zip(CARDS_GB, table["tensorrt"].answers, strict=True):

@@ -46,7 +46,8 @@ def test_weights_are_those_that_the_programs_on_the_gpu_use(manifest: Manifest) 
     stages = plan(manifest, encodes=True).stages
     assert set(stages) == set(Program) - {Program.MODULATION}
     for program, stage in stages.items():
-        assert stage.weights == manifest.programs[program]["cuda"].weight_bytes > 0
+        stored = manifest.programs[program]["cuda"].weight_bytes
+        assert 0 < stored <= stage.weights <= 1.04 * stored, "what CUDA rounds up, and no more"
 
 
 def test_a_smaller_budget_changes_the_plan_step_by_step(manifest: Manifest) -> None:
@@ -117,7 +118,8 @@ def test_every_part_of_a_request_counts(manifest: Manifest) -> None:
 
 def test_the_image_to_start_from_may_be_encoded_in_tiles(manifest: Manifest) -> None:
     stages = plan(manifest, 2048, 2048, encodes=True).stages
-    found = plan(manifest, 2048, 2048, CONTEXT + stages[Program.ENCODER].total - 1, encodes=True)
+    smaller = min(stages[Program.ENCODER].total, stages[Program.DECODER].total)
+    found = plan(manifest, 2048, 2048, CONTEXT + smaller - 1, encodes=True)
     assert found.encodes_tiled
     assert found.tiled
     assert_facts(found.notes[0], "encoded", "decoded", "tiles", "GPU")

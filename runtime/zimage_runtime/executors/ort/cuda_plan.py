@@ -1,8 +1,8 @@
 """What the programs for CUDA take of a GPU's memory.
 
 The factors are counted from the programs' operators and from the CPU's measured ones, at the element sizes of the GPU.
-`_ALLOCATED`, `_ARENA` and `_DECODER_MAPS` were set on an H100 with a bf16 bundle of the published width:
-`benchmarks/results/gpu_h100.md`.
+What `benchmarks/gpu_cuda.py` measured on an H100 with bf16 weights of the published shapes set `_ALLOCATED`, `_ARENA`
+and `_DECODER_MAPS`: `benchmarks/results/gpu_h100.md`.
 """
 
 import dataclasses
@@ -41,10 +41,8 @@ class CudaCosts:
 
     executor = CUDA
     overhead = ORT_CUDA
+    allocated = _ALLOCATED
     keeps_buffers = False  # the arena gives back what a run took; the denoiser keeps it between steps
-
-    def allocated(self, weights: int) -> int:
-        return int(_ALLOCATED * weights)
 
     def activations(self, program: Program, manifest: Manifest, work: Work, denoiser: str) -> int:
         config, geometry, tokens, batch = manifest.config, work.geometry, work.tokens, work.batch
@@ -61,12 +59,14 @@ class CudaCosts:
         if program is Program.DECODER:
             widest = max(config.vae.block_out_channels[:2])  # the last upsampled map keeps the level's width
             return int(FLOAT * pixels * widest * _DECODER_MAPS)
-        transformer, sequence, extra = config.transformer, padded(tokens), 0
+        sequence = padded(tokens)
         if program is Program.DENOISER:
             sequence = batch * (geometry.image_tokens + padded(tokens))
-            extra = weight_only * _WIDENED_WEIGHTS * 2 * transformer.dim * transformer.ffn_dim
-            extra += (work.conditionings - 1) * conditioning_bytes(transformer, geometry, tokens)
-        return extra + int(_ARENA * sequence * transformer.dim * (half * _BLOCK_WIDTHS + FLOAT * _FLOAT32_WIDTHS))
+        extra = weight_only * _WIDENED_WEIGHTS * 2 * config.transformer.dim * config.transformer.ffn_dim
+        if program is Program.DENOISER:
+            extra += (work.conditionings - 1) * conditioning_bytes(config.transformer, geometry, tokens)
+        widths = half * _BLOCK_WIDTHS + FLOAT * _FLOAT32_WIDTHS
+        return extra + int(_ARENA * sequence * config.transformer.dim * widths)
 
     def needs_tiles(self, program: Program, manifest: Manifest, work: Work) -> bool:
         return False

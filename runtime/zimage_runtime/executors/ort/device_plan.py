@@ -38,15 +38,16 @@ class DeviceCosts(Protocol):
         """What the library and the driver take besides."""
 
     @property
+    def allocated(self) -> float:
+        """Bytes that the device gives away for a byte of weights."""
+
+    @property
     def denoisers(self) -> tuple[str, ...]:
         """The names under which the denoiser's programs are, the better one first."""
 
     @property
     def keeps_buffers(self) -> bool:
         """Whether each loaded program keeps what its last run took; else the denoiser alone does, between steps."""
-
-    def allocated(self, weights: int) -> int:
-        """Bytes that so many bytes of weights take there."""
 
     def activations(self, program: Program, manifest: Manifest, work: Work, denoiser: str) -> int:
         """Bytes that a run of a program takes beside the weights. `denoiser` is which program that is."""
@@ -233,4 +234,4 @@ def _plan(costs: DeviceCosts, manifest: Manifest, work: Work, budget: int, denoi
 
 def _weights(program: Program, manifest: Manifest, costs: DeviceCosts) -> int:
     record = manifest.record(program, costs.executor)
-    return costs.allocated(record.weight_bytes) if record else 0
+    return int(costs.allocated * record.weight_bytes) if record else 0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from ...bundle.manifest import WEBGPU, WEBGPU_FUSED, Manifest, Precision
 from ...errors import MemoryLimitError
-from ...model.geometry import padded
+from ...model.geometry import conditioning_bytes, padded
 from ...model.programs import Program
 from ...model.query_blocks import MOST_SCORES, autoencoder_scores, denoiser_scores
 from ...units import gib, gib_needed
@@ -50,10 +50,8 @@ class WebGpuCosts:
 
     executor = WEBGPU
     overhead = ORT_WEBGPU
+    allocated = 1.0
     keeps_buffers = True  # until the next run, or for good where sizes repeat
-
-    def allocated(self, weights: int) -> int:
-        return weights
 
     def activations(self, program: Program, manifest: Manifest, work: Work, denoiser: str) -> int:
         config, geometry, tokens = manifest.config, work.geometry, work.tokens
@@ -66,8 +64,9 @@ class WebGpuCosts:
             text = config.text_encoder
             widths = _TEXT_WIDTHS * text.intermediate_size / 3 + _TEXT_SCORES * text.num_attention_heads * tokens
             return int(FLOAT * tokens * widths) + _widened(manifest, text.hidden_size * text.intermediate_size)
-        transformer = config.transformer
+        transformer, extra = config.transformer, 0
         if program is Program.DENOISER:
+            extra = (work.conditionings - 1) * conditioning_bytes(transformer, geometry, tokens)
             sequence = work.batch * (geometry.image_tokens + padded(tokens))
             scores = 0 if denoiser == WEBGPU_FUSED else denoiser_scores(geometry, tokens, work.batch, config)
         else:
@@ -75,7 +74,7 @@ class WebGpuCosts:
             scores = FLOAT * transformer.n_heads * sequence**2
         values = _TOKENS * _bucket(FLOAT * sequence * transformer.dim)
         values += _HIDDEN * _bucket(FLOAT * sequence * transformer.ffn_dim)
-        return values + _SCORES * _bucket(scores) + _widened(manifest, transformer.dim * transformer.ffn_dim)
+        return extra + values + _SCORES * _bucket(scores) + _widened(manifest, transformer.dim * transformer.ffn_dim)
 
     def needs_tiles(self, program: Program, manifest: Manifest, work: Work) -> bool:
         too_large = _largest_map(program, manifest, work) > self.largest_map

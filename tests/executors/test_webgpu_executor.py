@@ -14,6 +14,7 @@ import pytest
 from facts import raises_with
 from parity import Case, check_parity, draw
 from PIL import Image
+from stale_attention import stale_attention
 from webgpu_adapter import require_adapter
 
 from zimage_rt import demo_bundle
@@ -22,15 +23,19 @@ from zimage_runtime.bundle.manifest import WEBGPU, Precision
 from zimage_runtime.errors import CancelledError, MemoryLimitError
 from zimage_runtime.events import ImageEvent, NoticeEvent, StepEvent
 from zimage_runtime.executors.ort import webgpu_library
+from zimage_runtime.executors.ort.attention_verdict import attend_on_webgpu, attention, judge
 from zimage_runtime.executors.ort.device_executor import OrtDeviceExecutor
 from zimage_runtime.executors.ort.device_plan import VramPlan
 from zimage_runtime.executors.ort.webgpu import webgpu_executor
 from zimage_runtime.executors.ort.webgpu_adapters import find_adapter
+from zimage_runtime.executors.ort.webgpu_answers import relative_error
 from zimage_runtime.executors.overheads import ORT_WEBGPU
 from zimage_runtime.executors.protocol import UNLIMITED
 from zimage_runtime.executors.worker import Stop
 from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import Pipeline, Request
+
+pytestmark = pytest.mark.deep
 
 SIZE = (64, 48)
 STEPS = 2
@@ -147,7 +152,6 @@ def test_stages_take_turns_and_free_the_device(opened: Bundle, cpu: Pipeline, mo
         assert before == [False, True, True, True], "what fits stays loaded"
 
 
-@pytest.mark.deep
 def test_what_does_not_fit_is_encoded_and_decoded_in_tiles(opened: Bundle, cpu: Pipeline) -> None:
     size = (128, 96)
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (*size[::-1], 3), np.uint8))
@@ -239,3 +243,18 @@ def test_stages_cannot_take_turns_beside_another_pipeline(opened: Bundle) -> Non
             pipeline.prepare(request)
         other.release()
         pipeline.prepare(request)
+
+
+@pytest.mark.slow  # a software adapter compiles the fused kernel for minutes
+def test_what_the_adapter_says_of_the_fused_kernel() -> None:
+    """Right, or wrong as Vulkan is: by scores that are added to those of the tile before. Anything else is new."""
+    verdict = judge(attend_on_webgpu, 64)
+    print(f"on {find_adapter()}: {verdict.text}")
+    if verdict.right:
+        return
+    random = np.random.default_rng(1)
+    queries, keys, values = (random.standard_normal((1, 64, 128), dtype=np.float32) for _ in range(3))
+    found = attend_on_webgpu(queries, keys, values, 2)
+    to_true = relative_error(found, attention(queries, keys, values, 2))
+    to_stale = relative_error(found, stale_attention(queries, keys, values, 2))
+    assert to_stale < 1e-5 < 0.01 < to_true

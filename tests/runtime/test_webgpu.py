@@ -15,6 +15,7 @@ import psutil
 import pytest
 from facts import assert_facts, raises_with
 from gpu_stand_in import Card, install_gpus, remove_driver
+from stale_attention import stale_attention
 
 from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.bundle import Bundle
@@ -24,14 +25,16 @@ from zimage_runtime.executors.choose import ExecutorChoice
 from zimage_runtime.executors.examination import Verdict
 from zimage_runtime.executors.ort import attention_verdict, webgpu, webgpu_adapters, webgpu_answers, webgpu_library
 from zimage_runtime.executors.ort.attention_verdict import attention, judge, verdict_on
+from zimage_runtime.executors.ort.cuda import CudaProvider, cuda_executor
 from zimage_runtime.executors.ort.device import OrtDevice, checked, explained
 from zimage_runtime.executors.ort.webgpu_adapters import Adapter, find_adapter
 from zimage_runtime.executors.ort.webgpu_library import Holdings, Turn
 from zimage_runtime.executors.overheads import CARD, DESKTOP
-from zimage_runtime.executors.protocol import Hardware, Options, Work
+from zimage_runtime.executors.protocol import Conditioning, Denoiser, Hardware, Options, Session, Work
 from zimage_runtime.executors.worker import Stop
 from zimage_runtime.machine.vulkan import VulkanDevice, VulkanKind
-from zimage_runtime.model.geometry import image_geometry
+from zimage_runtime.model.geometry import Rotary, image_geometry
+from zimage_runtime.tiles.tiling import TiledDecoder, TiledEncoder
 
 GIB = 1 << 30
 RADEON = Adapter("AMD Radeon RX 7900 XTX", "Vulkan", "radv, Mesa 25.0.7", budget=20 * GIB)
@@ -288,24 +291,6 @@ def test_doctor_says_what_is_wrong_or_missing(machine: Machine, monkeypatch: pyt
 # The verdict on fused attention
 
 
-def stale(queries: FloatArray, keys: FloatArray, values: FloatArray, heads: int) -> FloatArray:
-    """Flash attention whose scores are added to those of the last tile of keys: what Vulkan computes."""
-    _, tokens, width = queries.shape
-    q, k, v = (x.astype(np.float64).reshape(tokens, heads, -1).transpose(1, 0, 2) for x in (queries, keys, values))
-    q /= np.sqrt(width // heads)
-    most, total, mixed = np.full((heads, tokens, 1), -1e30), np.zeros((heads, tokens, 1)), np.zeros_like(q)
-    scores = np.zeros((heads, tokens, 8))
-    for start in range(0, tokens, 8):
-        scores = scores + q @ k[:, start : start + 8].transpose(0, 2, 1)
-        highest = np.maximum(most, scores.max(-1, keepdims=True))
-        scores = np.exp(scores - highest)
-        kept = total * np.exp(most - highest)
-        total, most = kept + scores.sum(-1, keepdims=True), highest
-        scores = scores / total
-        mixed = mixed * (kept / total) + scores @ v[:, start : start + 8]
-    return mixed.transpose(1, 0, 2).reshape(1, tokens, width).astype(np.float32)
-
-
 def nan(queries: FloatArray, *_: object) -> FloatArray:
     return np.full_like(queries, np.nan)
 
@@ -319,7 +304,7 @@ def fp16(queries: FloatArray, keys: FloatArray, values: FloatArray, heads: int) 
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
-@pytest.mark.parametrize("kernel", [stale, nan, refuses, fp16])
+@pytest.mark.parametrize("kernel", [stale_attention, nan, refuses, fp16])
 def test_a_wrong_kernel_is_found(kernel: attention_verdict.Attend, head_dim: int) -> None:
     verdict = judge(kernel, head_dim)
     assert not verdict.right
@@ -344,7 +329,7 @@ def test_the_verdict_decides_which_program_runs(
 ) -> None:
     """With a right and a wrong kernel in the adapter's place."""
     work = Work(geometry=image_geometry(64, 64, opened.manifest.config), tokens=8)
-    for kernel, program in ((attention, WEBGPU_FUSED), (stale, WEBGPU)):
+    for kernel, program in ((attention, WEBGPU_FUSED), (stale_attention, WEBGPU)):
         machine(RADEON)
         verdict_on.cache_clear()
         monkeypatch.setattr(webgpu, "verdict_on", verdict_on)
@@ -428,16 +413,69 @@ def test_errors_say_what_happened(text: str, error: int, fact: str) -> None:
     assert_facts(str(found), "denoiser failed", fact)
 
 
+class Silent(CudaProvider):
+    """The CPU in a provider's place whose runs may fail without an error."""
+
+    checks_outputs = True
+
+
+ROTARY = Rotary(np.ones((1, 32, 16), np.float32), np.zeros((1, 32, 16), np.float32))
+HIDDEN: FloatArray = np.ones((1, 8, 64), np.float32)
+CONDITIONING = Conditioning(HIDDEN, np.ones(1, np.float32), ROTARY, ROTARY)
+
+
+def run_stage(session: Session, call: str, denoiser: Denoiser) -> object:
+    """Runs a stage by the name of its program, for an image of 32 x 32."""
+    latents: FloatArray = np.ones((1, 16, 4, 4), np.float32)
+    match call:
+        case "text_encoder":
+            return session.encode_text(HIDDEN, Rotary(ROTARY.cos[:, :8], ROTARY.sin[:, :8]))
+        case "caption":
+            return session.denoiser(CONDITIONING)
+        case "denoiser":
+            return denoiser(latents, 0)
+        case "decoder":
+            return session.decode(latents)
+    return session.encode(np.ones((1, 3, 32, 32), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("call", "tiled"),
+    [
+        *(("text_encoder", False), ("caption", False), ("denoiser", False), ("decoder", False), ("encoder", False)),
+        *(("decoder", True), ("encoder", True)),
+    ],
+)
+def test_no_stage_passes_zeros_on(call: str, tiled: bool, opened: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = cuda_executor(opened, budget=1 << 40, device=OrtDevice("cpu"))
+    executor.provider = Silent(OrtDevice("cpu"), 1 << 40, True)
+    geometry = image_geometry(32, 32, opened.manifest.config)
+    plan = executor.plan(Work(geometry=geometry, tokens=8, encodes=True))
+    plan = replace(plan, tiled=tiled, encodes_tiled=tiled)
+    download = OrtDevice.download
+    with executor.session(plan) as session:
+        denoiser = session.denoiser(CONDITIONING)
+        run_stage(session, call, denoiser)
+        monkeypatch.setattr(OrtDevice, "download", lambda device, value: 0 * download(device, value))
+        if tiled:  # zeros of tiles are not the image's
+            monkeypatch.setattr(TiledDecoder, "__call__", lambda tiles, latents: np.zeros((1, 3, 32, 32), np.float32))
+            zeros = np.zeros((1, 16, 4, 4), np.float32)
+            monkeypatch.setattr(TiledEncoder, "__call__", lambda tiles, image: (zeros, zeros))
+        with raises_with(ExecutorError, call, "zeros"):
+            run_stage(session, call, denoiser)
+    executor.close()
+
+
 # Sharing
 
 
-class Session:
+class LibrarySession:
     """What the library gives."""
 
 
 def test_weights_are_counted_until_the_device_is_gone() -> None:
     holdings, ours, theirs = Holdings(), object(), object()
-    sessions = [Session(), Session(), Session()]
+    sessions = [LibrarySession(), LibrarySession(), LibrarySession()]
     for session, owner, nbytes in zip(sessions, (ours, theirs, theirs), (1, 20, 300), strict=True):
         holdings.add(session, owner, nbytes)
     del session

@@ -6,9 +6,11 @@ STAMP := $(VENV)/.installed
 EXPORT_STAMP := $(VENV)/.installed-export
 comma := ,
 # TensorRT for RTX (104 MB to download, 230 MB installed) builds engines without a GPU; its wheels are for these.
-EXTRAS := export,report,test,dev$(if $(filter Linux-x86_64,$(shell uname -sm | tr ' ' -)),$(comma)tensorrt)
+SYSTEM := $(shell uname -sm | tr ' ' -)
+EXTRAS := export,report,test,dev$(if $(filter Linux-x86_64,$(SYSTEM)),$(comma)tensorrt)
+EXTRAS := $(EXTRAS)$(if $(filter Linux-x86_64 Darwin-arm64,$(SYSTEM)),$(comma)webgpu)
 
-.PHONY: demo demo-model demo-bundle demo-scores test test-fast test-slow check bench bench-int8 bench-report bench-full-size bench-full-size-systems bench-gpu install clean
+.PHONY: mesa demo demo-model demo-bundle demo-scores test test-fast test-slow check bench bench-int8 bench-report bench-full-size bench-full-size-systems bench-gpu install clean
 
 install: $(STAMP)
 
@@ -23,7 +25,7 @@ $(STAMP) $(EXPORT_STAMP): pyproject.toml constraints.txt
 # The demo model's checkpoint to a bundle, and an image from it: the whole way, with what exporting needs and no more.
 demo: $(EXPORT_STAMP)
 	rm -rf out/demo && mkdir -p out/demo
-	$(BIN)/zimage-export build tiny out/demo/bundle --precision bf16
+	$(BIN)/zimage-export build tiny out/demo/bundle --precision fp16
 	$(BIN)/zimage-rt run "a red circle left of a blue square" -m out/demo/bundle --seed 1 -o out/demo/picture.png
 
 # Trains the demo model from nothing, about four hours on two cores; interrupted, it goes on where it was. The C library
@@ -35,23 +37,28 @@ demo-model: $(EXPORT_STAMP)
 
 # Renews the bundle that ships, after a change of the exporter or of the demo model.
 demo-bundle: $(EXPORT_STAMP)
-	$(BIN)/zimage-export build tiny zimage_rt/demo_bundle --precision bf16 --force
+	$(BIN)/zimage-export build tiny zimage_rt/demo_bundle --precision fp16 --force
 
 # Does it draw what it is asked for? The model card's figures, and the README's picture.
 demo-scores: $(STAMP)
 	PYTHONPATH=. $(BIN)/python benchmarks/demo_scores.py
 	$(BIN)/python benchmarks/contact_sheet.py docs/demo.png
 
+# Without a GPU, WebGPU computes on Mesa's software Vulkan driver, which is unpacked where the system has none.
+MESA := $(VENV)/mesa
+mesa: $(STAMP)
+	.ci/mesa $(MESA)
+
 # One worker per core, each with its part of the tests; whoever is done first takes over from the others.
 WORKERS := -n auto --dist worksteal
-test: $(STAMP)
-	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not gpu"
+test: mesa
+	. $(MESA)/environment && $(BIN)/python -m pytest $(WORKERS) -m "not slow and not gpu"
 
-test-fast: $(STAMP)
-	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not gpu and not deep"
+test-fast: mesa
+	. $(MESA)/environment && $(BIN)/python -m pytest $(WORKERS) -m "not slow and not gpu and not deep"
 
-test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+test-slow: mesa
+	. $(MESA)/environment && $(BIN)/python -m pytest -m slow
 
 # Types are checked as they are on each system that we support; a cache for each, or each would undo the others'.
 check: $(STAMP)

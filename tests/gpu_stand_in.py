@@ -9,6 +9,8 @@ from typing import Any
 import pynvml
 import pytest
 
+from zimage_runtime.errors import ExecutorError
+from zimage_runtime.executors.ort import webgpu
 from zimage_runtime.machine import cuda_driver
 
 GIB = 1 << 30
@@ -147,10 +149,15 @@ def install_gpus(
 
 
 def remove_driver(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without NVIDIA's driver, whatever this one has."""
+    """A machine without NVIDIA's driver and without Vulkan's, whatever this one has."""
 
     def load(library: str) -> Any:
         raise OSError(f"{library}: cannot open shared object file")
 
     install_gpus(monkeypatch, nvml_error=pynvml.NVMLError_LibraryNotFound())
     monkeypatch.setattr(cuda_driver, "_load", load)
+    monkeypatch.setattr(webgpu, "find_adapter", no_adapter)
+
+
+def no_adapter() -> Any:
+    raise ExecutorError("no Vulkan driver found")

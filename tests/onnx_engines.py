@@ -11,8 +11,9 @@ from engine_stand_in import StandInContext
 from numpy.typing import NDArray
 
 from zimage_export.engines.block_graphs import BlockProgram, build_blocks
-from zimage_export.engines.build import program_spec, read_folds
+from zimage_export.engines.build import program_spec
 from zimage_export.engines.types import EngineTypes
+from zimage_export.storage.folds import read_folds
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.tensors import DType, read_header
 from zimage_runtime.executors.tensorrt.block_catalog import BlockSpec, VariantSpec

@@ -34,7 +34,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {  # from the top; the rooms of
     ),
     "zimage_export": (
         ("cli",),
-        ("build",),
+        ("build", "programs"),
         ("measure",),
         ("engines", "synthetic"),
         ("weights",),

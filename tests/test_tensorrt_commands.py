@@ -20,7 +20,7 @@ from zimage_rt.bench.cards import CARDS_GB, TOKENS, answers, card_table
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.errors import ExecutorError
 from zimage_runtime.executors.examination import Verdict
-from zimage_runtime.executors.ort.device_plan import plan_vram
+from zimage_runtime.executors.ort.cuda_plan import plan_vram
 from zimage_runtime.executors.overheads import CARD
 from zimage_runtime.executors.protocol import UNLIMITED, Hardware, Work
 from zimage_runtime.executors.tensorrt import kind
@@ -231,7 +231,7 @@ def test_plan_for_cuda_is_the_executors_own(bundle: Path, capsys: Capture) -> No
 def test_the_table_of_cards_has_tensorrt_too(engined: Path, bundle: Path) -> None:
     opened = Bundle.open(engined)
     table = {row.executor: row for row in card_table([("m", opened)], [(512, 512)], [])}
-    assert set(table) == {"tensorrt", "cuda", "cpu"}
+    assert set(table) == {"tensorrt", "cuda", "webgpu", "cpu"}
     spec = read_catalog(opened).variants[Variant.AMPERE]
     work = Work(geometry=image_geometry(512, 512, opened.manifest.config), tokens=TOKENS)
     for card, answer in zip(CARDS_GB, table["tensorrt"].answers, strict=True):

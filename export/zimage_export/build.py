@@ -1,14 +1,11 @@
 """Checkpoint → bundle, in a temporary folder beside the target that is renamed when it is complete."""
 
 import dataclasses
-import math
 import shutil
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-
-import onnx
 
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.files import hash_file
@@ -22,7 +19,6 @@ from zimage_runtime.bundle.manifest import (
     write_manifest,
 )
 from zimage_runtime.bundle.rebalancing import PLACES
-from zimage_runtime.bundle.tensors import DType, read_header
 from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.errors import BundleError
 from zimage_runtime.machine.gpu_targets import GpuTarget
@@ -32,7 +28,8 @@ from zimage_runtime.model.tokenizer import PromptTokenizer
 
 from .engines.build import add_engines, check_engine_precision
 from .errors import CheckpointError
-from .graphs import PROGRAM_SETS, Graph, build_graphs, build_programs
+from .graphs import Graph, build_graphs, build_programs
+from .graphs.program_file import file_name, write_program
 from .measure.preview_map import fit_preview_map
 from .measure.self_check import self_check
 from .output import check_disk, check_target, replaced_directory
@@ -176,12 +173,14 @@ def _write(
     phases.end("weights")
     programs: dict[Program, dict[str, ProgramRecord]] = {}
     for graph in graphs:
-        name = f"{graph.program.component}/{_file_name(graph)}"
-        used = _write_program(folder / name, graph)
-        files[name] = _record(folder / name)
-        programs.setdefault(graph.program, {})[graph.executor] = ProgramRecord(name, used)
+        component = graph.program.component
+        weights = folder / component / "weights.safetensors"
+        record, file = write_program(folder, f"{component}/{file_name(graph)}", graph, weights)
+        programs.setdefault(graph.program, {})[graph.executor] = record
+        files[record.path] = file
     shutil.copyfile(checkpoint.tokenizer, folder / "tokenizer.json")
-    files["tokenizer.json"] = _record(folder / "tokenizer.json")
+    tokenizer = folder / "tokenizer.json"
+    files[tokenizer.name] = FileRecord(tokenizer.stat().st_size, hash_file(tokenizer))
     phases.end("programs")
     side = checkpoint.config.vae.sample_size
     return Manifest(
@@ -203,26 +202,6 @@ def _rebalancing_file(component: str) -> str:
     return f"{component}/rebalancing.safetensors"
 
 
-def _file_name(graph: Graph) -> str:
-    """The modulation program's name has no executor: it always runs on the CPU."""
-    return "modulation.onnx" if graph.program is Program.MODULATION else f"{graph.program}.{graph.executor}.onnx"
-
-
-def _write_program(path: Path, graph: Graph) -> int:
-    """Writes and checks one program; returns the bytes that its weights take in the executor's memory."""
-    entries = read_header(path.with_name("weights.safetensors"))
-    path.write_bytes(graph.to_model("weights.safetensors", entries).SerializeToString())
-    programs = PROGRAM_SETS[graph.executor]
-    onnx.checker.check_model(str(path), full_check=programs.standard)
-    if programs.widens:
-        return sum(math.prod(s) * _in_memory(entries[name].dtype) for name, s in graph.weights.items())
-    return sum(entries[name].nbytes for name in graph.weights)
-
-
-def _in_memory(dtype: str) -> int:
-    return 1 if dtype in (DType.I8, DType.U8) else DType.F32.size
-
-
 def _measured(checkpoint: Checkpoint, options: BuildOptions, progress: Progress) -> Peaks | None:
     if options.calibrate is None:
         return None
@@ -233,10 +212,6 @@ def _measured(checkpoint: Checkpoint, options: BuildOptions, progress: Progress)
 
 def _plain(folds: dict[str, Folds]) -> dict[str, dict[str, dict[str, int]]]:
     return {component: {block: vars(fold) for block, fold in by_block.items()} for component, by_block in folds.items()}
-
-
-def _record(path: Path) -> FileRecord:
-    return FileRecord(path.stat().st_size, hash_file(path))
 
 
 def _check_tokenizer(checkpoint: Checkpoint) -> None:

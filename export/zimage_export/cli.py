@@ -12,7 +12,7 @@ from zimage_runtime.bundle.manifest import Precision
 from zimage_runtime.command_line.console import SizeType, run_command
 from zimage_runtime.command_line.progress import Progress
 
-from .errors import require_extra
+from .errors import require_extra, require_onnx
 
 if TYPE_CHECKING:
     from zimage_runtime.bundle.bundle import Bundle
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _FILE = click.Path(path_type=Path)
 _GPUS = ("sm75", "sm80", "sm86", "sm89", "sm120", "portable")
+_EXECUTORS = ("cpu", "cuda", "webgpu")  # TensorRT's programs come with their engines
 _gpu_option = click.option(
     "--gpu",
     "gpus",
@@ -154,6 +155,41 @@ def engines(bundle: Path, gpus: tuple[str, ...], as_json: bool, quiet: bool) -> 
     files = {path: record.size for path, record in renewed.manifest.files.items() if path.startswith(ENGINES_FOLDER)}
     built = [vars(engine) for engine in read_catalog(renewed).engines]
     _report({"path": str(bundle), "bytes": sum(files.values()), "engines": built}, as_json, str(bundle))
+
+
+@cli.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--executor",
+    "executors",
+    type=click.Choice(_EXECUTORS),
+    multiple=True,
+    help="Executor to add programs for; may be given again.  [default: all that the bundle's precision is for]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the path.")
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+def programs(bundle: Path, executors: tuple[str, ...], as_json: bool, quiet: bool) -> None:
+    """Add the programs that BUNDLE lacks, such as those of an executor that is newer than the bundle.
+
+    A program takes 2 MB at most. Weights are neither needed in memory nor rewritten, and images that the bundle has
+    generated still match it. Of the export extra, only onnx is used.
+    """
+    require_onnx()
+    from zimage_runtime.bundle.bundle import Bundle
+
+    from .programs import add_programs
+
+    progress = Progress(quiet)
+    report = add_programs(Bundle.open(bundle), executors, progress)
+    manifest = report.bundle.manifest
+    added = [
+        {"program": program.value, "name": name, "path": record.path, "bytes": manifest.files[record.path].size}
+        for program, name, record in report.added
+    ]
+    if not added:
+        progress.note(f"{bundle} already has every program")
+    document = {"path": str(bundle), "added": added, "executors": sorted(manifest.executors)}
+    _report({**document, "fingerprint": manifest.fingerprint}, as_json, str(bundle))
 
 
 @cli.command()

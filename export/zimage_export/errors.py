@@ -16,5 +16,11 @@ def require_extra() -> None:
         raise ExportError(f"exporting needs {', '.join(missing)}: pip install 'zimage-rt[export]'")
 
 
+def require_onnx() -> None:
+    """Raises `ExportError` with the command that installs onnx, which is all that building programs takes."""
+    if find_spec("onnx") is None:
+        raise ExportError("building programs needs onnx: pip install onnx")
+
+
 class CheckpointError(ExportError):
     """A checkpoint is missing, incomplete, damaged, or not a Z-Image model."""

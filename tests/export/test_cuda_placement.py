@@ -15,11 +15,11 @@ import pytest
 from cuda_kernels import CONTRIB, KERNELS, OTHER_TYPES, SHAPE_ARITHMETIC, SHAPE_INPUTS
 from onnx import TensorProto, helper
 
-from zimage_export.graphs import Graph, Target, build_graphs, build_programs
+from zimage_export.graphs import PROGRAM_SETS, Graph, Target, build_graphs, build_programs
 from zimage_export.graphs.builder import ONNX_TYPES
 from zimage_export.storage.precision import StoragePolicy
 from zimage_export.synthetic.checkpoint import SMALL
-from zimage_runtime.bundle.manifest import CPU, Precision
+from zimage_runtime.bundle.manifest import CPU, CUDA, CUDA_WEIGHT_ONLY, Precision
 from zimage_runtime.bundle.tensors import DType, TensorEntry
 from zimage_runtime.model.programs import Program
 
@@ -33,7 +33,7 @@ def programs(precision: Precision) -> dict[str, onnx.ModelProto]:
     return {
         f"{graph.program}.{graph.executor}": typed_model(graph)
         for graph in build_programs(SMALL.config, policy, {})
-        if graph.executor != CPU
+        if PROGRAM_SETS[graph.executor].executor == CUDA
     }
 
 
@@ -156,7 +156,7 @@ def test_every_node_runs_on_cuda(checkpoint: Path, tmp_path: Path, precision: st
     if unavailable := KIND.why_unavailable(bundle, 0):
         pytest.skip(unavailable.reason)
     for program, feeds in fixed_inputs(bundle.manifest.config).items():
-        for executor in bundle.manifest.programs[program].keys() - {CPU}:
+        for executor in bundle.manifest.programs[program].keys() & {CUDA, CUDA_WEIGHT_ONLY}:
             ran = where_nodes_ran(bundle.program(program, executor), feeds, tmp_path)
             assert not [node for node in ran if node["op_name"].startswith("Memcpy")], program
             elsewhere = {n["op_name"] for n in ran if n["provider"] != "CUDAExecutionProvider"}

@@ -71,7 +71,8 @@ def test_a_timestep_embedder_stays_bf16_where_that_loses_nothing() -> None:
     for precision, own, stored in (
         (Precision.BF16, DType.BF16, DType.BF16),
         (Precision.BF16, DType.F32, DType.F32),
-        (Precision.FP16, DType.BF16, DType.F32),
+        (Precision.FP16, DType.BF16, DType.BF16),
+        (Precision.FP16, DType.F32, DType.F32),
         (Precision.FP32, DType.BF16, DType.F32),
     ):
         assert StoragePolicy(precision, timestep_type=own).storage("transformer", name, shape) is stored
@@ -113,7 +114,7 @@ def test_cuda_programs_in_fp16_stay_near_fp32(bundles: dict[Precision, Path]) ->
 @pytest.mark.parametrize("precision", [Precision.FP32, *HALVES])
 def test_cuda_programs_hold_only_standard_operators(bundles: dict[Precision, Path], precision: Precision) -> None:
     bundle = Bundle.open(bundles[precision])
-    assert bundle.manifest.executors == {"cpu", CUDA}
+    assert CUDA in bundle.manifest.executors
     for program in Program:
         if program is Program.MODULATION:
             continue

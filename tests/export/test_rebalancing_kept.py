@@ -16,9 +16,8 @@ from parity import Case, draw, relative_error
 
 import zimage_export.weights.rebalance as rebalance
 from zimage_export.build import BuildOptions, build
-from zimage_export.engines.build import read_folds
 from zimage_export.source.checkpoint import Checkpoint
-from zimage_export.storage.folds import weight_exponent
+from zimage_export.storage.folds import read_folds, weight_exponent
 from zimage_export.storage.precision import Encoding, StoragePolicy, scale_of
 from zimage_export.storage.quantize import dequantized
 from zimage_export.weights.folding import ActivationRange, blocks

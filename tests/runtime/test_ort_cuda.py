@@ -16,9 +16,9 @@ from zimage_runtime.bundle.tensors import TensorFile
 from zimage_runtime.errors import DeviceLostError, ExecutorError, MemoryLimitError
 from zimage_runtime.executors.ort import cpu_plan as memory
 from zimage_runtime.executors.ort.cuda import cuda_executor
+from zimage_runtime.executors.ort.cuda_plan import plan_vram
 from zimage_runtime.executors.ort.device import OrtDevice, explained
 from zimage_runtime.executors.ort.device_executor import DeviceSession, OrtDeviceExecutor
-from zimage_runtime.executors.ort.device_plan import plan_vram
 from zimage_runtime.executors.ort.host_programs import HostPrograms
 from zimage_runtime.executors.ort.tile_kernels import NORMED_MODEL, PLAIN_MODEL
 from zimage_runtime.executors.overheads import ORT_CUDA

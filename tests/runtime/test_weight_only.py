@@ -12,7 +12,7 @@ from cli_tools import Capture, assert_one_line_error, call_rt
 from facts import assert_facts, has_fact, memory_amounts, raises_with
 from parity import relative_error
 
-from zimage_export.graphs import build_programs
+from zimage_export.graphs import PROGRAM_SETS, build_programs
 from zimage_export.storage.precision import StoragePolicy
 from zimage_export.synthetic.checkpoint import FULL
 from zimage_runtime.bundle.bundle import Bundle
@@ -20,6 +20,7 @@ from zimage_runtime.bundle.manifest import (
     CPU,
     CUDA,
     CUDA_WEIGHT_ONLY,
+    WEBGPU,
     Defaults,
     Manifest,
     Origin,
@@ -29,8 +30,9 @@ from zimage_runtime.bundle.manifest import (
 from zimage_runtime.bundle.tensors import DType
 from zimage_runtime.errors import ExecutorError, MemoryLimitError
 from zimage_runtime.executors.ort.cuda import cuda_executor
+from zimage_runtime.executors.ort.cuda_plan import other_peaks, plan_vram
 from zimage_runtime.executors.ort.device import OrtDevice
-from zimage_runtime.executors.ort.device_plan import VramPlan, other_peaks, plan_vram
+from zimage_runtime.executors.ort.device_plan import VramPlan
 from zimage_runtime.executors.ort.int8_denoiser import why_no_int8
 from zimage_runtime.executors.ort.other_precisions import advised, as_precision, candidates
 from zimage_runtime.executors.protocol import Work
@@ -48,7 +50,7 @@ def published(precision: Precision) -> Manifest:
     policy = StoragePolicy(precision, DType.BF16)
     programs: dict[Program, dict[str, ProgramRecord]] = {program: {} for program in Program}
     for graph in build_programs(FULL.config, policy, {}):
-        if graph.executor == CPU:
+        if PROGRAM_SETS[graph.executor].executor != CUDA:
             continue
         size = sum(graph.types[name].size * math.prod(shape) for name, shape in graph.weights.items())
         programs[graph.program][graph.executor] = ProgramRecord("x", size)
@@ -203,4 +205,4 @@ def test_plan_shows_other_bundles(int8: Bundle, capsys: Capture) -> None:
     assert set(found["other_bundles"]) == {"fp16", "int4"}
     assert found["denoiser"] == CUDA_WEIGHT_ONLY
     assert_one_line_error(call_rt(capsys, "plan", int8.root, "--vram", "0.1GiB"), "--vram")
-    assert int8.manifest.executors == {CPU, CUDA}
+    assert int8.manifest.executors == {CPU, CUDA, WEBGPU}

@@ -35,7 +35,7 @@ from zimage_runtime.tiles.tiling import TILE_ROWS
 
 from ..errors import ExportError
 from ..graphs.builder import ONNX_TYPES
-from ..storage.folds import BlockFold, Folds
+from ..storage.folds import read_folds
 from .block_graphs import BlockProgram, build_blocks
 from .types import EngineTypes
 
@@ -119,13 +119,6 @@ def bundle_blocks(bundle: Bundle, variant: Variant) -> list[BlockProgram]:
 
     types = EngineTypes(stored, variant, half_type(precision, variant))
     return build_blocks(bundle.manifest.config, types, read_folds(bundle.manifest.folds))
-
-
-def read_folds(plain: Mapping[str, Mapping[str, Mapping[str, int]]]) -> dict[str, Folds]:
-    """A manifest's folds."""
-    return {
-        component: {block: BlockFold(**fold) for block, fold in blocks.items()} for component, blocks in plain.items()
-    }
 
 
 def program_spec(program: BlockProgram, config: ModelConfig, path: str, most: int | None = None) -> ProgramSpec:

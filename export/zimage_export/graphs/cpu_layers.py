@@ -1,6 +1,7 @@
 """The layers of the CPU's programs: float32, or integers where the bundle stores integers."""
 
 from zimage_runtime.bundle.manifest import CPU, Precision
+from zimage_runtime.bundle.tensors import DType
 from zimage_runtime.model.programs import Program
 
 from ..storage.precision import StoragePolicy
@@ -20,4 +21,4 @@ def _layers(b: GraphBuilder, policy: TypePolicy) -> Layers:
     return Layers(b)
 
 
-CPU_PROGRAMS = ProgramSet(CPU, _layers, tuple(Program), widens=True, standard=False)
+CPU_PROGRAMS = ProgramSet(CPU, _layers, tuple(Program), widened=frozenset({DType.BF16, DType.F16}), standard=False)

@@ -5,7 +5,7 @@ widened just before. GPUs differ in which is faster. The text encoder and the ca
 widening all weights would take longer than using them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from onnx import TensorProto
@@ -16,39 +16,38 @@ from zimage_runtime.machine.int8_products import EXACT_LEVELS
 from zimage_runtime.model.linears import Linear
 from zimage_runtime.model.norms import Norm
 from zimage_runtime.model.programs import Program
+from zimage_runtime.model.query_blocks import POSITION_BLOCKS
 
 from ..storage.precision import StoragePolicy
 from .builder import GraphBuilder
 from .int4 import BlockLayers
-from .int8 import Int8Layers, Quantized, int8_weight, is_int8
+from .int8 import Int8Layers, Quantized, WidenedInt8Layers, int8_weight
 from .layers import Layers
 from .program_set import ProgramSet, TypePolicy
 
 
 @dataclass(frozen=True)
 class CudaLayers(Layers):
-    """Layers for CUDA: operators of opset 23 alone."""
+    """Layers for CUDA: operators of opset 23 alone.
+
+    `Attention` of one head as wide as the autoencoder's is not flash attention, and stores its scores.
+    """
+
+    position_blocks: int = POSITION_BLOCKS
 
     def attention(self, q: str, k: str, v: str, heads: int, head_dim: int, name: str = "scores") -> str:
         """Full attention of [batch, tokens, heads * head_dim]."""
         return self.b.op("Attention", q, k, v, name=name, q_num_heads=heads, kv_num_heads=heads)
 
-    def group_norm(self, x: str, norm: Norm) -> str:
-        """Group norm of a map, in float32. `InstanceNormalization` of opset 22 and later has no kernel on CUDA: it ran
-        on the host, with a copy of the map each way, which took four fifths of an image's time on an H100."""
+    def normalized_groups(self, x: str, norm: Norm) -> str:
+        """The values of a map by groups, each normalized. `InstanceNormalization` of opset 22 and later has no kernel on
+        CUDA: it ran on the host, with a copy of the map each way, which took four fifths of an image's time on an
+        H100."""
         b, name = self.b, norm.name
         h = b.op("Reshape", b.cast(x, DType.F32), b.integers(0, norm.groups, -1), name=f"{name}.groups")
         ones = b.op("Expand", b.number(1.0), b.op("Shape", h, name=f"{name}.length", start=2), name=f"{name}.ones")
         ones = b.typed(ones, DType.F32)
-        h = b.op("LayerNormalization", h, ones, name=f"{name}.normalized", axis=-1, epsilon=norm.epsilon)
-        h = b.op("Reshape", h, b.op("Shape", x, name=f"{name}.shape"), name=f"{name}.channels")
-        weight, bias = (
-            b.op(
-                "Reshape", b.weight(f"{name}.{kind}", (norm.width,)), b.integers(-1, 1, 1), name=f"{name}.{kind}.column"
-            )
-            for kind in ("weight", "bias")
-        )
-        return b.op("Add", b.op("Mul", h, weight, name=f"{name}.scaled"), bias, name=name)
+        return b.op("LayerNormalization", h, ones, name=f"{name}.normalized", axis=-1, epsilon=norm.epsilon)
 
     def doubled(self, x: str, channels: int) -> str:
         """A map with each pixel as two by two. CUDA has no `Resize` in bfloat16, and nothing else would run it."""
@@ -83,27 +82,10 @@ class Int8CudaLayers(Int8Layers, CudaLayers):
 
 
 @dataclass(frozen=True)
-class Int8WeightOnlyLayers(CudaLayers):
-    """Layers for CUDA on the same bytes that multiply in fp16, each weight widened just before its product.
+class Int8WeightOnlyLayers(WidenedInt8Layers, CudaLayers):
+    """Layers for CUDA on the same bytes that multiply in fp16: the folds keep its range."""
 
-    The folds keep fp16's range. `DequantizeLinear` gives no bfloat16 on CUDA, and ONNX Runtime folds no constants
-    through it, as it would through a `Cast`: the weights stay int8 in memory.
-    """
-
-    compute: DType = DType.F16
-    policy: StoragePolicy = field(default_factory=lambda: StoragePolicy(Precision.INT8))
-
-    def linear(self, x: str, linear: Linear) -> str:
-        """A linear layer on rows [rows, in_width] → [rows, out_width] fp16."""
-        if not is_int8(self.b, self.policy, linear):
-            return super().linear(x, linear)
-        b = self.b
-        weight, scale = int8_weight(b, linear)
-        scale = b.cast(scale, self.compute)
-        with b.widening():
-            widened = b.op("DequantizeLinear", weight, scale, name=f"{linear.name}.widened", axis=1)
-        widened = b.typed(widened, self.compute)
-        return b.typed(b.op("MatMul", b.cast(x, self.compute), widened, name=linear.name), self.compute)
+    compute: DType = DType.F16  # `DequantizeLinear` gives no bfloat16 on CUDA
 
 
 @dataclass(frozen=True)
@@ -129,4 +111,6 @@ def _weight_only_layers(b: GraphBuilder, policy: TypePolicy) -> Layers:
 
 
 CUDA_PROGRAMS = ProgramSet(CUDA, _layers)
-WEIGHT_ONLY_PROGRAMS = ProgramSet(CUDA_WEIGHT_ONLY, _weight_only_layers, (Program.DENOISER,), (Precision.INT8,))
+WEIGHT_ONLY_PROGRAMS = ProgramSet(
+    CUDA_WEIGHT_ONLY, _weight_only_layers, (Program.DENOISER,), (Precision.INT8,), variant_of=CUDA
+)

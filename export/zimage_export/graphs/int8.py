@@ -106,3 +106,26 @@ class Int8Layers(Layers):
         weight, scale = int8_weight(b, linear)
         inputs = [x.values, weight, b.number(1.0), scale, x.zero]
         return b.typed(b.op("MatMulIntegerToFloat", *inputs, name=f"{linear.name}.product", contrib=True), DType.F32)
+
+
+@dataclass(frozen=True)
+class WidenedInt8Layers(Layers):
+    """Layers whose int8 weights are each widened to the compute type just before their product.
+
+    ONNX Runtime folds no constants through a `DequantizeLinear`, as it would through a `Cast`: the weights stay int8
+    in memory.
+    """
+
+    policy: StoragePolicy = field(default_factory=lambda: StoragePolicy(Precision.INT8))
+
+    def linear(self, x: str, linear: Linear) -> str:
+        """A linear layer on rows [rows, in_width] → [rows, out_width] in the compute type."""
+        if not is_int8(self.b, self.policy, linear):
+            return super().linear(x, linear)
+        b = self.b
+        weight, scale = int8_weight(b, linear)
+        scale = b.cast(scale, self.compute)
+        with b.widening():
+            widened = b.op("DequantizeLinear", weight, scale, name=f"{linear.name}.widened", axis=1)
+        widened = b.typed(widened, self.compute)
+        return b.typed(b.op("MatMul", b.cast(x, self.compute), widened, name=linear.name), self.compute)

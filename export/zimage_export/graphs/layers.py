@@ -8,6 +8,8 @@ Activations are [batch, tokens, width]; `shape` arguments are int64 vectors of t
 differ, so in float32 nowhere.
 """
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +20,10 @@ from zimage_runtime.model.norms import Norm
 
 from .builder import GraphBuilder
 
+_JOINED = 7
+"""Values that one `Concat` reads. WebGPU binds 8 buffers on every adapter and more on some; where there are more
+values, ONNX Runtime joins them in several passes, which is right only along the first axis that is not 1."""
+
 
 @dataclass(frozen=True)
 class Layers:
@@ -25,6 +31,7 @@ class Layers:
 
     b: GraphBuilder
     compute: DType = DType.F32
+    position_blocks: int = 1  # of queries of the autoencoder's attention, where the operator stores scores
 
     def weight(self, name: str, shape: tuple[int, ...], dtype: DType = DType.F32) -> str:
         """A tensor of the weights file, cast to an element type."""
@@ -56,6 +63,11 @@ class Layers:
         """The norm of a branch's output that was divided by 2**exponent: it ignores scale, except for its epsilon."""
         return self.rms_norm(x, scale, epsilon * 2.0 ** (-2 * exponent), name)
 
+    def table_rows(self, table: str, count: int, width: int, name: str) -> list[str]:
+        """The rows of a table of `count` times `width` values as [width] vectors: one `Split`."""
+        flat = self.b.op("Reshape", table, self.b.integers(-1), name=f"{name}.flat")
+        return self.b.ops("Split", flat, name=f"{name}.rows", outputs=count, axis=0, num_outputs=count)
+
     def rotary(self, x: str, cos: str, sin: str, heads: int, name: str, *, interleaved: bool) -> str:
         """Rotary embedding of [batch, tokens, heads * head_dim]; tables are [batch, tokens, head_dim / 2].
 
@@ -76,13 +88,9 @@ class Layers:
 
     def group_norm(self, x: str, norm: Norm) -> str:
         """Group norm of a map [batch, channels, height, width], in float32."""
-        b, name, groups = self.b, norm.name, norm.groups
+        b, name = self.b, norm.name
         shape = b.op("Shape", x, name=f"{name}.shape")
-        ones = b.constant(np.ones(groups, np.float32), f"ones_{groups}")
-        zeros = b.constant(np.zeros(groups, np.float32), f"zeros_{groups}")
-        h = b.op("Reshape", b.cast(x, DType.F32), b.integers(0, groups, -1), name=f"{name}.groups")
-        h = b.op("InstanceNormalization", h, ones, zeros, name=f"{name}.normalized", epsilon=norm.epsilon)
-        h = b.op("Reshape", h, shape, name=f"{name}.channels")
+        h = b.op("Reshape", self.normalized_groups(x, norm), shape, name=f"{name}.channels")
         factors = [
             b.op(
                 "Reshape",
@@ -94,6 +102,14 @@ class Layers:
         ]
         h = b.op("Mul", h, factors[0], name=f"{name}.scaled")
         return b.op("Add", h, factors[1], name=name)
+
+    def normalized_groups(self, x: str, norm: Norm) -> str:
+        """The values [batch, groups, all of a group] of a map, each group with mean 0 and variance 1, in float32."""
+        b, name, groups = self.b, norm.name, norm.groups
+        ones = b.constant(np.ones(groups, np.float32), f"ones_{groups}")
+        zeros = b.constant(np.zeros(groups, np.float32), f"zeros_{groups}")
+        h = b.op("Reshape", b.cast(x, DType.F32), b.integers(0, groups, -1), name=f"{name}.groups")
+        return b.op("InstanceNormalization", h, ones, zeros, name=f"{name}.normalized", epsilon=norm.epsilon)
 
     def doubled(self, x: str, channels: int) -> str:
         """A map [batch, channels, height, width] with each pixel as two by two."""
@@ -113,6 +129,44 @@ class Layers:
         """Full attention of [batch, tokens, heads * head_dim]."""
         # the contrib operator is a little faster than opset 23's and blocks over the keys
         return self.b.op("MultiHeadAttention", q, k, v, name=name, contrib=True, num_heads=heads)
+
+    def spatial_attention(self, q: str, k: str, v: str, width: int, name: str = "scores") -> str:
+        """Attention of one head over all positions of a map, [batch, positions, width], in blocks of queries."""
+        b, blocks = self.b, self.position_blocks
+        if blocks == 1:
+            return self.attention(q, k, v, heads=1, head_dim=width, name=name)
+        batch, count = b.dim(q, 0, f"{name}.batch"), b.dim(q, 1, f"{name}.positions")
+        # 1 to `blocks` queries more, so that all blocks have the same length, which is never 0
+        length = self.quotient(count, blocks, blocks, f"{name}.block")
+        rest = b.op("Sub", b.op("Mul", length, b.integers(blocks), name=f"{name}.padded"), count, name=f"{name}.rest")
+        one = b.op("Slice", q, b.integers(0), b.integers(1), b.integers(1), name=f"{name}.first")
+        shape = b.op("Concat", batch, rest, b.integers(width), name=f"{name}.more.shape", axis=0)
+        q = b.op("Concat", q, b.op("Expand", one, shape, name=f"{name}.more"), name=f"{name}.queries", axis=1)
+        parts = [self.attention(x, k, v, 1, width, name) for x in self.blocks(q, 1, length, blocks, name)]
+        return b.op("Slice", self.joined(parts, 1, name), b.integers(0), count, b.integers(1), name=f"{name}.all")
+
+    def quotient(self, size: str, more: int, divisor: int, name: str) -> str:
+        """(size + more) / divisor, rounded down, of the size of an axis."""
+        more_of = self.b.op("Add", size, self.b.integers(more), name=f"{name}.dividend")
+        return self.b.op("Div", more_of, self.b.integers(divisor), name=name)
+
+    def blocks(self, x: str, axis: int, length: str, count: int, name: str) -> list[str]:
+        """A value in blocks of one length along an axis, of which the last may be shorter."""
+        b = self.b
+        bounds = [b.op("Mul", length, b.integers(i), name=f"{name}.bound{i}") for i in range(count + 1)]
+        return [
+            b.op("Slice", x, start, end, b.integers(axis), name=f"{name}.block{i}")
+            for i, (start, end) in enumerate(itertools.pairwise(bounds))
+        ]
+
+    def joined(self, parts: Sequence[str], axis: int, name: str) -> str:
+        """The parts one after the other along an axis, a few at a time."""
+        while len(parts) > 1:
+            parts = [
+                self.b.op("Concat", *some, name=f"{name}.joined", axis=axis) if len(some) > 1 else some[0]
+                for some in (parts[start : start + _JOINED] for start in range(0, len(parts), _JOINED))
+            ]
+        return parts[0]
 
     def causal_attention(
         self, q: str, k: str, v: str, heads: int, kv_heads: int, head_dim: int, name: str = "scores"

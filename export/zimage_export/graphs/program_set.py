@@ -34,8 +34,14 @@ class ProgramSet:
     layers: Callable[[GraphBuilder, TypePolicy], Layers]
     programs: tuple[Program, ...] = ON_DEVICE  # whole-component programs that a bundle gets
     precisions: tuple[Precision, ...] = tuple(Precision)  # of the bundles that get them
-    widens: bool = False  # 16-bit weights are float32 in the executor's memory
+    widened: frozenset[DType] = frozenset()  # types of stored weights that are float32 in the executor's memory
+    variant_of: str = ""  # the executor that has these further programs, if they are not its first
     standard: bool = True  # onnx knows every operator, so that a program is checked down to every value's type
+
+    @property
+    def executor(self) -> str:
+        """The executor that runs the programs."""
+        return self.variant_of or self.name
 
     def of(self, precision: Precision) -> tuple[Program, ...]:
         """The programs that a bundle of a precision gets."""

@@ -17,6 +17,7 @@ from .cuda_layers import CUDA_PROGRAMS, WEIGHT_ONLY_PROGRAMS
 from .layers import Layers
 from .program_set import ProgramSet, TypePolicy
 from .tensorrt_layers import TENSORRT_PROGRAMS
+from .webgpu_layers import FUSED_PROGRAMS, WEBGPU_PROGRAMS
 
 PROGRAM_SETS: dict[str, ProgramSet] = {
     programs.name: programs
@@ -24,6 +25,8 @@ PROGRAM_SETS: dict[str, ProgramSet] = {
         CPU_PROGRAMS,
         CUDA_PROGRAMS,
         WEIGHT_ONLY_PROGRAMS,
+        WEBGPU_PROGRAMS,
+        FUSED_PROGRAMS,
         TENSORRT_PROGRAMS,
     )
 }

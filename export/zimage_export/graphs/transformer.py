@@ -159,7 +159,7 @@ class TransformerGraphs:
         image_tables, all_tables = self._tables(b, batch)
         tokens, grid = self._patchify(b, layers, batch)
         x = self._pad(b, tokens, b.weight("x_pad_token", (1, self.config.transformer.dim)), "image_cos", "x_pad", batch)
-        norms = self._norm_rows(b)
+        norms = self._norm_rows(layers)
         shape = b.op("Shape", x, name="image_shape")
         for place, rows in zip(refiners, norms[: len(refiners)], strict=True):
             with b.scope(place.name):
@@ -190,11 +190,10 @@ class TransformerGraphs:
             x = b.op("LayerNormalization", x, "final_scale", name=norm.name, axis=-1, epsilon=norm.epsilon)
             return layers.linear(layers.rows(x, norm.width), linear.within(_FINAL))
 
-    def _norm_rows(self, b: GraphBuilder) -> list[Norms]:
-        """The table's rows as [dim] vectors: one `Split` that copies a few kilobytes."""
+    def _norm_rows(self, layers: Layers) -> list[Norms]:
+        """The modulation table's rows as [dim] vectors, of a few kilobytes."""
         count = 4 * self.config.transformer.modulated_blocks
-        flat = b.op("Reshape", "modulation", b.integers(-1), name="modulation.flat")
-        rows = b.ops("Split", flat, name="modulation.rows", outputs=count, axis=0, num_outputs=count)
+        rows = layers.table_rows("modulation", count, self.config.transformer.dim, "modulation")
         return [Norms(*rows[start : start + 4]) for start in range(0, count, 4)]
 
     def _tables(self, b: GraphBuilder, batch: str) -> tuple[Tables, Tables]:

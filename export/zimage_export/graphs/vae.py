@@ -135,7 +135,7 @@ class VaeGraphs:
             layers.reshape(layers.linear(h, linear), tokens, f"{kind}.tokens")
             for kind, linear in zip("qkv", projections, strict=True)
         )
-        h = layers.rows(layers.attention(q, k, v, heads=1, head_dim=width), width, "scores.rows")
+        h = layers.rows(layers.spatial_attention(q, k, v, width), width, "scores.rows")
         h = layers.reshape(layers.linear(h, out), tokens, "update.tokens")
         h = b.op("Transpose", h, name="channels_first", perm=[0, 2, 1])
         h = layers.reshape(h, b.op("Shape", x, name="shape"), "update")

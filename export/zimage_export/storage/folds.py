@@ -59,3 +59,10 @@ def _split(name: str) -> tuple[str, str]:
     """`layers.7.attention.to_q.weight` → (`layers.7`, `attention.to_q.weight`)."""
     parts = name.split(".", 2)
     return (f"{parts[0]}.{parts[1]}", parts[2]) if len(parts) == 3 else ("", name)
+
+
+def read_folds(plain: Mapping[str, Mapping[str, Mapping[str, int]]]) -> dict[str, Folds]:
+    """A manifest's folds, by component."""
+    return {
+        component: {block: BlockFold(**fold) for block, fold in blocks.items()} for component, blocks in plain.items()
+    }

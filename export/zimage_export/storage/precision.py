@@ -85,9 +85,8 @@ class StoragePolicy:
         if component == "vae":
             return DType.BF16 if self.precision is Precision.BF16 or self.vae_type is DType.BF16 else DType.F32
         if component == "transformer" and name.startswith(FLOAT32_LINEARS):
-            # the timestep is embedded on the CPU, in float32: what is bf16 already loses nothing
-            kept = half is self.timestep_type and name.startswith("t_embedder.")
-            return half if kept else DType.F32
+            # the timestep is embedded on the CPU, in float32: what has 16 bits already loses nothing in them
+            return self.timestep_type if name.startswith("t_embedder.") else DType.F32
         return half
 
     def gpu_compute(self, component: str) -> DType:

@@ -68,7 +68,8 @@ class Bundle:
             needed = _NEEDED_FOR.get(program)
             purpose = f", which is needed {needed}" if needed else ""
             raise BundleError(
-                f"{self.root}: has no {program} program for executor {executor!r}{purpose}; export the bundle again"
+                f"{self.root}: has no {program} program for executor {executor!r}{purpose}; "
+                "`zimage-export programs` adds what an older bundle lacks, or export the bundle again"
             )
         return self.file(record.path)
 

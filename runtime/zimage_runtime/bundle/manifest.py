@@ -30,9 +30,17 @@ MANIFEST_NAME = "manifest.json"
 CPU = "cpu"
 CUDA = "cuda"
 TENSORRT = "tensorrt"
+WEBGPU = "webgpu"
 
 CUDA_WEIGHT_ONLY = "cuda-weight-only"
 """Not an executor: the `cuda` executor's other program for an int8 bundle's denoiser, on the same bytes."""
+
+WEBGPU_FUSED = "webgpu-fused"
+"""Not an executor: the `webgpu` executor's other programs, whose attention is one fused operator; it is right on some
+adapters only."""
+
+_VARIANTS = frozenset({CUDA_WEIGHT_ONLY, WEBGPU_FUSED})
+"""Names of programs that are not executors."""
 
 ENGINES_FOLDER = "engines/"
 
@@ -168,7 +176,7 @@ class Manifest:
         if self.record(Program.MODULATION, CPU) is None:
             return set()
         complete = set.intersection(*(set(self.programs.get(program, {})) for program in REQUIRED))
-        return complete - {CUDA_WEIGHT_ONLY}
+        return complete - _VARIANTS
 
     def to_json(self) -> str:
         """The file's text."""

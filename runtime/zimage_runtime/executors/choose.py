@@ -72,7 +72,8 @@ class ExecutorChoice:
         if name in self._reasons:
             return None
         kind = executor_kind(name)
-        unavailable = kind.why_unavailable(self.bundle, self.options.device)
+        device = self.options.device
+        unavailable = kind.why_not_automatic(device) or kind.why_unavailable(self.bundle, device)
         if unavailable is None:
             try:
                 return kind.open(self.bundle, self._options_for(name))

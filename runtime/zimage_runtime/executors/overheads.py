@@ -22,8 +22,11 @@ ORT_CUDA = Overhead(
     "CUDA, cuBLAS and cuDNN, as ONNX Runtime loads them",
     "reserved (626 MiB measured with benchmarks/gpu_cuda.py on an H100)",
 )
+ORT_WEBGPU = Overhead(
+    256 << 20, "the driver, compiled kernels and buffers for copying, with ONNX Runtime's WebGPU", "assumed"
+)
 TENSORRT_CUDA = Overhead(400 << 20, "CUDA, the driver and compiled kernels, as TensorRT loads them", "assumed")
 DESKTOP = Overhead(256 << 20, "free GPU memory that is left to others, since a desktop's use varies", "assumed")
 CARD = Overhead(512 << 20, "what the driver and a desktop keep of a GPU's memory", "assumed")
 
-ALL = (PROCESS, ORT_CUDA, TENSORRT_CUDA, DESKTOP, CARD)
+ALL = (PROCESS, ORT_CUDA, ORT_WEBGPU, TENSORRT_CUDA, DESKTOP, CARD)

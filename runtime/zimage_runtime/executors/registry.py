@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # commands list the names before they need an executor
 _MODULES: dict[str, str] = {
     "tensorrt": "zimage_runtime.executors.tensorrt.kind",
     "cuda": "zimage_runtime.executors.ort.cuda",
+    "webgpu": "zimage_runtime.executors.ort.webgpu",
     "cpu": "zimage_runtime.executors.ort.cpu",
 }
 

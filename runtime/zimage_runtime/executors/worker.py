@@ -9,6 +9,7 @@ import os
 import queue
 import sys
 import threading
+import traceback
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
@@ -70,10 +71,18 @@ class _Task:
         try:
             self.result = self.function()
         except BaseException as error:  # which the caller raises
+            forget_locals(error)
             self.error = error
         finally:
             self.function = lambda: None  # or a result would keep what it was made from
             self.done.set()
+
+
+def forget_locals(error: BaseException | None) -> None:
+    """Empties the frames that an error went through: else whoever keeps the error keeps what was loaded there."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 class Worker:

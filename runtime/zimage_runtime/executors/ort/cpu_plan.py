@@ -5,7 +5,7 @@ the file; once more where ONNX Runtime packs them for speed) and its activations
 The factors were measured with `benchmarks/memory_model.py`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -171,7 +171,7 @@ def _refusal(manifest: Manifest, plan: MemoryPlan) -> str:
     advice = []
     if work.held:
         advice.append(f"{gib_needed(work.held, 2)} of it is for {work.count} finished images: stream them instead")
-    if largest := _largest_size(manifest, plan):
+    if largest := largest_size(manifest, work, lambda other: _fits(manifest, other, plan, low_memory=plan.low_memory)):
         advice.append(f"the largest size of this shape that fits is {largest}")
     if not plan.low_memory and _fits(manifest, work, plan, low_memory=True):
         advice.append("it fits with --low-memory")
@@ -183,9 +183,9 @@ def _fits(manifest: Manifest, work: Work, plan: MemoryPlan, *, low_memory: bool)
     return _plan(manifest, work, low_memory, plan.available).peak <= plan.available
 
 
-def _largest_size(manifest: Manifest, plan: MemoryPlan) -> str | None:
-    work, unit = plan.work, manifest.config.vae.scale * 2
-    sides = (work.geometry.width, work.geometry.height)
+def largest_size(manifest: Manifest, work: Work, fits: Callable[[Work], bool]) -> str | None:
+    """The largest size below that of a request, of about its shape, of which `fits` is true; None where none is."""
+    unit, sides = manifest.config.vae.scale * 2, (work.geometry.width, work.geometry.height)
     longest = max(sides) // unit
     for side in range(longest - 1, 0, -1):
         width, height = (max(round(pixels / unit * side / longest), 1) * unit for pixels in sides)
@@ -193,7 +193,7 @@ def _largest_size(manifest: Manifest, plan: MemoryPlan) -> str | None:
             smaller = image_geometry(width, height, manifest.config)
         except RequestError:
             continue
-        if _fits(manifest, replace(work, geometry=smaller), plan, low_memory=plan.low_memory):
+        if fits(replace(work, geometry=smaller)):
             return f"{width}x{height}"
     return None
 

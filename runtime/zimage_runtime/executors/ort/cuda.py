@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +11,16 @@ from ...bundle.manifest import CUDA, Precision
 from ...errors import BundleError, ExecutorError
 from ...machine.gpu_targets import GpuTarget
 from ...machine.gpus import Gpu, find_gpu
+from ...model.programs import Program
 from ..examination import Examination, Verdict
 from ..overheads import DESKTOP, ORT_CUDA
 from ..protocol import ExecutorKind, Hardware, Options, Unavailable, Work
+from ..worker import Stop
+from .cuda_plan import plan_vram, predict_vram
 from .device import OrtDevice
 from .device_executor import OrtDeviceExecutor
-from .device_plan import VramPlan, predict_vram
-from .int8_denoiser import why_no_int8
+from .device_plan import VramPlan
+from .int8_denoiser import denoiser_programs, why_no_int8
 from .known_answer import is_right, known_answer
 
 PROVIDER = "CUDAExecutionProvider"
@@ -41,11 +45,22 @@ class CudaProvider:
     budget: int  # bytes
     exact: bool  # float32 products are not rounded to TF32
 
+    checks_outputs = False
+
+    @property
+    def library(self) -> str:
+        import onnxruntime
+
+        return f"onnxruntime {onnxruntime.__version__}"
+
     @property
     def shrinks(self) -> str | None:
         return f"gpu:{self.device.index}" if self.device.kind == "cuda" else None
 
-    def session(self, model: str | bytes, options: Any) -> Any:
+    def exclusive(self, stop: Stop) -> AbstractContextManager[object]:
+        return contextlib.nullcontext()
+
+    def session(self, model: str | bytes, options: Any, program: Program | None, nbytes: int) -> Any:
         import onnxruntime
 
         chatter = io.StringIO()  # the library prints, to stdout too, which is the command's own
@@ -96,8 +111,21 @@ def cuda_executor(
     device, precision = device or OrtDevice(), bundle.manifest.precision
     if capability and (reason := why_no_int8(precision, capability)):
         raise ExecutorError(f"the GPU cannot run this bundle: {reason}")
-    provider = CudaProvider(device, budget, precision is Precision.FP32)
-    return OrtDeviceExecutor(CUDA, bundle, provider, budget, capability, low_memory, keep_loaded, device_name, denoiser)
+
+    def plan(work: Work) -> VramPlan:
+        return plan_vram(bundle.manifest, work, budget, capability=capability, denoiser=denoiser)
+
+    return OrtDeviceExecutor(
+        CUDA,
+        bundle,
+        CudaProvider(device, budget, precision is Precision.FP32),
+        plan,
+        budget=budget,
+        denoiser=denoiser or denoiser_programs(bundle.manifest, capability)[0],
+        low_memory=low_memory,
+        keep_loaded=keep_loaded,
+        device_name=device_name,
+    )
 
 
 _preloaded = False

@@ -1,8 +1,10 @@
 """A device as ONNX Runtime sees it: values that stay there, and what its errors mean. For providers of every vendor.
 
-With the CPU in a GPU's place, the same code runs the same programs where there is no GPU.
+A device of kind "cpu" keeps values in the host's memory: the library copies them for each run. Some providers want it
+so, and with the CPU's own provider the same code runs the same programs where there is no GPU.
 """
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,6 +12,7 @@ import numpy as np
 
 from ...arrays import FloatArray
 from ...errors import CancelledError, DeviceLostError, ExecutorError
+from ...model.programs import Program
 from ..worker import Stop
 
 
@@ -17,7 +20,7 @@ from ..worker import Stop
 class OrtDevice:
     """Where programs run and values stay."""
 
-    kind: str = "cuda"  # as ONNX Runtime names it; "cpu" for tests
+    kind: str = "cuda"  # as ONNX Runtime names it; "cpu" for the host's memory
     index: int = 0
 
     def upload(self, values: FloatArray) -> Any:
@@ -34,9 +37,14 @@ class OrtDevice:
             raise explained("copying to the GPU failed", error) from None
 
     def empty(self, shape: tuple[int, ...]) -> Any:
-        """Room for float32 values, which no session owns, so that it outlives them all."""
+        """Room for float32 values, which no session owns, so that it outlives them all.
+
+        In the host's memory it is filled with NaN: what a run has not written can be seen.
+        """
         import onnxruntime
 
+        if self.kind == "cpu":
+            return self.wrapped(np.full(shape, np.nan, np.float32))
         try:
             return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, np.float32, self.kind, self.index)
         except Exception as error:
@@ -65,11 +73,28 @@ class Provider(Protocol):
         """Where its values are."""
 
     @property
+    def library(self) -> str:
+        """Name and version of what computes."""
+
+    @property
     def shrinks(self) -> str | None:
         """The arena that can give back what a run took, as run options name it; None where none can."""
 
-    def session(self, model: str | bytes, options: Any) -> Any:
-        """A session of a model, a file's path or its bytes. Raises what the library raises, or `ExecutorError`."""
+    @property
+    def checks_outputs(self) -> bool:
+        """Whether a run may fail without an error, so that what it gives is to be looked at."""
+
+    def exclusive(self, stop: Stop) -> AbstractContextManager[object]:
+        """A turn of this thread, where only one may use the library at a time. May be nested.
+
+        Waiting for it raises `CancelledError` after a request to stop.
+        """
+
+    def session(self, model: str | bytes, options: Any, program: Program | None, nbytes: int) -> Any:
+        """A session of a program, by its file's path, or of another model, by its bytes. Its weights take `nbytes`.
+
+        Raises what the library raises, or `ExecutorError`.
+        """
 
 
 def run_bound(session: Any, binding: Any, what: str, stop: Stop, shrink: str | None = None) -> None:
@@ -97,12 +122,27 @@ def run_bound(session: Any, binding: Any, what: str, stop: Stop, shrink: str | N
 _NO_MEMORY = (
     *("out of memory", "Failed to allocate memory", "smaller than requested bytes", "bad_alloc"),
     *("ALLOC_FAILED", "ALLOCATION_FAILED"),
+    *("OUT_OF_DEVICE_MEMORY", "OUT_OF_HOST_MEMORY"),
+    # WebGPU: a buffer that could not be allocated is an "error object", and this is said where it is used
+    "is invalid due to a previous error",
 )
 _LOST = (
     *("illegal memory access", "unspecified launch failure", "illegal instruction", "misaligned address"),
     *("uncorrectable ECC", "hardware stack error", "device is lost", "GPU is lost", "unknown error", "device-side"),
     *("no longer available", "context is destroyed", "launch timed out", "driver shutting down"),
+    *("Device lost", "device was lost", "DEVICE_LOST", "DEVICE_REMOVED", "DEVICE_HUNG"),
 )
+
+
+def checked(what: object, values: FloatArray) -> FloatArray:
+    """The values of an output, which are neither all zero nor anywhere not finite: else `ExecutorError`."""
+    fault = "nothing but zeros" if not values.any() else "" if np.isfinite(values).all() else "values not finite"
+    if fault:
+        raise ExecutorError(
+            f"{what} gave {fault}: the GPU is out of memory, or its driver computes wrong numbers; "
+            "try a smaller --size, another driver or --executor cpu"
+        )
+    return values
 
 
 def explained(what: str, error: Exception) -> ExecutorError:

@@ -1,8 +1,9 @@
 """ONNX Runtime on a device: what the executors for GPUs share, whatever the provider.
 
 Caption tokens, rotary tables and the modulation table are copied to the device once a prompt and stay there for all
-steps; latents and velocity, a megabyte each, are what crosses. Prompt embeddings are gathered on the host, and the
-modulation program runs there. A session of the library holds its weights and its own arena until it is released.
+steps, where the provider's values can; latents and velocity, a megabyte each, are what crosses. Prompt embeddings are
+gathered on the host, and the modulation program runs there. A session of the library holds its weights and its own
+arena until it is released.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,7 +13,6 @@ from typing import Any, TypeVar, cast
 
 from ...arrays import FloatArray
 from ...bundle.bundle import Bundle
-from ...bundle.manifest import CUDA
 from ...bundle.tensors import TensorFile
 from ...errors import CancelledError, ExecutorError
 from ...model.config import VaeConfig
@@ -21,12 +21,11 @@ from ...model.programs import SIGNATURES, Program
 from ...tiles.tiling import TiledDecoder, TiledEncoder
 from ..protocol import Computation, Conditioning, Plan, Work
 from ..turns import leaving, scope
-from ..worker import Stop, Worker
+from ..worker import Stop, Worker, forget_locals
 from .cpu_plan import check_host
-from .device import OrtDevice, Provider, explained, run_bound
-from .device_plan import VramPlan, plan_vram, tile_values
+from .device import OrtDevice, Provider, checked, explained, run_bound
+from .device_plan import VramPlan, tile_values
 from .host_programs import HostPrograms, session_options
-from .int8_denoiser import Capability, denoiser_programs
 from .tile_kernels import OrtTileKernels
 
 Result = TypeVar("Result")
@@ -42,20 +41,18 @@ class OrtDeviceExecutor:
     name: str
     bundle: Bundle
     provider: Provider
+    planned: Callable[[Work], VramPlan]  # raises `MemoryLimitError`
     budget: int  # bytes that may be held on the device
-    capability: Capability | None = None  # of an NVIDIA GPU
+    denoiser: str  # the name under which the denoiser's program is that is loaded, or would be
     low_memory: bool = False  # for what runs on the host
     keep_loaded: bool = True
     device_name: str = "a GPU"
-    fixed_denoiser: str | None = None  # one of an int8 bundle's two programs, which is otherwise chosen
     _sessions: dict[Program, Any] = field(default_factory=dict, repr=False)
-    _denoiser: str = field(init=False, repr=False)  # the program that is loaded, or would be
     _shrinks: str | None = field(init=False, repr=False)
     _host: HostPrograms = field(init=False, repr=False)
     _worker: Worker = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        self._denoiser = self.fixed_denoiser or denoiser_programs(self.bundle.manifest, self.capability)[0]
         self._shrinks = self.provider.shrinks
         self._host = HostPrograms(self.bundle, low_memory=self.low_memory)
         self._worker = Worker(f"zimage {self.name}")
@@ -71,9 +68,7 @@ class OrtDeviceExecutor:
         return set(self._sessions) | self._host.loaded
 
     def plan(self, work: Work) -> VramPlan:
-        plan = plan_vram(
-            self.bundle.manifest, work, self.budget, capability=self.capability, denoiser=self.fixed_denoiser
-        )
+        plan = self.planned(work)
         check_host(work, plan.host)
         return plan
 
@@ -82,28 +77,39 @@ class OrtDeviceExecutor:
         return scope(session, keeps=session.plan.keep_all and self.keep_loaded, free=self.release)
 
     def computation(self, plan: Plan) -> Computation:
-        import onnxruntime
-
-        return Computation(cast(VramPlan, plan).denoiser, f"onnxruntime {onnxruntime.__version__}")
+        return Computation(cast(VramPlan, plan).denoiser, self.provider.library)
 
     def release(self) -> None:
         self._worker.call(self._release)
 
     def _release(self, *programs: Program) -> None:
-        for program in programs or tuple(self._sessions):
-            self._sessions.pop(program, None)
+        def free() -> None:
+            for program in programs or tuple(self._sessions):
+                self._sessions.pop(program, None)
+
+        self.exclusively(free, Stop())
         self._host.release(*programs)
 
     def close(self) -> None:
         self.release()
         self._worker.close()
 
+    def exclusively(self, function: Callable[[], Result], stop: Stop) -> Result:
+        """Runs what uses the device, in this thread's turn. All that it made there and does not return is freed by the
+        end of the turn, even after an error."""
+        with self.provider.exclusive(stop):
+            try:
+                return function()
+            except BaseException as error:
+                forget_locals(error)
+                raise
+
     def enter(self, program: Program, plan: VramPlan) -> None:
         """Makes room for a program that is about to run."""
         gone = leaving(program, self.loaded, keep_all=plan.keep_all, keep_loaded=self.keep_loaded)
-        if plan.denoiser != self._denoiser:
+        if plan.denoiser != self.denoiser:
             gone.add(Program.DENOISER)
-            self._denoiser = plan.denoiser
+            self.denoiser = plan.denoiser
         if gone:
             self._release(*gone)
 
@@ -119,7 +125,8 @@ class OrtDeviceExecutor:
         for name in names:
             binding.bind_output(name, self.device.kind, self.device.index)
         self._run(program, binding, stop, shrink=True)
-        return {name: self.device.download(value) for name, value in zip(names, binding.get_outputs(), strict=True)}
+        values = (self.device.download(value) for value in binding.get_outputs())
+        return {name: self.checked(program, value) for name, value in zip(names, values, strict=True)}
 
     def run_bound(
         self,
@@ -152,6 +159,10 @@ class OrtDeviceExecutor:
         if program not in self._sessions:
             self._sessions[program] = self._session(program, stop)
 
+    def checked(self, program: Program, values: FloatArray) -> FloatArray:
+        """An output, looked at where a run may fail without an error."""
+        return checked(program, values) if self.provider.checks_outputs else values
+
     def _run(self, program: Program, binding: Any, stop: Stop, shrink: bool) -> None:
         arena = self._shrinks if shrink else None
         try:
@@ -164,15 +175,16 @@ class OrtDeviceExecutor:
             run_bound(self._sessions[program], binding, f"{program} failed", stop)
 
     def _session(self, program: Program, stop: Stop) -> Any:
-        path = self.bundle.program(program, self._denoiser if program is Program.DENOISER else CUDA)
-        return self.open(str(path), f"{program} in {path}", stop)
+        name = self.denoiser if program is Program.DENOISER else self.name
+        path, record = self.bundle.program(program, name), self.bundle.manifest.record(program, name)
+        return self.open(str(path), f"{program} in {path}", stop, program, record.weight_bytes if record else 0)
 
-    def open(self, model: str | bytes, what: str, stop: Stop) -> Any:
-        """A session of a model, a file's path or its bytes."""
+    def open(self, model: str | bytes, what: str, stop: Stop, program: Program | None = None, nbytes: int = 0) -> Any:
+        """A session of a program, by its file's path, or of another model, by its bytes."""
         options = session_options()
         try:
             with stop.aborting(lambda: options.set_load_cancellation_flag(True)):
-                return self.provider.session(model, options)
+                return self.provider.session(model, options, program, nbytes)
         except (CancelledError, ExecutorError):
             raise
         except Exception as error:
@@ -195,7 +207,7 @@ class DeviceSession:
         return self._run_once(Program.TEXT_ENCODER, feeds)["hidden_states"]
 
     def denoiser(self, conditioning: Conditioning) -> "_DeviceDenoiser":
-        return self.worker.call(lambda: self._denoiser(conditioning), self.stop)
+        return self.call(lambda: self._denoiser(conditioning))
 
     def _denoiser(self, conditioning: Conditioning) -> "_DeviceDenoiser":
         executor, device, rotary = self.executor, self.executor.device, conditioning.caption_rotary
@@ -216,6 +228,8 @@ class DeviceSession:
             "sin": fixed["caption_sin"],
         }
         executor.run_bound(Program.CAPTION, feeds, {"caption": caption}, self.stop, shrink=True)
+        if executor.provider.checks_outputs:
+            executor.checked(Program.CAPTION, device.download(caption))
         return _DeviceDenoiser(self, fixed, self._modulation(conditioning.timesteps))
 
     def _modulation(self, timesteps: FloatArray) -> Rows:
@@ -231,27 +245,33 @@ class DeviceSession:
     def decode(self, latents: FloatArray) -> FloatArray:
         if not self.plan.tiled:
             return self._run_once(Program.DECODER, {"latents": latents})["image"]
-        return self._in_tiles(Program.DECODER, lambda: TiledDecoder(*self._tiled())(latents))
+        image = self._in_tiles(Program.DECODER, lambda: TiledDecoder(*self._tiled())(latents))
+        return self.executor.checked(Program.DECODER, image)
 
     def encode(self, image: FloatArray) -> tuple[FloatArray, FloatArray]:
         if not self.plan.encodes_tiled:
             outputs = self._run_once(Program.ENCODER, {"image": image})
             return outputs["mean"], outputs["logvar"]
-        return self._in_tiles(Program.ENCODER, lambda: TiledEncoder(*self._tiled())(image))
+        mean, logvar = self._in_tiles(Program.ENCODER, lambda: TiledEncoder(*self._tiled())(image))
+        return self.executor.checked(Program.ENCODER, mean), logvar
 
     def _run_once(self, program: Program, feeds: dict[str, FloatArray]) -> dict[str, FloatArray]:
         def task() -> dict[str, FloatArray]:
             self.executor.enter(program, self.plan)
             return self.executor.run_once(program, feeds, self.stop)
 
-        return self.worker.call(task, self.stop)
+        return self.call(task)
 
     def _in_tiles(self, program: Program, function: Callable[[], Result]) -> Result:
         def task() -> Result:
             self.executor.enter(program, self.plan)
             return function()
 
-        return self.worker.call(task, self.stop)
+        return self.call(task)
+
+    def call(self, task: Callable[[], Result]) -> Result:
+        """Runs what uses the device on the executor's thread, in its turn."""
+        return self.worker.call(lambda: self.executor.exclusively(task, self.stop), self.stop)
 
     def _tiled(self) -> tuple[VaeConfig, TensorFile, OrtTileKernels]:
         executor, manifest = self.executor, self.executor.bundle.manifest
@@ -260,7 +280,7 @@ class DeviceSession:
 
     def tile_kernels(self) -> OrtTileKernels:
         """What computes the tiles of an image that does not fit as a whole."""
-        values = tile_values(self.executor.budget, self.executor.bundle.manifest.config.vae)
+        values = tile_values(self.plan.room, self.executor.bundle.manifest.config.vae)
 
         def open_tile(model: bytes) -> Any:
             return self.executor.open(model, "a tile's program", self.stop)
@@ -280,7 +300,7 @@ class _DeviceDenoiser:
     rows: Rows
 
     def __call__(self, latents: FloatArray, step: int) -> FloatArray:
-        return self.session.worker.call(lambda: self._velocity(latents, step), self.session.stop)
+        return self.session.call(lambda: self._velocity(latents, step))
 
     def _velocity(self, latents: FloatArray, step: int) -> FloatArray:
         executor, stop = self.session.executor, self.session.stop
@@ -289,4 +309,4 @@ class _DeviceDenoiser:
         inputs = {"latents": executor.device.upload(latents), **self.fixed, **self.rows[step]}
         last = step == len(self.rows) - 1
         executor.run_bound(Program.DENOISER, inputs, {"velocity": velocity}, stop, shrink=last)
-        return executor.device.download(velocity)
+        return executor.checked(Program.DENOISER, executor.device.download(velocity))

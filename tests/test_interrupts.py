@@ -100,14 +100,12 @@ def with_denoiser(bundle: Path, folder: Path, side: int, products: int) -> Path:
 def test_the_first_signal_ends_a_long_step_at_its_next_operator(
     bundle: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    """A step of half a minute or more, made of operators of about a second, ends within three seconds."""
-    slow = with_denoiser(bundle, tmp_path, 3072, 80)
+    """A step of several minutes, made of operators of about a second, ends long before its last operator."""
+    slow = with_denoiser(bundle, tmp_path, 3072, 800)
     process = start_run(slow, tmp_path, "--size", "32x32", "--steps", 1)
     wait_until(process, lambda watched: watched.cpu_times().user > 4)  # which nothing before the denoiser takes
-    begin = time.monotonic()
     process.send_signal(number)
-    outcome = finish(process)
-    assert time.monotonic() - begin < 3
+    outcome = finish(process)  # which waits for two minutes
     assert outcome.status == 128 + number
     assert "Traceback" not in outcome.err
     assert sorted(os.listdir(tmp_path)) == ["slow-bundle"]

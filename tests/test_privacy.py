@@ -35,7 +35,8 @@ def test_nothing_appears_in_the_home_folder(code: str, words: tuple[str, ...], w
     ours = ("ORT_DISABLE_TELEMETRY", "HF_HOME")  # what this very process may have set, or its user
     environment = {name: value for name, value in os.environ.items() if name not in ours and "XDG_" not in name}
     folders = {"HOME": home, "USERPROFILE": home, "LOCALAPPDATA": home / "local", "XDG_CACHE_HOME": home / "cache"}
-    folders["MESA_SHADER_CACHE_DIR"] = tmp_path / "mesa"  # the driver's own, which any program of the GPU's fills
+    # a driver's own cache, which any program on the GPU fills: not in the home folder that is looked at
+    folders["MESA_SHADER_CACHE_DIR"] = Path(os.environ.get("MESA_SHADER_CACHE_DIR", Path.home() / ".cache"))
     command = [sys.executable, "-c", code, *words, *([str(image)] if writes else [])]
     subprocess.run(
         command,

@@ -106,15 +106,15 @@ def test_products_of_bytes_are_for_gpus_that_are_fast_at_them() -> None:
 
 
 def test_a_budget_that_products_of_bytes_do_not_fit_in_is_for_the_other_program() -> None:
-    """8 GiB are enough for 1408x1408 with fp16 activations alone."""
-    tight = plan(Precision.INT8, 8, ADA, side=1408)
+    """8 GiB are enough for 1344x1344 with fp16 activations alone."""
+    tight = plan(Precision.INT8, 8, ADA, side=1344)
     assert tight.denoiser == CUDA_WEIGHT_ONLY
     assert tight.peak <= 8 * GIB
     assert_facts(tight.notes[0], "fp16", "int8")
     assert "8.9" not in tight.notes[0], "it is not the GPU's speed"
     assert plan(Precision.INT8, 8, ADA).denoiser == CUDA
     with pytest.raises(MemoryLimitError):
-        plan_vram(published(Precision.INT8), work(1408), 8 * GIB, capability=ADA, denoiser=CUDA)
+        plan_vram(published(Precision.INT8), work(1344), 8 * GIB, capability=ADA, denoiser=CUDA)
 
 
 def test_a_refusal_names_the_bundle_that_would_fit() -> None:

@@ -40,9 +40,11 @@ class CudaLayers(Layers):
         return self.b.op("Attention", q, k, v, name=name, q_num_heads=heads, kv_num_heads=heads)
 
     def normalized_groups(self, x: str, norm: Norm) -> str:
-        """The values of a map by groups, each normalized. `InstanceNormalization` of opset 22 and later has no kernel on
-        CUDA: it ran on the host, with a copy of the map each way, which took four fifths of an image's time on an
-        H100."""
+        """The values of a map by groups, each normalized.
+
+        `InstanceNormalization` of opset 22 and later has no kernel on CUDA: it ran on the host, with a copy of the map
+        each way, which took four fifths of an image's time on an H100.
+        """
         b, name = self.b, norm.name
         h = b.op("Reshape", b.cast(x, DType.F32), b.integers(0, norm.groups, -1), name=f"{name}.groups")
         ones = b.op("Expand", b.number(1.0), b.op("Shape", h, name=f"{name}.length", start=2), name=f"{name}.ones")

@@ -23,15 +23,16 @@ from typing import Any
 
 import numpy as np
 from common import RESULTS, interleave, machine, open_session, ratio, relative_error, write_results
-from gpu_images import PROMPT, SEED, Child, child_pictures, open_pipeline
+from gpu_images import PROMPT, SEED, Child, child_pictures, open_any, open_pipeline
 from gpu_placement import SHAPE_ARITHMETIC, copies, where_nodes_ran
 from gpu_report import report
 from gpu_tools import best_backend, diffusers_step, matrix_rate, median_seconds, run_child, step_flops
+from wide_scale import wide_scale
 
 from zimage_runtime.model.programs import Program
 
-_PACKAGES = ("onnxruntime-gpu", "onnxruntime", "torch", "diffusers", "numpy")
-_TORCH_TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+PACKAGES = ("onnxruntime-gpu", "onnxruntime", "torch", "diffusers", "numpy")
+TORCH_TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
 _MEASURES = ("parity", "placement", "pictures", "steps")
 _BLOCKS = 4  # of the scale of that name
@@ -115,12 +116,12 @@ def one_line(error: Exception) -> str:
 
 
 def child_parity(options: Child) -> Child:
-    """A reduced model on the CUDA executor against the CPU executor: latents after all steps, and the picture."""
+    """A reduced model on an executor against the CPU executor: latents after all steps, and the picture."""
     from zimage_runtime.pipeline import ImageEvent, Pipeline
 
     drawn = []
     for pipeline in (
-        open_pipeline(options["bundle"], options["executor"], denoiser=options["denoiser"]),
+        open_any({**options, "vram": None}),
         Pipeline.from_bundle(options["bundle"], "cpu"),
     ):
         events = pipeline.stream(PROMPT, size=(256, 256), steps=options["steps"], seed=SEED)
@@ -173,12 +174,15 @@ def in_child(kind: str, options: Child) -> Child:
 
 
 def scale_of(name: str) -> Any:
-    """The dimensions to build: the published ones, those with few blocks in each stage, or the tests' small ones."""
+    """The dimensions to build: the published ones, those with few blocks in each stage, the tests' small ones, or these
+    with linears as wide as the published ones: "wide"."""
     from zimage_export.synthetic.checkpoint import SCALES
 
+    full = SCALES["full"]
+    if name == "wide":
+        return wide_scale()
     if name != "blocks":
         return SCALES[name]
-    full = SCALES["full"]
     config = replace(
         full.config,
         transformer=replace(full.config.transformer, n_layers=_BLOCKS, n_refiner_layers=1),
@@ -187,7 +191,7 @@ def scale_of(name: str) -> Any:
     return replace(full, config=config)
 
 
-def prepared(work: Path, scale_name: str, precision: str) -> Path:
+def prepared(work: Path, scale_name: str, precision: str, *, engines: bool = False) -> Path:
     """The bundle of a precision and scale, made where it is not there; at full size, the only one there is."""
     from zimage_export.build import BuildOptions, build
     from zimage_export.synthetic.checkpoint import write_checkpoint
@@ -197,13 +201,15 @@ def prepared(work: Path, scale_name: str, precision: str) -> Path:
 
     work.mkdir(parents=True, exist_ok=True)
     checkpoint, bundle = work / f"checkpoint-{scale_name}", work / f"bundle-{scale_name}-{precision}"
+    if engines:
+        bundle = bundle.with_name(f"{bundle.name}-engines")
     if not checkpoint.exists():
         write_checkpoint(checkpoint, scale_of(scale_name), transformer_type=DType.BF16, progress=Progress())
     if not bundle.exists():
         if scale_name == "full":
             for other in work.glob("bundle-full-*"):
                 shutil.rmtree(other)
-        build(checkpoint, bundle, BuildOptions(Precision(precision)), Progress())
+        build(checkpoint, bundle, BuildOptions(Precision(precision), engines=engines), Progress())
     return bundle
 
 
@@ -222,7 +228,7 @@ def run(options: argparse.Namespace) -> Child:
     gpu = find_gpu() if cuda else None
     half = "bf16" if gpu is None or gpu.has_bf16 else "fp16"
     document: Child = {
-        "machine": machine(*_PACKAGES),
+        "machine": machine(*PACKAGES),
         "gpu": {**vars(gpu), "free": None, "uuid": None} if gpu else None,
         "scale": options.scale,
         "steps": options.steps,
@@ -256,7 +262,7 @@ def run(options: argparse.Namespace) -> Child:
         if not {"pictures", "steps"} & set(options.only):
             break
         bundle = str(prepared(options.work, options.scale, precision))
-        dtype = _TORCH_TYPES.get(precision, _TORCH_TYPES[half])  # the floor of integers is 16 bits' own
+        dtype = TORCH_TYPES.get(precision, TORCH_TYPES[half])  # the floor of integers is 16 bits' own
         for size, (name, denoiser) in itertools.product(options.size, ways(precision)):
             one = {**common, "bundle": bundle, "precision": name, "denoiser": denoiser, "size": size, "dtype": dtype}
             # diffusers runs in 16 bits alone, as its users run it
@@ -270,7 +276,8 @@ def run(options: argparse.Namespace) -> Child:
     return document
 
 
-def _size(text: str) -> tuple[int, int]:
+def size_of(text: str) -> tuple[int, int]:
+    """A size such as 1024x768."""
     width, _, height = text.partition("x")
     return int(width), int(height)
 
@@ -288,7 +295,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--executor", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--scale", choices=["full", "blocks", "small"], default="full")
     parser.add_argument("--precision", nargs="+", default=["bf16", "fp16", "int8"], choices=_PRECISIONS)
-    parser.add_argument("--size", nargs="+", type=_size, default=[(512, 512), (1024, 1024), (1536, 1536)])
+    parser.add_argument("--size", nargs="+", type=size_of, default=[(512, 512), (1024, 1024), (1536, 1536)])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--vram", type=int, metavar="MIB", help="budget; by default what is free")

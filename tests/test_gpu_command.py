@@ -55,22 +55,18 @@ def written(tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("diffusers_pipeline")  # for its one thread
-def test_a_trial_of_everything(inside: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_trial_of_what_is_measured(inside: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inside.CHILDREN["copies"] = lambda options: {"failed": "no | GPU"}
-    inside.main(trial(tmp_path, "--only", "correctness", "memory", "speed", "parts"))
+    inside.main(trial(tmp_path, "--only", "memory", "speed", "parts"))
     page, document = capsys.readouterr().out, written(tmp_path)
     kinds = [row["kind"] for row in document["rows"]]
-    assert kinds[:4] == ["placement", "parity", "cycle", "pictures"]
-    assert set(kinds) == {*inside.CHILDREN} - {"tensorrt"}
+    assert set(kinds) == {*inside.CHILDREN} - {"tensorrt", "placement", "parity", "cycle"}
     results = {row["kind"]: row["result"] for row in document["rows"]}
-    assert results["parity"]["latents_error"] < 1e-5
-    assert results["cycle"]["images"] == 3
-    assert results["cycle"]["equal"] is True
     assert results["attention"]["difference"] < 1e-4
     assert set(results["attention"]["rows"].popitem()[1]) == {"Attention", "MultiHeadAttention"}
     assert {len(ways) for ways in results["layouts"]["rows"].values()} == {2, 3}
     assert [row["name"] for row in document["rows"] if row["kind"] == "start"][1] == "fp32, second start"
-    for words in ("its times and its memory mean nothing", "cuda fp32, 64x64", "as it should be", "| no / GPU |"):
+    for words in ("its times and its memory mean nothing", "cuda fp32, 64x64", "| no / GPU |"):
         assert words in page
 
 

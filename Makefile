@@ -89,9 +89,10 @@ bench-full-size-systems: $(STAMP)
 	CMAKE_ARGS=-DGGML_NATIVE=ON $(BIN)/python -m pip install stable-diffusion-cpp-python==0.4.7
 	$(BIN)/python benchmarks/bench_report.py --work $(WORK) --only full-size
 
-# On a machine with an NVIDIA GPU and onnxruntime-gpu (the README says how to put it in the place of onnxruntime).
+# Every executor on this machine's GPU, and one report: onnxruntime-gpu in the place of onnxruntime (the README says how),
+# TensorRT from the extra, WebGPU's adapter. GPU_FLAGS="--scale blocks --only correctness memory" takes minutes.
 bench-gpu: $(STAMP)
-	$(BIN)/python benchmarks/gpu_cuda.py --work $(WORK)/gpu
+	$(BIN)/python benchmarks/gpu.py --work $(WORK)/gpu $(GPU_FLAGS)
 
 clean:
 	rm -rf $(VENV) out build dist

@@ -15,9 +15,7 @@ import faulthandler
 import itertools
 import json
 import shutil
-import subprocess
 import sys
-import time
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,77 +23,19 @@ from typing import Any
 
 import numpy as np
 from common import RESULTS, interleave, machine, open_session, ratio, relative_error, write_results
+from gpu_images import PROMPT, SEED, Child, child_pictures, open_any, open_pipeline
+from gpu_placement import SHAPE_ARITHMETIC, copies, where_nodes_ran
 from gpu_report import report
-from gpu_tools import VramWatch, best_backend, diffusers_step, matrix_rate, median_seconds, step_flops
+from gpu_tools import best_backend, diffusers_step, matrix_rate, median_seconds, run_child, step_flops
+from wide_scale import wide_scale
 
 from zimage_runtime.model.programs import Program
 
-_PROMPT = "a lighthouse on a cliff at dusk, waves breaking below, oil painting with visible brush strokes"
-_SEED = 7
-_PACKAGES = ("onnxruntime-gpu", "onnxruntime", "torch", "diffusers", "numpy")
-_TORCH_TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+PACKAGES = ("onnxruntime-gpu", "onnxruntime", "torch", "diffusers", "numpy")
+TORCH_TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _PRECISIONS = ("fp32", "bf16", "fp16", "int8", "int4")
 _MEASURES = ("parity", "placement", "pictures", "steps")
 _BLOCKS = 4  # of the scale of that name
-_SHAPES_ONLY = {"Concat", "Div", "Gather", "Mul", "Shape", "Slice", "Sub", "Unsqueeze", "Add"}
-
-Child = dict[str, Any]
-
-
-def open_pipeline(
-    bundle: str, executor: str, vram: int | None = None, denoiser: str | None = None, *, keep_loaded: bool = True
-) -> Any:
-    """A pipeline on the CUDA programs: on the GPU, or for a trial on the CPU."""
-    from zimage_runtime.bundle.bundle import Bundle
-    from zimage_runtime.executors.ort.cuda import budget_of, cuda_executor
-    from zimage_runtime.executors.ort.device import OrtDevice
-    from zimage_runtime.machine.gpus import find_gpu
-    from zimage_runtime.pipeline import Pipeline
-
-    opened, gpu = Bundle.open(bundle), None if executor == "cpu" else find_gpu()
-    room = vram if vram is not None else 1 << 40 if gpu is None else budget_of(gpu)
-    capability = None if gpu is None else gpu.capability
-    made = cuda_executor(
-        opened,
-        budget=room,
-        device=OrtDevice(executor),
-        capability=capability,
-        denoiser=denoiser,
-        keep_loaded=keep_loaded,
-    )
-    return Pipeline.on(opened, made)
-
-
-def child_pictures(options: Child) -> Child:
-    """Whole pictures of one size: the first loads everything, those that follow find it loaded."""
-    from zimage_runtime.pipeline import Request
-
-    size = tuple(options["size"])
-    with VramWatch() as watch:
-        pipeline = open_pipeline(options["bundle"], options["executor"], options["vram"], options["denoiser"])
-        found = []
-        for _ in range(1 + options["repeat"]):
-            pipeline.forget_prompt()  # every picture encodes it
-            found.append(pipeline.generate(_PROMPT, size=size, steps=options["steps"], seed=_SEED).timings)
-        first, *later = found
-    pipeline.release()
-    with VramWatch() as idle:
-        time.sleep(0.1)
-    plan = pipeline.prepare(Request(_PROMPT, size=size)).plan
-    best = min(later, key=lambda timings: timings.total)
-    return {
-        "first_seconds": first.total,
-        "seconds": best.total,
-        "caption_seconds": best.caption,
-        "step_seconds": float(np.median([step for timings in later for step in timings.steps])),
-        "decode_seconds": float(np.median([second for timings in later for second in timings.decode])),
-        "device_bytes": watch.device,
-        "process_bytes": watch.process,
-        "released_process_bytes": idle.process,
-        "planned_bytes": plan.peak,
-        "keep_all": plan.keep_all,
-        "notices": list(plan.notes),
-    }
 
 
 def our_step(options: Child) -> tuple[Any, int, Any]:
@@ -105,11 +45,11 @@ def our_step(options: Child) -> tuple[Any, int, Any]:
     pipeline = open_pipeline(
         options["bundle"], options["executor"], options["vram"], options["denoiser"], keep_loaded=False
     )
-    job = pipeline.prepare(Request(_PROMPT, size=tuple(options["size"]), steps=options["steps"], seed=_SEED))
+    job = pipeline.prepare(Request(PROMPT, size=tuple(options["size"]), steps=options["steps"], seed=SEED))
     session = open_session(job)
     hidden = pipeline.hidden_states(session, job.ids)
     denoiser = session.denoiser(pipeline.conditioning(job.geometry, job.schedule, hidden))
-    latents = pipeline.initial_latents(job.geometry, (_SEED,))
+    latents = pipeline.initial_latents(job.geometry, (SEED,))
     return (lambda: denoiser(latents, options["steps"] // 2)), len(job.ids), job.geometry
 
 
@@ -176,15 +116,15 @@ def one_line(error: Exception) -> str:
 
 
 def child_parity(options: Child) -> Child:
-    """A reduced model on the CUDA executor against the CPU executor: latents after all steps, and the picture."""
+    """A reduced model on an executor against the CPU executor: latents after all steps, and the picture."""
     from zimage_runtime.pipeline import ImageEvent, Pipeline
 
     drawn = []
     for pipeline in (
-        open_pipeline(options["bundle"], options["executor"], denoiser=options["denoiser"]),
+        open_any({**options, "vram": None}),
         Pipeline.from_bundle(options["bundle"], "cpu"),
     ):
-        events = pipeline.stream(_PROMPT, size=(256, 256), steps=options["steps"], seed=_SEED)
+        events = pipeline.stream(PROMPT, size=(256, 256), steps=options["steps"], seed=SEED)
         drawn += [event for event in events if isinstance(event, ImageEvent)]
     ours, reference = drawn
     pixels = [np.asarray(event.image, np.float64) for event in drawn]
@@ -196,43 +136,26 @@ def child_parity(options: Child) -> Child:
 
 
 def child_placement(options: Child) -> Child:
-    """Where each node of a reduced model's programs ran, by ONNX Runtime's profiler, which sees copies too."""
-    import onnxruntime
-
+    """Where each node of a reduced model's programs ran."""
     from zimage_export.measure.self_check import fixed_inputs
     from zimage_runtime.bundle.bundle import Bundle
     from zimage_runtime.bundle.manifest import CUDA
-    from zimage_runtime.executors.ort.cuda import DISABLED_OPTIMIZERS, PROVIDER, preload_libraries
 
-    bundle, wanted = Bundle.open(options["bundle"]), "CPUExecutionProvider"
-    if options["executor"] == "cuda":
-        preload_libraries()
-        wanted = PROVIDER
+    bundle, on_gpu = Bundle.open(options["bundle"]), options["executor"] == "cuda"
+    wanted = "CUDAExecutionProvider" if on_gpu else "CPUExecutionProvider"
     result: Child = {}
     for program, feeds in fixed_inputs(bundle.manifest.config).items():
         if program is Program.MODULATION:
             continue
-        settings = onnxruntime.SessionOptions()
-        settings.enable_profiling = True
-        settings.profile_file_prefix = str(Path(options["bundle"]).with_name(f"profile-{program}"))
-        providers = list(dict.fromkeys([wanted, "CPUExecutionProvider"]))
-        path = str(bundle.program(program, (options["denoiser"] if program is Program.DENOISER else None) or CUDA))
-        session = onnxruntime.InferenceSession(
-            path, settings, providers=providers, enable_fallback=0, disabled_optimizers=DISABLED_OPTIMIZERS
-        )
-        session.run(None, feeds)
-        profile = Path(session.end_profiling())
-        nodes = [e["args"] for e in json.loads(profile.read_text()) if e.get("cat") == "Node"]
-        profile.unlink()
-        nodes = [node for node in nodes if "provider" in node]
+        name = (options["denoiser"] if program is Program.DENOISER else None) or CUDA
+        nodes = where_nodes_ran(bundle.program(program, name), feeds, bundle.root.parent, on_gpu=on_gpu)
         elsewhere = sorted({node["op_name"] for node in nodes if node["provider"] != wanted})
         result[program.value] = {
             "nodes": len(nodes),
             "on_device": sum(node["provider"] == wanted for node in nodes),
             "elsewhere": elsewhere,
-            "copies": sum(node["op_name"].startswith("Memcpy") for node in nodes),
-            "as_it_should_be": set(elsewhere) <= _SHAPES_ONLY
-            and not any(node["op_name"].startswith("Memcpy") for node in nodes),
+            "copies": copies(nodes),
+            "as_it_should_be": set(elsewhere) <= SHAPE_ARITHMETIC and not copies(nodes),
         }
     return result
 
@@ -246,29 +169,20 @@ _CHILDREN = {
 
 
 def in_child(kind: str, options: Child) -> Child:
-    """Runs a measurement in a process of its own; what it raises is its result, so that the others go on."""
-    print(time.strftime("%H:%M:%S"), kind, options["precision"], options.get("size", ""), file=sys.stderr, flush=True)
-    words = [sys.executable, __file__, "--child", kind, json.dumps(options)]
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=options["limit"])
-    except subprocess.TimeoutExpired as late:
-        said = late.stderr or b""  # bytes, whatever `text` says
-        print(said.decode(errors="replace") if isinstance(said, bytes) else said, file=sys.stderr, flush=True)
-        return {"failed": f"not done in {options['limit']} s"}
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines:
-        return {"failed": (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1][:500]}
-    result: Child = json.loads(lines[-1])
-    return result
+    """Runs a measurement in a process of its own."""
+    return run_child(__file__, kind, options)
 
 
 def scale_of(name: str) -> Any:
-    """The dimensions to build: the published ones, those with few blocks in each stage, or the tests' small ones."""
+    """The dimensions to build: the published ones, those with few blocks in each stage, the tests' small ones, or these
+    with linears as wide as the published ones: "wide"."""
     from zimage_export.synthetic.checkpoint import SCALES
 
+    full = SCALES["full"]
+    if name == "wide":
+        return wide_scale()
     if name != "blocks":
         return SCALES[name]
-    full = SCALES["full"]
     config = replace(
         full.config,
         transformer=replace(full.config.transformer, n_layers=_BLOCKS, n_refiner_layers=1),
@@ -277,7 +191,7 @@ def scale_of(name: str) -> Any:
     return replace(full, config=config)
 
 
-def prepared(work: Path, scale_name: str, precision: str) -> Path:
+def prepared(work: Path, scale_name: str, precision: str, *, engines: bool = False) -> Path:
     """The bundle of a precision and scale, made where it is not there; at full size, the only one there is."""
     from zimage_export.build import BuildOptions, build
     from zimage_export.synthetic.checkpoint import write_checkpoint
@@ -287,13 +201,15 @@ def prepared(work: Path, scale_name: str, precision: str) -> Path:
 
     work.mkdir(parents=True, exist_ok=True)
     checkpoint, bundle = work / f"checkpoint-{scale_name}", work / f"bundle-{scale_name}-{precision}"
+    if engines:
+        bundle = bundle.with_name(f"{bundle.name}-engines")
     if not checkpoint.exists():
         write_checkpoint(checkpoint, scale_of(scale_name), transformer_type=DType.BF16, progress=Progress())
     if not bundle.exists():
         if scale_name == "full":
             for other in work.glob("bundle-full-*"):
                 shutil.rmtree(other)
-        build(checkpoint, bundle, BuildOptions(Precision(precision)), Progress())
+        build(checkpoint, bundle, BuildOptions(Precision(precision), engines=engines), Progress())
     return bundle
 
 
@@ -312,7 +228,7 @@ def run(options: argparse.Namespace) -> Child:
     gpu = find_gpu() if cuda else None
     half = "bf16" if gpu is None or gpu.has_bf16 else "fp16"
     document: Child = {
-        "machine": machine(*_PACKAGES),
+        "machine": machine(*PACKAGES),
         "gpu": {**vars(gpu), "free": None, "uuid": None} if gpu else None,
         "scale": options.scale,
         "steps": options.steps,
@@ -346,7 +262,7 @@ def run(options: argparse.Namespace) -> Child:
         if not {"pictures", "steps"} & set(options.only):
             break
         bundle = str(prepared(options.work, options.scale, precision))
-        dtype = _TORCH_TYPES.get(precision, _TORCH_TYPES[half])  # the floor of integers is 16 bits' own
+        dtype = TORCH_TYPES.get(precision, TORCH_TYPES[half])  # the floor of integers is 16 bits' own
         for size, (name, denoiser) in itertools.product(options.size, ways(precision)):
             one = {**common, "bundle": bundle, "precision": name, "denoiser": denoiser, "size": size, "dtype": dtype}
             # diffusers runs in 16 bits alone, as its users run it
@@ -360,7 +276,8 @@ def run(options: argparse.Namespace) -> Child:
     return document
 
 
-def _size(text: str) -> tuple[int, int]:
+def size_of(text: str) -> tuple[int, int]:
+    """A size such as 1024x768."""
     width, _, height = text.partition("x")
     return int(width), int(height)
 
@@ -378,7 +295,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--executor", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--scale", choices=["full", "blocks", "small"], default="full")
     parser.add_argument("--precision", nargs="+", default=["bf16", "fp16", "int8"], choices=_PRECISIONS)
-    parser.add_argument("--size", nargs="+", type=_size, default=[(512, 512), (1024, 1024), (1536, 1536)])
+    parser.add_argument("--size", nargs="+", type=size_of, default=[(512, 512), (1024, 1024), (1536, 1536)])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--vram", type=int, metavar="MIB", help="budget; by default what is free")

@@ -1,7 +1,10 @@
 """What the GPU benchmark is made of: watching VRAM, the card's measured matrix rate, a step's work, diffusers' step."""
 
+import json
 import os
 import statistics
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -11,6 +14,49 @@ from typing import Any, Self
 
 from zimage_runtime.machine.gpu_monitor import GpuMonitor, open_monitor
 from zimage_runtime.machine.nvml import Unmeasured
+
+
+def run_child(script: str, kind: str, options: dict[str, Any], **environment: str) -> dict[str, Any]:
+    """Runs a script's measurement in a process of its own, for at most `options["limit"]` seconds.
+
+    What it raises is its result, so that the other measurements go on.
+    """
+    what = (kind, options.get("executor", ""), options.get("precision", ""), options.get("size", ""))
+    print(time.strftime("%H:%M:%S"), *what, file=sys.stderr, flush=True)
+    words = [sys.executable, script, "--child", kind, json.dumps(options)]
+    try:
+        done = subprocess.run(
+            words,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=options["limit"],
+            env={**os.environ, **environment},
+        )
+    except subprocess.TimeoutExpired as late:
+        said = late.stderr or b""  # bytes, whatever `text` says
+        print(said.decode(errors="replace") if isinstance(said, bytes) else said, file=sys.stderr, flush=True)
+        return {"failed": f"not done in {options['limit']} s"}
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines:
+        return {"failed": (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1][:500]}
+    result: dict[str, Any] = json.loads(lines[-1])
+    return result
+
+
+_MONITORS: list[GpuMonitor] = []
+
+
+def spent_joules() -> float:
+    """What the GPU has used since its driver was loaded, by its own counter; 0 where there is none."""
+    if not _MONITORS:
+        monitor = open_monitor()
+        if isinstance(monitor, Unmeasured):
+            return 0.0
+        _MONITORS.append(monitor)
+    joules = _MONITORS[0].energy()
+    return 0.0 if isinstance(joules, Unmeasured) else joules
+
 
 _INTERVAL = 0.005  # seconds between two looks at the memory
 

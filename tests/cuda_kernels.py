@@ -73,6 +73,3 @@ SHAPE_INPUTS: dict[str, set[int]] = {
     "Resize": {1, 2, 3},
 }
 """Inputs that the kernels read on the host (registered with ``InputMemoryType(OrtMemTypeCPUInput)``)."""
-
-SHAPE_ARITHMETIC = {"Concat", "Div", "Gather", "Mul", "Shape", "Slice", "Sub", "Unsqueeze", "Add"}
-"""What is done with shapes, which ONNX Runtime leaves on the host: ``GetCpuPreferredNodes``."""

@@ -69,8 +69,8 @@ class Cuda:
 class Nvml:
     """NVML of some cards, in the order of their places on the bus. `sessions` counts those that are open."""
 
-    def __init__(self, cards: Sequence[Card], init: Exception | None) -> None:
-        self.cards, self.init = cards, init
+    def __init__(self, cards: Sequence[Card], init: Exception | None, driver: str, cuda: int) -> None:
+        self.cards, self.init, self.driver, self.cuda = cards, init, driver, cuda
         self.sessions = 0
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,8 +95,8 @@ class Nvml:
             "nvmlDeviceGetMemoryInfo": memory,
             "nvmlDeviceGetComputeRunningProcesses": lambda card: given(card.processes),
             "nvmlDeviceGetGraphicsRunningProcesses": lambda card: given(card.graphics),
-            "nvmlSystemGetDriverVersion": lambda: "580.65.06",
-            "nvmlSystemGetCudaDriverVersion_v2": lambda: 13020,
+            "nvmlSystemGetDriverVersion": lambda: self.driver,
+            "nvmlSystemGetCudaDriverVersion_v2": lambda: self.cuda,
         }
         for name, answer in answers.items():
             monkeypatch.setattr(pynvml, name, self._while_open(answer) if "Get" in name else answer)
@@ -138,12 +138,15 @@ def install_gpus(
     cuda: Sequence[int] | None = None,
     cuda_status: int = 0,
     nvml_error: Exception | None = None,
+    driver: str = "580.65.06",
+    driver_cuda: int = 13020,
 ) -> Nvml:
     """A machine with these GPUs. `cuda` lists which of them CUDA shows and in which order, by default all as they are;
-    `cuda_status` is what its start returns, `nvml_error` what NVML's raises."""
+    `cuda_status` is what its start returns, `nvml_error` what NVML's raises, `driver_cuda` the newest CUDA of the
+    driver, 13020 for 13.2."""
     ids = [card.id for card in cards] if cuda is None else [cards[number].id for number in cuda]
     monkeypatch.setattr(cuda_driver, "_load", lambda library: Cuda(ids, cuda_status))
-    nvml = Nvml(cards, nvml_error)
+    nvml = Nvml(cards, nvml_error, driver, driver_cuda)
     nvml.install(monkeypatch)
     return nvml
 

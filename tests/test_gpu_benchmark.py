@@ -186,12 +186,13 @@ def test_what_is_measured_can_be_chosen_and_is_kept_as_it_comes(
 def test_a_measurement_ends_at_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
     module = importlib.import_module("gpu_cuda")
+    tools = importlib.import_module("gpu_tools")
     found = subprocess.run  # not the real child: one that takes longer than it may
 
     def run(words: list[str], **options: Any) -> Any:
         return found(["sleep", "60"], **options)
 
-    monkeypatch.setattr(module.subprocess, "run", run)
+    monkeypatch.setattr(tools.subprocess, "run", run)
     assert module.in_child("steps", {"precision": "bf16", "limit": 0.2}) == {"failed": "not done in 0.2 s"}
 
 

@@ -9,11 +9,9 @@ from typing import Any
 
 import pytest
 from cli_tools import Capture, assert_one_line_error, call_export, call_rt, unchanged
-from device_stand_in import StandInDevice
 from facts import assert_facts, memory_amounts
 from gpu_stand_in import Card, install_gpus
 from library_stand_in import LibraryStandIn
-from onnx_engines import OnnxEngines, twin_spec, twins
 
 from zimage_export.engines import build as export_engines
 from zimage_rt.bench.cards import CARDS_GB, TOKENS, answers, card_table
@@ -26,7 +24,6 @@ from zimage_runtime.executors.protocol import UNLIMITED, Hardware, Work
 from zimage_runtime.executors.tensorrt import kind
 from zimage_runtime.executors.tensorrt import trt_api as library
 from zimage_runtime.executors.tensorrt.engine_store import read_catalog
-from zimage_runtime.executors.tensorrt.executor import TensorRtExecutor
 from zimage_runtime.executors.tensorrt.plan import CONTEXT_BYTES, plan_residency
 from zimage_runtime.machine.gpu_targets import GpuTarget, Variant
 from zimage_runtime.model.geometry import image_geometry
@@ -302,30 +299,3 @@ def test_why_it_is_unavailable_is_in_words(engined: Path, bundle: Path, monkeypa
     assert_facts(reason(bundle), bundle, "zimage-export engines")
     monkeypatch.setattr(Device, "capability", (7, 0))
     assert_facts(reason(engined), "7.0", "older", "--executor cuda")
-
-
-# The benchmark for a machine with a GPU
-
-
-def test_the_benchmark_runs_on_the_stand_in(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import gpu_tensorrt
-
-    opened = Bundle.open(bundle)
-    programs = twins(opened)
-    spec = twin_spec(opened, programs)
-
-    def opening(bundle: Bundle, vram: int | None) -> TensorRtExecutor:
-        vram = vram or 1 << 30
-        device = StandInDevice(limit=vram, track=False)
-        return TensorRtExecutor(bundle, device, OnnxEngines(device, programs, spec), spec, vram)
-
-    budgets = (CONTEXT_BYTES + 2_000_000, CONTEXT_BYTES + 1000)
-    settings = gpu_tensorrt.Settings((64, 64), 3, budgets, 1, True)
-    rows, text = gpu_tensorrt.run([bundle], settings, opening)
-    assert [row.get("start") for row in rows] == ["first", "again", "again", None]
-    assert all(row["plan_holds"] and row["repeats_itself"] and row["latents_error"] < 1e-5 for row in rows[:3])
-    assert rows[0]["resident"] == 5 > rows[2]["resident"]
-    assert_facts(rows[3]["error"], "VRAM", "GiB", "--vram")
-    assert "GPU: stand-in" in text
-    assert len([line for line in text.splitlines() if line.startswith("| checkpoint")]) == 4

@@ -200,6 +200,7 @@ class Pipeline:
                 guided=guidance.guided,
                 batch=batch,
                 count=count,
+                steps=schedule.steps,
                 encodes=source is not None,
                 held=3 * geometry.width * geometry.height * count if keeps_images else 0,
             )

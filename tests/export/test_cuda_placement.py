@@ -5,20 +5,20 @@ Without a GPU this reads ONNX Runtime's own table of kernels; where there is one
 programs and looks where each node ran. (`benchmarks/gpu_cuda.py` does the same and reports it.)
 """
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import onnx
 import pytest
-from cuda_kernels import CONTRIB, KERNELS, OTHER_TYPES, SHAPE_ARITHMETIC, SHAPE_INPUTS
+from cuda_kernels import CONTRIB, KERNELS, OTHER_TYPES, SHAPE_INPUTS
 from onnx import TensorProto, helper
 
+from benchmarks.gpu_placement import SHAPE_ARITHMETIC, copies, where_nodes_ran
+from benchmarks.wide_scale import wide_scale
 from zimage_export.graphs import PROGRAM_SETS, Graph, Target, build_graphs, build_programs
 from zimage_export.graphs.builder import ONNX_TYPES
 from zimage_export.storage.precision import StoragePolicy
-from zimage_export.synthetic.checkpoint import SMALL
+from zimage_export.synthetic.checkpoint import SMALL, write_checkpoint
 from zimage_runtime.bundle.manifest import CPU, CUDA, CUDA_WEIGHT_ONLY, Precision
 from zimage_runtime.bundle.tensors import DType, TensorEntry
 from zimage_runtime.model.programs import Program
@@ -152,34 +152,16 @@ def test_every_node_runs_on_cuda(checkpoint: Path, tmp_path: Path, precision: st
         find_gpu()
     except ExecutorError as error:  # said before anything is built
         pytest.skip(str(error))
+    if precision == Precision.INT8:  # cuBLAS has no int8 products of the small model's widths
+        checkpoint = tmp_path / "wide"
+        write_checkpoint(checkpoint, wide_scale(), transformer_type=DType.BF16, progress=Progress(quiet=True))
     bundle = build(checkpoint, tmp_path / "bundle", BuildOptions(Precision(precision)), Progress(quiet=True))
     if unavailable := KIND.why_unavailable(bundle, 0):
         pytest.skip(unavailable.reason)
     for program, feeds in fixed_inputs(bundle.manifest.config).items():
         for executor in bundle.manifest.programs[program].keys() & {CUDA, CUDA_WEIGHT_ONLY}:
             ran = where_nodes_ran(bundle.program(program, executor), feeds, tmp_path)
-            assert not [node for node in ran if node["op_name"].startswith("Memcpy")], program
+            assert copies(ran) == 0, program
             elsewhere = {n["op_name"] for n in ran if n["provider"] != "CUDAExecutionProvider"}
             assert elsewhere <= SHAPE_ARITHMETIC, program
     shutil.rmtree(tmp_path / "bundle")
-
-
-def where_nodes_ran(path: Path, feeds: Any, folder: Path) -> list[dict[str, Any]]:
-    """The nodes of one run, by ONNX Runtime's profiler."""
-    import onnxruntime
-
-    from zimage_runtime.executors.ort.cuda import DISABLED_OPTIMIZERS, PROVIDER, preload_libraries
-
-    preload_libraries()
-    options = onnxruntime.SessionOptions()
-    options.enable_profiling, options.profile_file_prefix = True, str(folder / "profile")
-    session = onnxruntime.InferenceSession(
-        str(path),
-        options,
-        providers=[PROVIDER, "CPUExecutionProvider"],
-        enable_fallback=0,
-        disabled_optimizers=DISABLED_OPTIMIZERS,
-    )
-    session.run(None, feeds)
-    events = json.loads(Path(session.end_profiling()).read_text())
-    return [event["args"] for event in events if event.get("cat") == "Node" and "provider" in event.get("args", {})]

@@ -226,7 +226,8 @@ def test_cuda_programs_are_standard_and_multiply_int8_with_int8(int8: Path) -> N
         assert ACTIVATION_LEVELS not in stored
 
 
-def test_cuda_programs_give_what_is_expected(bundle: Path, int8: Path) -> None:
+def test_cuda_programs_lose_what_the_cpus_lose(bundle: Path, int8: Path) -> None:
+    """Both round weights and activations to the same 255 values; attention in fp16 adds nothing to that."""
     from zimage_export.measure.self_check import fixed_inputs
 
     exact, quantized = Bundle.open(bundle), Bundle.open(int8)
@@ -235,8 +236,11 @@ def test_cuda_programs_give_what_is_expected(bundle: Path, int8: Path) -> None:
     pairs.append((Program.DENOISER, denoiser_feeds(exact), denoiser_feeds(quantized)))
     for program, exact_feeds, feeds in pairs:
         expected = HostPrograms(exact).run(program, exact_feeds)
+        of_cpu = HostPrograms(quantized).run(program, feeds)
         for name, value in run_cuda_program_on_cpu(quantized, program, feeds).items():
-            assert relative_error(value, expected[name]) < 0.03, (program, name)
+            error = relative_error(value, expected[name])
+            assert error < 0.03, (program, name)
+            assert error < 1.1 * relative_error(of_cpu[name], expected[name]), (program, name)
 
 
 def test_the_weight_only_denoiser_loses_what_the_weights_do_and_no_more(bundle: Path, int8: Path) -> None:

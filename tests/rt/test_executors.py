@@ -11,7 +11,7 @@ from facts import assert_facts
 from gpu_stand_in import Card, install_gpus, remove_driver
 
 from zimage_runtime.command_line.console import MemoryType
-from zimage_runtime.executors.ort.cuda import SWAP_TO_GPU
+from zimage_runtime.executors.ort.cuda_package import SWAP_TO_GPU
 
 TINY = ("--size", "32x32", "--steps", 1, "--seed", 1)
 

@@ -18,7 +18,7 @@ from zimage_rt.commands.doctor import Finding, Verdict
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.command_line.console import run_command
 from zimage_runtime.executors.ort import cuda
-from zimage_runtime.executors.ort.cuda import SWAP_TO_GPU
+from zimage_runtime.executors.ort.cuda_package import SWAP_TO_GPU
 from zimage_runtime.executors.ort.known_answer import known_answer
 from zimage_runtime.machine import int8_products as integers
 from zimage_runtime.machine.processor import Processor
@@ -170,7 +170,7 @@ def test_doctor_shows_how_to_swap_two_onnx_runtimes(
     (problem,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("problem")]
     commands = (
         "`pip uninstall -y onnxruntime onnxruntime-gpu`",
-        '`pip install "onnxruntime-gpu[cuda,cudnn]"`',
+        '`pip install "onnxruntime-gpu[cuda,cudnn]>=1.26"`',
         "`pip install onnxruntime`",
     )
     assert_facts(problem, "onnxruntime 1.23.0", "onnxruntime-gpu 1.23.1", *commands)

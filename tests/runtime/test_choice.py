@@ -12,7 +12,8 @@ from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.errors import RequestError
 from zimage_runtime.executors.choose import ExecutorChoice
 from zimage_runtime.executors.ort import cuda
-from zimage_runtime.executors.ort.cuda import SWAP_TO_GPU, budget_of
+from zimage_runtime.executors.ort.cuda import budget_of
+from zimage_runtime.executors.ort.cuda_package import SWAP_TO_GPU
 from zimage_runtime.executors.protocol import Options
 from zimage_runtime.machine.gpus import find_gpu
 from zimage_runtime.pipeline import Pipeline, Request

@@ -180,7 +180,7 @@ def test_stages_are_loaded_in_turn_where_they_do_not_fit_together(
 
     monkeypatch.setattr(OrtDeviceExecutor, "_session", watched)
     probe = Pipeline.on(opened, executor(bundle)).prepare(Request("a fox", size=(64, 64), steps=1, seed=0))
-    roomy = plan_vram(opened.manifest, Work(geometry=probe.geometry, tokens=32), PLENTY)
+    roomy = plan_vram(opened.manifest, Work(geometry=probe.geometry, tokens=32, steps=1), PLENTY)
     assert roomy.keep_all
     for budget, most in ((roomy.peak - 1, 1), (PLENTY, 4)):
         loaded.clear()
@@ -303,6 +303,7 @@ def test_the_gpu_provider_gets_the_budget(bundle: Path, monkeypatch: pytest.Monk
             "arena_extend_strategy": "kSameAsRequested",
             "gpu_mem_limit": str((8 << 30) - ORT_CUDA.nbytes),
             "cudnn_conv_algo_search": "HEURISTIC",
+            "cudnn_conv_use_max_workspace": "1",
             "use_tf32": "0",
         },
     )

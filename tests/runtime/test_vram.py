@@ -1,5 +1,8 @@
 """What an image takes of a GPU's memory is planned before anything is loaded, and the plan keeps its word."""
 
+import functools
+import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +24,7 @@ from zimage_runtime.tiles.tiling import tiled_bytes, tiled_encoder_bytes
 PLENTY = 1 << 50
 CONTEXT = ORT_CUDA.nbytes
 GIB = 1 << 30
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 @pytest.fixture(scope="module")
@@ -135,27 +139,29 @@ def test_tiles_grow_with_the_budget_up_to_a_size(manifest: Manifest) -> None:
     assert 0 < sizes[0] < sizes[2] < 1 << 24
 
 
-def test_the_published_model_on_common_cards() -> None:
-    """Sums that anyone can check: 32 blocks of 177 million parameters in 16 bits are 10.5 GiB."""
+@functools.cache
+def published(text_layers: int = 36) -> Manifest:
+    """The published model in bf16, sized by its graphs, with so many layers of the text encoder."""
     from zimage_export.graphs import Target, build_graphs
     from zimage_export.storage.precision import StoragePolicy
     from zimage_export.synthetic.checkpoint import FULL
-    from zimage_runtime.bundle.manifest import Defaults, Origin, Precision, ProgramRecord
+    from zimage_runtime.bundle.manifest import Defaults, Origin, ProgramRecord
     from zimage_runtime.bundle.tensors import DType
 
+    config = replace(FULL.config, text_encoder=replace(FULL.config.text_encoder, num_hidden_layers=text_layers))
     policy = StoragePolicy(Precision.BF16, DType.BF16)
     programs: dict[Program, dict[str, ProgramRecord]] = {program: {} for program in Program}
-    for graph in build_graphs(FULL.config, Target("cuda", policy)):
+    for graph in build_graphs(config, Target("cuda", policy)):
         sizes = [
-            policy.storage(graph.program.component, name, shape).size * elements(shape)
+            policy.storage(graph.program.component, name, shape).size * math.prod(shape)
             for name, shape in graph.weights.items()
         ]
         programs[graph.program]["cuda"] = ProgramRecord("x", sum(sizes))
-    manifest = Manifest(
+    return Manifest(
         precision=Precision.BF16,
         source=Origin("full"),
         exporter="test",
-        config=FULL.config,
+        config=config,
         defaults=Defaults(1024, 1024, 8),
         programs=programs,
         weights={},
@@ -163,7 +169,12 @@ def test_the_published_model_on_common_cards() -> None:
         tokenizer="",
         files={},
     )
-    assert 10.5 < programs[Program.DENOISER]["cuda"].weight_bytes / GIB < 10.6
+
+
+def test_the_published_model_on_common_cards() -> None:
+    """Sums that anyone can check: 32 blocks of 177 million parameters in 16 bits are 10.5 GiB."""
+    manifest = published()
+    assert 10.5 < manifest.programs[Program.DENOISER]["cuda"].weight_bytes / GIB < 10.6
     assert plan(manifest, 1024, 1024, 80 * GIB).keep_all
     assert not plan(manifest, 1024, 1024, 16 * GIB).keep_all
     with raises_with(MemoryLimitError, "1024x1024", "11.0 GiB") as refusal:
@@ -171,10 +182,34 @@ def test_the_published_model_on_common_cards() -> None:
     assert 11 < memory_amounts(str(refusal.value))[0] < 13
 
 
-def elements(shape: tuple[int, ...]) -> int:
-    import math
+TOLERANCE = 0.1  # of what was measured
 
-    return math.prod(shape)
+
+def test_the_plan_is_what_an_h100_measured() -> None:
+    """NVML's figure for the process at its peak, of each image that came to its end."""
+    document = json.loads((RESULTS / "gpu_h100.json").read_text())
+    rows = [(name, row) for name, rows in document["pictures"].items() for row in rows if "failed" not in row]
+    assert len(rows) >= 6
+    for name, row in rows:
+        manifest = published(2 if "text encoder of 2 layers" in name else 36)
+        budget = int((row["vram"] or document["gpu"]["total"]) * (1 + TOLERANCE))  # the plan may be above what fitted
+        found = plan(manifest, *row["size"], budget, tokens=30)
+        assert found.keep_all == row["keep_all"], name
+        assert found.peak == pytest.approx(row["process_bytes"], rel=TOLERANCE), name
+
+
+def test_what_the_executor_itself_keeps_is_counted(manifest: Manifest) -> None:
+    """It is in no session's arena: tables of a schedule of many steps, and a second prompt's caption tokens."""
+    work = Work(geometry=image_geometry(512, 512, manifest.config), tokens=32)
+    t = manifest.config.transformer
+    row = 4 * t.dim * (4 * (t.n_layers + t.n_refiner_layers) + 1)
+
+    def activations(work: Work) -> int:
+        return plan_vram(manifest, work, PLENTY).stages[Program.DENOISER].activations
+
+    assert activations(replace(work, steps=50)) - activations(work) >= 42 * row
+    prompt = 4 * 32 * t.dim
+    assert activations(replace(work, guided=True)) - activations(work) >= prompt
 
 
 def test_only_a_bundle_that_is_nearer_to_the_original_is_advised(manifest: Manifest) -> None:

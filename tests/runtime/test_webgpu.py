@@ -228,7 +228,7 @@ def test_auto_takes_it_before_the_cpu_and_says_which_adapter(machine: Machine, o
 def test_auto_prefers_cuda(machine: Machine, opened: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     machine(RADEON)
     install_gpus(monkeypatch, Card())
-    monkeypatch.setattr("zimage_runtime.executors.ort.cuda.why_no_provider", lambda: None)
+    monkeypatch.setattr("zimage_runtime.executors.ort.cuda.why_no_provider", lambda gpu: None)
     assert ExecutorChoice(opened).open().name == "cuda"
 
 

@@ -33,7 +33,7 @@ from zimage_runtime.executors.ort.cuda import cuda_executor
 from zimage_runtime.executors.ort.cuda_plan import other_peaks, plan_vram
 from zimage_runtime.executors.ort.device import OrtDevice
 from zimage_runtime.executors.ort.device_plan import VramPlan
-from zimage_runtime.executors.ort.int8_denoiser import why_no_int8
+from zimage_runtime.executors.ort.int8_denoiser import CHOICES, INT8_PRODUCTS, why_no_int8
 from zimage_runtime.executors.ort.other_precisions import advised, as_precision, candidates
 from zimage_runtime.executors.protocol import Work
 from zimage_runtime.model.geometry import image_geometry
@@ -94,27 +94,35 @@ def test_what_another_bundle_would_hold_is_what_it_does_hold(source: Precision, 
 
 
 def test_products_of_bytes_are_for_gpus_that_are_fast_at_them() -> None:
-    for capability in (None, ADA, PASCAL, (8, 6), (12, 0)):
+    for capability in (None, ADA, PASCAL, (8, 6), (12, 0), (12, 1)):
         roomy = plan(Precision.INT8, 24, capability)
-        assert (roomy.denoiser, roomy.notes) == (CUDA, ())
-    for capability in (HOPPER, TURING, (10, 3)):
+        assert (roomy.denoiser, roomy.notes) == (CUDA, ()), capability
+    for capability in (HOPPER, TURING, (7, 0), (8, 0), (10, 0), (10, 3)):
         roomy = plan(Precision.INT8, 24, capability)
-        assert roomy.denoiser == CUDA_WEIGHT_ONLY
+        assert roomy.denoiser == CUDA_WEIGHT_ONLY, capability
         (note,) = roomy.notes
         assert_facts(note, "fp16", "int8", "{}.{}".format(*capability))
     assert plan(Precision.BF16, 24, HOPPER).denoiser == CUDA
 
 
+def test_the_table_covers_the_gpus_that_the_package_has_code_for() -> None:
+    """onnxruntime-gpu 1.31.1's provider; each choice has its source, and both programs are somewhere the first."""
+    assert {(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)} <= CHOICES.keys()
+    assert {choice.first for choice in CHOICES.values()} == {CUDA, CUDA_WEIGHT_ONLY}
+    assert all(choice.source and choice.gpus for choice in CHOICES.values())
+    assert all(capability >= INT8_PRODUCTS for capability in CHOICES)
+
+
 def test_a_budget_that_products_of_bytes_do_not_fit_in_is_for_the_other_program() -> None:
-    """8 GiB are enough for 1408x1408 with fp16 activations alone."""
-    tight = plan(Precision.INT8, 8, ADA, side=1408)
+    """8 GiB are enough for 1344x1344 with fp16 activations alone."""
+    tight = plan(Precision.INT8, 8, ADA, side=1344)
     assert tight.denoiser == CUDA_WEIGHT_ONLY
     assert tight.peak <= 8 * GIB
     assert_facts(tight.notes[0], "fp16", "int8")
     assert "8.9" not in tight.notes[0], "it is not the GPU's speed"
     assert plan(Precision.INT8, 8, ADA).denoiser == CUDA
     with pytest.raises(MemoryLimitError):
-        plan_vram(published(Precision.INT8), work(1408), 8 * GIB, capability=ADA, denoiser=CUDA)
+        plan_vram(published(Precision.INT8), work(1344), 8 * GIB, capability=ADA, denoiser=CUDA)
 
 
 def test_a_refusal_names_the_bundle_that_would_fit() -> None:

@@ -127,7 +127,7 @@ _ONNX_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 
 def check_packages(name: str) -> Finding:
     """Which ONNX Runtime is installed. Both kinds write into one folder, where one damages the other."""
-    from zimage_runtime.executors.ort.cuda import SWAP_TO_CPU, SWAP_TO_GPU
+    from zimage_runtime.executors.ort.cuda_package import SWAP_TO_CPU, SWAP_TO_GPU
 
     found = {package: number for package in _ONNX_RUNTIMES if (number := _installed(package))}
     listed = " and ".join(f"{package} {number}" for package, number in found.items())
@@ -170,6 +170,7 @@ def check_onnxruntime(name: str) -> Finding:
 def check_gpus(name: str) -> Finding:
     """The NVIDIA GPUs that this process can use, as CUDA numbers them, and their driver."""
     from zimage_runtime.errors import ExecutorError
+    from zimage_runtime.machine.cuda_versions import why_old_driver
     from zimage_runtime.machine.gpus import list_gpus
 
     try:
@@ -179,7 +180,22 @@ def check_gpus(name: str) -> Finding:
     listed = "; ".join(_gpu_text(gpu, numbered=len(gpus) > 1) for gpu in gpus)
     driver, cuda = gpus[0].driver, gpus[0].cuda  # the same for all
     values = {"gpus": [_gpu_values(gpu) for gpu in gpus], "driver": driver, "cuda": cuda}
-    return Finding(name, Verdict.OK, f"{listed}; driver {driver or 'unknown'} for CUDA {cuda}", values)
+    text = f"{listed}; driver {driver or 'unknown'} for CUDA {cuda}"
+    old = [why_old_driver(gpus[0], needed, package) for package, needed in _cuda_packages().items()]
+    reasons = [reason for reason in old if reason]
+    return Finding(name, Verdict.NOTE if reasons else Verdict.OK, "; ".join([text, *reasons]), values)
+
+
+def _cuda_packages() -> dict[str, int]:
+    """The packages here that need a driver for CUDA, and its major version for each."""
+    from zimage_runtime.executors.ort.cuda_package import built_for_cuda
+
+    found: dict[str, int] = {}
+    if (number := _installed("onnxruntime-gpu")) and (needed := built_for_cuda()):
+        found[f"onnxruntime-gpu {number}"] = needed
+    if number := _installed("cuda-bindings"):  # numbered after the CUDA that it binds
+        found[f"cuda-bindings {number}"] = int(number.split(".")[0])
+    return found
 
 
 def _gpu_text(gpu: "Gpu", *, numbered: bool) -> str:

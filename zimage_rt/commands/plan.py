@@ -53,7 +53,13 @@ def plan(
     opened = Bundle.open(bundle_directory(bundle))
     manifest = opened.manifest
     width, height = size or (manifest.defaults.width, manifest.defaults.height)
-    work = Work(geometry=image_geometry(width, height, manifest.config), tokens=tokens, guided=guided, batch=batch)
+    work = Work(
+        geometry=image_geometry(width, height, manifest.config),
+        tokens=tokens,
+        guided=guided,
+        batch=batch,
+        steps=manifest.defaults.steps,
+    )
     chosen = executor or ("cuda" if manifest.engines is None else "tensorrt")
     hardware = Hardware(memory=UNLIMITED if vram is None else vram, gpu=gpu)
     planned = executor_kind(chosen).predict(opened, work, hardware)

@@ -24,6 +24,7 @@ class Work:
     guided: bool = False  # whether there is a negative prompt: its conditioning stays beside the prompt's
     batch: int = 1  # images that are denoised in one call
     count: int = 1  # images in all
+    steps: int = 8  # of the schedule: rows of the modulation table
     encodes: bool = False  # whether there is a source image
     held: int = 0  # bytes of the host's memory that the caller keeps until the end: finished images
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from ..examination import Examination, Verdict
 from ..overheads import DESKTOP, ORT_CUDA
 from ..protocol import ExecutorKind, Hardware, Options, Unavailable, Work
 from ..worker import Stop
+from .cuda_package import swap_for, why_unsuited
 from .cuda_plan import plan_vram, predict_vram
 from .device import OrtDevice
 from .device_executor import OrtDeviceExecutor
@@ -27,14 +29,6 @@ PROVIDER = "CUDAExecutionProvider"
 
 DISABLED_OPTIMIZERS = ["QDQSelectorActionTransformer"]
 """It turns a widened weight and its product into `MatMulNBits`: all weights would be repacked, on the host, at load."""
-
-SWAP_TO_GPU = (
-    "pip uninstall -y onnxruntime onnxruntime-gpu",
-    'pip install "onnxruntime-gpu[cuda,cudnn]"',
-)
-"""The two commands that put onnxruntime-gpu, with NVIDIA's libraries, in the place of onnxruntime."""
-
-SWAP_TO_CPU = ("pip uninstall -y onnxruntime onnxruntime-gpu", "pip install onnxruntime")
 
 
 @dataclass(frozen=True)
@@ -79,7 +73,6 @@ class CudaProvider:
     def _providers(self) -> list[Any]:
         if self.device.kind == "cpu":
             return ["CPUExecutionProvider"]
-        preload_libraries()
         return [(PROVIDER, self.options()), "CPUExecutionProvider"]
 
     def options(self) -> dict[str, str]:
@@ -89,6 +82,9 @@ class CudaProvider:
             "arena_extend_strategy": "kSameAsRequested",  # the other one doubles, up to the next power of two
             "gpu_mem_limit": str(max(self.budget - ORT_CUDA.nbytes, 1)),
             "cudnn_conv_algo_search": "HEURISTIC",  # the exhaustive one runs every algorithm for every new size
+            # in the arena, so within its limit, and in the measured peaks that set the plan's factors; the other choice
+            # is at most 32 MB, less than a converted map: kernels for tensor cores would be out of the question
+            "cudnn_conv_use_max_workspace": "1",
             "use_tf32": str(int(not self.exact)),  # 10 bits of fraction: plenty beside 16-bit weights, not for fp32
         }
 
@@ -111,6 +107,8 @@ def cuda_executor(
     device, precision = device or OrtDevice(), bundle.manifest.precision
     if capability and (reason := why_no_int8(precision, capability)):
         raise ExecutorError(f"the GPU cannot run this bundle: {reason}")
+    if device.kind == "cuda":
+        preload_libraries()  # tiles copy their weights to the GPU before any session is made
 
     def plan(work: Work) -> VramPlan:
         return plan_vram(bundle.manifest, work, budget, capability=capability, denoiser=denoiser)
@@ -128,15 +126,22 @@ def cuda_executor(
     )
 
 
+WIDE_SUMS = ("ORT_CUDA_GEMM_OPTIONS", "2")
+"""cuBLAS may split a product's inner axis and add the parts up in the output's type. In fp16 a part may be infinite
+where the sum is not. Bit 1 forbids it (``cuda_common.cc`` in ONNX Runtime reads it at the first fp16 product)."""
+
 _preloaded = False
 
 
 def preload_libraries() -> str:
-    """Loads CUDA and cuDNN from NVIDIA's wheels, once. Returns what the library complained of."""
+    """Loads CUDA and cuDNN from NVIDIA's wheels, once, which has to be before anything uses the GPU. Returns what the
+    library complained of."""
     global _preloaded
     if _preloaded:
         return ""
     import onnxruntime
+
+    os.environ.setdefault(*WIDE_SUMS)
 
     chatter = io.StringIO()
     with contextlib.redirect_stdout(chatter), contextlib.redirect_stderr(chatter):
@@ -146,15 +151,14 @@ def preload_libraries() -> str:
     return " ".join(chatter.getvalue().split())
 
 
-def why_no_provider() -> str | None:
-    """Why the ONNX Runtime that is installed cannot use CUDA; None where it can."""
+def why_no_provider(gpu: Gpu | None = None) -> str | None:
+    """Why the ONNX Runtime that is installed cannot use CUDA; None where it can. What to install depends on the GPU."""
     import onnxruntime
 
     if PROVIDER not in onnxruntime.get_available_providers():
         preload_libraries()  # as a plug-in, the provider is there only when CUDA's libraries are
     if PROVIDER not in onnxruntime.get_available_providers():
-        first, second = SWAP_TO_GPU
-        return f"the installed ONNX Runtime is for the CPU alone; run `{first}`, then `{second}`"
+        return f"the installed ONNX Runtime is for the CPU alone; {swap_for(gpu)}"
     return None
 
 
@@ -169,7 +173,7 @@ def _why_unavailable(bundle: Bundle, device: int) -> Unavailable | None:
         return Unavailable(f"{gpu} does not compute in bf16; use a bundle in fp16")
     if reason := why_no_int8(bundle.manifest.precision, gpu.capability):
         return Unavailable(f"{gpu}: {reason}")
-    if reason := why_no_provider():
+    if reason := why_no_provider(gpu) or why_unsuited(gpu):
         return Unavailable(reason)
     return None
 
@@ -205,19 +209,19 @@ def _examine() -> Examination:
     except ExecutorError as error:
         return Examination(Verdict.OK, f"not used ({error})", {"gpu": None})
     values = {"gpu": gpu.name}
-    if reason := why_no_provider():
+    if reason := why_no_provider(gpu):
         return Examination(Verdict.NOTE, reason, values)
-    if reason := _fault():
+    if reason := why_unsuited(gpu) or _fault(gpu):
         return Examination(Verdict.PROBLEM, reason, values)
     return Examination(Verdict.OK, f"{gpu.name} computes a known answer correctly", values)
 
 
-def _fault() -> str | None:
+def _fault(gpu: Gpu) -> str | None:
     """What keeps ONNX Runtime from computing on the GPU: the known answer, there."""
     import onnxruntime
 
     complaint = preload_libraries()
-    library, remedy = f"ONNX Runtime {onnxruntime.__version__}", f"run `{SWAP_TO_GPU[0]}`, then `{SWAP_TO_GPU[1]}`"
+    library, remedy = f"ONNX Runtime {onnxruntime.__version__}", swap_for(gpu)
     try:
         answer, session = known_answer([PROVIDER], enable_fallback=0)
     except Exception as error:  # whatever a broken library raises

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from ...bundle.manifest import CUDA, Manifest, Precision
 from ...errors import MemoryLimitError
+from ...model.config import ModelConfig
 from ...model.geometry import conditioning_bytes, padded
 from ...model.programs import Program
 from ...units import gib_needed
@@ -21,6 +22,7 @@ from .other_precisions import advised, as_precision, candidates, nearer
 
 _ALLOCATED = 1.035  # of weights: CUDA rounds each matrix up to 2 MiB
 _ARENA = 1.3  # of a denoiser's activations: blocks that are free and do not fit
+_EXTENDED = 2  # of values that no session owns: their allocator's regions double in size (`bfc_arena.cc`)
 
 # Live activations at a program's peak, in units of one token (or pixel) times the width named beside it
 _BLOCK_WIDTHS = 17.0  # x dim, in the type that is multiplied in
@@ -64,7 +66,7 @@ class CudaCosts:
             sequence = batch * (geometry.image_tokens + padded(tokens))
         extra = weight_only * _WIDENED_WEIGHTS * 2 * config.transformer.dim * config.transformer.ffn_dim
         if program is Program.DENOISER:
-            extra += (work.conditionings - 1) * conditioning_bytes(config.transformer, geometry, tokens)
+            extra += _EXTENDED * _own_values(config, work)
         widths = half * _BLOCK_WIDTHS + FLOAT * _FLOAT32_WIDTHS
         return extra + int(_ARENA * sequence * config.transformer.dim * widths)
 
@@ -75,6 +77,16 @@ class CudaCosts:
         if denoiser == CUDA:
             return ""
         return f"weights are widened to fp16 for each product, {why_weight_only(self.capability)}"
+
+
+def _own_values(config: ModelConfig, work: Work) -> int:
+    """Bytes of what the executor itself keeps on the GPU for all steps, outside every session's arena and its limit:
+    each prompt's caption tokens and rotary tables, the modulation table, latents and velocity."""
+    transformer, geometry = config.transformer, work.geometry
+    rows = 4 * (transformer.n_layers + transformer.n_refiner_layers) + 1
+    table = FLOAT * work.steps * rows * transformer.dim
+    latents = FLOAT * work.batch * config.vae.latent_channels * geometry.latent_width * geometry.latent_height
+    return work.conditionings * conditioning_bytes(transformer, geometry, work.tokens) + table + 2 * latents
 
 
 def plan_vram(

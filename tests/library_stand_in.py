@@ -3,6 +3,7 @@
 from typing import Any
 
 from zimage_runtime.executors.tensorrt.block_catalog import ProgramSpec
+from zimage_runtime.executors.tensorrt.engine_cache import Builder
 from zimage_runtime.executors.tensorrt.trt_api import Built
 
 
@@ -30,7 +31,11 @@ class LibraryStandIn:
         self.loaded.append(data)
         return None if data in self.refused else data
 
-    def context(self, engine: bytes) -> bytes:
+    @property
+    def builder(self) -> Builder:
+        return Builder(self.name, self.version, ("FLAG",))
+
+    def context(self, engine: bytes, shapes: Any, stream: int) -> bytes:
         return engine
 
     def use_cache(self, stored: bytes | None) -> None:

@@ -329,9 +329,13 @@ class TorchContext:
         self._interpreter = Interpreter(program.model.graph, memory.device)
         self._inputs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         self._outputs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        self._scratch = 0
+        self.scratch_bytes = 0
 
-    def set_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    def is_capturable(self, stream: int) -> bool:
+        return True
+
+    def at(self, shapes: Mapping[str, tuple[int, ...]]) -> "TorchContext":
+        """The context, with its shapes set."""
         graph = self._program.model.graph
         for value in graph.input:
             dims = value.type.tensor_type.shape.dim
@@ -346,13 +350,11 @@ class TorchContext:
         for value in graph.output:
             if self._outputs[value.name][0] != TYPES[value.type.tensor_type.elem_type]:
                 raise ExecutorError(f"{self._program.name}: {value.name} is of type {self._outputs[value.name][0]}")
-        name, (least, _, most) = next(iter(self._spec.profile.items()))
-        free = [d for d, low, high in zip(shapes[name], least, most, strict=True) if low < high]
-        self._scratch = self._spec.scratch_bytes(math.prod(free))
-        return self._scratch
+        self.scratch_bytes = self._spec.scratch_bytes(self._spec.positions(shapes))
+        return self
 
     def enqueue(self, addresses: Mapping[str, int], scratch: int, scratch_bytes: int, stream: int) -> None:
-        if set(addresses) != set(self._inputs) | set(self._outputs) or scratch_bytes < self._scratch:
+        if set(addresses) != set(self._inputs) | set(self._outputs) or scratch_bytes < self.scratch_bytes:
             raise ExecutorError(f"{self._program.name}: addresses or scratch memory missing")
 
         def run() -> None:
@@ -375,8 +377,11 @@ class TorchEngines:
         self._memory, self._spec = memory, spec
         self._programs = {program.name: program for program in programs}
 
-    def context(self, program: str) -> TorchContext:
-        return TorchContext(self._memory, self._programs[program], self._spec)
+    def context(self, program: str, shapes: Mapping[str, tuple[int, ...]], stream: int) -> TorchContext:
+        return TorchContext(self._memory, self._programs[program], self._spec).at(shapes)
+
+    def save(self) -> None:
+        pass
 
     def close(self) -> None:
         pass

@@ -54,8 +54,10 @@ class OnnxEngines:
         self.closed = False
         self.saves = 0
         self.capturable = True
+        self.shapes: set[tuple[str, tuple[int, ...]]] = set()  # that contexts were made for: program, first input
 
     def context(self, program: str, shapes: Mapping[str, tuple[int, ...]], stream: int) -> StandInContext:
+        self.shapes.add((program, next(iter(shapes.values()))))
         return self._context(program).at(shapes)
 
     def _context(self, program: str) -> StandInContext:

@@ -27,6 +27,7 @@ from zimage_runtime.executors.tensorrt.block_catalog import (
     ProgramSpec,
     VariantSpec,
 )
+from zimage_runtime.executors.tensorrt.engine_cache import HashedCache, cache_folder, engine_name
 from zimage_runtime.executors.tensorrt.stage_sizes import BAND_POSITIONS
 from zimage_runtime.executors.tensorrt.trt_api import Library
 from zimage_runtime.machine.gpu_targets import GpuTarget, Variant
@@ -68,7 +69,8 @@ class Sizes:
 def add_engines(bundle: Bundle, gpus: Sequence[GpuTarget] = (), progress: Progress | None = None) -> Bundle:
     """Writes or replaces a bundle's block programs and engines and returns the bundle, opened again.
 
-    Without `gpus`: portable and Turing. File names contain a hash of the
+    Engines are written to the user's own cache too, from where they are loaded on this machine: those in a bundle are
+    for users who trust whoever made it. Without `gpus`: portable and Turing. File names contain a hash of the
     content, and the manifest is replaced last: a killed run leaves the bundle as it was, with at most a few files that
     the next one removes. Raises `ExportError`, or `ExecutorError` where TensorRT is missing or refuses a program.
     """
@@ -196,17 +198,18 @@ def _build(
     specs: dict[str, ProgramSpec] = {}
     blocks: dict[str, BlockSpec] = {}
     engines: list[EngineSpec] = []
-    precision = bundle.manifest.precision.value
+    precision, cache = bundle.manifest.precision.value, HashedCache(cache_folder())
     for program in programs:
-        onnx = program.model.SerializeToString(deterministic=True)
-        path = writer.write(f"{program.name}-{precision}-{variant}", "onnx", onnx)
+        onnx_bytes = program.model.SerializeToString(deterministic=True)
+        path = writer.write(f"{program.name}-{precision}-{variant}", "onnx", onnx_bytes)
         spec = program_spec(program, bundle.manifest.config, path)
         most = program_sizes(program, bundle.manifest.config).most
         scratch: dict[int, int | None] = {}
         for gpu in gpus:
-            built = library.build(onnx, spec, [gpu], detailed=True)
+            built = library.build(onnx_bytes, spec, [gpu], detailed=True)
             name = f"{program.name}-{precision}-{gpu}-max{most}-{library.name}{library.version}"
             file = writer.write(name, "engine", built.data)
+            cache.write(engine_name(library.builder, spec, hashlib.sha256(onnx_bytes).hexdigest(), gpu), built.data)
             engines.append(EngineSpec(file, program.name, variant, gpu, library.name, library.version))
             scratch[most] = built.activation_bytes
         points = measure_scratch(library, program, bundle.manifest.config, gpus[0], scratch)
@@ -222,11 +225,13 @@ def measure_scratch(
 
     It never decreases, as larger images run in the same engine.
     """
-    onnx = program.model.SerializeToString(deterministic=True)
+    onnx_bytes = program.model.SerializeToString(deterministic=True)
     found: list[tuple[int, int]] = []
     for size in program_sizes(program, config).measured:
         spec = program_spec(program, config, "", size)
-        nbytes = known[size] if size in known else library.build(onnx, spec, [gpu], detailed=True).activation_bytes
+        nbytes = (
+            known[size] if size in known else library.build(onnx_bytes, spec, [gpu], detailed=True).activation_bytes
+        )
         if nbytes is None:
             raise ExportError(
                 f"TensorRT's build log does not report the memory that {program.name} needs; use TensorRT for RTX 1.7"

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zimage_runtime.errors import ExecutorError
-from zimage_runtime.executors.tensorrt.device import Pinned
+from zimage_runtime.executors.tensorrt.device import OutOfDeviceMemoryError, Pinned, PinnedMemoryError
 
 Bytes = NDArray[np.uint8]
 Clock = dict[int, int]  # stream → number of its operations that are known to be done; the host's own is key 0
@@ -79,6 +79,9 @@ class StandInDevice:
     capability: tuple[int, int] = (8, 6)
     name: str = "stand-in"
     fail: Callable[[str], bool] = lambda call: False  # whether a call fails, as a broken device would
+    error: type[ExecutorError] = ExecutorError  # that it fails with
+    room: int = 1 << 40  # bytes that others have left of its memory
+    most_pinned: int = 1 << 40  # bytes that are pinned in one piece
     track: bool = True  # compare accesses; costs time where there are many
     calls: list[str] = field(default_factory=list)
     used: int = 0
@@ -108,6 +111,8 @@ class StandInDevice:
     def allocate(self, nbytes: int) -> int:
         self._call("allocate")
         self._not_capturing("allocate")
+        if self.used + nbytes > self.room:
+            raise OutOfDeviceMemoryError(f"{nbytes} bytes are more than others have left")
         if self.used + nbytes > self.limit:
             raise MisuseError(f"{nbytes} bytes more than {self.used} exceed the budget of {self.limit}")
         self.used += nbytes
@@ -121,6 +126,8 @@ class StandInDevice:
 
     def allocate_pinned(self, nbytes: int) -> Pinned:
         self._call("allocate_pinned")
+        if nbytes > self.most_pinned:
+            raise PinnedMemoryError(f"{nbytes} bytes are more than is pinned")
         region = self._region(_HOST, nbytes)
         region.written[:] = True  # the host writes to it unseen
         return Pinned(region.base, region.data)
@@ -375,7 +382,7 @@ class StandInDevice:
     def _call(self, name: str) -> None:
         self.calls.append(name)
         if self.fail(name):
-            raise ExecutorError(f"{name} failed, as the test wants it to")
+            raise self.error(f"{name} failed, as the test wants it to")
 
     def _not_capturing(self, name: str) -> None:
         if self._capturing:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from device_stand_in import ALIGNMENT, MisuseError, Operation, StandInDevice
@@ -23,9 +23,12 @@ class StandInContext:
     output_shapes: Callable[[Mapping[str, tuple[int, ...]]], Mapping[str, tuple[int, ...]]]
     scratch: Callable[[Mapping[str, tuple[int, ...]]], int]
     limits: Mapping[str, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    capturable: bool = True
+    scratch_bytes: int = 0
     _shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
-    def set_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    def at(self, shapes: Mapping[str, tuple[int, ...]]) -> Self:
+        """The context, with its shapes set."""
         free = {n for n, (_, shape) in self.inputs.items() if any(isinstance(d, str) for d in shape)}
         if set(shapes) != free:
             raise MisuseError(f"{self.program} wants shapes of {sorted(free)}, not of {sorted(shapes)}")
@@ -37,13 +40,17 @@ class StandInContext:
             name: shapes[name] if name in shapes else tuple(int(d) for d in shape)
             for name, (_, shape) in self.inputs.items()
         }
-        return self.scratch(self._shapes)
+        self.scratch_bytes = self.scratch(self._shapes)
+        return self
+
+    def is_capturable(self, stream: int) -> bool:
+        return self.capturable
 
     def enqueue(self, addresses: Mapping[str, int], scratch: int, scratch_bytes: int, stream: int) -> None:
         if set(addresses) != set(self.inputs) | set(self.outputs):
             odd = set(addresses) ^ (set(self.inputs) | set(self.outputs))
             raise MisuseError(f"{self.program}: addresses missing or too many: {sorted(odd)}")
-        if scratch_bytes < self.scratch(self._shapes):
+        if scratch_bytes < self.scratch_bytes:
             raise MisuseError(f"{self.program} has {scratch_bytes} bytes of scratch memory")
         out_shapes = self.output_shapes(self._shapes)
         reads, writes = {}, {}

@@ -52,8 +52,15 @@ class OnnxEngines:
         self._spec = spec
         self._sessions: dict[str, Any] = {}
         self.closed = False
+        self.saves = 0
+        self.capturable = True
+        self.shapes: set[tuple[str, tuple[int, ...]]] = set()  # that contexts were made for: program, first input
 
-    def context(self, program: str) -> StandInContext:
+    def context(self, program: str, shapes: Mapping[str, tuple[int, ...]], stream: int) -> StandInContext:
+        self.shapes.add((program, next(iter(shapes.values()))))
+        return self._context(program).at(shapes)
+
+    def _context(self, program: str) -> StandInContext:
         model = self._programs[program].model
         outputs = {value.name: _shape(value) for value in model.graph.output}
         spec = self._spec.programs[program]
@@ -77,6 +84,7 @@ class OnnxEngines:
             output_shapes,
             scratch,
             spec.profile,
+            self.capturable,
         )
 
     def _run(self, program: str, arrays: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -84,6 +92,9 @@ class OnnxEngines:
             self._sessions[program] = session(self._programs[program].model)
         names = [value.name for value in self._programs[program].model.graph.output]
         return dict(zip(names, self._sessions[program].run(names, arrays), strict=True))
+
+    def save(self) -> None:
+        self.saves += 1
 
     def close(self) -> None:
         self.closed = True

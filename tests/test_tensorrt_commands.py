@@ -86,7 +86,9 @@ def test_build_with_engines(checkpoint: Path, tmp_path: Path, stand_in: LibraryS
     catalog = read_catalog(Bundle.open(out))
     assert {engine.gpu for engine in catalog.engines} == {GpuTarget.SM120}
     weights = catalog.variants[Variant.AMPERE].programs["transformer_block"].weights
-    assert weights["attention.to_q.weight"].dtype == "BF16"
+    joined = weights["attention.qkv.weight"]
+    assert joined.dtype == "BF16"
+    assert joined.parts == tuple(f"attention.to_{name}.weight" for name in "qkv")
     assert weights["attention_norm1.weight"].dtype == "F32"
     assert not list(tmp_path.glob(".*.part"))
 

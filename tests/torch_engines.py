@@ -2,9 +2,9 @@
 
 An interpreter of the programs' ONNX graphs, in the programs' own types. What depends on shapes only is computed on the
 host, as numpy arrays, and what of it the device needs is uploaded in a context's first run: so later runs neither
-allocate from the driver, nor copy, nor wait, and may be captured. Temporary tensors come from torch's caching
-allocator, in the order of the one stream; a graph uses the same blocks again, which is why nobody may empty torch's
-cache while it lives. Scratch memory is asked for as an engine would and then not used.
+allocate from the driver, nor copy, nor wait, and may be captured. A graph writes its temporary tensors to the same
+addresses whenever it is launched, so these come from a pool of their own: in torch's common one, what is uploaded later
+might lie there, and the next launch would overwrite it. Scratch memory is asked for as an engine would and not used.
 """
 
 import math
@@ -48,6 +48,8 @@ class Memory(Protocol):
 
     def tensor(self, address: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor: ...
 
+    def upload(self, array: Host) -> Tensor: ...
+
     def queue(self, what: str, reads: "Ranges", writes: "Ranges", run: Callable[[], None], stream: int) -> None: ...
 
 
@@ -66,6 +68,9 @@ class StandInMemory:
         data = self._stand_in.view(address, math.prod(shape) * dtype.itemsize)
         return torch.from_numpy(data).view(dtype).reshape(shape)
 
+    def upload(self, array: Host) -> Tensor:
+        return to_torch(array)
+
     def queue(self, what: str, reads: Ranges, writes: Ranges, run: Callable[[], None], stream: int) -> None:
         self._stand_in.enqueue(Operation(what, reads, writes, run), stream)
 
@@ -81,6 +86,7 @@ class CudaMemory:
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
         self.device = torch.device("cuda", index)
+        self._temporary, self._kept = torch.cuda.MemPool(), torch.cuda.MemPool()
         self._streams: dict[int, torch.cuda.ExternalStream] = {}
         self._tensors: dict[tuple[int, torch.dtype, tuple[int, ...]], Tensor] = {}  # views: they own nothing
 
@@ -93,10 +99,15 @@ class CudaMemory:
             self._tensors[key] = found.view(dtype)
         return self._tensors[key]
 
+    def upload(self, array: Host) -> Tensor:
+        """A copy that lives as long as its context: never where a graph's temporary tensors are."""
+        with torch.cuda.use_mem_pool(self._kept, self.device):
+            return to_torch(array).to(self.device)
+
     def queue(self, what: str, reads: Ranges, writes: Ranges, run: Callable[[], None], stream: int) -> None:
         if stream not in self._streams:
             self._streams[stream] = torch.cuda.ExternalStream(stream, self.device)  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(self._streams[stream]):
+        with torch.cuda.stream(self._streams[stream]), torch.cuda.use_mem_pool(self._temporary, self.device):
             run()
 
 
@@ -126,7 +137,7 @@ class Interpreter:
     """One graph. Runs of the same shapes share what was computed and uploaded in the first."""
 
     graph: onnx.GraphProto
-    device: torch.device
+    upload: Callable[[Host], Tensor]
     _constants: dict[str, Host] = field(default_factory=dict)
     _uploaded: dict[str, Tensor] = field(default_factory=dict)
 
@@ -165,7 +176,7 @@ class Interpreter:
         if isinstance(value, Tensor):
             return value
         if name not in self._uploaded:
-            self._uploaded[name] = to_torch(value).to(self.device)
+            self._uploaded[name] = self.upload(value)
         return self._uploaded[name]
 
 
@@ -326,12 +337,16 @@ class TorchContext:
 
     def __init__(self, memory: Memory, program: BlockProgram, spec: VariantSpec) -> None:
         self._memory, self._program, self._spec = memory, program, spec.programs[program.name]
-        self._interpreter = Interpreter(program.model.graph, memory.device)
+        self._interpreter = Interpreter(program.model.graph, memory.upload)
         self._inputs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         self._outputs: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        self._scratch = 0
+        self.scratch_bytes = 0
 
-    def set_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    def is_capturable(self, stream: int) -> bool:
+        return True
+
+    def at(self, shapes: Mapping[str, tuple[int, ...]]) -> "TorchContext":
+        """The context, with its shapes set."""
         graph = self._program.model.graph
         for value in graph.input:
             dims = value.type.tensor_type.shape.dim
@@ -341,18 +356,16 @@ class TorchContext:
             if not all(low <= d <= high for low, d, high in zip(least, shapes[name], most, strict=True)):
                 raise ExecutorError(f"{self._program.name} does not take {name} of shape {shapes[name]}")
         empty = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in self._inputs.items()}
-        results = Interpreter(graph, torch.device("meta")).run(empty)
+        results = Interpreter(graph, lambda array: to_torch(array).to("meta")).run(empty)
         self._outputs = {name: (result.dtype, tuple(result.shape)) for name, result in results.items()}
         for value in graph.output:
             if self._outputs[value.name][0] != TYPES[value.type.tensor_type.elem_type]:
                 raise ExecutorError(f"{self._program.name}: {value.name} is of type {self._outputs[value.name][0]}")
-        name, (least, _, most) = next(iter(self._spec.profile.items()))
-        free = [d for d, low, high in zip(shapes[name], least, most, strict=True) if low < high]
-        self._scratch = self._spec.scratch_bytes(math.prod(free))
-        return self._scratch
+        self.scratch_bytes = self._spec.scratch_bytes(self._spec.positions(shapes))
+        return self
 
     def enqueue(self, addresses: Mapping[str, int], scratch: int, scratch_bytes: int, stream: int) -> None:
-        if set(addresses) != set(self._inputs) | set(self._outputs) or scratch_bytes < self._scratch:
+        if set(addresses) != set(self._inputs) | set(self._outputs) or scratch_bytes < self.scratch_bytes:
             raise ExecutorError(f"{self._program.name}: addresses or scratch memory missing")
 
         def run() -> None:
@@ -375,8 +388,11 @@ class TorchEngines:
         self._memory, self._spec = memory, spec
         self._programs = {program.name: program for program in programs}
 
-    def context(self, program: str) -> TorchContext:
-        return TorchContext(self._memory, self._programs[program], self._spec)
+    def context(self, program: str, shapes: Mapping[str, tuple[int, ...]], stream: int) -> TorchContext:
+        return TorchContext(self._memory, self._programs[program], self._spec).at(shapes)
+
+    def save(self) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -392,7 +408,7 @@ class TorchHostPrograms:
         model = onnx.load(self._bundle.program(program, CPU))
         with torch.no_grad():
             inputs = {name: to_torch(value) for name, value in feeds.items()}
-            results = Interpreter(model.graph, torch.device("cpu")).run(inputs)
+            results = Interpreter(model.graph, to_torch).run(inputs)
         return {name: results[name].numpy().copy() for name in SIGNATURES[program].outputs}
 
     def release(self, *programs: Program) -> None:

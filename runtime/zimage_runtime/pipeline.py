@@ -100,6 +100,7 @@ class Pipeline:
         device: int = 0,
         low_memory: bool = False,
         keep_loaded: bool = True,
+        trust_engines: bool = False,
         note: Callable[[str], object] = lambda text: None,
     ) -> Self:
         """Opens a bundle: a directory, or a name on the Hub, ``ORG/NAME``, whose files are fetched into the cache
@@ -108,12 +109,21 @@ class Pipeline:
         `executor` is a name from the registry, or "auto": for each request the best that can run it. `vram` is a
         budget in bytes for executors on a GPU, by default what is free there now, and `device` the GPU's number. With
         `low_memory`, weights on the CPU stay mapped from the file. With `keep_loaded`, what fits in memory stays
-        loaded between requests. `note` gets a line for what is done once and takes a while.
+        loaded between requests. `trust_engines` loads the bundle's own engines for TensorRT, which are code, instead
+        of building engines here once: only for a bundle from someone you trust. `note` gets a line for what is done
+        once and takes a while.
 
         Raises `BundleError`, `HubError`, or `RequestError` for an executor that cannot run here.
         """
         bundle = Bundle.open(bundle_directory(path))
-        options = Options(vram=vram, device=device, low_memory=low_memory, keep_loaded=keep_loaded, note=note)
+        options = Options(
+            vram=vram,
+            device=device,
+            low_memory=low_memory,
+            keep_loaded=keep_loaded,
+            trust_engines=trust_engines,
+            note=note,
+        )
         choice = ExecutorChoice(bundle, executor, options)
         choice.open()
         return cls(bundle, choice)

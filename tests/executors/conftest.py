@@ -1,6 +1,6 @@
 """A pipeline on a stand-in device that runs the float32 twins of its block programs, and the `cpu` executor's."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -42,10 +42,16 @@ def make(opened: Bundle, programs: list[BlockProgram], spec: VariantSpec) -> Ite
     made: list[tuple[StandInDevice, TensorRtExecutor]] = []
 
     def make_pipeline(
-        vram: int = EVERYTHING, *, seed: int = 0, pinnable: int = 0, clean: bool = True
+        vram: int = EVERYTHING,
+        *,
+        seed: int = 0,
+        pinnable: int = 0,
+        clean: bool = True,
+        note: Callable[[str], object] = lambda text: None,
     ) -> tuple[StandInDevice, Pipeline]:
         device = StandInDevice(limit=vram - CONTEXT_BYTES, seed=seed)
-        executor = TensorRtExecutor(opened, device, OnnxEngines(device, programs, spec), spec, vram, pinnable)
+        engines = OnnxEngines(device, programs, spec)
+        executor = TensorRtExecutor(opened, device, engines, spec, vram, pinnable, note=note)
         if clean:
             made.append((device, executor))
         return device, Pipeline.on(opened, executor)

@@ -82,6 +82,7 @@ def test_every_weight_of_the_bundle_is_some_blocks_input(bundle: Path) -> None:
     fed: dict[str, set[str]] = {"text_encoder": set(), "transformer": set(), "vae": set()}
     for program in twins(opened):
         names = {value.name for value in program.model.graph.input} - set(BLOCK_SIGNATURES[program.kind].inputs)
+        names = {part for name in names for part in program.parts.get(name, (name,))}
         for key, scalars in program.scalars.items():
             fed[program.kind.component] |= {places[key].tensor(name) for name in names - set(scalars)}
     for component, path in opened.manifest.weights.items():
@@ -117,9 +118,9 @@ def test_a_block_stored_otherwise_gets_a_program_of_its_own() -> None:
 
 
 def quantized(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
-    """[out, in] → int8 [in, out] and float32 [out]: the storage of an int8 bundle."""
+    """[out, in] → int8 [out, in] and float32 [out], as block programs take them."""
     scale = np.abs(weight).max(axis=1) / 127
-    return np.rint(weight / scale[:, None]).astype(np.int8).T.copy(), scale.astype(np.float32)
+    return np.rint(weight / scale[:, None]).astype(np.int8), scale.astype(np.float32)
 
 
 def test_w8a8_is_the_product_of_what_was_quantized() -> None:
@@ -141,11 +142,11 @@ def test_w8a8_is_the_product_of_what_was_quantized() -> None:
     (found,) = session(model).run(["y"], {"x": x, name: weight, f"{name}{SCALE_SUFFIX}": scale})
     wide = x.astype(np.float64)
     step = np.maximum(np.abs(wide).max(axis=-1, keepdims=True), 1e-30) / 127
-    expected = (np.rint(wide / step) @ weight.astype(np.float64)) * step * scale
+    expected = (np.rint(wide / step) @ weight.T.astype(np.float64)) * step * scale
     assert np.isfinite(found).all()
     assert (found[0, 3] == 0).all()
     assert relative_error(found, expected) < 1e-6
-    unquantized = wide @ (weight * scale[None, :].astype(np.float64))
+    unquantized = wide @ (weight.T * scale[None, :].astype(np.float64))
     assert 1e-4 < relative_error(found[:, 8:], unquantized[:, 8:]) < 0.1
 
 
@@ -166,7 +167,8 @@ def test_a_w8a8_block_is_near_the_float_block(bundle: Path) -> None:
         inputs = dict(feeds)
         for name, shape in graph.weights.items():
             stem = name.removesuffix(SCALE_SUFFIX)
-            values = weights.array(place.tensor(stem))[0]
+            parts = graph.parts.get(stem, (stem,))
+            values = np.concatenate([weights.array(place.tensor(part))[0] for part in parts])
             if storage is DType.I8 and len(values.shape) == 2:
                 inputs[name] = quantized(values)[name.endswith(SCALE_SUFFIX)]
             else:

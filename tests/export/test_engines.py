@@ -10,6 +10,7 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -19,12 +20,14 @@ import pytest
 from onnx import numpy_helper
 from test_graphs_full_size import PUBLISHED
 
+from zimage_export.engines import build as export_engines
 from zimage_export.engines.block_graphs import BlockProgram, build_blocks
 from zimage_export.engines.build import half_type, measure_scratch, program_spec
 from zimage_export.engines.types import EngineTypes
 from zimage_export.graphs.layers import Layers
 from zimage_export.graphs.tensorrt_layers import TensorRtLayers
 from zimage_runtime.bundle.tensors import DType
+from zimage_runtime.executors.tensorrt.stage_sizes import BAND_POSITIONS
 from zimage_runtime.executors.tensorrt.trt_api import Built, Library
 from zimage_runtime.machine.gpu_targets import GpuTarget, Variant
 from zimage_runtime.model.blocks import BlockKind, all_blocks
@@ -136,18 +139,27 @@ def test_the_transformer_block(precision: str, gpu: GpuTarget) -> None:
     assert [name for name in names if "mha" in name], "the attention is one kernel"
     assert not score_buffers(built)
     assert not only_moves(built)
-    assert len(names) <= (17 if precision == "int8" else 16)
+    assert len(names) == 12
     memory = built.activation_bytes
     assert memory is not None
     scores = 30 * TOKENS**2 * 2
-    assert memory < 450e6 < scores, "scores of all heads would take more than all that is allowed"
+    assert memory < 510e6 < scores, "scores of all heads would take more than all that is allowed"
+
+
+PRODUCTS = [[1, 3840, 3 * 3840], [1, 3840, 3840], [1, 3840, 2 * 10240], [1, 10240, 3840]]
+"""Queries, keys and values are one product, and so are gate and up."""
+
+
+def weight_of(product: Kernel) -> list[int]:
+    """The dimensions of what a product multiplies by, as the second factor."""
+    return next(dims for dims, _ in product.inputs if -1 not in dims and np.prod(dims) > 10**6)
 
 
 @pytest.mark.parametrize("gpu", [*GENERATIONS, GpuTarget.SM75])
 def test_w8a8_multiplies_integers(gpu: GpuTarget) -> None:
-    """All seven linears; their weights are read as int8, and so are the activations, quantized in the kernel before."""
+    """All linears; their weights are read as int8, and so are the activations, quantized in the kernel before."""
     products = [k for k in kernels(block("int8", gpu)) if k.kind == "gemm"]
-    assert len(products) == 7
+    assert [weight_of(product) for product in products] == PRODUCTS, "as they come, with no kernel that moves them"
     for product in products:
         assert [dtype for _, dtype in product.inputs][:2] == ["Int8", "Int8"], product.name
 
@@ -156,7 +168,7 @@ def test_w8a8_multiplies_integers(gpu: GpuTarget) -> None:
 def test_16_bit_products_are_of_the_precisions_own_type(precision: str) -> None:
     dtype = {"bf16": "BFloat16", "fp16": "Half"}[precision]
     products = [k for k in kernels(block(precision, GpuTarget.PORTABLE)) if k.kind in ("gemm", "runtime_fusion")]
-    assert len(products) == 7
+    assert [weight_of(product) for product in products] == PRODUCTS
     for product in products:
         weights = [found for dims, found in product.inputs if -1 not in dims and np.prod(dims) > 10**6]
         assert weights == [dtype]
@@ -172,8 +184,9 @@ def test_the_text_layer(precision: str, gpu: GpuTarget) -> None:
     assert len([kernel for kernel in found if "mha" in kernel.name]) == 1
     assert not score_buffers(built)
     assert only_moves(built) == []
-    assert len(found) == (16 if precision == "int8" else 15 if gpu is GpuTarget.SM75 else 13)
-    assert (built.activation_bytes or 0) < 45e6
+    assert len(found) == (13 if precision == "int8" else 12 if gpu is GpuTarget.SM75 else 11)
+    assert len([kernel for kernel in found if kernel.kind in ("gemm", "runtime_fusion")]) == 4
+    assert (built.activation_bytes or 0) < 46e6
 
 
 @pytest.mark.parametrize(("variant", "gpu"), [(Variant.AMPERE, GpuTarget.PORTABLE), (Variant.TURING, GpuTarget.SM75)])
@@ -234,13 +247,22 @@ def test_a_set_of_engines_is_small_and_built_in_seconds(precision: str, gpu: Gpu
     assert time.process_time() - before < MOST_SECONDS
 
 
-def test_scratch_of_attention_is_known_as_far_as_it_is_used() -> None:
-    """It grows with the square of the positions, and TensorRT counts it in 32 bits."""
-    program = programs("bf16", Variant.AMPERE)["middle_attention"]
-    points = measure_scratch(Library(), program, PUBLISHED, GpuTarget.PORTABLE, {})
-    for positions, nbytes in points[1:]:
-        assert 2 < nbytes / positions**2 < 6, "scores twice, in 16 bits, or wrongly counted"
-    assert points[-1][0] ** 2 < 2**31
+@pytest.mark.parametrize("variant", Variant)
+def test_attention_of_the_autoencoder_takes_memory_by_the_position(variant: Variant) -> None:
+    """Of a few queries at a time. All at once, the scores of 256 x 256 positions would take 17 GB."""
+    program = programs("bf16", variant)["middle_attention"]
+    gpu = GpuTarget.SM75 if variant is Variant.TURING else GpuTarget.PORTABLE
+    points = measure_scratch(Library(), program, PUBLISHED, gpu, {})
+    assert [positions for positions, _ in points] == [64**2, 128**2, 256**2]
+    for positions, nbytes in points:
+        assert 4 * BAND_POSITIONS < nbytes / positions < 4 * BAND_POSITIONS + 24 * 512, "scores twice, and maps"
+
+
+def test_an_engine_leaves_no_tensor_to_an_allocation_at_run_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the builder's flag, TensorRT for RTX reports a third of a gigabyte and allocates the rest by itself."""
+    monkeypatch.setattr(export_engines, "BAND_POSITIONS", 256**2)
+    built = build(programs("bf16", Variant.AMPERE)["middle_attention"], GpuTarget.PORTABLE, 256)
+    assert (built.activation_bytes or 0) > 2 * 2 * 256**4, "the scores, and their softmax"
 
 
 # What the assertions above are for: graphs that are still right, but degraded
@@ -272,17 +294,17 @@ def test_an_attention_that_is_not_fused_is_noticed() -> None:
 def test_scales_inside_the_dequantization_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that are dequantized by the channel before the product: weight-only int8, in effect."""
 
-    def w8a16(self: TensorRtLayers, x: str, linear: Linear) -> str:
-        b, name = self.b, linear.name
-        weight = b.weight(linear.weight, (linear.in_width, linear.out_width))
-        scale = b.cast(b.weight(f"{name}.weight_scale", (linear.out_width,)), self.compute)
+    def w8a16(self: TensorRtLayers, x: str, linears: Sequence[Linear], name: str) -> str:
+        b, shape = self.b, (sum(linear.out_width for linear in linears), linears[0].in_width)
+        weight = b.weight(f"{name}.weight", shape, DType.I8)
+        scale = b.cast(b.weight(f"{name}.weight_scale", (shape[0], 1), DType.F32), self.compute)
         weight = b.op(
             "Mul", b.op("Cast", weight, name=f"{name}.cast", to=onnx.TensorProto.BFLOAT16), scale, name=f"{name}.w"
         )
         b.typed(weight, self.compute)
-        return b.op("MatMul", b.cast(x, self.compute), weight, name=name)
+        return b.op("MatMul", b.cast(x, self.compute), self._transposed(weight, shape, name), name=name)
 
-    monkeypatch.setattr(TensorRtLayers, "_w8a8", w8a16)
+    monkeypatch.setattr(TensorRtLayers, "_product", w8a16)
     broken = programs.__wrapped__("int8", Variant.AMPERE)["transformer_block"]
     products = [k for k in kernels(build(broken, GpuTarget.PORTABLE, 512)) if k.kind in ("gemm", "runtime_fusion")]
     assert not any([dtype for _, dtype in k.inputs][:2] == ["Int8", "Int8"] for k in products)
@@ -291,14 +313,21 @@ def test_scales_inside_the_dequantization_are_noticed(monkeypatch: pytest.Monkey
 def test_weights_that_are_transposed_first_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A two-dimensional Transpose of the weight is the natural thing to write, and costs a kernel a linear."""
 
-    def transposing(self: TensorRtLayers, x: str, linear: Linear) -> str:
-        weight = self.b.weight(linear.weight, (linear.out_width, linear.in_width))
-        weight = self.b.op("Transpose", weight, name=f"{linear.name}.transposed", perm=[1, 0])
-        return self.b.op("MatMul", self.b.cast(x, self.b.type_of(weight)), weight, name=linear.name)
+    def transposed(self: TensorRtLayers, weight: str, shape: tuple[int, int], name: str) -> str:
+        return self.b.op("Transpose", weight, name=f"{name}.transposed", perm=[1, 0])
 
-    monkeypatch.setattr(TensorRtLayers, "linear", transposing)
+    monkeypatch.setattr(TensorRtLayers, "_transposed", transposed)
     broken = programs.__wrapped__("bf16", Variant.AMPERE)["transformer_block"]
     assert only_moves(build(broken, GpuTarget.PORTABLE, 512))
+
+
+def test_values_that_are_copied_out_of_the_joined_product_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def apart(self: TensorRtLayers, k: str, v: str, heads: int, name: str) -> list[str]:
+        return [self._heads(x, heads) for x in (k, v)]
+
+    monkeypatch.setattr(TensorRtLayers, "_keys_and_values", apart)
+    broken = programs.__wrapped__("bf16", Variant.AMPERE)["transformer_block"]
+    assert len(only_moves(build(broken, GpuTarget.PORTABLE, 512))) == 1
 
 
 def test_copies_around_the_attention_operator_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

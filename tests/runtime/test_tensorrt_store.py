@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ from library_stand_in import LibraryStandIn
 from zimage_export.engines import build as export_engines
 from zimage_export.engines.build import add_engines
 from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.bundle.manifest import Precision
 from zimage_runtime.errors import BundleError, ExecutorError
+from zimage_runtime.executors.tensorrt import engine_store
 from zimage_runtime.executors.tensorrt.block_catalog import Catalog
+from zimage_runtime.executors.tensorrt.engine_cache import HashedCache, cache_folder, engine_name
 from zimage_runtime.executors.tensorrt.engine_store import (
     EngineStore,
-    HashedCache,
     read_catalog,
     read_hashed,
     variant_spec,
@@ -58,9 +61,19 @@ def cache(tmp_path: Path) -> HashedCache:
 
 
 def store(
-    bundle: Bundle, library: LibraryStandIn, cache: HashedCache, capability: tuple[int, int] = (8, 6)
+    bundle: Bundle,
+    library: LibraryStandIn,
+    cache: HashedCache,
+    capability: tuple[int, int] = (8, 6),
+    *,
+    trusted: bool = False,
 ) -> EngineStore:
-    return EngineStore(bundle, read_catalog(bundle), library, capability, cache=cache)  # type: ignore[arg-type]
+    return EngineStore(bundle, read_catalog(bundle), library, capability, trusted=trusted, cache=cache)  # type: ignore[arg-type]
+
+
+def made(found: EngineStore, program: str, tokens: int = 1) -> bytes:
+    """The engine of a context, which is what the stand-in's contexts are."""
+    return found.context(program, {"x": (1, tokens, 64)}, 0)  # type: ignore[return-value]
 
 
 def test_generations() -> None:
@@ -71,10 +84,53 @@ def test_generations() -> None:
     assert not GpuTarget.PORTABLE.runs_on((7, 5))
 
 
-def test_an_engine_of_the_bundle_is_loaded_as_it_is(
+def test_an_engine_of_the_bundle_is_not_loaded_unless_it_is_trusted(
     engined: Bundle, library: LibraryStandIn, cache: HashedCache
 ) -> None:
-    engine = store(engined, library, cache).context("transformer_block")
+    """The manifest's hashes come from whoever made the engines: they say nothing about them."""
+    theirs = {engined.file(engine.path).read_bytes() for engine in read_catalog(engined).engines}
+    ours = made(store(engined, library, cache), "transformer_block")
+    assert library.built == ["transformer_block"]
+    assert not theirs & {*library.loaded[:-1]}
+    (kept,) = cache.folder.iterdir()
+    assert kept.read_bytes().endswith(ours)
+    assert kept.stat().st_mode & 0o777 == 0o600
+
+
+def test_engines_that_were_exported_here_are_in_the_users_cache(
+    bundle: Path, tmp_path: Path, library: LibraryStandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.setenv(name, str(tmp_path / "cache"))
+    copy = tmp_path / "bundle"
+    shutil.copytree(bundle, copy)
+    opened = add_engines(Bundle.open(copy), [GpuTarget.SM89, GpuTarget.PORTABLE])
+    library.built.clear()
+    for capability, target in (((8, 9), "sm89"), ((8, 6), "portable")):
+        engine = made(store(opened, library, HashedCache(cache_folder()), capability), "text_layer")
+        assert f"['{target}']".encode() in engine
+    assert library.built == []
+
+
+def test_whatever_an_engine_depends_on_is_in_its_name(engined: Bundle, library: LibraryStandIn) -> None:
+    program = read_catalog(engined).variants[Variant.AMPERE].programs["text_layer"]
+    wider = dataclasses.replace(program, profile={"x": ((1,), (2,), (3,))})
+    builder = library.builder
+    builders = [dataclasses.replace(builder, **other) for other in ({"version": "9"}, {"flags": ()}, {"library": "x"})]
+    names = [
+        engine_name(builder, program, "a", GpuTarget.SM86),
+        *(engine_name(other, program, "a", GpuTarget.SM86) for other in builders),
+        engine_name(builder, wider, "a", GpuTarget.SM86),
+        engine_name(builder, program, "b", GpuTarget.SM86),
+        engine_name(builder, program, "a", GpuTarget.SM89),
+    ]
+    assert len(set(names)) == len(names)
+
+
+def test_an_engine_of_a_trusted_bundle_is_loaded_as_it_is(
+    engined: Bundle, library: LibraryStandIn, cache: HashedCache
+) -> None:
+    engine = made(store(engined, library, cache, trusted=True), "transformer_block")
     assert library.built == []
     assert engine in {engined.file(path).read_bytes() for path in engined.manifest.files}
     assert b"['sm86']" in engine  # type: ignore[operator]
@@ -102,12 +158,12 @@ def test_what_does_not_fit_is_built_once_and_kept(
     notes: list[str] = []
     first = store(engined, library, cache, capability)
     first.note = notes.append
-    engine = first.context("text_layer")
+    engine = made(first, "text_layer")
     assert f"['{target}'] by {version}".encode() in engine  # type: ignore[operator]
     (note,) = notes
     assert_facts(note, "text_layer", "tensorrt_rtx", version)
-    first.context("text_layer")
-    again = store(engined, library, cache, capability).context("text_layer")
+    made(first, "text_layer")
+    again = made(store(engined, library, cache, capability), "text_layer")
     assert again == engine
     assert library.built == ["text_layer"]
 
@@ -118,7 +174,9 @@ def test_an_engine_that_the_library_refuses_is_built_again(
     path = next(e.path for e in read_catalog(engined).engines if e.program == "final_layer" and e.gpu is GpuTarget.SM86)
     library.refused.add(engined.file(path).read_bytes())
     with raises_with(ExecutorError, "tensorrt_rtx", "final_layer", "because"):
-        store(engined, library, cache).context("final_layer")  # what is built is the same text, refused again
+        made(
+            store(engined, library, cache, trusted=True), "final_layer"
+        )  # what is built is the same text, refused again
     assert library.built == ["final_layer"]
 
 
@@ -128,7 +186,7 @@ def test_an_altered_engine_is_not_loaded(engined: Bundle, library: LibraryStandI
     data[0] ^= 1
     engined.file(path).write_bytes(data)
     with raises_with(BundleError, engined.file(path), "altered"):
-        store(engined, library, cache).context("text_layer")
+        made(store(engined, library, cache, trusted=True), "text_layer")
     assert bytes(data) not in library.loaded
 
 
@@ -136,7 +194,7 @@ def test_an_altered_program_is_not_built(engined: Bundle, library: LibraryStandI
     program = variant_spec(read_catalog(engined), (8, 9)).programs["text_layer"]
     engined.file(program.path).write_bytes(b"\0" * engined.manifest.files[program.path].size)
     with raises_with(BundleError, engined.file(program.path), "altered"):
-        store(engined, library, cache, (8, 9)).context("text_layer")
+        made(store(engined, library, cache, (8, 9)), "text_layer")
     assert library.built == []
 
 
@@ -158,7 +216,7 @@ def test_a_file_that_the_manifest_does_not_list_is_not_read(engined: Bundle) -> 
 def test_a_cache_that_cannot_be_trusted_is_not(
     engined: Bundle, library: LibraryStandIn, cache: HashedCache, damage: str
 ) -> None:
-    store(engined, library, cache, (8, 9)).context("text_layer")
+    made(store(engined, library, cache, (8, 9)), "text_layer")
     (kept,) = cache.folder.iterdir()
     data = kept.read_bytes()
     if damage == "altered":
@@ -173,7 +231,7 @@ def test_a_cache_that_cannot_be_trusted_is_not(
         os.chown(cache.folder, 12345, 12345)
     else:
         pytest.skip("only root can give a folder away")
-    store(engined, library, cache, (8, 9)).context("text_layer")
+    made(store(engined, library, cache, (8, 9)), "text_layer")
     assert library.built == ["text_layer", "text_layer"]
 
 
@@ -182,17 +240,75 @@ def test_a_cache_that_cannot_be_written_is_done_without(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     blocked = HashedCache(tmp_path / "file" / "cache")
-    assert store(engined, library, blocked, (8, 9)).context("text_layer")
+    assert made(store(engined, library, blocked, (8, 9)), "text_layer")
+
+
+def kernel_files(cache: HashedCache) -> dict[str, bytes]:
+    return {path.name: path.read_bytes()[32:] for path in cache.folder.glob("kernels-*")}
 
 
 def test_compiled_kernels_are_kept_between_runs(engined: Bundle, library: LibraryStandIn, cache: HashedCache) -> None:
     first = store(engined, library, cache)
-    first.context("text_layer")
+    made(first, "text_layer")
     assert library.kernels is None
-    first.close()
+    assert kernel_files(cache) == {}
+    first.save()
+    ((name, kernels),) = kernel_files(cache).items()
+    for part in (library.name, library.version, "sm86"):
+        assert part in name
+    assert kernels == library.compiled
+    assert (cache.folder / name).stat().st_mode & 0o777 == 0o600
     second = store(engined, library, cache)
-    second.context("text_layer")
-    assert library.kernels == b"kernels compiled so far"
+    made(second, "text_layer")
+    assert library.kernels == kernels
+
+
+def test_kernels_are_written_when_there_are_new_ones_alone(
+    engined: Bundle, library: LibraryStandIn, cache: HashedCache
+) -> None:
+    def written() -> int:
+        return next(cache.folder.glob("kernels-*")).stat().st_ino  # each writing is another file
+
+    first = store(engined, library, cache)
+    made(first, "text_layer")
+    first.close()
+    before = written()
+    same = store(engined, library, cache)
+    made(same, "text_layer")
+    same.close()
+    assert written() == before, "these kernels were in the file"
+    more = store(engined, library, cache)
+    made(more, "text_layer", tokens=64)
+    library.compiled += b" and more"
+    more.save()
+    assert written() != before
+    assert list(kernel_files(cache).values()) == [library.compiled]
+
+
+def test_kernels_of_other_programs_and_gpus_have_files_of_their_own(
+    engined: Bundle, bundle_in: Callable[[Precision], Path], library: LibraryStandIn, cache: HashedCache, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(bundle_in(Precision.INT8), other)
+    for opened, capability in (
+        (engined, (8, 6)),
+        (engined, (8, 9)),
+        (add_engines(Bundle.open(other), [GpuTarget.SM86]), (8, 6)),
+    ):
+        found = store(opened, library, cache, capability)
+        made(found, "text_layer")
+        found.close()
+    assert len(kernel_files(cache)) == 3
+
+
+def test_contexts_stay_for_stages_that_return_the_last_ones_used(
+    engined: Bundle, library: LibraryStandIn, cache: HashedCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_store, "_CONTEXTS", 2)
+    found = store(engined, library, cache)
+    for tokens in (1, 2, 1, 3, 1, 2):
+        made(found, "text_layer", tokens)
+    assert library.contexts == [1, 2, 3, 2], "of two that are kept, the one of 1 token was used each time"
 
 
 def test_gpus_that_cannot_run_it_are_named(engined: Bundle) -> None:
@@ -251,8 +367,17 @@ def test_scratch_is_interpolated_between_what_was_measured(engined: Bundle) -> N
     program = read_catalog(engined).variants[Variant.AMPERE].programs["transformer_block"]
     program = dataclasses.replace(program, scratch=((100, 1000), (200, 3000), (400, 3000)))
     assert [program.scratch_bytes(n) for n in (1, 100, 150, 151, 200, 300, 400, 1000)] == [
-        1000, 1000, 2000, 2020, 3000, 3000, 3000, 3000,
+        1000, 1000, 2020 + (2 << 20), 2040 + (2 << 20), 3000, 3030 + (2 << 20), 3000, 3000,
     ]  # fmt: skip
+
+
+def test_scratch_that_a_context_needs_is_known_from_then_on(engined: Bundle) -> None:
+    program = read_catalog(engined).variants[Variant.AMPERE].programs["transformer_block"]
+    program = dataclasses.replace(program, scratch=((100, 1000), (200, 3000), (400, 9000)))
+    more = program.needing(150, 5000)
+    assert more.scratch == ((100, 1000), (150, 5000), (200, 5000), (400, 9000))
+    assert program.needing(500, 9500).scratch_bytes(500) == 9500
+    assert program.positions({"x": (1, 77, 64), "cos": (1, 77, 4), "sin": (1, 77, 4)}) == 77
 
 
 def test_engines_are_renewed_without_changing_what_the_bundle_generates(

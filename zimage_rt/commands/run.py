@@ -88,6 +88,11 @@ SAMPLERS, SCHEDULERS = ([name.value for name in names] for names in (SamplerName
 @click.option("--vram", type=MemoryType(), help="GPU memory to use at most, like 8GiB.  [default: what is free]")
 @click.option("--low-memory", is_flag=True, help="Keep weights on disk, mapped: slower, far less memory.")
 @click.option(
+    "--trust-engines",
+    is_flag=True,
+    help="Load TensorRT engines that came with the bundle. They are code: only for a bundle from someone you trust.",
+)
+@click.option(
     "--preview",
     type=click.Path(path_type=Path),
     help="Rewrite this small PNG, JPEG or WebP file after each step: what the image will be, roughly.",
@@ -123,6 +128,7 @@ def run(**given: Any) -> None:
         device=options.device,
         low_memory=options.low_memory,
         keep_loaded=False,
+        trust_engines=options.trust_engines,
         note=progress.note,
     ) as pipeline:
         if recorded and options.replay:

@@ -17,7 +17,7 @@ GROUPS = {
     "Image to image": ("image", "strength", "mask", "mask_grow"),
     "Guidance": ("negative", "cfg_scale", "cfg_normalization", "cfg_truncation"),
     "Sampling": ("sampler", "scheduler", "shift", "variation"),
-    "Execution": ("executor", "device", "vram", "low_memory"),
+    "Execution": ("executor", "device", "vram", "low_memory", "trust_engines"),
     "Output": ("preview", "no_metadata", "as_json", "quiet"),
 }
 """Of `--help`, in order."""
@@ -51,6 +51,7 @@ class RunOptions:
     device: int
     vram: int | None
     low_memory: bool
+    trust_engines: bool
     preview: Path | None
     no_metadata: bool
     as_json: bool

@@ -2,18 +2,21 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import onnx
 
 from zimage_runtime.bundle.manifest import TENSORRT
 from zimage_runtime.bundle.tensors import DType
 from zimage_runtime.model.block_signatures import BLOCK_SIGNATURES, block_dims
-from zimage_runtime.model.blocks import MAP, MAP_OUT, BlockKind, BlockPlace, all_blocks
+from zimage_runtime.model.blocks import BAND, MAP, MAP_OUT, BlockKind, BlockPlace, all_blocks
 from zimage_runtime.model.config import ModelConfig
+from zimage_runtime.model.linears import block_linears
+from zimage_runtime.model.norms import block_norms
 
 from ..graphs.builder import Graph, GraphBuilder
 from ..graphs.target import Target
+from ..graphs.tensorrt_layers import TensorRtLayers
 from ..graphs.text_encoder import TextEncoderGraph
 from ..graphs.transformer import Tables, TransformerGraphs
 from ..graphs.vae import VaeGraphs
@@ -29,6 +32,7 @@ class BlockProgram:
     kind: BlockKind
     model: onnx.ModelProto
     scalars: dict[str, Mapping[str, float]]  # by the block's key, of every block that it serves
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of weights that several tensors make up
 
 
 def build_blocks(config: ModelConfig, types: EngineTypes, folds: Mapping[str, Folds]) -> list[BlockProgram]:
@@ -45,7 +49,7 @@ def build_blocks(config: ModelConfig, types: EngineTypes, folds: Mapping[str, Fo
         if text not in programs:
             earlier = sum(program.kind is place.kind for program in programs.values())
             name = place.kind.value if not earlier else f"{place.kind}_{earlier + 1}"
-            programs[text] = BlockProgram(name, place.kind, model, {})
+            programs[text] = BlockProgram(name, place.kind, model, {}, graph.parts)
         programs[text].scalars[place.key] = graph.scalars
     return list(programs.values())
 
@@ -64,6 +68,9 @@ def build_block(place: BlockPlace, config: ModelConfig, types: EngineTypes, fold
 
 def _autoencoder_block(place: BlockPlace, graphs: VaeGraphs, b: GraphBuilder, dtype: DType) -> None:
     signature = BLOCK_SIGNATURES[place.kind]
+    if place.kind is BlockKind.MIDDLE_ATTENTION:
+        _middle_attention(place, graphs, b, dtype)
+        return
     x = next(iter(signature.inputs))
     if x == MAP:
         # convolutions run on channels-last maps: so no map is copied into another layout between blocks either
@@ -73,6 +80,15 @@ def _autoencoder_block(place: BlockPlace, graphs: VaeGraphs, b: GraphBuilder, dt
         if name == MAP_OUT:
             value = b.op("Transpose", value, name="channels_last", perm=[0, 2, 3, 1])
         b.output(value, name, dtype if name == MAP_OUT else DType.F32)
+
+
+def _middle_attention(place: BlockPlace, graphs: VaeGraphs, b: GraphBuilder, dtype: DType) -> None:
+    layers = graphs.target.layers(b)
+    assert isinstance(layers, TensorRtLayers)
+    (norm,) = block_norms(place, graphs.config)
+    positions = b.op("Reshape", b.input(MAP, dtype), b.integers(1, -1, place.channels), name="positions")
+    values = layers.banded_attention(positions, b.input(BAND, dtype), norm, block_linears(place, graphs.config))
+    b.output(values, MAP_OUT, dtype)
 
 
 def _text_layer(place: BlockPlace, config: ModelConfig, target: Target, b: GraphBuilder) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
+
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.files import atomic_write
 from zimage_runtime.bundle.manifest import ENGINES_FOLDER, FileRecord, Precision, write_manifest
@@ -25,10 +27,12 @@ from zimage_runtime.executors.tensorrt.block_catalog import (
     ProgramSpec,
     VariantSpec,
 )
+from zimage_runtime.executors.tensorrt.engine_cache import HashedCache, cache_folder, engine_name
+from zimage_runtime.executors.tensorrt.stage_sizes import BAND_POSITIONS
 from zimage_runtime.executors.tensorrt.trt_api import Library
 from zimage_runtime.machine.gpu_targets import GpuTarget, Variant
 from zimage_runtime.model.block_signatures import BLOCK_SIGNATURES
-from zimage_runtime.model.blocks import MAP, MAP_OUT, BlockKind, all_blocks
+from zimage_runtime.model.blocks import BAND, MAP, MAP_OUT, BlockKind, all_blocks
 from zimage_runtime.model.config import ModelConfig
 from zimage_runtime.model.tokenizer import MAX_PROMPT_TOKENS
 from zimage_runtime.tiles.tiling import TILE_ROWS
@@ -49,9 +53,6 @@ _USUAL_IMAGE_TOKENS = 64 * 64  # 1024 x 1024
 _USUAL_CAPTION_TOKENS = 128
 _USUAL_SIDE = 128
 _SIDES_MEASURED = (64,)
-_SIDES_OF_ATTENTION = (64, 128, 208)
-"""Its scratch memory grows with the square of the positions, which TensorRT for RTX 1.7 counts in 32 bits: 5.6 GB for
-192 x 192 latents, 0.3 for 256 x 256. Images of more latents than the last of these are not decoded as a whole."""
 _TILE_COLUMNS = (64, 512)
 
 
@@ -68,7 +69,8 @@ class Sizes:
 def add_engines(bundle: Bundle, gpus: Sequence[GpuTarget] = (), progress: Progress | None = None) -> Bundle:
     """Writes or replaces a bundle's block programs and engines and returns the bundle, opened again.
 
-    Without `gpus`: portable and Turing. File names contain a hash of the
+    Engines are written to the user's own cache too, from where they are loaded on this machine: those in a bundle are
+    for users who trust whoever made it. Without `gpus`: portable and Turing. File names contain a hash of the
     content, and the manifest is replaced last: a killed run leaves the bundle as it was, with at most a few files that
     the next one removes. Raises `ExportError`, or `ExecutorError` where TensorRT is missing or refuses a program.
     """
@@ -131,27 +133,28 @@ def program_spec(program: BlockProgram, config: ModelConfig, path: str, most: in
     names = [name for name in inputs if name not in signature.inputs]
     scalars = tuple(next(iter(program.scalars.values())))
     outputs = {value.name: value.type.tensor_type for value in program.model.graph.output}
-    maps = [_dtype(value.elem_type) for name, value in {**inputs, **outputs}.items() if name in (MAP, MAP_OUT)]
+    maps = [_dtype(value.elem_type) for name, value in {**inputs, **outputs}.items() if name in (MAP, MAP_OUT, BAND)]
     profile = {}
     for name in signature.inputs:
         dims = [dim.dim_param or dim.dim_value for dim in inputs[name].shape.dim]
         if any(isinstance(dim, str) for dim in dims):
             least, usual, largest = (_free_sizes(dims, size) for size in (sizes.least, sizes.usual, sizes.most))
-            profile[name] = (least, usual, largest)
+            profile[name] = (_free_sizes(dims, 1) if name == BAND else least, usual, largest)
     return ProgramSpec(
         program.name,
         program.kind,
         path,
-        {
-            name: InputSpec(_dtype(inputs[name].elem_type), tuple(dim.dim_value for dim in inputs[name].shape.dim))
-            for name in names
-            if name not in scalars
-        },
+        {name: _input_spec(inputs[name], program.parts.get(name, ())) for name in names if name not in scalars},
         scalars,
         maps[0] if maps else DType.F32,
         profile,
         ((1, 0),),
     )
+
+
+def _input_spec(value: onnx.TypeProto.Tensor, parts: tuple[str, ...]) -> InputSpec:
+    dtype, shape = _dtype(value.elem_type), tuple(dim.dim_value for dim in value.shape.dim)
+    return InputSpec(dtype, shape, parts, transposed=dtype is DType.I8)
 
 
 def program_sizes(program: BlockProgram, config: ModelConfig) -> Sizes:
@@ -163,7 +166,7 @@ def program_sizes(program: BlockProgram, config: ModelConfig) -> Sizes:
         if program.kind is BlockKind.DECODER_TILE:
             return Sizes(3, _USUAL_SIDE * max(scales), most + 2, (*(c for c in _TILE_COLUMNS if c < most), most + 2))
         if program.kind is BlockKind.MIDDLE_ATTENTION:
-            return Sizes(2, _USUAL_SIDE, most, _SIDES_OF_ATTENTION)
+            return Sizes(2, _USUAL_SIDE, most, (*_SIDES_MEASURED, _USUAL_SIDE, most))
         measured = tuple(side * max(scales) for side in _SIDES_MEASURED)
         return Sizes(2 * min(scales), _USUAL_SIDE * max(scales), most, (*measured, most))
     if program.kind in (BlockKind.TEXT_LAYER, BlockKind.CAPTION_EMBEDDER):
@@ -175,9 +178,9 @@ def program_sizes(program: BlockProgram, config: ModelConfig) -> Sizes:
 
 
 def _free_sizes(dims: Sequence[str | int], size: int) -> tuple[int, ...]:
-    """A shape whose free dimensions are of one size; a tile has few rows."""
-    limits = {"rows": TILE_ROWS + 2}
-    return tuple(min(size, limits.get(dim, size)) if isinstance(dim, str) else dim for dim in dims)
+    """A shape whose free dimensions are of one size; a tile has few rows, and a band positions of a square."""
+    limited = {"rows": min(size, TILE_ROWS + 2), "queries": min(size**2, BAND_POSITIONS)}
+    return tuple(limited.get(dim, size) if isinstance(dim, str) else dim for dim in dims)
 
 
 def _dtype(element: int) -> DType:
@@ -195,17 +198,18 @@ def _build(
     specs: dict[str, ProgramSpec] = {}
     blocks: dict[str, BlockSpec] = {}
     engines: list[EngineSpec] = []
-    precision = bundle.manifest.precision.value
+    precision, cache = bundle.manifest.precision.value, HashedCache(cache_folder())
     for program in programs:
-        onnx = program.model.SerializeToString(deterministic=True)
-        path = writer.write(f"{program.name}-{precision}-{variant}", "onnx", onnx)
+        onnx_bytes = program.model.SerializeToString(deterministic=True)
+        path = writer.write(f"{program.name}-{precision}-{variant}", "onnx", onnx_bytes)
         spec = program_spec(program, bundle.manifest.config, path)
         most = program_sizes(program, bundle.manifest.config).most
         scratch: dict[int, int | None] = {}
         for gpu in gpus:
-            built = library.build(onnx, spec, [gpu], detailed=True)
+            built = library.build(onnx_bytes, spec, [gpu], detailed=True)
             name = f"{program.name}-{precision}-{gpu}-max{most}-{library.name}{library.version}"
             file = writer.write(name, "engine", built.data)
+            cache.write(engine_name(library.builder, spec, hashlib.sha256(onnx_bytes).hexdigest(), gpu), built.data)
             engines.append(EngineSpec(file, program.name, variant, gpu, library.name, library.version))
             scratch[most] = built.activation_bytes
         points = measure_scratch(library, program, bundle.manifest.config, gpus[0], scratch)
@@ -221,11 +225,13 @@ def measure_scratch(
 
     It never decreases, as larger images run in the same engine.
     """
-    onnx = program.model.SerializeToString(deterministic=True)
+    onnx_bytes = program.model.SerializeToString(deterministic=True)
     found: list[tuple[int, int]] = []
     for size in program_sizes(program, config).measured:
         spec = program_spec(program, config, "", size)
-        nbytes = known[size] if size in known else library.build(onnx, spec, [gpu], detailed=True).activation_bytes
+        nbytes = (
+            known[size] if size in known else library.build(onnx_bytes, spec, [gpu], detailed=True).activation_bytes
+        )
         if nbytes is None:
             raise ExportError(
                 f"TensorRT's build log does not report the memory that {program.name} needs; use TensorRT for RTX 1.7"

@@ -47,6 +47,7 @@ class Graph:
     settings: tuple[str, ...] = ()  # the constants that the runtime may override
     types: Mapping[str, DType] = field(default_factory=dict)  # of weights, and of other values that are not float32
     scalars: Mapping[str, float] = field(default_factory=dict)  # float32 inputs of one element, with the values to feed
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of weights that several tensors make up
 
     def to_model(self, weights_file: str, entries: Mapping[str, TensorEntry]) -> onnx.ModelProto:
         """The ONNX model, whose initializers point into a safetensors file beside it.
@@ -117,6 +118,7 @@ class GraphBuilder:
     _constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
     _weights: dict[str, tuple[int, ...]] = field(default_factory=dict)
     _scalars: dict[str, float] = field(default_factory=dict)
+    _parts: dict[str, tuple[str, ...]] = field(default_factory=dict)
     _names: set[str] = field(default_factory=set)
     _types: dict[str, DType] = field(default_factory=dict)
     _casts: dict[str, str] = field(default_factory=dict)
@@ -184,6 +186,14 @@ class GraphBuilder:
         full = self._full(name)
         self._weights[full] = tuple(shape)
         self._types[full] = dtype or self.storage(full, tuple(shape))
+        return full
+
+    def joined_weight(self, name: str, parts: Sequence[str], shape: Sequence[int], dtype: DType) -> str:
+        """Tensors of the weights file one after the other, along their first axis, as one value of `shape`."""
+        names = tuple(self._full(part) for part in parts)
+        full = self.weight(name, shape, dtype)
+        if names != (full,):
+            self._parts[full] = names
         return full
 
     def typed(self, value: str, dtype: DType) -> str:
@@ -281,4 +291,5 @@ class GraphBuilder:
             tuple(self._settings),
             self._types,
             self._scalars,
+            self._parts,
         )

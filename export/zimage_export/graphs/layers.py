@@ -9,7 +9,7 @@ differ, so in float32 nowhere.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,6 +45,10 @@ class Layers:
         if linear.bias:
             inputs.append(self.weight(f"{linear.name}.bias", (linear.out_width,), compute))
         return self.b.op("Gemm", *inputs, name=linear.name, transB=1)
+
+    def linears(self, x: str, linears: Sequence[Linear], name: str) -> Iterator[str]:
+        """Linear layers that read the same value, one after the other. `name` is for them together."""
+        return (self.linear(x, linear) for linear in linears)
 
     def rows(self, x: str, width: int, name: str = "rows") -> str:
         """[…, width] → [rows, width]; no data moves."""
@@ -186,8 +190,9 @@ class Layers:
 
     def gated(self, x: str, gate: Linear, up: Linear, down: Linear, exponent: int = 0) -> str:
         """SwiGLU on rows: down(silu(gate(x)) * up(x) * 2**exponent)."""
-        gate_out = self.scaled(self.silu(self.linear(x, gate), f"{gate.name}.silu"), exponent, "range")
-        product = self.b.op("Mul", gate_out, self.linear(x, up), name="product")
+        values = self.linears(x, (gate, up), "gate_up")
+        gate_out = self.scaled(self.silu(next(values), f"{gate.name}.silu"), exponent, "range")
+        product = self.b.op("Mul", gate_out, next(values), name="product")
         return self.linear(product, down)
 
     def residual(self, x: str, update: str, name: str) -> str:

@@ -3,13 +3,14 @@
 What differs between layers that share a program is an input as well: the epsilon of a norm whose branch was divided by
 a power of two, and the factors that keep fp16 in range.
 
-W8A8: int8 weights are stored [in, out] with one float32 scale per output channel. A token is quantized by its own
-largest magnitude. Both sides are dequantized by the *scalar* 2**-7, which TensorRT folds into one Int8 x Int8
-product; the true scales multiply its result in float32. With them inside the DequantizeLinear, the sum of products
-would exceed fp16's range before it is scaled.
+W8A8: int8 weights come as [out, in] (a bundle stores [in, out]) with one float32 scale per output channel. A token is
+quantized by its own largest magnitude. Both sides are dequantized by the *scalar* 2**-7, which TensorRT folds into one
+Int8 x Int8 product; the true scales multiply its result in float32. With them inside the DequantizeLinear, the sum of
+products would exceed fp16's range before it is scaled.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,35 +37,48 @@ class TensorRtLayers(Layers):
 
     def linear(self, x: str, linear: Linear) -> str:
         """A linear layer [..., in_width] → [..., out_width]."""
-        name, out_width, in_width = linear.name, linear.out_width, linear.in_width
-        dtype = self.b.storage_of(linear.weight, (out_width, in_width))
-        if dtype is DType.I8:
-            y = self._w8a8(x, linear)
-        else:
-            weight = self.b.weight(linear.weight, (out_width, in_width))
-            weight = self.b.op("Reshape", weight, self.b.integers(1, out_width, in_width), name=f"{name}.batched")
-            weight = self.b.op("Transpose", weight, name=f"{name}.transposed", perm=[0, 2, 1])
-            y = self.b.op("MatMul", self.b.cast(x, dtype), weight, name=name)
+        y = self._product(x, (linear,), linear.name)
         if linear.bias:
-            y = self.b.op(
-                "Add",
-                y,
-                self.b.cast(self.b.weight(f"{name}.bias", (out_width,)), self.b.type_of(y)),
-                name=f"{name}.biased",
-            )
+            bias = self.b.cast(self.b.weight(f"{linear.name}.bias", (linear.out_width,)), self.b.type_of(y))
+            y = self.b.op("Add", y, bias, name=f"{linear.name}.biased")
         return y
 
-    def _w8a8(self, x: str, linear: Linear) -> str:
-        b, name = self.b, linear.name
+    def linears(self, x: str, linears: Sequence[Linear], name: str) -> Iterator[str]:
+        """Linear layers of one value as one product, whose weight is one input: their tensors one after the other."""
+        if any(linear.bias for linear in linears) or len({self._stored(linear) for linear in linears}) > 1:
+            return super().linears(x, linears, name)
+        y = self._product(x, linears, name)
+        widths = self.b.integers(*(linear.out_width for linear in linears))
+        return iter(self.b.ops("Split", y, widths, name=f"{name}.apart", outputs=len(linears), axis=-1))
+
+    def _stored(self, linear: Linear) -> DType:
+        return self.b.storage_of(linear.weight, (linear.out_width, linear.in_width))
+
+    def _product(self, x: str, linears: Sequence[Linear], name: str) -> str:
+        """A value times the transposed weights [out, in] of linears of one type, joined along their outputs.
+
+        Transposed as the second operand of a batched product, a weight is read as it is; alone, it would be copied in
+        each run. int8 weights are [out, in] too, whose products of a row with a row are what tensor cores multiply.
+        """
+        b, dtype = self.b, self._stored(linears[0])
+        shape = (sum(linear.out_width for linear in linears), linears[0].in_width)
+        weight = b.joined_weight(f"{name}.weight", [linear.weight for linear in linears], shape, dtype)
+        if dtype is not DType.I8:
+            return b.op("MatMul", b.cast(x, dtype), self._transposed(weight, shape, name), name=name)
         quantized, scale = self._quantized(x)
-        weight = b.weight(linear.weight, (linear.in_width, linear.out_width))
         weight = b.op("DequantizeLinear", weight, self._constant(2.0**_DEQUANTIZED), name=f"{name}.dequantized")
         b.typed(weight, self.compute)
-        y = b.cast(b.op("MatMul", quantized, weight, name=name), DType.F32)
-        scales = b.weight(scale_of(linear.weight), (linear.out_width,))
+        y = b.cast(b.op("MatMul", quantized, self._transposed(weight, shape, name), name=name), DType.F32)
+        scales = b.joined_weight(
+            scale_of(f"{name}.weight"), [scale_of(linear.weight) for linear in linears], shape[:1], DType.F32
+        )
         scales = b.op("Mul", scales, b.number(2.0 ** (-2 * _DEQUANTIZED)), name=f"{name}.scales")
         y = b.op("Mul", b.op("Mul", y, scales, name=f"{name}.by_channel"), scale, name=f"{name}.by_token")
         return b.cast(y, self.compute)
+
+    def _transposed(self, weight: str, shape: tuple[int, int], name: str) -> str:
+        weight = self.b.op("Reshape", weight, self.b.integers(1, *shape), name=f"{name}.batched")
+        return self.b.op("Transpose", weight, name=f"{name}.transposed", perm=[0, 2, 1])
 
     def _quantized(self, x: str) -> tuple[str, str]:
         """A value as int8 times 2**-7, in the compute type, and the factor of each token."""
@@ -118,13 +132,23 @@ class TensorRtLayers(Layers):
         The `Attention` operator is fused too, but with a copy before and after it.
         """
         b = self.b
-        q, k, v = (self._heads(x, heads) for x in (q, k, v))
+        q = self._heads(q, heads)
+        k, v = self._keys_and_values(k, v, heads, name)
         k = b.op("Transpose", k, name=f"{name}.keys", perm=[0, 1, 3, 2])
         scores = b.op("MatMul", q, k, name=f"{name}.products")
         scores = b.op("Mul", scores, b.number(head_dim**-0.5, b.type_of(scores)), name=f"{name}.scaled")
         h = b.op("MatMul", b.op("Softmax", scores, name=f"{name}.softmax", axis=-1), v, name=name)
         h = b.op("Transpose", h, name=f"{name}.tokens", perm=[0, 2, 1, 3])
         return b.op("Reshape", h, b.integers(0, 0, -1), name=f"{name}.joined")
+
+    def _keys_and_values(self, k: str, v: str, heads: int, name: str) -> list[str]:
+        """Both as [batch, heads, tokens, head_dim], written by one kernel: values that are a part of a larger product
+        would otherwise be copied by a kernel of their own."""
+        b = self.b
+        both = [b.op("Reshape", x, b.integers(0, 0, heads, -1), name=f"{x}.split") for x in (k, v)]
+        joined = b.op("Concat", *both, name=f"{name}.shared", axis=2)
+        joined = b.op("Transpose", joined, name=f"{name}.heads", perm=[0, 2, 1, 3])
+        return b.ops("Split", joined, name=f"{name}.apart", outputs=2, axis=1, num_outputs=2)
 
     def causal_attention(
         self, q: str, k: str, v: str, heads: int, kv_heads: int, head_dim: int, name: str = "scores"
@@ -192,13 +216,16 @@ class TensorRtLayers(Layers):
         The variance is the mean of squares less the square of the mean: with distances to the mean, TensorRT writes
         the whole map in float32 twice.
         """
-        b, dtype = self.b, self.b.type_of(x)
+        return self._scaled(x, self.group_factors(x, norm, 2, 3), norm, (-1, norm.width, 1, 1))
+
+    def group_factors(self, x: str, norm: Norm, *axes: int) -> tuple[str, str]:
+        """What a group norm multiplies by and adds, by group and channel. `axes` are those of the positions."""
+        b, x = self.b, self.b.cast(x, DType.F32)
         name, width, groups = norm.name, norm.width, norm.groups
-        given, x = x, b.cast(x, DType.F32)
         grouped = b.integers(0, groups, width // groups)
         means = []
         for kind, values in (("mean", x), ("square", b.op("Mul", x, x, name=f"{name}.squares"))):
-            h = b.op("ReduceMean", values, b.integers(2, 3), name=f"{name}.{kind}.channels", keepdims=0)
+            h = b.op("ReduceMean", values, b.integers(*axes), name=f"{name}.{kind}.channels", keepdims=0)
             h = b.op("Reshape", h, grouped, name=f"{name}.{kind}.groups")
             means.append(b.op("ReduceMean", h, b.integers(2), name=f"{name}.{kind}", keepdims=1))
         mean, square = means
@@ -218,10 +245,34 @@ class TensorRtLayers(Layers):
         )
         factor = b.op("Div", weight, deviation, name=f"{name}.factor")
         shift = b.op("Sub", bias, b.op("Mul", mean, factor, name=f"{name}.mean_factor"), name=f"{name}.shift")
-        columns = b.integers(-1, width, 1, 1)
-        factor, shift = (b.op("Reshape", h, columns, name=f"{h}.column") for h in (factor, shift))
-        factor, shift = b.cast(factor, dtype), b.cast(shift, dtype)
-        return b.op("Add", b.op("Mul", given, factor, name=f"{name}.scaled"), shift, name=name)
+        return factor, shift
+
+    def _scaled(self, x: str, factors: tuple[str, str], norm: Norm, shape: tuple[int, ...]) -> str:
+        """A value times the factors of a group norm, which are brought into a shape."""
+        b, dtype = self.b, self.b.type_of(x)
+        factor, shift = (b.cast(b.op("Reshape", h, b.integers(*shape), name=f"{h}.column"), dtype) for h in factors)
+        return b.op("Add", b.op("Mul", x, factor, name=f"{norm.name}.scaled"), shift, name=norm.name)
+
+    def banded_attention(self, positions: str, band: str, norm: Norm, linears: Sequence[Linear]) -> str:
+        """The autoencoder's attention for some of its positions: [1, positions, width] and [1, queries, width] of them.
+
+        TensorRT does not fuse a head of 512 channels, so it stores scores. With all queries, those of 2048 x 2048
+        pixels take 17 GB. In blocks within one program, TensorRT computes all products before the first softmax.
+        """
+        b, width = self.b, norm.width
+        query, key, value, out = linears
+        factors = self.group_factors(positions, norm, 1)
+        given, attended = (self._scaled(x, factors, norm, (1, 1, width)) for x in (band, positions))
+        k = b.op("Transpose", self.linear(attended, key), name="keys", perm=[0, 2, 1])
+        scores = b.op("MatMul", self.linear(given, query), k, name="scores.products")
+        scores = b.op("Mul", scores, b.number(width**-0.5, b.type_of(scores)), name="scores.scaled")
+        h = b.op(
+            "MatMul",
+            b.op("Softmax", scores, name="scores.softmax", axis=-1),
+            self.linear(attended, value),
+            name="scores",
+        )
+        return b.op("Add", band, b.cast(self.linear(h, out), b.type_of(band)), name="residual")
 
 
 def _layers(b: GraphBuilder, policy: TypePolicy) -> Layers:

@@ -62,14 +62,16 @@ class TextEncoderGraph:
         c, b, scope = self.config.text_encoder, layers.b, "self_attn"
         linears, norms = layer_linears("text_encoder", self.config), layer_norms("text_encoder", self.config)
         rotated = []
+        inputs = [linear.within(scope) for linear in (linears.query, linears.key, linears.value)]
+        values = layers.linears(x, inputs, "qkv")
         for kind, linear, norm, heads in (
             ("q", linears.query, norms.query, c.num_attention_heads),
             ("k", linears.key, norms.key, c.num_key_value_heads),
         ):
-            h = layers.head_norm(layers.linear(x, linear.within(scope)), norm.within(scope))
+            h = layers.head_norm(next(values), norm.within(scope))
             h = layers.reshape(h, b.integers(1, -1, linear.out_width), f"{kind}.tokens")
             rotated.append(layers.rotary(h, "cos", "sin", heads, f"{kind}.rotary", interleaved=False))
-        value, out = linears.value.within(scope), linears.out.within(scope)
-        v = layers.reshape(layers.linear(x, value), b.integers(1, -1, value.out_width), "v.tokens")
+        out = linears.out.within(scope)
+        v = layers.reshape(next(values), b.integers(1, -1, linears.value.out_width), "v.tokens")
         h = layers.causal_attention(rotated[0], rotated[1], v, c.num_attention_heads, c.num_key_value_heads, c.head_dim)
         return layers.linear(layers.rows(h, out.in_width), out)

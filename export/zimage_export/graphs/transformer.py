@@ -266,10 +266,12 @@ class TransformerGraphs:
         c, scope = self.config.transformer, "attention"
         linears, norms = layer_linears("transformer", self.config), layer_norms("transformer", self.config)
         rotated = []
-        for kind, linear, norm in (("q", linears.query, norms.query), ("k", linears.key, norms.key)):
-            h = layers.head_norm(layers.linear(x, linear.within(scope)), norm.within(scope))
+        inputs = [linear.within(scope) for linear in (linears.query, linears.key, linears.value)]
+        values = layers.linears(x, inputs, "qkv")
+        for kind, norm in (("q", norms.query), ("k", norms.key)):
+            h = layers.head_norm(next(values), norm.within(scope))
             h = layers.reshape(h, shape, f"{kind}.tokens")
             rotated.append(layers.rotary(h, tables.cos, tables.sin, c.n_heads, f"{kind}.rotary", interleaved=True))
-        v = layers.reshape(layers.linear(x, linears.value.within(scope)), shape, "v.tokens")
+        v = layers.reshape(next(values), shape, "v.tokens")
         h = layers.attention(rotated[0], rotated[1], v, c.n_heads, c.head_dim)
         return layers.linear(layers.rows(h, c.dim), linears.out.within(scope))

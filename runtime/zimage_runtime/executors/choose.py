@@ -33,6 +33,7 @@ class ExecutorChoice:
     options: Options = field(default_factory=Options)
     current: Executor | None = None
     _reasons: dict[str, Unavailable] = field(default_factory=dict)  # why executors cannot run the bundle here at all
+    _failed: set[str] = field(default_factory=set)  # those that should run it here, but did not open
 
     @classmethod
     def of(cls, bundle: Bundle, executor: Executor) -> "ExecutorChoice":
@@ -79,6 +80,7 @@ class ExecutorChoice:
                 return kind.open(self.bundle, self._options_for(name))
             except ExecutorError as error:
                 unavailable = Unavailable(str(error))
+                self._failed.add(name)
         self._reasons[name] = unavailable
         return None
 
@@ -127,7 +129,8 @@ class ExecutorChoice:
                 self.close()
                 self.current = executor
             why = "; ".join([*passed, self.why] if self.why else passed)
-            return Chosen(executor, plan, _said(executor, why), unexpected=bool(passed) or self._misses_a_gpu(name))
+            unexpected = bool(passed or self._failed) or self._misses_a_gpu(name)
+            return Chosen(executor, plan, _said(executor, why), unexpected)
         if failure is None:
             raise RequestError(f"no executor can run this bundle here: {self.why}")
         raise failure

@@ -26,7 +26,12 @@ ORT_WEBGPU = Overhead(
     256 << 20, "the driver, compiled kernels and buffers for copying, with ONNX Runtime's WebGPU", "assumed"
 )
 TENSORRT_CUDA = Overhead(400 << 20, "CUDA, the driver and compiled kernels, as TensorRT loads them", "assumed")
+TENSORRT_MARGIN = Overhead(
+    512 << 20,
+    "free GPU memory that is left to kernels TensorRT compiles, to graphs and to a desktop, or 5 % where that is more",
+    "assumed",
+)
 DESKTOP = Overhead(256 << 20, "free GPU memory that is left to others, since a desktop's use varies", "assumed")
 CARD = Overhead(512 << 20, "what the driver and a desktop keep of a GPU's memory", "assumed")
 
-ALL = (PROCESS, ORT_CUDA, ORT_WEBGPU, TENSORRT_CUDA, DESKTOP, CARD)
+ALL = (PROCESS, ORT_CUDA, ORT_WEBGPU, TENSORRT_CUDA, TENSORRT_MARGIN, DESKTOP, CARD)

@@ -144,6 +144,7 @@ class Options:
     device: int = 0  # which GPU
     low_memory: bool = False  # weights on the CPU stay mapped from the file
     keep_loaded: bool = True  # what fits in memory stays loaded between requests
+    trust_engines: bool = False  # load engines, which are code, that came with the bundle
     note: Callable[[str], object] = lambda text: None  # called with a line for what is done once and takes a while
 
 

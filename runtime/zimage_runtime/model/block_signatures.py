@@ -7,7 +7,7 @@ as in its component without the block's own name (`layers.7.attention.to_q.weigh
 scalar that differs between layers, named by the same rule.
 """
 
-from .blocks import MAP, MAP_OUT, TILE, TILE_OUT, BlockKind, BlockPlace
+from .blocks import BAND, MAP, MAP_OUT, TILE, TILE_OUT, BlockKind, BlockPlace
 from .config import ModelConfig
 from .programs import Signature
 
@@ -32,7 +32,10 @@ BLOCK_SIGNATURES: dict[BlockKind, Signature] = {
     ),
     BlockKind.DECODER_IN: Signature({"latents": (1, "channels", "h", "w")}, {MAP_OUT: (1, "h", "w", "out_channels")}),
     BlockKind.RESNET: Signature({MAP: (1, "h", "w", "channels")}, {MAP_OUT: (1, "h", "w", "out_channels")}),
-    BlockKind.MIDDLE_ATTENTION: Signature({MAP: (1, "h", "w", "channels")}, {MAP_OUT: (1, "h", "w", "channels")}),
+    # the whole map, and those of its positions for which attention is computed
+    BlockKind.MIDDLE_ATTENTION: Signature(
+        {MAP: (1, "h", "w", "channels"), BAND: (1, "queries", "channels")}, {MAP_OUT: (1, "queries", "channels")}
+    ),
     BlockKind.UPSAMPLE: Signature({MAP: (1, "h", "w", "channels")}, {MAP_OUT: (1, "out_h", "out_w", "channels")}),
     BlockKind.DECODER_OUT: Signature({MAP: (1, "h", "w", "channels")}, {"image": (1, "out_channels", "h", "w")}),
     # rows of a map, with one more above and one below: `inside` is 0 for rows outside the map, otherwise 1

@@ -73,6 +73,9 @@ NORMS = ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2")
 MAP, MAP_OUT = "map", "map_out"
 """Feature maps between the blocks of the autoencoder, channels last. Only they may not be float32."""
 
+BAND = "band"
+"""Positions of a map, one after the other, for which attention over the whole map is computed."""
+
 TILE, TILE_OUT = "tile", "tile_out"
 """Tiles of maps that stay on the host, channels first, in float32. The output has two rows fewer."""
 

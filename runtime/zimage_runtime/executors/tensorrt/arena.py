@@ -23,7 +23,7 @@ class Budget:
         if self.used + nbytes > self.limit:
             raise ExecutorError(
                 f"{gib_needed(self.used + nbytes, 2)} of device memory is needed where {gib_free(self.limit, 2)} was "
-                "planned; run zimage-export engines again, or set --vram lower"
+                "planned, which is a fault of the plan; set --vram lower, and report it"
             )
         self.used += nbytes
         self.peak = max(self.peak, self.used)

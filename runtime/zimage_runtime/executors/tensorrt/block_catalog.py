@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from ...bundle.manifest import checked_path
@@ -15,10 +15,15 @@ from ...machine.gpu_targets import GpuTarget, Variant
 from ...model.blocks import BlockKind, BlockPlace
 
 CATALOG_PATH = "engines/blocks.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2: weights of several tensors, int8 weights as [out, in], scratch memory that TensorRT allocates nothing beside."""
 
 ALIGNMENT = 256
 """Bytes: TensorRT requires that every tensor starts at a multiple of this on the device."""
+
+
+_BETWEEN = 2 << 20
+"""Bytes; with 1 % more than three times the largest error of an interpolation that TensorRT's builder showed."""
 
 
 def aligned(nbytes: int) -> int:
@@ -28,10 +33,15 @@ def aligned(nbytes: int) -> int:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """A weight that a program has as an input."""
+    """A weight that a program has as an input.
+
+    Linears that read the same values are one input: their tensors one after the other, along the first axis.
+    """
 
     dtype: DType
     shape: tuple[int, ...]
+    parts: tuple[str, ...] = ()  # the tensors that it consists of; where there are none, the one of its own name
+    transposed: bool = False  # from [in, out], as int8 weights are stored, to [out, in]
 
     @property
     def nbytes(self) -> int:
@@ -56,16 +66,9 @@ class ProgramSpec:
 
     @property
     def largest(self) -> int:
-        """The most tokens, or rows or columns, that its profile allows."""
-        return max(
-            (
-                high
-                for least, _, most in self.profile.values()
-                for low, high in zip(least, most, strict=True)
-                if low < high
-            ),
-            default=0,
-        )
+        """The most tokens, or rows or columns, that the profile of its first input allows."""
+        least, _, most = next(iter(self.profile.values()))
+        return max((high for low, high in zip(least, most, strict=True) if low < high), default=0)
 
     def takes(self, rows: int, columns: int) -> bool:
         """Whether a map of this size is within its profile, and within the sizes whose scratch memory is known."""
@@ -74,15 +77,28 @@ class ProgramSpec:
     def scratch_bytes(self, positions: int) -> int:
         """Bytes that the program needs besides its inputs and outputs.
 
-        Interpolated between the sizes that were measured at build. The last of them is the largest in the profile.
+        Interpolated between the sizes that were measured, with a little more, for it does not grow quite evenly. The
+        last of them is the largest in the profile.
         """
         points = self.scratch
         if positions <= points[0][0]:
             return points[0][1]
         for (low, low_bytes), (high, high_bytes) in itertools.pairwise(points):
-            if positions <= high:
-                return low_bytes + -(-(high_bytes - low_bytes) * (positions - low) // (high - low))
+            if positions < high:
+                between = low_bytes + -(-(high_bytes - low_bytes) * (positions - low) // (high - low))
+                return low_bytes if positions == low else between + between // 100 + _BETWEEN
         return points[-1][1]
+
+    def positions(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """Tokens, or rows times columns, of shapes of its free inputs: what its scratch memory depends on."""
+        name, (least, _, most) = next(iter(self.profile.items()))
+        return math.prod(size for size, low, high in zip(shapes[name], least, most, strict=True) if low < high)
+
+    def needing(self, positions: int, nbytes: int) -> "ProgramSpec":
+        """The same program, now known to need this much scratch memory at a size, and no less at larger ones."""
+        smaller = [point for point in self.scratch if point[0] < positions]
+        larger = [(size, max(known, nbytes)) for size, known in self.scratch if size > positions]
+        return replace(self, scratch=(*smaller, (positions, nbytes), *larger))
 
 
 @dataclass(frozen=True)
@@ -119,6 +135,10 @@ class VariantSpec:
             raise BundleError(f"{CATALOG_PATH}: has no program for {place.key}; run zimage-export engines again")
         return self.programs[block.program]
 
+    def needing(self, program: str, positions: int, nbytes: int) -> "VariantSpec":
+        """The same programs, one of which needs more scratch memory at a size."""
+        return replace(self, programs={**self.programs, program: self.programs[program].needing(positions, nbytes)})
+
 
 @dataclass(frozen=True)
 class Catalog:
@@ -154,6 +174,10 @@ class Catalog:
             raise BundleError(
                 f"{where}: written for schema {version}, this version reads up to {SCHEMA_VERSION}; upgrade zimage-rt"
             )
+        if version < SCHEMA_VERSION:
+            raise BundleError(
+                f"{where}: written by an earlier version of zimage-export; run zimage-export engines again"
+            )
         variants = fields.object("variants")
         return cls(
             {
@@ -171,7 +195,7 @@ def _variant_json(spec: VariantSpec) -> dict[str, Any]:
             name: {
                 "kind": program.kind.value,
                 "path": program.path,
-                "weights": {key: [w.dtype.value, list(w.shape)] for key, w in program.weights.items()},
+                "weights": {key: _weight_json(weight) for key, weight in program.weights.items()},
                 "scalars": list(program.scalars),
                 "map_dtype": program.map_dtype.value,
                 "profile": {key: [list(shape) for shape in shapes] for key, shapes in program.profile.items()},
@@ -183,6 +207,15 @@ def _variant_json(spec: VariantSpec) -> dict[str, Any]:
             key: {"program": block.program, "scalars": dict(block.scalars)} for key, block in spec.blocks.items()
         },
     }
+
+
+def _weight_json(weight: InputSpec) -> dict[str, Any]:
+    found: dict[str, Any] = {"dtype": weight.dtype.value, "shape": list(weight.shape)}
+    if weight.parts:
+        found["parts"] = list(weight.parts)
+    if weight.transposed:
+        found["transposed"] = True
+    return found
 
 
 def _variant(fields: Fields, where: str) -> VariantSpec:
@@ -214,10 +247,7 @@ def _program(name: str, fields: Fields, where: str) -> ProgramSpec:
     weights = {}
     inputs = fields.object("weights")
     for key in inputs.names():
-        entry = inputs.raw(key)
-        if not isinstance(entry, list) or len(entry) != 2 or entry[0] not in list(DType):
-            raise BundleError(f"{where}: {name}: weight {key} must be a type and a shape")
-        weights[key] = InputSpec(DType(entry[0]), _sizes(entry[1], where, f"{name}: {key}"))
+        weights[key] = _weight(inputs.object(key), where, f"{name}: {key}")
     profile = fields.object("profile")
     shapes = {}
     for key in profile.names():
@@ -244,6 +274,15 @@ def _program(name: str, fields: Fields, where: str) -> ProgramSpec:
         shapes,
         tuple((point[0], point[1]) for point in points),
     )
+
+
+def _weight(fields: Fields, where: str, what: str) -> InputSpec:
+    dtype, shape = fields.text("dtype"), _sizes(fields.raw("shape"), where, what)
+    parts = _list(fields, "parts") if "parts" in fields.names() else []
+    transposed = "transposed" in fields.names() and fields.raw("transposed") is True
+    if dtype not in list(DType) or any(not isinstance(part, str) for part in parts):
+        raise BundleError(f"{where}: {what} must have a known type, and names of tensors")
+    return InputSpec(DType(dtype), shape, tuple(parts), transposed)
 
 
 def _engine(entry: object, where: str) -> EngineSpec:

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import ExecutorError
-from .device import DeviceEvent, Graph, Pinned, Stream
+from ...errors import DeviceLostError, ExecutorError
+from .device import DeviceEvent, Graph, OutOfDeviceMemoryError, Pinned, PinnedMemoryError, Stream
 
 
 class CudaDevice:
@@ -117,16 +117,51 @@ class CudaDevice:
             return values[0] if len(values) == 1 else tuple(values)
         if error == self._cuda.cudaError_t.cudaErrorMemoryAllocation:
             size = f" of {arguments[0] / 2**20:.0f} MiB" if arguments and isinstance(arguments[0], int) else ""
-            raise ExecutorError(
+            if name == "cudaHostAlloc":
+                raise PinnedMemoryError(
+                    f"the operating system pins no more of the machine's memory (an allocation{size}); close other "
+                    "programs, or lower --size"
+                )
+            raise OutOfDeviceMemoryError(
                 f"the GPU has no memory left for an allocation{size}; lower --vram, or close other programs on the GPU"
             )
         if error.name in _NO_GPU:
             raise ExecutorError(NO_GPU)
         text = self._cuda.cudaGetErrorString(error)[1]
-        raise ExecutorError(f"{name} failed: {error.name}: {text.decode() if isinstance(text, bytes) else text}")
+        text = text.decode() if isinstance(text, bytes) else text
+        if error.name in _LOST:
+            raise DeviceLostError(f"the GPU was lost ({error.name}: {text}); run again, or restart the machine")
+        raise ExecutorError(f"{name} failed: {error.name}: {text}")
 
 
 _NO_GPU = ("cudaErrorNoDevice", "cudaErrorInsufficientDriver", "cudaErrorStubLibrary", "cudaErrorInitializationError")
+
+_LOST = frozenset(
+    f"cudaError{name}"
+    for name in (
+        "IllegalAddress",
+        "LaunchFailure",
+        "LaunchTimeout",
+        "IllegalInstruction",
+        "MisalignedAddress",
+        "InvalidAddressSpace",
+        "InvalidPc",
+        "HardwareStackError",
+        "Assert",
+        "ECCUncorrectable",
+        "NvlinkUncorrectable",
+        "Contained",
+        "TensorMemoryLeak",
+        "DevicesUnavailable",
+        "ContextIsDestroyed",
+        "ExternalDevice",
+        "MpsClientTerminated",
+        "CudartUnloading",
+        "Unknown",
+    )
+)
+"""Errors after which every call of the process fails. Source: `cudaError_t` in the CUDA runtime's reference, "any
+further CUDA work will return the same error", and what a driver that was reset or a GPU off the bus gives."""
 
 NO_GPU = (
     "the tensorrt executor found no NVIDIA GPU with its driver; "

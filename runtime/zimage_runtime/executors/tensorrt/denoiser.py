@@ -1,6 +1,7 @@
 """The steps of one conditioning: latents → patches → all blocks → velocity.
 
-Where all blocks are resident, the second step is captured as one CUDA graph, which is launched from then on. The first
+Where all blocks are resident, the second step is captured as one CUDA graph, which is launched from then on. If that
+fails, steps are queued as the first one. The first
 step is not captured, because TensorRT may still compile kernels in it. For a launch, the host only writes to the pinned
 memory that the graph reads.
 """
@@ -12,17 +13,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...arrays import FloatArray
-from ...errors import ExecutorError
+from ...errors import DeviceLostError, ExecutorError
 from ...model.blocks import FINAL_LAYER, IMAGE_EMBEDDER, NORMS, BlockPlace
 from ...model.config import PATCH_SIZE, ModelConfig
 from ..protocol import Conditioning
-from .loaded_stage import LoadedStage, Shapes
+from .device import Graph, Shapes
+from .loaded_stage import LoadedStage
+from .plan import StagePlan
 from .stage_sizes import ImageSizes, row_bytes
 
 _FLOAT = 4  # bytes
 
-Runs = Callable[[tuple[BlockPlace, ...]], list[tuple[BlockPlace, Shapes]]]
-"""From a stage's blocks, every block that will run, with its shapes."""
+Runs = Callable[[StagePlan], list[tuple[BlockPlace, Shapes]]]
+"""From a stage's plan, every block that will run, with its shapes."""
 
 OnStage = Callable[[ImageSizes, Runs, Callable[[LoadedStage], FloatArray]], FloatArray]
 """Brings the denoiser's stage onto the device and calls a function with it."""
@@ -107,20 +110,37 @@ class StageDenoiser:
     def _replay(self, stage: LoadedStage, shapes: "_StepShapes") -> None:
         """Queues a step of one image, as a graph from the second step on."""
         tools, key = stage.tools, (self.slot, shapes.sizes.caption_tokens)
-        if key not in stage.graphs and key in stage.warm:
-            tools.device.begin_capture(tools.compute)
-            try:
-                self._queue(stage, shapes, 1)
-            except BaseException:
-                with contextlib.suppress(ExecutorError):  # ending a failed capture fails, too
-                    tools.device.destroy_graph(tools.device.end_capture(tools.compute))
-                raise
-            stage.keep_graph(key, tools.device.end_capture(tools.compute))
+        if key not in stage.graphs and key in stage.warm and tools.capturing.possible:
+            graph = self._captured(stage, shapes)
+            if graph is not None:
+                stage.keep_graph(key, graph)
         if key in stage.graphs:
             tools.device.launch(stage.graphs[key], tools.compute)
         else:
             self._queue(stage, shapes, 1)
             stage.warm.add(key)
+
+    def _captured(self, stage: LoadedStage, shapes: "_StepShapes") -> Graph | None:
+        """A step as a graph; None where it cannot be one, which is noted and not tried again."""
+        device, stream, capturing = stage.tools.device, stage.tools.compute, stage.tools.capturing
+        if not stage.is_capturable:
+            capturing.give_up("TensorRT's engines cannot be captured")
+            return None
+        begun = False
+        try:
+            device.begin_capture(stream)
+            begun = True
+            self._queue(stage, shapes, 1)
+            begun = False
+            return device.end_capture(stream)
+        except BaseException as error:
+            if begun:
+                with contextlib.suppress(ExecutorError):  # ending a failed capture fails, too
+                    device.destroy_graph(device.end_capture(stream))
+            if not isinstance(error, ExecutorError) or isinstance(error, DeviceLostError):
+                raise
+            capturing.give_up(str(error))
+            return None
 
     def _queue(self, stage: LoadedStage, shapes: "_StepShapes", images: int) -> None:
         """Queues a step of `images` images, from and to pinned memory."""
@@ -206,7 +226,7 @@ class _StepShapes:
         """A block's free shapes: noise refiners run on image tokens only."""
         return self.image if index < self.refiners else self.unified
 
-    def runs(self, places: tuple[BlockPlace, ...]) -> list[tuple[BlockPlace, Shapes]]:
+    def runs(self, plan: StagePlan) -> list[tuple[BlockPlace, Shapes]]:
         """Every block of a step, with its shapes. A `Runs`."""
-        blocks = [(place, self.of_block(index)) for index, place in enumerate(places)]
+        blocks = [(place, self.of_block(index)) for index, place in enumerate(plan.needs.blocks)]
         return [(IMAGE_EMBEDDER, self.patches), *blocks, (FINAL_LAYER, self.final)]

@@ -12,6 +12,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ...errors import ExecutorError
+
+Shapes = Mapping[str, tuple[int, ...]]
+"""Shapes of a program's inputs that have free dimensions."""
+
 Stream = int
 DeviceEvent = int
 Graph = int
@@ -25,8 +30,16 @@ class Pinned:
     data: NDArray[np.uint8]  # a view of it
 
 
+class OutOfDeviceMemoryError(ExecutorError):
+    """The GPU has less memory left than was planned with."""
+
+
+class PinnedMemoryError(ExecutorError):
+    """The host's operating system pins no more memory."""
+
+
 class Device(Protocol):
-    """One GPU. Every method may raise `ExecutorError`."""
+    """One GPU. Every method may raise `ExecutorError`, or `DeviceLostError` once nothing works any more."""
 
     @property
     def capability(self) -> tuple[int, int]:
@@ -40,13 +53,13 @@ class Device(Protocol):
         """Free bytes and total bytes."""
 
     def allocate(self, nbytes: int) -> int:
-        """Device memory, aligned to 256 bytes."""
+        """Device memory, aligned to 256 bytes. Raises `OutOfDeviceMemoryError`."""
 
     def free(self, address: int) -> None:
         """Frees device memory. No work that uses it may be pending."""
 
     def allocate_pinned(self, nbytes: int) -> Pinned:
-        """Pinned host memory."""
+        """Pinned host memory. Raises `PinnedMemoryError`."""
 
     def free_pinned(self, pinned: Pinned) -> None:
         """Frees pinned memory. No copy from or to it may be pending."""
@@ -98,20 +111,35 @@ class Device(Protocol):
 
 
 class Context(Protocol):
-    """An engine that is ready to run at fixed shapes, which are set once."""
+    """An engine that is ready to run at fixed shapes."""
 
-    def set_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """Sets the shapes of inputs with free dimensions; returns the bytes of scratch memory that a run needs."""
+    @property
+    def scratch_bytes(self) -> int:
+        """Bytes of scratch memory that a run needs."""
+
+    def is_capturable(self, stream: Stream) -> bool:
+        """Whether a run may be recorded into a graph."""
 
     def enqueue(self, addresses: Mapping[str, int], scratch: int, scratch_bytes: int, stream: Stream) -> None:
         """Queues one run. `addresses` names every input and output."""
 
 
+ContextKey = tuple[str, tuple[tuple[str, tuple[int, ...]], ...]]
+
+
+def context_key(program: str, shapes: Shapes) -> ContextKey:
+    """What one context differs from another in."""
+    return program, tuple(sorted(shapes.items()))
+
+
 class Engines(Protocol):
     """Makes contexts for a bundle's block programs."""
 
-    def context(self, program: str) -> Context:
-        """A new context of a block program's engine."""
+    def context(self, program: str, shapes: Shapes, stream: Stream) -> Context:
+        """A context of a block program's engine at these shapes. The last ones are kept, for stages that return."""
+
+    def save(self) -> None:
+        """Stores kernels compiled since the last time, for the next start."""
 
     def close(self) -> None:
-        """Frees all engines and stores what makes the next start quick. No context may be in use."""
+        """Saves, and frees all engines. No context may be in use."""

@@ -1,73 +1,28 @@
-"""Where engines come from: the bundle, if it has one that fits; else the user's cache; else they are built, in seconds.
+"""Where engines come from: the user's own cache; else they are built from the bundle's programs, in seconds.
 
-An engine is code. It is loaded only from a file whose hash is in the bundle's manifest, or from our own cache: only the
-user can write to its folder, and its files begin with the hash of the rest.
+An engine is code. The hashes in a bundle's manifest come from whoever made the bundle, so its own engines are loaded
+only if the user trusts them.
 """
 
-import contextlib
 import hashlib
-import os
-import sys
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ...bundle.bundle import Bundle
-from ...bundle.files import atomic_write
 from ...errors import BundleError, ExecutorError
 from ...machine.gpu_targets import OLDEST, GpuTarget, gpu_of, variant_of
 from .block_catalog import Catalog, ProgramSpec, VariantSpec
-from .device import Context
+from .device import Context, ContextKey, Shapes, Stream, context_key
+from .engine_cache import HashedCache, cache_folder, engine_name, kernels_name
 from .trt_api import EngineRuntime, Library
 
 Note = Callable[[str], object]
 
-_HASH_BYTES = 32
-
-
-def cache_folder() -> Path:
-    """The user's cache of engines and compiled kernels."""
-    if os.name == "nt":
-        root = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        root = Path.home() / "Library" / "Caches"
-    else:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "zimage-rt" / "tensorrt"
-
-
-@dataclass(frozen=True)
-class HashedCache:
-    """A folder of files that begin with the SHA-256 of the rest. If it cannot be used, that only costs time."""
-
-    folder: Path
-
-    def read(self, name: str) -> bytes | None:
-        """The content of a file; None where it is missing or damaged, or where another user could have written it."""
-        with contextlib.suppress(OSError):
-            if not self._is_ours():
-                return None
-            data = (self.folder / name).read_bytes()
-            digest, content = data[:_HASH_BYTES], data[_HASH_BYTES:]
-            if hashlib.sha256(content).digest() == digest:
-                return content
-        return None
-
-    def write(self, name: str, content: bytes) -> None:
-        """Writes a file, if the folder is the user's own and can be written to."""
-        with contextlib.suppress(OSError):
-            self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if self._is_ours():
-                with atomic_write(self.folder / name) as file:
-                    file.write(hashlib.sha256(content).digest() + content)
-
-    def _is_ours(self) -> bool:
-        """Whether the folder is the user's own and no other may write to it."""
-        if not hasattr(os, "geteuid"):
-            return True  # on Windows, a folder in the profile is
-        status = self.folder.stat()
-        return status.st_uid == os.geteuid() and not status.st_mode & 0o022
+_CONTEXTS = 24
+"""Contexts that are kept beyond their stage. An image of the published model needs 19 and its negative prompt 2 more:
+with fewer, none would still be there when its stage runs again."""
 
 
 def read_hashed(bundle: Bundle, path: str) -> bytes:
@@ -98,7 +53,7 @@ def variant_spec(catalog: Catalog, capability: tuple[int, int]) -> VariantSpec:
     """The programs for a GPU. Raises `ExecutorError` where the catalog has none that it can run."""
     label = f"compute capability {capability[0]}.{capability[1]}"
     if capability < OLDEST:
-        raise ExecutorError(f"this GPU ({label}) is older than TensorRT for RTX supports; use --executor cuda or cpu")
+        raise ExecutorError(f"this GPU ({label}) is older than TensorRT supports; use --executor cuda or cpu")
     spec = catalog.variants.get(variant_of(capability))
     if spec is None:
         raise ExecutorError(
@@ -117,33 +72,54 @@ class EngineStore:
     library: Library
     capability: tuple[int, int]
     note: Note = lambda text: None
+    trusted: bool = False  # whether the bundle's own engines are loaded
     cache: HashedCache = field(default_factory=lambda: HashedCache(cache_folder()))
     _runtime: EngineRuntime | None = None
     _engines: dict[str, Any] = field(default_factory=dict)
-    _kernels: bytes | None = None  # as read from the cache
+    _contexts: OrderedDict[ContextKey, Context] = field(default_factory=OrderedDict)  # used least recently first
+    _kernels: bytes = b""  # the hash of those in the cache
+    _compiling: bool = False  # whether contexts were made since kernels were last stored
 
     @property
     def spec(self) -> VariantSpec:
         """The programs for this GPU."""
         return variant_spec(self.catalog, self.capability)
 
-    def context(self, program: str) -> Context:
-        return self._loaded().context(self._engine(program))
+    def load(self, program: str) -> None:
+        """Loads a program's engine, where that has not happened. Raises `ExecutorError` with the library's reason."""
+        self._engine(program)
+
+    def context(self, program: str, shapes: Shapes, stream: Stream) -> Context:
+        key = context_key(program, shapes)
+        if key not in self._contexts:
+            self._contexts[key] = self._loaded().context(self._engine(program), shapes, stream)
+            self._compiling = True
+        self._contexts.move_to_end(key)
+        while len(self._contexts) > _CONTEXTS:
+            self._contexts.popitem(last=False)
+        return self._contexts[key]
+
+    def save(self) -> None:
+        if self._runtime is None or not self._compiling:
+            return
+        self._compiling = False
+        kernels = self._runtime.cache()
+        if kernels and (digest := hashlib.sha256(kernels).digest()) != self._kernels:
+            self.cache.write(self._kernels_name(), kernels)
+            self._kernels = digest
 
     def close(self) -> None:
-        if self._runtime is not None:
-            kernels = self._runtime.cache()
-            if kernels and kernels != self._kernels:
-                self.cache.write(self._kernels_name(), kernels)
-                self._kernels = kernels
+        self.save()
+        self._contexts.clear()
         self._engines.clear()
         self._runtime = None
 
     def _loaded(self) -> EngineRuntime:
         if self._runtime is None:
             self._runtime = self.library.runtime()
-            self._kernels = self.cache.read(self._kernels_name())
-            self._runtime.use_cache(self._kernels)
+            kernels = self.cache.read(self._kernels_name())
+            self._kernels = hashlib.sha256(kernels).digest() if kernels else b""
+            self._runtime.use_cache(kernels)
         return self._runtime
 
     def _engine(self, program: str) -> Any:
@@ -153,23 +129,28 @@ class EngineStore:
 
     def _find(self, program: ProgramSpec) -> Any:
         runtime = self._loaded()
-        for path in self.candidates(program.name):
-            engine = runtime.load(read_hashed(self.bundle, path))
+        for data in self._ready_made(program):
+            engine = runtime.load(data)
             if engine is not None:
                 return engine
-        name = self._engine_name(program)
-        cached = self.cache.read(name)
-        engine = runtime.load(cached) if cached else None
-        if engine is not None:
-            return engine
         data = self.build(program)
-        self.cache.write(name, data)
+        self.cache.write(self._engine_name(program, gpu_of(self.capability)), data)
         engine = runtime.load(data)
         if engine is None:
             raise ExecutorError(
                 f"{self.library.name} cannot load its own engine for {program.name}: {runtime.last_error()}"
             )
         return engine
+
+    def _ready_made(self, program: ProgramSpec) -> Iterator[bytes]:
+        """Engines of a program that exist and should fit, the best first."""
+        for gpu in dict.fromkeys((gpu_of(self.capability), GpuTarget.PORTABLE)):
+            cached = self.cache.read(self._engine_name(program, gpu)) if gpu.runs_on(self.capability) else None
+            if cached:
+                yield cached
+        if self.trusted:
+            for path in self.candidates(program.name):
+                yield read_hashed(self.bundle, path)
 
     def candidates(self, program: str) -> list[str]:
         """Paths of the bundle's engines of a program that fit this library and GPU, those for just this GPU first."""
@@ -191,17 +172,15 @@ class EngineStore:
         )
         return self.library.build(read_hashed(self.bundle, program.path), program, [gpu]).data
 
-    def _engine_name(self, program: ProgramSpec) -> str:
-        """A name made of everything that the engine depends on, so that a change of any of it is built again."""
-        parts = (
-            self.bundle.manifest.files[program.path].sha256,
-            repr(sorted(program.profile.items())),
-            self.library.name,
-            self.library.version,
-            gpu_of(self.capability).value,
-        )
-        return f"{hashlib.sha256('|'.join(parts).encode()).hexdigest()[:32]}.engine"
+    def _engine_name(self, program: ProgramSpec, gpu: GpuTarget) -> str:
+        return engine_name(self.library.builder, program, self._sha256(program), gpu)
 
     def _kernels_name(self) -> str:
-        major, minor = self.capability
-        return f"kernels-{self.library.name}-{self.library.version}-sm{major}{minor}.cache"
+        programs = (self._sha256(program) for program in self.spec.programs.values())
+        return kernels_name(self.library.builder, programs, self.capability)
+
+    def _sha256(self, program: ProgramSpec) -> str:
+        record = self.bundle.manifest.files.get(program.path)
+        if record is None:
+            raise BundleError(f"{self.bundle.file(program.path)}: is not listed in the manifest; export it again")
+        return record.sha256

@@ -1,5 +1,6 @@
 """The `tensorrt` executor: block engines on an NVIDIA GPU, weights resident or streamed within a VRAM budget."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import cast
@@ -32,6 +33,7 @@ class TensorRtExecutor:
     pinnable: int = 0  # bytes of host memory that streamed blocks may hold pinned
     keep_loaded: bool = True
     library: str = "tensorrt"  # name and version
+    note: Callable[[str], object] = lambda text: None
     stages: DeviceStages = field(init=False, repr=False)
     _worker: Worker = field(init=False, repr=False)
     _closed: bool = field(default=False, repr=False)
@@ -39,7 +41,9 @@ class TensorRtExecutor:
     name = TENSORRT
 
     def __post_init__(self) -> None:
-        self.stages = DeviceStages(self.bundle, self.device, self.engines, self.spec, self.vram, self.pinnable)
+        self.stages = DeviceStages(
+            self.bundle, self.device, self.engines, self.spec, self.vram, self.pinnable, self.note
+        )
         self._worker = Worker("zimage tensorrt")
 
     @property
@@ -59,7 +63,8 @@ class TensorRtExecutor:
 
     def plan(self, work: Work) -> ResidencyPlan:
         config = self.bundle.manifest.config
-        plan = plan_residency(self.spec, self.bundle.manifest, work, self.vram)
+        # with what the contexts of earlier requests have shown
+        plan = plan_residency(self.stages.spec, self.bundle.manifest, work, self.stages.vram)
         maps = 0
         if plan.how_decoded is not None:
             maps = tiled_bytes(config.vae, work.geometry.width, work.geometry.height) + TILES_ON_HOST

@@ -9,14 +9,15 @@ from ...errors import BundleError, ExecutorError, ZImageRuntimeError
 from ...machine.gpu_targets import OLDEST, GpuTarget, Variant, gpu_of, variant_of
 from ...machine.gpus import find_gpu
 from ...machine.host_memory import available_memory
+from ...model.blocks import main_blocks
 from ..examination import Examination, Verdict
-from ..overheads import TENSORRT_CUDA
+from ..overheads import TENSORRT_CUDA, TENSORRT_MARGIN
 from ..protocol import ExecutorKind, Hardware, Options, Unavailable, Work
 from .cuda import CudaDevice
 from .engine_store import EngineStore, read_catalog, variant_spec
 from .executor import TensorRtExecutor
 from .plan import ResidencyPlan, plan_residency
-from .trt_api import FULL, RTX, Library
+from .trt_api import FULL, RTX, library_for
 
 _PINNED_SHARE = 0.5  # of the host's available memory, which streamed blocks may hold
 
@@ -28,34 +29,43 @@ def why_unavailable(bundle: Bundle, device: int) -> Unavailable | None:
     except ExecutorError as error:
         return Unavailable(str(error), of_machine=True)
     try:
-        Library()
-        variant_spec(read_catalog(bundle), CudaDevice(device).capability)
+        capability = CudaDevice(device).capability
+        library_for(capability)
+        variant_spec(read_catalog(bundle), capability)
     except ZImageRuntimeError as error:
         return Unavailable(str(error))
     return None
 
 
 def open_executor(bundle: Bundle, options: Options) -> TensorRtExecutor:
-    """The executor for a GPU.
+    """The executor for a GPU. One engine is loaded, so that an engine that cannot be fails here.
 
     Raises `ExecutorError` without package, driver or GPU, and `BundleError` for a bundle without block programs.
     """
-    library = Library()
     device = CudaDevice(options.device)
+    library = library_for(device.capability)
     catalog = read_catalog(bundle)  # after the GPU: without one, the error must be about that
-    store = EngineStore(bundle, catalog, library, device.capability, options.note)
+    spec = variant_spec(catalog, device.capability)
+    store = EngineStore(bundle, catalog, library, device.capability, options.note, options.trust_engines)
+    store.load(spec.program_of(main_blocks(bundle.manifest.config)[0]).name)
     free, total = device.memory()
     available = min(free + TENSORRT_CUDA.nbytes, total)  # CUDA has what it needs for itself by now
     return TensorRtExecutor(
         bundle,
         device,
         store,
-        variant_spec(catalog, device.capability),
-        available if options.vram is None else min(options.vram, available),
+        spec,
+        max(available - margin(total), 0) if options.vram is None else min(options.vram, available),
         int(available_memory() * _PINNED_SHARE),
         options.keep_loaded,
         f"{library.name} {library.version}",
+        options.note,
     )
+
+
+def margin(total: int) -> int:
+    """Bytes of a GPU's memory that are left to others if no budget is given."""
+    return max(TENSORRT_MARGIN.nbytes, total // 20)
 
 
 def predict(bundle: Bundle, work: Work, hardware: Hardware) -> ResidencyPlan:
@@ -95,10 +105,14 @@ def examine() -> Examination:
     if capability < OLDEST:
         text = f"{installed}; {device.name} is older than TensorRT supports (7.5): use --executor cpu"
         return Examination(Verdict.NOTE, text, values)
+    try:
+        serving = library_for(capability)
+    except ZImageRuntimeError as error:
+        return Examination(Verdict.NOTE, f"{device.name}: {error}", values)
     target = gpu_of(capability)
     text = (
-        f"{installed}; {device.name}, {target} ({target.label}): runs the {variant_of(capability)} programs of bundles "
-        "that `zimage-export engines` was run on"
+        f"{serving.name} {serving.version}; {device.name}, {target} ({target.label}): runs the "
+        f"{variant_of(capability)} programs of bundles that `zimage-export engines` was run on"
     )
     return Examination(Verdict.OK, text, values)
 

@@ -17,7 +17,7 @@ from ...model.blocks import NORMS, BlockPlace
 from ...model.programs import Program
 from .arena import Arena, Budget
 from .block_catalog import VariantSpec
-from .device import Context, Device, Engines, Graph, Pinned, Stream
+from .device import Context, ContextKey, Device, Engines, Graph, Pinned, Shapes, Stream, context_key
 from .plan import StagePlan
 from .stage_sizes import block_layout, is_modulated
 from .weight_source import WeightSource
@@ -25,7 +25,18 @@ from .weight_stream import WeightStream
 
 _FLOAT = 4  # bytes
 
-Shapes = Mapping[str, tuple[int, ...]]
+
+@dataclass
+class Capturing:
+    """Whether steps are captured as CUDA graphs, which saves launches: nothing that an image should fail for."""
+
+    note: Callable[[str], object] = lambda text: None
+    possible: bool = True
+
+    def give_up(self, reason: str) -> None:
+        """Steps are queued kernel by kernel from now on."""
+        self.possible = False
+        self.note(f"steps run without a CUDA graph, a little slower ({reason})")
 
 
 @dataclass(frozen=True)
@@ -34,12 +45,12 @@ class DeviceTools:
 
     device: Device
     engines: Engines
-    spec: VariantSpec
     weights: WeightSource
     budget: Budget
     compute: Stream
     copies: Stream
     pinnable: int  # bytes of host memory that streamed blocks may hold pinned
+    capturing: Capturing = field(default_factory=Capturing)
 
 
 @dataclass
@@ -47,13 +58,14 @@ class LoadedStage:
     """One stage. `prepare` and `load` it, then queue its blocks. Everything runs on the compute stream."""
 
     tools: DeviceTools
+    spec: VariantSpec
     program: Program
     plan: StagePlan
     _weights: Arena = field(init=False)
     _work: Arena = field(init=False)
     _blocks: WeightStream = field(init=False)
     _ends: dict[str, int] = field(default_factory=dict)
-    _contexts: dict[tuple[str, tuple[tuple[str, tuple[int, ...]], ...]], Context] = field(default_factory=dict)
+    contexts: dict[ContextKey, Context] = field(default_factory=dict)  # of all that is prepared
     _scratch: tuple[int, int] = (0, 0)
     _buffers: dict[str, int] = field(default_factory=dict)
     _pinned: dict[str, Pinned] = field(default_factory=dict)
@@ -83,7 +95,7 @@ class LoadedStage:
         )
         for place, nbytes in zip(needs.ends, needs.end_bytes, strict=True):
             self._ends[place.key] = self._weights.allocate(nbytes)
-            staging = self._weights.pinned(nbytes)
+            staging = self._weights.pinned(nbytes)  # a few megabytes
             self._fill(place, staging.data[:nbytes])
             tools.device.upload(self._ends[place.key], staging.address, nbytes, tools.copies)
             tools.device.synchronize(tools.copies)
@@ -91,39 +103,41 @@ class LoadedStage:
         self._blocks.load()
 
     def _fill(self, place: BlockPlace, target: NDArray[np.uint8]) -> None:
-        spec = self.tools.spec
-        program = spec.program_of(place)
-        self.tools.weights.fill(target, place, program, spec.blocks[place.key], block_layout(program, place))
+        program = self.spec.program_of(place)
+        self.tools.weights.fill(target, place, program, self.spec.blocks[place.key], block_layout(program, place))
 
-    def prepare(self, plan: StagePlan, runs: list[tuple[BlockPlace, Shapes]]) -> None:
-        """Allocates the buffers for an image's size and makes the contexts for all shapes that its blocks will run at.
+    def prepare(
+        self, plan: StagePlan, runs: list[tuple[BlockPlace, Shapes]], contexts: Mapping[ContextKey, Context]
+    ) -> None:
+        """Allocates the buffers for an image's size, and takes over the contexts of all that its blocks will run.
 
         The last runs' contexts stay while the plan does: a prompt and a negative prompt take turns. No work of
         the stage may be pending.
         """
         same = bool(self._buffers) and plan == self.plan
-        if same and self._prepared(runs):
+        if same and all(key in self.contexts for key in contexts):
             return
         kept = [*(self._runs[-1:] if same else []), runs]
+        known = {**self.contexts, **contexts}
         self.forget()
         self.plan, self._runs = plan, kept
-        needed = 0
-        for place, shapes in itertools.chain(*kept):
-            key = self._key(place, shapes)
-            if key not in self._contexts:
-                self._contexts[key] = self.tools.engines.context(key[0])
-                needed = max(needed, self._contexts[key].set_shapes(shapes))
-        self._scratch = (self._work.allocate(needed), needed)
+        keys = [self._key(place, shapes) for place, shapes in itertools.chain(*kept)]
+        self.contexts = {key: known[key] for key in keys}
+        # the plan has what these contexts need, and those of the same plan that came before
+        scratch = max(plan.needs.scratch, *(context.scratch_bytes for context in self.contexts.values()))
+        self._scratch = (self._work.allocate(scratch), scratch)
         buffers = dict(plan.needs.buffers)
         for image in range(plan.images):
             buffers |= {f"{name}.{image}": size for name, size in plan.needs.image_buffers.items()}
         self._buffers = {name: self._work.allocate(size) for name, size in buffers.items()}
 
-    def _prepared(self, runs: list[tuple[BlockPlace, Shapes]]) -> bool:
-        return all(self._key(place, shapes) in self._contexts for place, shapes in runs)
+    def _key(self, place: BlockPlace, shapes: Shapes) -> ContextKey:
+        return context_key(self.spec.program_of(place).name, shapes)
 
-    def _key(self, place: BlockPlace, shapes: Shapes) -> tuple[str, tuple[tuple[str, tuple[int, ...]], ...]]:
-        return self.tools.spec.program_of(place).name, tuple(sorted(shapes.items()))
+    @property
+    def is_capturable(self) -> bool:
+        """Whether the library says that all that was prepared may be captured."""
+        return all(context.is_capturable(self.tools.compute) for context in self.contexts.values())
 
     def keep_graph(self, key: object, graph: Graph) -> None:
         """Keeps a captured graph for as long as the buffers that it uses."""
@@ -132,7 +146,7 @@ class LoadedStage:
 
     def forget(self) -> None:
         """Frees what depends on the size of the image."""
-        self._contexts.clear()
+        self.contexts.clear()
         self._buffers, self._pinned, self._runs = {}, {}, []
         self.graphs, self.warm, self.owners = {}, set(), {}
         self._work.release()
@@ -174,7 +188,7 @@ class LoadedStage:
 
     def send_block(self, place: BlockPlace, name: str) -> None:
         """Queues a copy of a block's weights to a buffer, for `enqueue`. The last copy of this name must be done."""
-        nbytes = block_layout(self.tools.spec.program_of(place), place).nbytes
+        nbytes = block_layout(self.spec.program_of(place), place).nbytes
         self._fill(place, self.host(name, nbytes).data[:nbytes])
         self.upload(name, nbytes, self.buffer(name))
 
@@ -214,8 +228,8 @@ class LoadedStage:
 
     def enqueue(self, place: BlockPlace, base: int, addresses: Mapping[str, int], shapes: Shapes) -> None:
         """Queues a block whose weights are at `base`."""
-        program = self.tools.spec.program_of(place)
+        program = self.spec.program_of(place)
         offsets = block_layout(program, place).offsets
         weights = {name: base + offset for name, offset in offsets.items()}
-        context = self._contexts[self._key(place, shapes)]
+        context = self.contexts[self._key(place, shapes)]
         context.enqueue({**weights, **addresses}, *self._scratch, self.tools.compute)

@@ -4,7 +4,7 @@ Patches, pads, rotary tables and the modulation table are small and made on the 
 compute stream.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from ...arrays import FloatArray
 from ...bundle.tensors import TensorFile
-from ...model.blocks import CAPTION_EMBEDDER, MAP, MAP_OUT, decoder_blocks, encoder_blocks
+from ...model.blocks import BAND, CAPTION_EMBEDDER, MAP, MAP_OUT, BlockKind, BlockPlace, decoder_blocks, encoder_blocks
 from ...model.config import ModelConfig
 from ...model.geometry import Rotary
 from ...model.programs import Program
@@ -21,10 +21,11 @@ from ...tiles.tiling import TiledDecoder
 from ..protocol import Conditioning
 from ..worker import Stop, Worker
 from .denoiser import Runs, StageDenoiser
-from .device_stages import DeviceStages
-from .loaded_stage import DeviceTools, LoadedStage, Shapes
-from .plan import ResidencyPlan, plan_stage
-from .stage_sizes import ImageSizes, maps_between
+from .device import Shapes
+from .device_stages import DeviceStages, StageDoesNotFitError
+from .loaded_stage import DeviceTools, LoadedStage
+from .plan import ResidencyPlan, StagePlan
+from .stage_sizes import ImageSizes, Map, bands, maps_between, text_length
 from .tile_kernels import DeviceTileKernels
 
 _OF_NO_IMAGE = ImageSizes(prompt_tokens=1, image_count=1, image_tokens=32, latent_height=2, latent_width=2)
@@ -68,29 +69,33 @@ class TensorRtSession:
         return self.stages.tools
 
     def _encode_text(self, embeddings: FloatArray, rotary: Rotary) -> FloatArray:
+        """Hidden states of a prompt, padded to one of a few lengths and cut again: attention is causal."""
         tokens, width = embeddings.shape[1:]
+        length = text_length(tokens)
         sizes = _sizes(prompt_tokens=self._longest(tokens))
-        shapes = _token_shapes(tokens, width, rotary)
+        shapes = _token_shapes(length, width, rotary)
 
         def run(stage: LoadedStage) -> FloatArray:
-            stage.send("x", embeddings, stage.buffer("x"))
-            stage.send("cos", rotary.cos, stage.buffer("cos"))
-            stage.send("sin", rotary.sin, stage.buffer("sin"))
-            return self._through(stage, shapes, embeddings.shape)
+            for name, values in (("x", embeddings), ("cos", rotary.cos), ("sin", rotary.sin)):
+                stage.send(name, _lengthened(values, length), stage.buffer(name))
+            return self._through(stage, shapes, (1, length, width))[:, :tokens]
 
-        return self._stage(Program.TEXT_ENCODER, sizes, lambda places: [(place, shapes) for place in places], run)
+        return self._stage(
+            Program.TEXT_ENCODER, sizes, lambda plan: [(place, shapes) for place in plan.needs.blocks], run
+        )
 
     def _prepare(self, conditioning: Conditioning) -> StageDenoiser:
         tokens, rotary = conditioning.hidden_states.shape[1], conditioning.caption_rotary
         dim = self._config.transformer.dim
         padded = rotary.cos.shape[1]
         shapes = _token_shapes(padded, dim, rotary)
-        embedder: Shapes = {"hidden_states": conditioning.hidden_states.shape}
+        hidden = _lengthened(conditioning.hidden_states, padded)  # one length for all programs of the stage
+        embedder: Shapes = {"hidden_states": hidden.shape}
         pad_token = self._tools.weights.embedded("transformer", "cap_pad_token")
 
         def run(stage: LoadedStage) -> FloatArray:
             x = stage.buffer("x")
-            stage.send("hidden", conditioning.hidden_states, stage.buffer("hidden"))
+            stage.send("hidden", hidden, stage.buffer("hidden"))
             stage.send("cos", rotary.cos, stage.buffer("cos"))
             stage.send("sin", rotary.sin, stage.buffer("sin"))
             stage.end(CAPTION_EMBEDDER, {"hidden_states": stage.buffer("hidden"), "y": x}, embedder)
@@ -101,7 +106,7 @@ class TensorRtSession:
         caption = self._stage(
             Program.CAPTION,
             _sizes(prompt_tokens=self._longest(tokens)),
-            lambda places: [(CAPTION_EMBEDDER, embedder), *((place, shapes) for place in places)],
+            lambda plan: [(CAPTION_EMBEDDER, embedder), *((place, shapes) for place in plan.needs.blocks)],
             run,
         )
         table = self._modulation(conditioning.timesteps)
@@ -151,39 +156,40 @@ class TensorRtSession:
         config = self._config
         height, width = latents.shape[2:]
         sizes = _sizes(latent_height=height, latent_width=width)
-        plan = plan_stage(Program.DECODER, self.stages.spec, config, sizes, self.stages.vram)
-        if plan is None:
-            return self._tiled_decoder()(latents)
         maps = maps_between(decoder_blocks(config), height, width)
-        shapes: list[Shapes] = [{"latents": latents.shape}, *({MAP: (1, *one)} for one in maps)]
-        shapes = shapes[: len(plan.needs.blocks)]
+
+        def runs(plan: StagePlan) -> list[tuple[BlockPlace, Shapes]]:
+            tiles = [(tile.place, tile.shapes) for tile in plan.needs.tiles]
+            return [*_map_runs(plan, {"latents": latents.shape}, maps), *tiles]
 
         def run(stage: LoadedStage) -> FloatArray:
-            if plan.needs.tiles:
-                return self._decode_in_tiles(stage, latents, shapes)
+            if stage.plan.needs.tiles:
+                return self._decode_in_tiles(stage, latents, maps)
             shape = (1, config.vae.out_channels, height * config.vae.scale, width * config.vae.scale)
             stage.send("latents", latents, stage.buffer("latents"))
-            self._maps(stage, "latents", shapes, {"image": stage.buffer("image")})
+            self._maps(stage, "latents", latents.shape, maps, {"image": stage.buffer("image")})
             image = stage.receive("image", shape, stage.buffer("image"))
             stage.synchronize()
             return image()
 
-        tiles = [(tile.place, tile.shapes) for tile in plan.needs.tiles]
-        return self._stage(Program.DECODER, sizes, lambda places: [*zip(places, shapes, strict=True), *tiles], run)
+        try:
+            return self._stage(Program.DECODER, sizes, runs, run)
+        except StageDoesNotFitError:
+            return self._tiled_decoder()(latents)
 
-    def _decode_in_tiles(self, stage: LoadedStage, latents: FloatArray, shapes: list[Shapes]) -> FloatArray:
+    def _decode_in_tiles(self, stage: LoadedStage, latents: FloatArray, maps: list[Map]) -> FloatArray:
         """Runs the stage's blocks on whole maps and the decoder's other blocks in tiles."""
-        decoder, x = self._tiled_decoder(DeviceTileKernels(stage)), latents[0]
-        if shapes:
-            place = stage.plan.needs.blocks[-1]
+        decoder, x, whole = self._tiled_decoder(DeviceTileKernels(stage)), latents[0], stage.plan.needs.blocks
+        if whole:
+            place = whole[-1]
             rows, columns = (size * place.out_scale for size in latents.shape[2:])
             stage.send("latents", latents, stage.buffer("latents"))
-            address = self._maps(stage, "latents", shapes)
+            address = self._maps(stage, "latents", latents.shape, maps)
             dtype = self.stages.spec.program_of(place).map_dtype
             last = stage.receive("map", (rows, columns, place.out_channels), address, dtype)
             stage.synchronize()
             x = np.ascontiguousarray(last().transpose(2, 0, 1))
-        return decoder.resume(x, len(shapes))[None]
+        return decoder.resume(x, len(whole))[None]
 
     def _tiled_decoder(self, kernels: TileKernels | None = None) -> TiledDecoder:
         bundle = self.stages.bundle
@@ -195,36 +201,49 @@ class TensorRtSession:
         height, width = image.shape[2] // config.vae.scale, image.shape[3] // config.vae.scale
         sizes = _sizes(latent_height=height, latent_width=width)
         maps = maps_between(encoder_blocks(config), height, width)
-        shapes: list[Shapes] = [{"image": image.shape}, *({MAP: (1, *one)} for one in maps)]
         moments = (1, config.vae.latent_channels, height, width)
 
         def run(stage: LoadedStage) -> tuple[FloatArray, FloatArray]:
             stage.send("image", image, stage.buffer("image"))
-            self._maps(stage, "image", shapes, {name: stage.buffer(name) for name in ("mean", "logvar")})
+            self._maps(stage, "image", image.shape, maps, {name: stage.buffer(name) for name in ("mean", "logvar")})
             mean, logvar = (stage.receive(name, moments, stage.buffer(name)) for name in ("mean", "logvar"))
             stage.synchronize()
             return mean(), logvar()
 
-        if plan_stage(Program.ENCODER, self.stages.spec, config, sizes, self.stages.vram) is None:
+        try:
+            return self._stage(Program.ENCODER, sizes, lambda plan: _map_runs(plan, {"image": image.shape}, maps), run)
+        except StageDoesNotFitError:
             outputs = self.stages.host.run(Program.ENCODER, {"image": image}, self.stop)
             self.stages.host.release()
             return outputs["mean"], outputs["logvar"]
-        return self._stage(Program.ENCODER, sizes, lambda places: list(zip(places, shapes, strict=True)), run)
 
     def _maps(
-        self, stage: LoadedStage, source: str, shapes: list[Shapes], outputs: dict[str, int] | None = None
+        self,
+        stage: LoadedStage,
+        source: str,
+        shape: tuple[int, ...],
+        maps: list[Map],
+        outputs: dict[str, int] | None = None,
     ) -> int:
         """Queues blocks of the autoencoder, whose maps take turns in two buffers.
 
         Without `outputs` for the last block, its map is in the buffer whose address is returned.
         """
-        buffers = (stage.buffer("even"), stage.buffer("odd"))
-        last = len(shapes) - 1
+        buffers, blocks = (stage.buffer("even"), stage.buffer("odd")), stage.plan.needs.blocks
+        last = len(blocks) - 1
         stage.begin()
-        for index, shape in enumerate(shapes):
-            inputs = {MAP: buffers[(index - 1) % 2]} if index else {source: stage.buffer(source)}
-            results = outputs if outputs and index == last else {MAP_OUT: buffers[index % 2]}
-            stage.block(index, [({**inputs, **results}, shape)])
+        for index, place in enumerate(blocks):
+            given, written = buffers[(index - 1) % 2], buffers[index % 2]
+            inputs = {MAP: given} if index else {source: stage.buffer(source)}
+            results = outputs if outputs and index == last else {MAP_OUT: written}
+            runs: list[tuple[Mapping[str, int], Shapes]] = []
+            for first, shapes in _block_shapes(place, maps[index - 1] if index else None, {source: shape}):
+                if BAND in shapes:
+                    start = first * place.channels * stage.spec.program_of(place).map_dtype.size
+                    runs.append(({MAP: given, BAND: given + start, MAP_OUT: written + start}, shapes))
+                else:
+                    runs.append(({**inputs, **results}, shapes))
+            stage.block(index, runs)
         return buffers[last % 2]
 
     def _stage(self, program: Program, sizes: ImageSizes, runs: Runs, run: Callable[[LoadedStage], Result]) -> Result:
@@ -245,6 +264,31 @@ class _ThreadedDenoiser:
 def _sizes(**values: int) -> ImageSizes:
     """The sizes of a stage that uses only these."""
     return replace(_OF_NO_IMAGE, **values)
+
+
+def _map_runs(plan: StagePlan, source: Shapes, maps: list[Map]) -> list[tuple[BlockPlace, Shapes]]:
+    """The runs of a stage's blocks of the autoencoder; the first one reads the source."""
+    given: list[Map | None] = [None, *maps]
+    blocks = zip(plan.needs.blocks, given, strict=False)
+    return [(place, shapes) for place, one in blocks for _, shapes in _block_shapes(place, one, source)]
+
+
+def _block_shapes(place: BlockPlace, given: Map | None, source: Shapes) -> list[tuple[int, Shapes]]:
+    """The shapes of a block's runs on a map, one for each band of an attention, and where the band begins."""
+    if given is None:
+        return [(0, source)]
+    shape = (1, *given)
+    if place.kind is not BlockKind.MIDDLE_ATTENTION:
+        return [(0, {MAP: shape})]
+    rows, columns, channels = given
+    return [(first, {MAP: shape, BAND: (1, count, channels)}) for first, count in bands(rows, columns)]
+
+
+def _lengthened(values: FloatArray, length: int) -> FloatArray:
+    """[1, tokens, width] with zeros for the tokens that are missing."""
+    found = np.zeros((1, length, values.shape[2]), np.float32)
+    found[:, : values.shape[1]] = values
+    return found
 
 
 def _token_shapes(tokens: int, width: int, rotary: Rotary) -> Shapes:

@@ -28,6 +28,15 @@ from .block_catalog import ProgramSpec, VariantSpec, aligned
 
 _FLOAT = 4  # bytes
 
+TEXT_STEP = 64
+"""Prompts are padded to a multiple of this for the text encoder. Its attention is causal, so what follows a token does
+not change it, and TensorRT compiles kernels for 8 lengths instead of 512."""
+
+BAND_POSITIONS = 2048
+"""Positions of the middle block's map whose attention is computed at a time. Their scores are 67 MB for 1024 x 1024
+pixels and 268 MB for 2048 x 2048, in 16 bits. Keys and values are computed again for each band, which at 1024 x 1024 is
+an eighth more work. A band begins at a multiple of 256 bytes, whatever the width."""
+
 STAGES = (Program.TEXT_ENCODER, Program.CAPTION, Program.DENOISER, Program.DECODER, Program.ENCODER)
 """The stages on the device. Modulation always runs on the CPU."""
 
@@ -50,6 +59,11 @@ class ImageSizes:
         return padded(self.prompt_tokens)
 
     @property
+    def text_tokens(self) -> int:
+        """The prompt's tokens as the text encoder gets them."""
+        return text_length(self.prompt_tokens)
+
+    @property
     def tokens(self) -> int:
         """Tokens of the sequence [image, caption]."""
         return self.image_tokens + self.caption_tokens
@@ -66,6 +80,11 @@ class ImageSizes:
             images,
             conditionings,
         )
+
+
+def text_length(tokens: int) -> int:
+    """The length that a prompt is padded to for the text encoder."""
+    return -(-tokens // TEXT_STEP) * TEXT_STEP
 
 
 @dataclass(frozen=True)
@@ -152,7 +171,7 @@ def needs_of(
 
 
 def _text(spec: VariantSpec, config: ModelConfig, sizes: ImageSizes) -> StageNeeds:
-    blocks, text, tokens = text_blocks(config), config.text_encoder, sizes.prompt_tokens
+    blocks, text, tokens = text_blocks(config), config.text_encoder, sizes.text_tokens
     hidden, table = tokens * text.hidden_size * _FLOAT, tokens * text.head_dim // 2 * _FLOAT
     buffers = {"x": hidden, "y": hidden, "cos": table, "sin": table}
     scratch = max(spec.program_of(place).scratch_bytes(tokens) for place in blocks)
@@ -163,14 +182,14 @@ def _caption(spec: VariantSpec, config: ModelConfig, sizes: ImageSizes) -> Stage
     blocks, c = caption_blocks(config), config.transformer
     values, table = sizes.caption_tokens * c.dim * _FLOAT, sizes.caption_tokens * c.head_dim // 2 * _FLOAT
     buffers = {
-        "hidden": sizes.prompt_tokens * c.cap_feat_dim * _FLOAT,
+        "hidden": sizes.caption_tokens * c.cap_feat_dim * _FLOAT,
         "x": values,
         "y": values,
         "cos": table,
         "sin": table,
     }
     scratch = max(
-        spec.program_of(CAPTION_EMBEDDER).scratch_bytes(sizes.prompt_tokens),
+        spec.program_of(CAPTION_EMBEDDER).scratch_bytes(sizes.caption_tokens),
         *(spec.program_of(place).scratch_bytes(sizes.caption_tokens) for place in blocks),
     )
     return needs_of(spec, blocks, [CAPTION_EMBEDDER], buffers, {}, scratch)
@@ -208,6 +227,12 @@ Map = tuple[int, int, int]
 def maps_between(blocks: Sequence[BlockPlace], latent_height: int, latent_width: int) -> list[Map]:
     """The maps that are the output of each block of the autoencoder but the last."""
     return [(latent_height * b.scale, latent_width * b.scale, b.channels) for b in blocks[1:]]
+
+
+def bands(rows: int, columns: int) -> list[tuple[int, int]]:
+    """The first position of each band of a map, and how many there are in it."""
+    count = rows * columns
+    return [(first, min(BAND_POSITIONS, count - first)) for first in range(0, count, BAND_POSITIONS)]
 
 
 def map_scratch(spec: VariantSpec, blocks: Sequence[BlockPlace], sizes: ImageSizes) -> list[int]:

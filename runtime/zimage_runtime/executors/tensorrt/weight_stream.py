@@ -7,6 +7,9 @@ the block has run, its slot is free for another. Copies and kernels run on two s
   it writes to the slot's staging buffer again.
 - `done[slot]`, on the compute stream after the slot's block has run. The next copy into the slot waits for it.
 
+Staging buffers are as large as a block. If the operating system does not pin that much, blocks are put together in
+pageable memory and copied in pieces, through two small pinned buffers.
+
 While a block runs, the next one's weights are in the other slot or on their way there. A stage that passes through its
 blocks many times also copies across the end of a pass, so that the first blocks are ready when the next pass begins.
 """
@@ -18,11 +21,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arena import Arena
-from .device import Device, DeviceEvent, Pinned, Stream
+from .device import Device, DeviceEvent, Pinned, PinnedMemoryError, Stream
 from .plan import SLOTS, StagePlan
 
 Fill = Callable[[int, NDArray[np.uint8]], None]
 """Writes the weights of a block, by its index, into a buffer of its size."""
+
+
+PIECE = 16 << 20
+"""Bytes of each of the two small pinned buffers."""
 
 
 @dataclass
@@ -40,6 +47,9 @@ class WeightStream:
     _addresses: dict[int, int] = field(default_factory=dict)
     _slots: list[int] = field(default_factory=list)
     _staging: list[Pinned] = field(default_factory=list)
+    _pageable: NDArray[np.uint8] | None = None  # a block that is copied in pieces
+    _copied: list[DeviceEvent] = field(default_factory=list)  # recorded after a piece's copy
+    _pieces: int = 0  # so far; piece n is in staging buffer n % 2
     _ready: list[DeviceEvent] = field(default_factory=list)
     _done: list[DeviceEvent] = field(default_factory=list)
     _pinned: dict[int, Pinned] = field(default_factory=dict)
@@ -52,16 +62,15 @@ class WeightStream:
         for index in sorted(self.plan.resident):
             self._addresses[index] = self.arena.allocate(sizes[index])
         self._slots = [self.arena.allocate(self.plan.slot_bytes) for _ in range(SLOTS if streamed else 0)]
-        self._staging = [self.arena.pinned(max(sizes, default=0)) for _ in range(SLOTS)]
+        self._stage(max(sizes, default=0))
         self._ready = [self.arena.event() for _ in range(SLOTS)]
         self._done = [self.arena.event() for _ in range(SLOTS)]
         for turn, index in enumerate(sorted(self.plan.resident)):
             self._upload(turn % SLOTS, index, self._addresses[index])
         if not streamed:  # nothing more is copied
             self.device.synchronize(self.copies)
-            for staging in self._staging:
-                self.arena.release_pinned(staging)
-            self._staging = []
+            self._unstage()
+            self._pageable = None
         self._order_after_residents()
 
     def _order_after_residents(self) -> None:
@@ -104,13 +113,53 @@ class WeightStream:
 
     def _upload(self, turn: int, index: int, address: int) -> None:
         nbytes = self.plan.needs.block_bytes[index]
-        staging = self._pinned.get(index)
-        if staging is None:
-            if self.pin_streamed and index not in self._addresses:
-                staging = self._pinned[index] = self.arena.pinned(nbytes)
-            else:
+        staging = self._pinned.get(index) or self._pin(index, nbytes)
+        if staging is None and self._pageable is not None:
+            self.fill(index, self._pageable[:nbytes])
+            self._upload_pieces(self._pageable[:nbytes], address)
+        else:
+            if staging is None:
                 staging = self._staging[turn]
                 self.device.synchronize_event(self._ready[turn])
-            self.fill(index, staging.data[:nbytes])
-        self.device.upload(address, staging.address, nbytes, self.copies)
+                self.fill(index, staging.data[:nbytes])
+            self.device.upload(address, staging.address, nbytes, self.copies)
         self.device.record(self._ready[turn], self.copies)
+
+    def _pin(self, index: int, nbytes: int) -> Pinned | None:
+        """Pinned memory that keeps a streamed block, filled; None where blocks are not kept or no more is pinned."""
+        if not self.pin_streamed or index in self._addresses:
+            return None
+        try:
+            staging = self._pinned[index] = self.arena.pinned(nbytes)
+        except PinnedMemoryError:
+            self.pin_streamed = False  # the others are read again in each pass
+            return None
+        self.fill(index, staging.data[:nbytes])
+        return staging
+
+    def _stage(self, nbytes: int) -> None:
+        """Allocates the two staging buffers."""
+        try:
+            for _ in range(SLOTS):
+                self._staging.append(self.arena.pinned(nbytes))
+        except PinnedMemoryError:
+            self._unstage()
+            self._staging = [self.arena.pinned(min(PIECE, nbytes)) for _ in range(SLOTS)]
+            self._copied = [self.arena.event() for _ in range(SLOTS)]
+            self._pageable = np.empty(nbytes, np.uint8)
+
+    def _unstage(self) -> None:
+        for staging in self._staging:
+            self.arena.release_pinned(staging)
+        self._staging = []
+
+    def _upload_pieces(self, values: NDArray[np.uint8], address: int) -> None:
+        """Queues copies of pageable memory, which may change once this returns."""
+        for start in range(0, len(values), PIECE):
+            turn = self._pieces % SLOTS
+            self.device.synchronize_event(self._copied[turn])
+            piece = values[start : start + PIECE]
+            self._staging[turn].data[: len(piece)] = piece
+            self.device.upload(address + start, self._staging[turn].address, len(piece), self.copies)
+            self.device.record(self._copied[turn], self.copies)
+            self._pieces += 1

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from zimage_export.source.checkpoint import Weights
+from zimage_export.source.weights import Weights
 from zimage_runtime.bundle.bundle import Bundle
 
 Tensors = dict[str, torch.Tensor]

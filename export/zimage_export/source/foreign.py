@@ -42,6 +42,8 @@ _OTHERS = (  # a tensor that only these have, and what they are
 
 _QWEN3 = {1024: "Qwen3-0.6B", 2048: "Qwen3-1.7B", 2560: "Qwen3-4B", 4096: "Qwen3-8B", 5120: "Qwen3-14B or Qwen3-32B"}
 _LUMINA_WIDTH = 2304
+_WIDTH = 3840
+_LARGE = 1024  # a model of this width was trained by someone; a smaller one is a toy, for tests
 
 
 def refuse_adapters(tensors: Mapping[str, object], path: Path, title: str) -> None:
@@ -96,7 +98,7 @@ def _check_transformer(tensors: Tensors, path: Path) -> None:
     if not any("final_layer" in name for name in tensors):
         raise CheckpointError(f"{path}: has no final_layer: a pixel-space variant or an incomplete file; use {good}")
     width = _width(tensors, "noise_refiner.0.attention_norm1.weight")
-    if width == _LUMINA_WIDTH:
+    if width >= _LARGE and width != _WIDTH:
         raise CheckpointError(f"{path}: {_relative(width)}; use {good}")
 
 
@@ -130,5 +132,5 @@ def _width(tensors: Tensors, name: str) -> int:
 
 def _relative(width: int) -> str:
     if width == _LUMINA_WIDTH:
-        return f"its width is {width}, which is Lumina 2's or NewBie's; Z-Image's is 3840"
-    return f"its width is {width or 'unknown'}; Z-Image's is 3840"
+        return f"its width is {width}, which is Lumina 2's or NewBie's; Z-Image's is {_WIDTH}"
+    return f"its width is {width or 'unknown'}; Z-Image's is {_WIDTH}"

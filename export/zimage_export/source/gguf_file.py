@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 from zimage_runtime.bundle.tensors import TensorEntry
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, require_gguf
 from .forms.gguf_tensor import GgufTensor, block_of
 from .tensors import FLOATING, PlainTensor, TensorSource
 
@@ -40,7 +40,11 @@ class GgufContents:
 
 
 def read_gguf(path: Path) -> GgufContents:
-    """The tensors and the keys of a file. Raises `CheckpointError` for one that is truncated, damaged or unknown."""
+    """The tensors and the keys of a file.
+
+    Raises `CheckpointError` for one that is truncated, damaged or unknown, and `ExportError` without the gguf package.
+    """
+    require_gguf()
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

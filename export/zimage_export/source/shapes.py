@@ -163,11 +163,13 @@ def with_depth(part: str, config: dict[str, Any], shapes: Shapes) -> dict[str, A
 
 
 def check_depth(part: str, shapes: Shapes, path: Path, config: ModelConfig) -> None:
-    """Raises `CheckpointError` for a file with more layers than the configuration, which would leave some out.
+    """Raises `CheckpointError` for a file with another number of layers than the configuration.
 
     Any other difference is a tensor that is missing or has another shape, which is reported when it is read.
     """
     expected = getattr(config, part)
     for key, count in _depths(part, shapes).items():
-        if count > getattr(expected, key):
-            raise CheckpointError(f"{path}: has {key} {count}, but the configuration has {getattr(expected, key)}")
+        known = getattr(expected, key)
+        if count != known:
+            pruned = "; if it is pruned, --allow-pruned builds it as it is" if count < known and part != "vae" else ""
+            raise CheckpointError(f"{path}: has {key} {count}, but the configuration has {known}{pruned}")

@@ -175,6 +175,6 @@ def _kind_name(kind: int) -> str:
     from gguf import GGMLQuantizationType
 
     try:
-        return GGMLQuantizationType(kind).name
+        return str(GGMLQuantizationType(kind).name)
     except ValueError:
         return f"type {kind}"

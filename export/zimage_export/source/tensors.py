@@ -176,5 +176,10 @@ def read_elements(
 def check_finite(values: FloatArray, name: str, path: Path) -> FloatArray:
     """Raises `CheckpointError` for a quantized tensor with a value that is not a number: its image would be white."""
     if not np.isfinite(values).all():
-        raise CheckpointError(f"{path}: {name} holds values that are not finite; download or copy the file again")
+        raise not_finite(name, path)
     return values
+
+
+def not_finite(name: str, path: Path) -> CheckpointError:
+    """The error, for the caller to raise, for a tensor with a value that is not a number."""
+    return CheckpointError(f"{path}: {name} holds values that are not finite; download or copy the file again")

@@ -66,7 +66,9 @@ class GgufTensor(TensorSource):
         data = read_elements(self.path, self.entry, _BYTE, block * size, (last - block) * size)
         with np.errstate(all="ignore"), warnings.catch_warnings():  # what is not finite is reported below
             warnings.simplefilter("ignore", RuntimeWarning)
-            found = quants.dequantize(data.reshape(-1, size), GGMLQuantizationType[self.kind]).reshape(-1)
+            # whole rows, of which the package takes 16 at a time, or all blocks as one
+            rows = data.reshape(1 if self._width % values else count, -1)
+            found = quants.dequantize(rows, GGMLQuantizationType[self.kind]).reshape(-1)
         return check_finite(found[start - block * values : stop - block * values], self.name, self.path)
 
     def part(self, index: int, parts: int) -> Self:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from form_writers import GGUF_WRITTEN, WRITERS, Written, comfy_tensors, write_comfy, write_gguf
 from safetensors.torch import save_file
+from single_file_tools import write_headers
 
 from zimage_export.source.contents import read_contents
 from zimage_export.source.tensors import TensorSource
@@ -69,6 +70,33 @@ def test_what_has_a_scale_takes_float32_and_what_has_none_fits_fp16(weight: torc
         path = write_comfy(tmp_path / f"{form}.safetensors", {"a.weight": WRITERS[form](weight)}, {})
         found[form] = read_contents(path).tensors["a.weight"].dtype
     assert found == {"fp8 e4m3": DType.F16, "fp8 e5m2": DType.F16, "comfy fp8 e4m3": DType.F32, "nvfp4": DType.F32}
+
+
+@pytest.mark.parametrize("form", ["int8_tensorwise", "nvfp4"])
+def test_memory_is_bounded(form: str, tmp_path: Path) -> None:
+    """16 million values, 64 MB in float32, read in pieces of 1 MB."""
+    import tracemalloc
+
+    side, quant = 4096, json.dumps({"layers": {"a": form}})
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {
+        "a.weight_scale": ("F32", (side, 1)),
+        "a.weight": ("I8", (side, side)),
+    }
+    if form == "nvfp4":
+        tensors = {
+            "a.weight": ("U8", (side, side // 2)),
+            "a.weight_scale": ("F8_E4M3", (side, side // 16)),
+            "a.weight_scale_2": ("F32", ()),
+        }
+    path = write_headers(tmp_path / "a.safetensors", tensors, {"_quantization_metadata": quant})
+    tensor = read_contents(path).tensors["a.weight"]
+    tracemalloc.start()
+    try:
+        assert sum(piece.size for piece in tensor.chunks(1 << 20)) == side * side
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 12 << 20
 
 
 @pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])

@@ -104,6 +104,7 @@ def test_a_comfyui_folder_is_a_model(comfy_models: Path) -> None:
         comfy_models / "vae" / "ae.safetensors",
     )
     assert Checkpoint.open(found.path, found.files, PRUNED).config.transformer.dim == 3840
+    assert find_model(comfy_models.parent, QUIET).files == found.files  # ComfyUI's own folder
 
 
 def test_several_fitting_files_are_listed(comfy_models: Path, wide: SingleFiles) -> None:

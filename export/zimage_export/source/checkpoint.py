@@ -120,7 +120,8 @@ class Checkpoint:
 
 def _check_layout(root: Path, files: SingleFiles) -> None:
     if not root.is_dir():
-        raise CheckpointError(f"{root}: no such directory; give a checkpoint in diffusers layout")
+        problem = "is a file" if root.is_file() else "no such directory"
+        raise CheckpointError(f"{root}: {problem}; give a checkpoint in diffusers layout")
     index = root / "model_index.json"
     if not index.is_file():
         raise CheckpointError(f"{root}: not a checkpoint in diffusers layout (it has no model_index.json)")

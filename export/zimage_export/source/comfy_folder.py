@@ -23,11 +23,13 @@ FOLDERS = {
 """Where ComfyUI looks for each component, its older names last."""
 
 
-def is_models_folder(path: Path) -> bool:
-    """Whether a folder is laid out like ComfyUI's `models`."""
-    if (path / CHECKPOINT_INDEX).exists():
-        return False
-    return any((path / name).is_dir() for part in ("transformer", "text_encoder") for name in FOLDERS[part])
+def models_folder(path: Path) -> Path | None:
+    """The folder that is laid out like ComfyUI's `models`: this one, or the one of that name in it."""
+    for folder in (path, path / "models"):
+        names = [name for part in ("transformer", "text_encoder") for name in FOLDERS[part]]
+        if not (folder / CHECKPOINT_INDEX).exists() and any((folder / name).is_dir() for name in names):
+            return folder
+    return None
 
 
 def find_in_models_folder(folder: Path, files: SingleFiles) -> SingleFiles:

@@ -15,7 +15,7 @@ from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.model.programs import COMPONENTS
 
 from ..errors import CheckpointError, ExportError
-from .comfy_folder import find_in_models_folder, is_models_folder
+from .comfy_folder import find_in_models_folder, models_folder
 from .contents import INDEX_SUFFIX, SUFFIXES, read_contents
 from .foreign import refuse_adapters
 from .kinds import KINDS, parts_in
@@ -55,8 +55,8 @@ def find_model(
     path = hub_file(model, hub, revision) or Path(model)
     if (path.is_file() and path.suffix != ".json") or path.name.endswith(INDEX_SUFFIX):
         return FoundModel(path, files=_all_in_one(path, files))
-    if path.is_dir() and is_models_folder(path):
-        return FoundModel(path, files=find_in_models_folder(path, files))
+    if (folder := models_folder(path)) is not None:
+        return FoundModel(path, files=find_in_models_folder(folder, files))
     return FoundModel(model, files=files)
 
 

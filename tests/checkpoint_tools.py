@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from zimage_export.source.checkpoint import Checkpoint, TensorSource
+from zimage_export.source.checkpoint import Checkpoint
+from zimage_export.source.tensors import PlainTensor, TensorSource
 from zimage_export.storage.casts import encode
 from zimage_runtime.bundle.rebalancing import PLACES
 from zimage_runtime.bundle.tensors import to_float32
@@ -31,6 +32,7 @@ def altered_copy(
 
 
 def _overwrite(source: TensorSource, values: NDArray[np.float32]) -> None:
+    assert isinstance(source, PlainTensor)
     stored = np.memmap(
         source.path, dtype=source.dtype.storage, mode="r+", offset=source.entry.offset, shape=source.shape
     )

@@ -23,7 +23,6 @@ from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.errors import BundleError
 from zimage_runtime.machine.gpu_targets import GpuTarget
 from zimage_runtime.model.programs import COMPONENTS, Program
-from zimage_runtime.model.schedule import DEFAULT_STEPS
 from zimage_runtime.model.tokenizer import PromptTokenizer
 
 from .engines.build import add_engines, check_engine_precision
@@ -33,13 +32,14 @@ from .graphs.program_file import file_name, write_program
 from .measure.preview_map import fit_preview_map
 from .measure.self_check import self_check
 from .output import check_disk, check_target, replaced_directory
-from .source.checkpoint import Checkpoint
+from .source.checkpoint import Checkpoint, OpenOptions
 from .source.model import find_model
 from .source.single_files import NO_FILES, SingleFiles
+from .source.variant import DEFAULTS, Variant
 from .storage.folds import Folds
 from .storage.precision import StoragePolicy
 from .storage.stored import StoredTensor, total_bytes
-from .weights.folding import Peaks, choose_folds
+from .weights.folding import Peaks, check_fp16_range, choose_folds
 from .weights.int4_layers import eight_bit_layers
 from .weights.rebalance import Rebalancing, measured_ranges
 from .weights.streaming import plan_embeddings, plan_weights, write_weights
@@ -56,6 +56,8 @@ class BuildOptions:
     calibrate: Path | None = None  # prompts to measure activation ranges with
     engines: bool = False  # write TensorRT's block programs and engines, too
     gpus: tuple[GpuTarget, ...] = ()  # for which; none for the usual ones
+    variant: Variant | None = None  # of the model, where its files do not say or contradict each other
+    allow_pruned: bool = False  # fewer layers than published, at the published width
 
 
 class Phases:
@@ -100,6 +102,8 @@ def build_reported(model: str | Path, out: str | Path, options: BuildOptions, pr
     _check_tokenizer(checkpoint)
     peaks = _measured(checkpoint, options, progress)
     folds = choose_folds(checkpoint, peaks)
+    if peaks is not None and options.precision is Precision.FP16:
+        check_fp16_range(peaks, folds)
     balance = Rebalancing(checkpoint, measured_ranges(peaks))
     policy = StoragePolicy(options.precision, checkpoint.vae_type, checkpoint.timestep_type)
     if options.precision is Precision.INT4:
@@ -109,7 +113,7 @@ def build_reported(model: str | Path, out: str | Path, options: BuildOptions, pr
     graphs = build_programs(checkpoint.config, policy, folds)
     phases.end("graphs")
     weights = plan_weights(checkpoint, graphs, policy, folds, balance if policy.rebalanced else None)
-    embeddings = plan_embeddings(checkpoint)
+    embeddings = plan_embeddings(checkpoint, policy)
     streams = {f"{component}/weights.safetensors": tensors for component, tensors in weights.items()}
     streams["text_encoder/embeddings.safetensors"] = embeddings
     if policy.rebalanced:  # a LoRA needs them; they are chosen with the weights, so written after them
@@ -148,7 +152,10 @@ def _with_earlier(target: Path, manifest: Manifest) -> Manifest:
 def _open(model: str | Path, options: BuildOptions, progress: Progress) -> tuple[Checkpoint, BuildOptions]:
     """Opens the checkpoint, fetched if it is on the Hub; the returned options contain the commit that was fetched."""
     found = find_model(model, progress, options.revision, options.files)
-    checkpoint = Checkpoint.open(found.path, options.files)
+    options = dataclasses.replace(options, files=found.files)
+    checkpoint = Checkpoint.open(found.path, found.files, OpenOptions(options.variant, options.allow_pruned))
+    if checkpoint.variant.note:
+        progress.note(checkpoint.variant.note)
     if found.name is None:
         return checkpoint, options
     if options.files.transformer:  # the file that the bundle is named after is not on the Hub
@@ -182,13 +189,14 @@ def _write(
     tokenizer = folder / "tokenizer.json"
     files[tokenizer.name] = FileRecord(tokenizer.stat().st_size, hash_file(tokenizer))
     phases.end("programs")
-    side = checkpoint.config.vae.sample_size
+    side, defaults = checkpoint.config.vae.sample_size, DEFAULTS[checkpoint.variant.variant]
     return Manifest(
         precision=options.precision,
         source=Origin(checkpoint.name, options.revision),
         exporter=f"zimage-export {version('zimage-rt')}",
         config=checkpoint.config,
-        defaults=Defaults(side, side, DEFAULT_STEPS),
+        defaults=Defaults(side, side, defaults.steps, defaults.cfg_scale),
+        variant=checkpoint.variant.variant.value,
         programs=programs,
         weights={component: f"{component}/weights.safetensors" for component in COMPONENTS},
         embeddings="text_encoder/embeddings.safetensors",
@@ -203,11 +211,14 @@ def _rebalancing_file(component: str) -> str:
 
 
 def _measured(checkpoint: Checkpoint, options: BuildOptions, progress: Progress) -> Peaks | None:
-    if options.calibrate is None:
+    """The activations of the prompts to calibrate with. Base in fp16 is always measured: its activations are larger."""
+    measured = checkpoint.variant.variant is Variant.BASE and options.precision is Precision.FP16
+    if options.calibrate is None and not measured:
         return None
-    from .measure.calibrate import measure_peaks, read_prompts
+    from .measure.calibrate import PROMPTS, measure_peaks, read_prompts
 
-    return measure_peaks(checkpoint, read_prompts(options.calibrate), progress)
+    prompts = list(PROMPTS) if options.calibrate is None else read_prompts(options.calibrate)
+    return measure_peaks(checkpoint, prompts, progress)
 
 
 def _plain(folds: dict[str, Folds]) -> dict[str, dict[str, dict[str, int]]]:

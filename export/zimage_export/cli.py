@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .source.single_files import SingleFiles
 
 _FILE = click.Path(path_type=Path)
+_VARIANTS = ("turbo", "base")
 _GPUS = ("sm75", "sm80", "sm86", "sm89", "sm120", "portable")
 _EXECUTORS = ("cpu", "cuda", "webgpu")  # TensorRT's programs come with their engines
 _gpu_option = click.option(
@@ -34,8 +35,10 @@ _gpu_option = click.option(
 
 def _single_files(command: Callable[..., None]) -> Callable[..., None]:
     """Options for components from single files."""
+    say = "The published tokenizer.json, where neither MODEL nor this machine's caches have it."
+    command = click.option("--tokenizer", type=_FILE, help=say)(command)
     for part, example in (("vae", ""), ("text-encoder", ""), ("transformer", ", such as a fine-tune")):
-        say = f"A safetensors file to use in place of the checkpoint's{example}."
+        say = f"A safetensors or GGUF file, or ORG/NAME/FILE on the Hub, in place of the checkpoint's{example}."
         command = click.option(f"--{part}", type=_FILE, help=say)(command)
     return command
 
@@ -63,6 +66,12 @@ def cli() -> None:
     type=click.Path(path_type=Path),
     help="Text file of prompts, one per line, for measuring activation ranges.  [default: from the weights alone]",
 )
+@click.option(
+    "--variant",
+    type=click.Choice(_VARIANTS),
+    help="Which model the weights are.  [default: from the scheduler, the file's metadata and its name]",
+)
+@click.option("--allow-pruned", is_flag=True, help="Build a file that has fewer layers than the published model.")
 @click.option("--engines", is_flag=True, help="Also write TensorRT block programs and engines, as `engines` does.")
 @_gpu_option
 @click.option(
@@ -82,7 +91,10 @@ def build(
     transformer: Path | None,
     text_encoder: Path | None,
     vae: Path | None,
+    tokenizer: Path | None,
     calibrate: Path | None,
+    variant: str | None,
+    allow_pruned: bool,
     engines: bool,
     gpus: tuple[str, ...],
     measure: bool,
@@ -92,8 +104,8 @@ def build(
 ) -> None:
     """Export the checkpoint MODEL to a bundle at OUT.
 
-    MODEL is a directory in diffusers layout, a name on the Hub such as Tongyi-MAI/Z-Image-Turbo, or "tiny", the demo
-    model of the repository.
+    MODEL is a directory in diffusers layout, a name on the Hub such as Tongyi-MAI/Z-Image-Turbo, one file that contains
+    every component, a ComfyUI models folder, or "tiny", the demo model of the repository.
     """
     require_extra()
     if gpus and not engines:
@@ -102,8 +114,9 @@ def build(
 
     from .build import BuildOptions, build_reported
     from .source.single_files import SingleFiles
+    from .source.variant import known_variant
 
-    files = SingleFiles(transformer, text_encoder, vae)
+    files = SingleFiles(transformer, text_encoder, vae, tokenizer)
     progress = Progress(quiet)
     options = BuildOptions(
         Precision(precision),
@@ -113,6 +126,8 @@ def build(
         calibrate=calibrate,
         engines=engines,
         gpus=tuple(map(GpuTarget, gpus)),
+        variant=known_variant(variant),
+        allow_pruned=allow_pruned,
     )
     report = build_reported(model, out, options, progress)
     bundle = _verify(report.bundle, model, progress, None, files, revision).bundle if measure else report.bundle
@@ -206,6 +221,7 @@ def verify(
     transformer: Path | None,
     text_encoder: Path | None,
     vae: Path | None,
+    tokenizer: Path | None,
     size: tuple[int, int] | None,
     prompts: Path | None,
     as_json: bool,
@@ -223,7 +239,7 @@ def verify(
     from .measure.sensitivity import table
     from .source.single_files import SingleFiles
 
-    files = SingleFiles(transformer, text_encoder, vae)
+    files = SingleFiles(transformer, text_encoder, vae, tokenizer)
     measured = _verify(Bundle.open(bundle), reference, Progress(quiet), size, files, prompts=prompts)
     parity = dict(measured.bundle.manifest.parity or {})
     document = {**parity, "each_layer": measured.layers}
@@ -251,7 +267,7 @@ def _verify(
     if hub_id(reference) == source.name:
         revision = source.revision  # what the bundle was made from
     found = find_model(reference, progress, revision, files)
-    return verify_reported(bundle, found.path, progress, size, files, generated)
+    return verify_reported(bundle, found.path, progress, size, found.files, generated)
 
 
 @cli.command()

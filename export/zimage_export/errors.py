@@ -22,5 +22,11 @@ def require_onnx() -> None:
         raise ExportError("building programs needs onnx: pip install onnx")
 
 
+def require_gguf() -> None:
+    """Raises `ExportError` with the command that installs the gguf package, which dequantizes GGUF files."""
+    if find_spec("gguf") is None:
+        raise ExportError("reading GGUF files needs gguf: pip install 'zimage-rt[export]'")
+
+
 class CheckpointError(ExportError):
     """A checkpoint is missing, incomplete, damaged, or not a Z-Image model."""

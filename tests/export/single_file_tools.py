@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from zimage_export.source.checkpoint import Weights
+from zimage_export.source.weights import Weights
 from zimage_runtime.bundle.bundle import Bundle
 
 Tensors = dict[str, torch.Tensor]
@@ -68,10 +68,13 @@ def weight_hashes(bundle: Path) -> dict[str, str]:
     return {path: record.sha256 for path, record in files.items() if path.endswith(".safetensors")}
 
 
-def write_headers(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> Path:
+def write_headers(
+    path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> Path:
     """A safetensors file of the size it should have, without data in it."""
     sizes = {"F32": 4, "BF16": 2, "F16": 2, "I32": 4}
-    header, end = {}, 0
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
     for name, (dtype, shape) in tensors.items():
         start, end = end, end + math.prod(shape) * sizes.get(dtype, 1)
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from zimage_export.graphs import build_programs
-from zimage_export.source.checkpoint import TensorSource
+from zimage_export.source.tensors import PlainTensor
 from zimage_export.storage.precision import StoragePolicy
 from zimage_export.storage.stored import total_bytes
 from zimage_export.synthetic.checkpoint import FULL
@@ -24,11 +24,11 @@ class AnyWeights:
     def __init__(self, dtype: str, size: int) -> None:
         self._dtype, self._size = dtype, size
 
-    def get(self, name: str, shape: tuple[int, ...]) -> TensorSource:
+    def get(self, name: str, shape: tuple[int, ...]) -> PlainTensor:
         nbytes = self._size
         for side in shape:
             nbytes *= side
-        return TensorSource(name, Path("none"), TensorEntry(self._dtype, shape, 0, nbytes))
+        return PlainTensor(name, Path("none"), TensorEntry(self._dtype, shape, 0, nbytes))
 
 
 def planned(precision: Precision) -> dict[str, int]:
@@ -38,7 +38,7 @@ def planned(precision: Precision) -> dict[str, int]:
     policy = StoragePolicy(precision)
     graphs = build_programs(FULL.config, policy, {})
     sizes = {name: total_bytes(tensors) for name, tensors in plan_weights(checkpoint, graphs, policy, {}).items()}
-    return sizes | {"embeddings": total_bytes(plan_embeddings(checkpoint))}
+    return sizes | {"embeddings": total_bytes(plan_embeddings(checkpoint, policy))}
 
 
 @pytest.mark.parametrize(

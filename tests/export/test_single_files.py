@@ -26,14 +26,18 @@ from zimage_export.build import BuildOptions, build
 from zimage_export.cli import cli
 from zimage_export.errors import CheckpointError
 from zimage_export.graphs import build_graphs
-from zimage_export.source.checkpoint import Checkpoint, Weights
+from zimage_export.source.checkpoint import Checkpoint, OpenOptions
 from zimage_export.source.single_files import SingleFiles
+from zimage_export.source.weights import Weights
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.command_line.console import run_command
 from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.model.config import SchedulerConfig, TextEncoderConfig, TransformerConfig, VaeConfig
 
 pytestmark = pytest.mark.deep
+
+PRUNED = OpenOptions(allow_pruned=True)
+"""For files of the published widths with fewer layers."""
 
 # --- what the files give ---------------------------------------------------------------------------------------------
 
@@ -161,7 +165,7 @@ def tokenizer(
 
 
 def test_published_configuration_is_read_off_three_files(wide: SingleFiles, tokenizer: Path) -> None:
-    opened = Checkpoint.open(tokenizer, wide)
+    opened = Checkpoint.open(tokenizer, wide, PRUNED)
     assert opened.tokenizer.is_file()
     assert opened.config.transformer == TransformerConfig(
         dim=3840,
@@ -202,7 +206,7 @@ def test_published_configuration_is_read_off_three_files(wide: SingleFiles, toke
 
 
 def test_published_files_hold_every_tensor_that_programs_use(wide: SingleFiles, single_files_model: Path) -> None:
-    opened = Checkpoint.open(single_files_model / "tokenizer", wide)
+    opened = Checkpoint.open(single_files_model / "tokenizer", wide, PRUNED)
     for graph in build_graphs(opened.config):
         for name, shape in graph.weights.items():
             opened.weights(graph.program.component).get(name, shape)

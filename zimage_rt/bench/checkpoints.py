@@ -33,13 +33,13 @@ def open_checkpoint(model: str | Path, progress: Progress) -> Original:
 
     found = find_model(model, progress)
     checkpoint = Checkpoint.open(found.path)
-    entries = [entry for part in COMPONENTS for entry in checkpoint.weights(part).entries().values()]
+    shapes = [shape for part in COMPONENTS for shape in checkpoint.weights(part).shapes().values()]
     return Original(
         root=checkpoint.root,
         name=found.name.partition("/")[2] if found.name else checkpoint.name,
         config=checkpoint.config,
         fingerprint=_fingerprint(checkpoint.root),
-        float32_bytes=sum(4 * math.prod(entry.shape) for entry in entries),
+        float32_bytes=sum(4 * math.prod(shape) for shape in shapes),
     )
 
 

@@ -61,6 +61,7 @@ def _document(bundle: "Bundle") -> dict[str, Any]:
         "precision": manifest.precision.value,
         "exporter": manifest.exporter,
         "config": manifest.config.to_json(),
+        "variant": manifest.variant,
         "defaults": vars(manifest.defaults),
         "bytes": bundle.size,
         "files": len(manifest.files),
@@ -79,6 +80,8 @@ def _lines(bundle: "Bundle") -> Iterator[str]:
     source, defaults = manifest.source, manifest.defaults
     yield _line("name", manifest.name)
     yield _line("source", source.name + (f", revision {source.revision}" if source.revision else ""))
+    if manifest.variant:
+        yield _line("variant", manifest.variant)
     yield _line("precision", manifest.precision.value)
     yield _line("exporter", manifest.exporter)
     for part, dimensions in _dimensions(manifest.config).items():

@@ -22,6 +22,9 @@ from ..source.checkpoint import Checkpoint
 from ..weights.folding import ActivationRange, BlockPeak, blocks
 from .reference import reference_pipeline
 
+PROMPTS = ("A photograph of a red fox in the snow", "一只在月光下的猫，水彩画")
+"""What is measured where the user gives no prompts and a measurement is needed."""
+
 _MAX_PROMPTS = 256
 _SIDE = 512  # pixels, or the model's own default where that is less
 

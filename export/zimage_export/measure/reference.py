@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
-from zimage_runtime.bundle.tensors import to_float32
 from zimage_runtime.model.linears import EMBEDDINGS
 
-from ..source.checkpoint import Checkpoint, TensorSource, Weights
+from ..source.checkpoint import Checkpoint
+from ..source.tensors import TensorSource
+from ..source.weights import Weights
 from ..synthetic.byte_tokenizer import chat_template
 
 _BLOCK_CLASSES = {"ZImageTransformerBlock", "Qwen3DecoderLayer"}
@@ -94,7 +94,8 @@ def _text_encoder(checkpoint: Checkpoint) -> nn.Module:
     with torch.device("meta"):
         model = Qwen3Model(config)
     model.rotary_emb = type(model.rotary_emb)(config)  # its tables are computed, not stored
-    vocabulary = (config.vocab_size, config.hidden_size)
+    own = checkpoint.config.text_encoder
+    vocabulary = (own.vocab_size, own.hidden_size)  # a file may have fewer rows than the folder's configuration
     model.embed_tokens = _RowEmbedding(checkpoint.text_encoder.get(EMBEDDINGS, vocabulary))
     return _streamed(model, checkpoint.text_encoder)
 
@@ -104,14 +105,12 @@ class _RowEmbedding(nn.Module):
 
     def __init__(self, table: TensorSource) -> None:
         super().__init__()
-        self._table = np.memmap(
-            table.path, dtype=table.dtype.storage, mode="r", offset=table.entry.offset, shape=table.shape
-        )
-        self._dtype = table.dtype
+        self._table = table
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """[…] → […, hidden_size]"""
-        return torch.from_numpy(to_float32(np.asarray(self._table[ids.numpy()]), self._dtype).copy())
+        rows = self._table.picked_rows(ids.reshape(-1).tolist())
+        return torch.from_numpy(rows).reshape(*ids.shape, -1)
 
 
 def _streamed(model: nn.Module, weights: Weights) -> nn.Module:

@@ -28,8 +28,9 @@ from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import ImageEvent, Job, Pipeline, Request, to_image
 
 from ..errors import ExportError
-from ..source.checkpoint import Checkpoint
+from ..source.checkpoint import Checkpoint, OpenOptions
 from ..source.single_files import NO_FILES, SingleFiles
+from ..source.variant import known_variant
 from .parity import check_gate, relative_error, summarize
 from .reference import ReferencePipeline, reference_pipeline
 from .sensitivity import LayerErrors, Layers, summary
@@ -87,8 +88,8 @@ def verify_reported(
     `ExportError` for one of other dimensions or for a bundle beyond its precision's gate (the manifest is written all
     the same).
     """
-    checkpoint = Checkpoint.open(model, files)
     manifest = bundle.manifest
+    checkpoint = Checkpoint.open(model, files, OpenOptions(known_variant(manifest.variant), allow_pruned=True))
     if checkpoint.config != manifest.config:
         raise ExportError(
             f"{checkpoint.root}: has other dimensions than the bundle; give the checkpoint that it was made from"
@@ -101,7 +102,7 @@ def verify_reported(
     measured: list[dict[str, float]] = []
     with progress.task("verifying", len(prompts) * manifest.defaults.steps) as advance, torch.inference_mode():
         for seed, prompt in enumerate(prompts, _FIRST_SEED):
-            job = pipeline.prepare(Request(prompt, size=(width, height), seed=seed))
+            job = pipeline.prepare(Request(prompt, size=(width, height), seed=seed, cfg_scale=1.0))
             measured.append(_measure(pipeline, reference, checkpoint, job, advance))
     layers = layer_errors.report()
     parity = summarize(measured, checkpoint.name, f"{width}x{height}", manifest.defaults.steps)

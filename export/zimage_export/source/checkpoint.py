@@ -1,198 +1,40 @@
-"""A checkpoint in diffusers layout, opened lazily: configurations at once, tensors on demand.
+"""A checkpoint, opened lazily: configurations at once, tensors on demand.
 
-Components may come from single files instead (see `single_files`).
+It is a directory in diffusers layout. Components may come from single files instead (see `single_files`); where all of
+them do, no directory is needed.
 """
 
-import dataclasses
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
-from numpy.typing import NDArray
-
-from zimage_runtime.bundle.tensors import DType, TensorEntry, TensorFileError, read_header, to_float32
+from zimage_runtime.bundle.tensors import DType
 from zimage_runtime.errors import ConfigError
-from zimage_runtime.mistaken_files import mistaken_for
 from zimage_runtime.model.config import PARTS, ModelConfig
 from zimage_runtime.model.programs import COMPONENTS
 
 from ..errors import CheckpointError
-from .single_files import NO_FILES, SingleFiles, check_depth, infer_config, read_single_file
-
-FLOATING = (DType.F32, DType.F16, DType.BF16)
-"""The element types that a checkpoint's weights may have."""
+from .contents import read_json, set_name
+from .foreign import wrong_text_encoder
+from .forms.unserved import refuse_quantized_config
+from .shapes import check_depth, check_published_depth, infer_config, text_width, with_depth
+from .single_files import NO_FILES, SingleFiles
+from .tokenizer_file import named_tokenizer, published_tokenizer
+from .variant import DEFAULTS, Decision, Variant, decide, said_by_metadata, said_by_name, said_by_shift
+from .weights import Weights
 
 DEMO = Path(__file__).parents[3] / "demo_model" / "tiny"
 """The checkpoint of the demo model: in the repository, beside the packages, and not in an installed one."""
 
-_CHUNK_BYTES = 64 << 20
-
 _PIPELINES = ("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline")
+_OMNI = "ZImageOmniPipeline"
 
 _CLASSES = {
     "text_encoder": ("Qwen3Model", "Qwen3ForCausalLM"),
     "transformer": ("ZImageTransformer2DModel",),
     "vae": ("AutoencoderKL",),
 }
-
-
-@dataclass(frozen=True)
-class TensorSource:
-    """One tensor of a checkpoint, on disk."""
-
-    name: str
-    path: Path
-    entry: TensorEntry
-
-    @property
-    def dtype(self) -> DType:
-        """The stored element type, which is a floating-point one."""
-        return DType(self.entry.dtype)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The tensor's shape."""
-        return self.entry.shape
-
-    def chunks(self, max_bytes: int = _CHUNK_BYTES) -> Iterator[NDArray[np.generic]]:
-        """The stored elements, flat, in pieces of at most `max_bytes`; read, not mapped, so memory stays bounded."""
-        count = max(max_bytes // self.dtype.size, 1)
-        left = self.entry.nbytes // self.dtype.size
-        try:
-            with self.path.open("rb") as file:
-                file.seek(self.entry.offset)
-                while left:
-                    piece = np.fromfile(file, dtype=self.dtype.storage, count=min(count, left))
-                    if not len(piece):
-                        raise CheckpointError(f"{self.path}: truncated while it was read; download or copy it again")
-                    left -= len(piece)
-                    yield piece
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from None
-
-    def read_rows(self, count: int) -> NDArray[np.float32]:
-        """The first `count` rows in float32; fewer where the tensor has fewer."""
-        rows = min(count, self.shape[0])
-        nbytes = self.entry.nbytes // max(self.shape[0], 1) * rows
-        entry = dataclasses.replace(self.entry, shape=(rows, *self.shape[1:]), nbytes=nbytes)
-        return dataclasses.replace(self, entry=entry).read()
-
-    def read(self) -> NDArray[np.float32]:
-        """The whole tensor in float32."""
-        flat = np.concatenate([to_float32(piece, self.dtype) for piece in self.chunks()] or [np.empty(0, np.float32)])
-        return flat.reshape(self.shape)
-
-
-class Weights:
-    """The tensors of one component by name, from all of its shards."""
-
-    def __init__(self, where: Path, tensors: Mapping[str, TensorSource]) -> None:
-        """`where` is the folder or file that they come from."""
-        self.where = where
-        self._tensors = dict(tensors)
-
-    @classmethod
-    def in_folder(cls, folder: Path) -> Self:
-        """Reads the headers only. Raises `CheckpointError` for a missing, truncated or malformed shard."""
-        # a variant's index (model.fp16.safetensors.index.json) has one dot more
-        indexes = sorted(p for p in folder.glob("*.safetensors.index.json") if p.name.count(".") == 3)
-        index = next(iter(indexes), None)
-        return cls(folder, _read_sharded(index) if index else _read_single(folder))
-
-    @classmethod
-    def in_file(cls, part: str, path: Path) -> Self:
-        """A component from a file of its own. Raises `CheckpointError` for a file that cannot be used."""
-        entries = read_single_file(part, path)
-        return cls(path, {name: TensorSource(name, path, entry) for name, entry in entries.items()})
-
-    def names(self) -> list[str]:
-        """The names of all tensors."""
-        return list(self._tensors)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._tensors
-
-    def entries(self) -> dict[str, TensorEntry]:
-        """Where each tensor lies, and its type and shape."""
-        return {name: tensor.entry for name, tensor in self._tensors.items()}
-
-    def get(self, name: str, shape: tuple[int, ...] | None = None) -> TensorSource:
-        """A tensor, of the given shape if one is given.
-
-        Raises `CheckpointError` if it is missing, has another shape, or is not stored as floating point.
-        """
-        tensor = self._tensors.get(name)
-        if tensor is None:
-            raise CheckpointError(f"{self.where}: tensor {name} not found; is the checkpoint complete?")
-        if tensor.entry.dtype not in FLOATING:
-            raise CheckpointError(
-                f"{tensor.path}: {name} is stored as {tensor.entry.dtype}, which is not supported; "
-                f"use the checkpoint in {', '.join(FLOATING)}"
-            )
-        if shape is not None and tensor.shape != shape:
-            raise CheckpointError(
-                f"{tensor.path}: {name} has shape {list(tensor.shape)}, the configuration says {list(shape)}"
-            )
-        return tensor
-
-    def without_prefix(self, prefix: str) -> Self:
-        """Accepts names with or without a prefix, which is removed."""
-        self._tensors = {
-            short: dataclasses.replace(tensor, name=short)
-            for short, tensor in ((t.name.removeprefix(prefix), t) for t in self._tensors.values())
-        }
-        return self
-
-
-def _read_single(folder: Path) -> dict[str, TensorSource]:
-    paths = sorted(p for p in folder.glob("*.safetensors") if p.name.count(".") == 1)  # no .fp16. variants
-    if len(paths) != 1:
-        found = f"{len(paths)} safetensors files and no index" if paths else "no safetensors file"
-        raise CheckpointError(f"{folder}: {found}; is the checkpoint complete?")
-    return {name: TensorSource(name, paths[0], entry) for name, entry in _header(paths[0]).items()}
-
-
-def _read_sharded(index: Path) -> dict[str, TensorSource]:
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(
-        isinstance(shard, str) and shard and shard == Path(shard).name for shard in weight_map.values()
-    ):
-        raise CheckpointError(f"{index}: malformed: weight_map must map tensor names to file names")
-    tensors = {}
-    headers = {shard: _header(index.with_name(shard)) for shard in sorted(set(weight_map.values()))}
-    for name, shard in weight_map.items():
-        entry = headers[shard].get(name)
-        if entry is None:
-            raise CheckpointError(f"{index.with_name(shard)}: tensor {name} not found, although {index.name} lists it")
-        tensors[name] = TensorSource(name, index.with_name(shard), entry)
-    return tensors
-
-
-def _header(path: Path) -> dict[str, TensorEntry]:
-    try:
-        return read_header(path)
-    except TensorFileError as error:
-        raise CheckpointError(str(error)) from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: missing from the checkpoint; download or copy it again") from None
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    try:
-        data = json.loads(content)
-    except (ValueError, RecursionError):
-        problem = mistaken_for(content) or "not valid JSON; download or copy it again"
-        raise CheckpointError(f"{path}: {problem}") from None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    return data
 
 
 def demo_checkpoint() -> Path:
@@ -210,6 +52,14 @@ def demo_checkpoint() -> Path:
 
 
 @dataclass(frozen=True)
+class OpenOptions:
+    """What the user says about a checkpoint that its files do not."""
+
+    variant: Variant | None = None
+    allow_pruned: bool = False  # fewer layers than published, at the published width
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A published model: its configuration, its tensors by component, and its tokenizer."""
 
@@ -220,31 +70,37 @@ class Checkpoint:
     transformer: Weights
     vae: Weights
     tokenizer: Path  # tokenizer.json
+    variant: Decision
 
     @classmethod
-    def open(cls, path: str | Path, files: SingleFiles = NO_FILES) -> Self:
+    def open(cls, path: str | Path, files: SingleFiles = NO_FILES, options: OpenOptions | None = None) -> Self:
         """Opens a directory in diffusers layout, with the components that have a file of their own in `files`.
 
         Such a component's folder may be missing; where it has a ``config.json``, that one counts. With a file for
-        every component, `path` need only have the tokenizer: ``tokenizer.json``, or a directory with it.
+        every component, `path` need not be a checkpoint; a ``tokenizer.json`` there, or in a directory there, counts.
         ``"tiny"`` is the demo model (``"./tiny"`` a directory of that name).
         Raises `CheckpointError` for anything that is missing or wrong.
         """
         root = demo_checkpoint() if path == DEMO.name else Path(path)
+        options = options or OpenOptions()
         if not files.complete:
             _check_layout(root, files)
         weights = {part: Weights.in_file(part, file) for part in COMPONENTS if (file := files.get(part))}
-        config = _read_config(root, files, weights)
+        parts, where = _read_parts(root, files, weights, options)
+        variant = _decide_variant(root, files, weights, parts["scheduler"], options)
+        parts["scheduler"] = _with_shift(parts["scheduler"], variant.variant, options)
+        config = _checked_config(parts, where, weights)
         tokenizer = _find_tokenizer(root, files)
         weights |= {part: Weights.in_folder(root / part) for part in COMPONENTS if part not in weights}
         return cls(
             root=root,
-            name=files.transformer.stem if files.transformer else root.resolve().name,
+            name=set_name(files.transformer) if files.transformer else root.resolve().name,
             config=config,
             text_encoder=weights["text_encoder"].without_prefix("model."),
             transformer=weights["transformer"],
             vae=weights["vae"],
             tokenizer=tokenizer,
+            variant=variant,
         )
 
     @property
@@ -264,12 +120,15 @@ class Checkpoint:
 
 def _check_layout(root: Path, files: SingleFiles) -> None:
     if not root.is_dir():
-        raise CheckpointError(f"{root}: no such directory; give a checkpoint in diffusers layout")
+        problem = "is a file" if root.is_file() else "no such directory"
+        raise CheckpointError(f"{root}: {problem}; give a checkpoint in diffusers layout")
     index = root / "model_index.json"
     if not index.is_file():
         raise CheckpointError(f"{root}: not a checkpoint in diffusers layout (it has no model_index.json)")
-    data = _read_json(index)
+    data = read_json(index)
     kind = data.get("_class_name")
+    if kind == _OMNI:
+        raise CheckpointError(f"{index}: {_OMNI}: Z-Image Omni and Edit, which also read images, are not supported")
     if kind not in _PIPELINES:
         raise CheckpointError(f"{index}: {kind!r} is not supported; a Z-Image checkpoint says {_PIPELINES[0]!r}")
     for part, classes in _CLASSES.items():
@@ -279,37 +138,93 @@ def _check_layout(root: Path, files: SingleFiles) -> None:
             raise CheckpointError(f"{index}: {part} {name!r} is not supported; expected {' or '.join(classes)}")
 
 
-def _read_config(root: Path, files: SingleFiles, weights: Mapping[str, Weights]) -> ModelConfig:
-    """`weights` are those of single files."""
-    parts: dict[str, object] = {}
+def _read_parts(
+    root: Path, files: SingleFiles, weights: Mapping[str, Weights], options: OpenOptions
+) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """The four configurations and where each came from. `weights` are those of single files."""
+    parts: dict[str, dict[str, Any]] = {}
     where: dict[str, str] = {}
     for part in PARTS:
         path = root / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
         where[part] = str(path)
-        if part in weights and not path.is_file():
-            where[part] = str(weights[part].where)
-            parts[part] = infer_config(part, weights[part].entries(), weights[part].where)
+        single = weights.get(part)
+        if single is not None and not path.is_file():
+            where[part] = str(single.where)
+            parts[part] = infer_config(part, single.shapes(), single.where, single.metadata)
+            if not options.allow_pruned:
+                check_published_depth(part, parts[part], single.where)
         elif part == "scheduler" and files.complete and not path.is_file():
-            parts[part] = {}  # the published values
+            parts[part] = {}  # the variant's
         else:
-            parts[part] = _read_json(path)
+            parts[part] = read_json(path)
+            if single is None:
+                refuse_quantized_config(parts[part], path)
+            else:
+                parts[part] = _adapted(part, parts[part], single, options)
+    return parts, where
+
+
+def _adapted(part: str, config: dict[str, Any], single: Weights, options: OpenOptions) -> dict[str, Any]:
+    """A folder's configuration for a file in its place: the same model, but for what differs between makers."""
+    shapes = single.shapes()
+    vocabulary = shapes.get("embed_tokens.weight", ())
+    if part == "text_encoder" and len(vocabulary) == 2:  # some leave out the rows that no token has
+        config = {**config, "vocab_size": vocabulary[0]}
+    return with_depth(part, config, shapes) if options.allow_pruned else config
+
+
+def _decide_variant(
+    root: Path,
+    files: SingleFiles,
+    weights: Mapping[str, Weights],
+    scheduler: Mapping[str, Any],
+    options: OpenOptions,
+) -> Decision:
+    of_weights = []
+    if files.transformer is not None:
+        of_weights = said_by_metadata(weights["transformer"].metadata)
+        of_weights += said_by_name(set_name(files.transformer), "file name")
+    config = root / "scheduler" / "scheduler_config.json"
+    of_folder = said_by_shift(scheduler.get("shift", DEFAULTS[Variant.TURBO].shift), config) if scheduler else []
+    decision = decide(of_weights, of_folder, options.variant, files.transformer or root)
+    return decision if files.transformer else Decision(decision.variant)
+
+
+def _with_shift(scheduler: dict[str, Any], variant: Variant, options: OpenOptions) -> dict[str, Any]:
+    """The scheduler with the variant's shift, unless it has one of its own."""
+    published = [defaults.shift for defaults in DEFAULTS.values()]
+    if scheduler.get("shift") is None or (options.variant is not None and scheduler["shift"] in published):
+        return {**scheduler, "shift": DEFAULTS[variant].shift}
+    return scheduler
+
+
+def _checked_config(
+    parts: Mapping[str, dict[str, Any]], where: Mapping[str, str], weights: Mapping[str, Weights]
+) -> ModelConfig:
+    reads = parts["transformer"].get("cap_feat_dim")
+    if "text_encoder" in weights and isinstance(reads, int):
+        found = weights["text_encoder"]
+        if (width := text_width(found.shapes())) != reads:
+            raise wrong_text_encoder(width, reads, found.where)
     try:
         config = ModelConfig.read(parts, where)
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
     for part, single in weights.items():
-        check_depth(part, single.entries(), single.where, config)
+        check_depth(part, single.shapes(), single.where, config)
     return config
 
 
 def _find_tokenizer(root: Path, files: SingleFiles) -> Path:
+    if files.tokenizer is not None:
+        return named_tokenizer(files.tokenizer)
     tokenizer = root / "tokenizer" / "tokenizer.json"
-    places = [tokenizer, root / tokenizer.name, root] if files.complete else [tokenizer]
+    places = [tokenizer, root / tokenizer.name] if files.complete else [tokenizer]
+    if files.complete and root.suffix == tokenizer.suffix:
+        places.append(root)
     found = next((place for place in places if place.is_file()), None)
     if found:
         return found
     if files.complete:
-        raise CheckpointError(
-            f"{root}: tokenizer.json not found, and single files do not contain it; give its path or its directory"
-        )
+        return published_tokenizer(root)
     raise CheckpointError(f"{tokenizer}: missing from the checkpoint; download or copy it again")

@@ -17,7 +17,7 @@ from zimage_runtime.bundle.rebalancing import Factors
 from zimage_runtime.bundle.tensors import DType
 
 from ..errors import ExportError
-from ..source.checkpoint import TensorSource
+from ..source.tensors import TensorSource
 from .precision import BLOCK_SIZE, Encoding, scale_of
 from .stored import NO_FACTORS, LazyFactors, StoredTensor, row_chunks
 

@@ -11,7 +11,7 @@ from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.rebalancing import Factors
 from zimage_runtime.bundle.tensors import DType, to_float32
 
-from ..source.checkpoint import TensorSource
+from ..source.tensors import TensorSource
 
 _ROWS_BYTES = 4 << 20  # of float32: what a processor's cache holds
 

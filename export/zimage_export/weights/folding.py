@@ -14,8 +14,11 @@ from numpy.typing import NDArray
 
 from zimage_runtime.model.blocks import layer_blocks
 from zimage_runtime.model.config import ModelConfig
+from zimage_runtime.model.linears import LAYER_LINEARS
 
-from ..source.checkpoint import Checkpoint, Weights
+from ..errors import ExportError
+from ..source.checkpoint import Checkpoint
+from ..source.weights import Weights
 from ..storage.folds import BlockFold, Folds, folded_weights
 
 FP16_MAX = 65504.0
@@ -24,6 +27,8 @@ HEADROOM = 8.0
 
 _MOST = 6  # NVIDIA's own builder for this model divides by 2**6 too
 _MOST_PRODUCT = 12
+_MOST_ATTENTION = 9  # rounding in fp16 is four times what it was (measured on normal weights of deviation 0.01)
+_MARGIN = 2.0  # over what was measured, for other prompts
 _SAFE_DEVIATION = 1e-2 / 2**_MOST  # below it, fp16 rounding grows by more than a few percent (measured)
 _SAMPLE_ROWS = 64
 
@@ -81,6 +86,33 @@ def _largest_free_fold(weights: Weights, name: str) -> int:
     if deviation == 0:
         return 0
     return int(min(max(math.floor(math.log2(deviation / _SAFE_DEVIATION)), 0), _MOST))
+
+
+def check_fp16_range(peaks: Peaks, folds: Mapping[str, Folds]) -> None:
+    """Raises `ExportError` where activations that were measured exceed fp16's range and no fold can prevent it.
+
+    What norms give to linears is never divided; what attention's weights would have to give up beyond 2**9 costs fp16
+    more precision than bf16 has.
+    """
+    for component, by_block in peaks.items():
+        for block, peak in by_block.items():
+            fold = folds[component][block]
+            read = max((float(place.peak.max()) for place in _undivided(component, peak)), default=0.0)
+            product = max(peak.product, peak.ffn) / 2.0 ** (fold.ffn + fold.product)
+            if fold.attention <= _MOST_ATTENTION and max(read, product) * _MARGIN <= FP16_MAX:
+                continue
+            largest = max(read, peak.attention, peak.product, peak.ffn)
+            raise ExportError(
+                f"{component}: {block}: activations reach {largest:.3g}, which fp16 (up to {FP16_MAX:.0f}) cannot hold "
+                f"and no factor of its weights prevents; use --precision bf16"
+            )
+
+
+def _undivided(component: str, peak: BlockPeak) -> list[ActivationRange]:
+    """The ranges of what norms give to linears."""
+    names = LAYER_LINEARS[component]
+    readers = (f"{names.query}.weight", f"{names.gate}.weight")
+    return [peak.places[reader] for reader in readers if reader in peak.places]
 
 
 def _needed(peak: float) -> int:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from zimage_runtime.bundle.manifest import FileRecord
+from zimage_runtime.bundle.manifest import FileRecord, Precision
 from zimage_runtime.bundle.rebalancing import Factors
 from zimage_runtime.bundle.tensors import DType, encode_header, to_float32
 from zimage_runtime.command_line.progress import Advance
@@ -20,7 +20,8 @@ from zimage_runtime.model.linears import EMBEDDINGS
 from zimage_runtime.model.programs import COMPONENTS
 
 from ..graphs import Graph
-from ..source.checkpoint import Checkpoint, TensorSource
+from ..source.checkpoint import Checkpoint
+from ..source.tensors import TensorSource
 from ..storage.casts import encode
 from ..storage.folds import Folds, block_of, weight_exponent
 from ..storage.precision import SCALE_SUFFIX, Encoding, StoragePolicy, linear_shape
@@ -102,11 +103,16 @@ def _by_block(tensors: Mapping[str, StoredTensor]) -> list[StoredTensor]:
     return sorted(tensors.values(), key=lambda tensor: places[block_of(tensor.name)])
 
 
-def plan_embeddings(checkpoint: Checkpoint) -> list[StoredTensor]:
-    """The token embeddings, stored as published in every precision: the host reads a few rows per prompt."""
+def plan_embeddings(checkpoint: Checkpoint, policy: StoragePolicy) -> list[StoredTensor]:
+    """The token embeddings, stored as published in every precision: the host reads a few rows per prompt.
+
+    Quantized ones, which float32 holds exactly, are rounded to fp16 unless the bundle is float32: its steps are finer
+    than theirs, and it halves the largest tensor of the bundle.
+    """
     config = checkpoint.config.text_encoder
     source = checkpoint.text_encoder.get(EMBEDDINGS, (config.vocab_size, config.hidden_size))
-    return [converted(source, source.dtype)]
+    rounded = source.quantized and policy.precision is not Precision.FP32
+    return [converted(source, DType.F16 if rounded else source.dtype)]
 
 
 def write_weights(path: Path, tensors: Iterable[StoredTensor], advance: Advance) -> FileRecord:

@@ -13,12 +13,13 @@ from pathlib import Path
 
 from ..command_line.progress import Progress
 from ..model.programs import COMPONENTS
-from .hub_download import Download, RemoteFile, ask, cache_folder, timeout
+from .hub_download import WEIGHTS, Download, RemoteFile, ask, cache_folder, timeout
 from .hub_errors import HubError, explain, unreachable
 from .manifest import MANIFEST_NAME, Manifest
 
 CHECKPOINT_INDEX = "model_index.json"
 
+_SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.\w+)")
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
@@ -77,8 +78,19 @@ class Hub:
             download.fetch_all({file: download.files.get(file, RemoteFile()) for file in weights})
             return _snapshot(download)
 
-    def _open(self, name: str, revision: str | None, index: str, kind: str) -> Download:
-        """Chooses the commit: the Hub's answer or, if it cannot be reached, what is in the cache."""
+    def file(self, name: str, file: str, revision: str | None = None) -> Path:
+        """Downloads one file of weights, with the other shards of its set. Raises `HubError`."""
+        with self._quietly():
+            download = self._open(name, revision, file)
+            wanted = [one for one in _shards_of(file) if one in download.files]
+            download.fetch_all({one: download.files[one] for one in wanted})
+            return download.folder / file
+
+    def _open(self, name: str, revision: str | None, index: str, kind: str | None = None) -> Download:
+        """Chooses the commit: the Hub's answer or, if it cannot be reached, what is in the cache.
+
+        `index` is a file that a model of this kind has. It is downloaded first, unless it is weights itself.
+        """
         from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
         try:
@@ -98,7 +110,10 @@ class Hub:
             for sibling in found.siblings or []
         }
         if index not in files:
-            raise HubError(f"{name}: not {kind} (on the Hub, it has no {index})")
+            problem = f"not {kind} (on the Hub, it has no {index})" if kind else f"on the Hub, it has no {index}"
+            raise HubError(f"{name}: {problem}")
+        if index.endswith(WEIGHTS):
+            index = min(files, key=lambda file: (files[file].size, file))
         # By the name of the revision and not by the commit, so that the cache learns which commit it stands for.
         path = ask(name, revision, lambda: hf_hub_download(name, index, revision=revision))
         folder = Path(path).parent
@@ -129,6 +144,15 @@ class Hub:
             logging.set_verbosity(verbosity)
             if bars:
                 enable_progress_bars()
+
+
+def _shards_of(file: str) -> list[str]:
+    """The files of the set that a shard belongs to; a file that is no shard alone."""
+    match = _SHARD.fullmatch(file)
+    if match is None:
+        return [file]
+    count = int(match[2])
+    return [f"{match[1]}-{number:05d}-of-{count:05d}{match[3]}" for number in range(1, count + 1)]
 
 
 def _snapshot(download: Download) -> Snapshot:

@@ -22,6 +22,9 @@ from .hub_errors import HubError, explain, not_cached
 PARTIAL = ".zimage-rt.incomplete"
 """What the names of our partial files end in; `hf cache prune` removes files that end in ``.incomplete``."""
 
+WEIGHTS = (".safetensors", ".sft", ".gguf")
+"""The endings of files of weights, which are large: their downloads are continued."""
+
 _BLOB_NAME = re.compile(r"[A-Za-z0-9_-]+")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SPARE = 64 << 20  # bytes for the small files and the file system's own needs
@@ -135,7 +138,7 @@ class Download:
         from huggingface_hub.file_download import is_xet_available
 
         collected = False
-        if file.endswith(".safetensors"):
+        if file.endswith(WEIGHTS):
             url = hf_hub_url(self.name, file, revision=self.commit)
             found = get_hf_file_metadata(url, timeout=timeout())
             sha256 = sha256 or (found.etag if found.etag and _SHA256.fullmatch(found.etag) else None)

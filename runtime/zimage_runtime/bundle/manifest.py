@@ -104,6 +104,7 @@ class Manifest:
     engines: str | None = None  # path of the catalog of block programs and engines for TensorRT
     rebalancing: Mapping[str, str] = field(default_factory=dict)  # path of a component's factors, where it has some
     preview: PreviewMap | None = None  # latents to colours; bundles that were made before have none
+    variant: str | None = None  # of the model: turbo or base; bundles that were made before do not say
     earlier_fingerprints: tuple[str, ...] = ()  # that images may record which these weights generated: see `matches`
 
     @property
@@ -202,6 +203,7 @@ class Manifest:
             "engines": self.engines,
             "rebalancing": dict(self.rebalancing),
             "preview": to_document(self.preview),
+            "variant": self.variant,
             "earlier_fingerprints": list(self.earlier_fingerprints),
         }
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
@@ -271,6 +273,7 @@ class Manifest:
             engines=listed(fields.text("engines")) if "engines" in fields else None,
             rebalancing=_rebalancing(fields, listed),
             preview=_preview(fields),
+            variant=fields.optional_text("variant"),
             earlier_fingerprints=_fingerprints(fields),
         )
 

@@ -69,8 +69,21 @@ def to_float32(values: NDArray[np.generic], dtype: DType) -> NDArray[np.float32]
     return values.astype(np.float32, copy=False)
 
 
+@dataclass(frozen=True)
+class FileHeader:
+    """What a file says before its data."""
+
+    entries: dict[str, TensorEntry]  # the tensors by name
+    metadata: dict[str, str]
+
+
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of a file by name, checked to lie inside it. Raises `TensorFileError`."""
+    return read_file_header(path).entries
+
+
+def read_file_header(path: Path) -> FileHeader:
+    """The tensors of a file by name, checked to lie inside it, and its metadata. Raises `TensorFileError`."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -100,11 +113,11 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     if not isinstance(header, dict):
         raise TensorFileError(f"{path}: not a safetensors file (its header is not a JSON object)")
     data_start = _LENGTH.size + length
-    return {
-        name: _read_entry(value, f"{path}: {name}", path, data_start, size)
-        for name, value in header.items()
-        if name != "__metadata__"
-    }
+    metadata = header.pop("__metadata__", {})
+    return FileHeader(
+        {name: _read_entry(value, f"{path}: {name}", path, data_start, size) for name, value in header.items()},
+        {k: v for k, v in metadata.items() if isinstance(v, str)} if isinstance(metadata, dict) else {},
+    )
 
 
 def _read_entry(value: object, where: str, path: Path, data_start: int, file_size: int) -> TensorEntry:

@@ -79,12 +79,10 @@ class CudaMemory:
     """Tensors on memory of a GPU that others allocated, and work on streams that others made."""
 
     def __init__(self, index: int = 0) -> None:
-        torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.cudnn.allow_tf32 = False
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.deterministic = True
-        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
-        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        matmul.allow_tf32 = cudnn.allow_tf32 = cudnn.benchmark = False
+        matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = False
+        cudnn.deterministic = True
         self.device = torch.device("cuda", index)
         self._temporary, self._kept = torch.cuda.MemPool(), torch.cuda.MemPool()
         self._streams: dict[int, torch.cuda.ExternalStream] = {}
@@ -196,16 +194,8 @@ _ON_HOST: dict[str, Callable[..., Any]] = {
     "Unsqueeze": lambda a, x, axes: np.expand_dims(x, tuple(axes.tolist())),
 }
 
-_HOST_ARGUMENTS = {
-    "Reshape": (1,),
-    "Expand": (1,),
-    "Unsqueeze": (1,),
-    "Squeeze": (1,),
-    "ReduceMean": (1,),
-    "ReduceMax": (1,),
-    "Resize": (1, 2, 3),
-    "Split": (1,),
-}
+_SECOND = ("Reshape", "Expand", "Unsqueeze", "Squeeze", "ReduceMean", "ReduceMax", "Split")
+_HOST_ARGUMENTS = {**dict.fromkeys(_SECOND, (1,)), "Resize": (1, 2, 3)}
 """Arguments that are sizes and axes."""
 
 
@@ -246,11 +236,9 @@ def _rms_norm(a: dict[str, Any], x: Tensor, scale: Tensor) -> Tensor:
 
 
 def _layer_norm(a: dict[str, Any], x: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    wide = x.float()
-    wide = wide - wide.mean(-1, keepdim=True)
+    wide = x.float() - x.float().mean(-1, keepdim=True)
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + a.get("epsilon", 1e-5))
-    result = wide.to(x.dtype) * scale
-    return result if bias is None else result + bias
+    return wide.to(x.dtype) * scale + (0 if bias is None else bias)
 
 
 def _rotary(a: dict[str, Any], x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -267,24 +255,18 @@ def _rotary(a: dict[str, Any], x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _quantize(a: dict[str, Any], x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
     dtype = torch.uint8 if zero is None else zero.dtype
-    _one(scale)
+    assert scale.numel() == 1
     levels = torch.round(x / scale) + (0 if zero is None else zero.to(x.dtype))
     return levels.clamp(torch.iinfo(dtype).min, torch.iinfo(dtype).max).to(dtype)
 
 
 def _dequantize(a: dict[str, Any], x: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
-    _one(scale)
+    assert scale.numel() == 1
     return (x.to(scale.dtype) if zero is None else x.to(scale.dtype) - zero.to(scale.dtype)) * scale
 
 
-def _one(scale: Tensor) -> None:
-    if scale.numel() != 1:
-        raise ValueError("a scale for each channel")
-
-
-def _clip(a: dict[str, Any], x: Tensor, low: Tensor | None = None, high: Tensor | None = None) -> Tensor:
-    x = x if low is None else torch.maximum(x, low)
-    return x if high is None else torch.minimum(x, high)
+def _clip(a: dict[str, Any], x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return torch.minimum(torch.maximum(x, low), high)
 
 
 def _reduce(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -375,8 +357,8 @@ class TorchContext:
                     self._memory.tensor(addresses[name], *self._outputs[name]).copy_(result)
 
         reads, writes = (
-            [(addresses[name], math.prod(shape) * dtype.itemsize) for name, (dtype, shape) in values.items()]
-            for values in (self._inputs, self._outputs)
+            [(addresses[name], math.prod(shape) * dtype.itemsize) for name, (dtype, shape) in given.items()]
+            for given in (self._inputs, self._outputs)
         )
         self._memory.queue(self._program.name, reads, writes, run, stream)
 

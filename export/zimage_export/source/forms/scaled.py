@@ -108,10 +108,10 @@ class ScaledTensor(TensorSource):
         """Whether a row has one scale: its own, or that of all rows."""
         return self.scale is not None and int(np.prod(self.scale.shape)) in (1, self._row_count * self.part_of[1])
 
-    def integers(self) -> NDArray[np.int8]:
-        """The whole tensor as the file's integers."""
-        count = self._row_count * self._width
-        return read_elements(self.path, self.entry, _BYTE, 0, count).view(np.int8).reshape(self.shape)
+    def integers(self, first: int, count: int) -> NDArray[np.int8]:
+        """`count` rows from `first` as the file's integers."""
+        data = read_elements(self.path, self.entry, _BYTE, first * self._width, count * self._width)
+        return data.view(np.int8).reshape(count, -1)
 
     def row_scales(self) -> FloatArray:
         """[rows]: the scale of each row."""

@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,11 +23,12 @@ from zimage_runtime.bundle.rebalancing import PLACES
 from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.errors import BundleError
 from zimage_runtime.machine.gpu_targets import GpuTarget
+from zimage_runtime.model.linears import LAYER_LINEARS
 from zimage_runtime.model.programs import COMPONENTS, Program
 from zimage_runtime.model.tokenizer import PromptTokenizer
 
 from .engines.build import add_engines, check_engine_precision
-from .errors import CheckpointError
+from .errors import CheckpointError, ExportError
 from .graphs import Graph, build_graphs, build_programs
 from .graphs.program_file import file_name, write_program
 from .measure.preview_map import fit_preview_map
@@ -36,10 +38,11 @@ from .source.checkpoint import Checkpoint, OpenOptions
 from .source.model import find_model
 from .source.single_files import NO_FILES, SingleFiles
 from .source.variant import DEFAULTS, Variant
+from .storage.carried import rotated_linears
 from .storage.folds import Folds
 from .storage.precision import StoragePolicy
 from .storage.stored import StoredTensor, total_bytes
-from .weights.folding import Peaks, check_fp16_range, choose_folds
+from .weights.folding import Peaks, blocks, check_fp16_range, choose_folds
 from .weights.int4_layers import eight_bit_layers
 from .weights.rebalance import Rebalancing, measured_ranges
 from .weights.streaming import plan_embeddings, plan_weights, write_weights
@@ -104,8 +107,10 @@ def build_reported(model: str | Path, out: str | Path, options: BuildOptions, pr
     folds = choose_folds(checkpoint, peaks)
     if peaks is not None and options.precision is Precision.FP16:
         check_fp16_range(peaks, folds)
-    balance = Rebalancing(checkpoint, measured_ranges(peaks))
-    policy = StoragePolicy(options.precision, checkpoint.vae_type, checkpoint.timestep_type)
+    policy = StoragePolicy(
+        options.precision, checkpoint.vae_type, checkpoint.timestep_type, rotations=_rotations(checkpoint, options)
+    )
+    balance = Rebalancing(checkpoint, measured_ranges(peaks), policy.rotations)
     if options.precision is Precision.INT4:
         plan_weights(checkpoint, build_graphs(checkpoint.config), StoragePolicy(Precision.FP32), {})  # checks shapes
         policy = dataclasses.replace(policy, eight_bits=eight_bit_layers(checkpoint, balance))
@@ -125,6 +130,7 @@ def build_reported(model: str | Path, out: str | Path, options: BuildOptions, pr
     )
     with replaced_directory(target) as folder:
         manifest = _write(folder, checkpoint, graphs, streams, options, progress, phases)
+        manifest = dataclasses.replace(manifest, rotations=policy.rotations)
         checked, colours = self_check(Bundle(folder, manifest)), fit_preview_map(Bundle(folder, manifest))
         manifest = dataclasses.replace(manifest, self_check=checked, folds=_plain(folds), preview=colours)
         manifest = _with_earlier(target, manifest)
@@ -219,6 +225,28 @@ def _measured(checkpoint: Checkpoint, options: BuildOptions, progress: Progress)
 
     prompts = list(PROMPTS) if options.calibrate is None else read_prompts(options.calibrate)
     return measure_peaks(checkpoint, prompts, progress)
+
+
+def _rotations(checkpoint: Checkpoint, options: BuildOptions) -> dict[str, int]:
+    """The rotated int8 weights that an int8 bundle carries as they are. Raises `ExportError` where engines cannot."""
+    if options.precision is not Precision.INT8:
+        return {}
+    found: dict[str, int] = {}
+    for component, names in LAYER_LINEARS.items():
+        linears = [f"{block}.{name}.weight" for block in blocks(checkpoint.config)[component] for name in names]
+        found |= rotated_linears(component, linears, checkpoint.weights(component))
+    if found and options.engines:
+        check_engine_rotations(found)
+    return found
+
+
+def check_engine_rotations(rotations: Mapping[str, int]) -> None:
+    """Raises `ExportError` for a bundle whose int8 weights are rotated, which block programs do not know of."""
+    if rotations:
+        raise ExportError(
+            f"TensorRT's block programs do not support rotated int8 weights (ConvRot, {len(rotations)} of them); use a "
+            f"bf16 or fp16 bundle, or an int8 bundle of the unquantized checkpoint"
+        )
 
 
 def _plain(folds: dict[str, Folds]) -> dict[str, dict[str, dict[str, int]]]:

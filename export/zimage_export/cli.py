@@ -164,9 +164,12 @@ def engines(bundle: Path, gpus: tuple[str, ...], as_json: bool, quiet: bool) -> 
     from zimage_runtime.executors.tensorrt.engine_store import read_catalog
     from zimage_runtime.machine.gpu_targets import GpuTarget
 
+    from .build import check_engine_rotations
     from .engines.build import add_engines
 
-    renewed = add_engines(Bundle.open(bundle), tuple(map(GpuTarget, gpus)), Progress(quiet))
+    opened = Bundle.open(bundle)
+    check_engine_rotations(opened.manifest.rotations)
+    renewed = add_engines(opened, tuple(map(GpuTarget, gpus)), Progress(quiet))
     files = {path: record.size for path, record in renewed.manifest.files.items() if path.startswith(ENGINES_FOLDER)}
     built = [vars(engine) for engine in read_catalog(renewed).engines]
     _report({"path": str(bundle), "bytes": sum(files.values()), "engines": built}, as_json, str(bundle))

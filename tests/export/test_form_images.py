@@ -3,45 +3,32 @@
 One image covers many forms: each layer is stored in another one.
 """
 
-import copy
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from form_images import CASE, QUIET, as_diffusers, form_checkpoint, form_states, with_weights
 from form_writers import GGUF_WRITTEN, MIXED, WRITERS, Written, old_fp8, write_comfy, write_gguf
-from parity import Case, check_parity, draw, draw_with_diffusers, open_with_diffusers
-from safetensors.torch import load_file
+from parity import check_parity, draw, draw_with_diffusers, open_with_diffusers
 from single_file_tools import PARTS, Tensors, prefixed, to_comfy_transformer, to_ldm_vae
 
 from zimage_export.build import BuildOptions, build
 from zimage_export.source.checkpoint import Checkpoint
 from zimage_export.source.single_files import SingleFiles
-from zimage_export.synthetic.checkpoint import SMALL, Scale, write_checkpoint
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import Precision
 from zimage_runtime.bundle.tensors import DType, read_header
-from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.pipeline import Pipeline
 
 pytestmark = pytest.mark.deep
 
-CASE = Case("a red fox", steps=2)
-QUIET = Progress(quiet=True)
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint whose widths are whole blocks of every form: 384 and 1024 in the transformer, 64 and 160 beside."""
-    out = tmp_path_factory.mktemp("forms") / "model"
-    transformer = replace(
-        SMALL.config.transformer, dim=384, n_heads=3, n_layers=3, n_refiner_layers=1, axes_dims=(32, 48, 48)
-    )
-    write_checkpoint(out, Scale(replace(SMALL.config, transformer=transformer)))
-    return out
+    return form_checkpoint(tmp_path_factory.mktemp("forms") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +38,7 @@ def pipeline(model: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def states(model: Path) -> dict[str, Tensors]:
-    """The checkpoint's tensors by component, in float32."""
-    return {
-        part: {
-            name: value.float()
-            for path in sorted((model / part).glob("*.safetensors"))
-            for name, value in load_file(path).items()
-        }
-        for part in PARTS
-    }
+    return form_states(model)
 
 
 @pytest.fixture(scope="module")
@@ -70,23 +49,10 @@ def rest(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def as_diffusers(comfy: Tensors) -> Tensors:
-    """The transformer's tensors under diffusers' names, by its own converter."""
-    from diffusers.loaders.single_file_utils import convert_z_image_transformer_checkpoint_to_diffusers
-
-    return convert_z_image_transformer_checkpoint_to_diffusers(dict(comfy))
-
-
 def assert_image_is_that_of(values: dict[str, Tensors], bundle: Path, pipeline: Any) -> None:
-    """diffusers' image with these weights. The text encoder of `pipeline` has names without `model.`."""
-    reference = copy.deepcopy(pipeline)
-    for part, state in values.items():
-        named = {name.removeprefix("model."): value for name, value in state.items()}
-        missing, unexpected = getattr(reference, part).load_state_dict(named, strict=False)
-        assert (missing, unexpected) == ([], []), part
     with Pipeline.from_bundle(bundle, executor="cpu") as ours:
         found = draw(ours, CASE)[0]
-    check_parity(found, draw_with_diffusers(reference, CASE))
+    check_parity(found, draw_with_diffusers(with_weights(pipeline, values), CASE))
 
 
 def assert_tensors_are(values: dict[str, Tensors], opened: Checkpoint) -> None:

@@ -65,6 +65,8 @@ class CudaLayers(Layers):
 class Int8CudaLayers(Int8Layers, CudaLayers):
     """W8A8 for CUDA: int8 activations, and standard operators alone."""
 
+    whole_rotations: bool = True
+
     def attention(self, q: str, k: str, v: str, heads: int, head_dim: int, name: str = "scores") -> str:
         """Full attention in fp16, which keeps more than the bytes around it do; flash attention knows no float32."""
         q, k, v = (self.b.cast(value, DType.F16) for value in (q, k, v))

@@ -23,6 +23,7 @@ from zimage_runtime.model.linears import Linear
 from ..storage.precision import Encoding, StoragePolicy, scale_of
 from .builder import GraphBuilder
 from .layers import Layers
+from .rotation import rotate
 
 _TINY = 1e-30  # the least scale, for tokens of zeros
 
@@ -41,6 +42,11 @@ def is_int8(b: GraphBuilder, policy: StoragePolicy, linear: Linear) -> bool:
     return policy.encoding(b.program.component, b.full_name(linear.weight)) is Encoding.INT8
 
 
+def rotation(b: GraphBuilder, policy: StoragePolicy, linear: Linear) -> int:
+    """How many inputs of a linear layer of the builder's scope are rotated together; 0 for none."""
+    return policy.rotation(b.program.component, b.full_name(linear.weight))
+
+
 def int8_weight(b: GraphBuilder, linear: Linear) -> tuple[str, str]:
     """A linear layer's weight [in_width, out_width] int8, and its scales [out_width] float32."""
     weight = b.weight(linear.weight, (linear.in_width, linear.out_width), DType.I8)
@@ -52,13 +58,14 @@ class Int8Layers(Layers):
     """Layers for the CPU whose quantized linears multiply integers."""
 
     policy: StoragePolicy = field(default_factory=lambda: StoragePolicy(Precision.INT8))
+    whole_rotations: bool = False  # as one product, see `rotation`
     _known: dict[str, Quantized] = field(default_factory=dict)  # by the value that was quantized
 
     def linear(self, x: str, linear: Linear) -> str:
         """A linear layer on rows [rows, in_width] → [rows, out_width] float32."""
         if not is_int8(self.b, self.policy, linear):
             return super().linear(x, linear)
-        quantized = self._quantized(x)
+        quantized = self._quantized(x, linear)
         product = self._product(quantized, linear)
         return self.b.op("Mul", product, quantized.scale, name=linear.name)
 
@@ -67,16 +74,22 @@ class Int8Layers(Layers):
         if not all(is_int8(self.b, self.policy, linear) for linear in (gate, up, down)):
             return super().gated(x, gate, up, down, exponent)
         gate_out = self.scaled(self.silu(self.linear(x, gate), f"{gate.name}.silu"), exponent, "range")
-        source = self._quantized(x)
+        source = self._quantized(x, up)
         unscaled = self._product(source, up)
-        product = self._quantized(self.b.op("Mul", gate_out, unscaled, name="product"))
+        product = self._quantized(self.b.op("Mul", gate_out, unscaled, name="product"), down)
         scale = self.b.op("Mul", product.scale, source.scale, name="product.row_scale")
         return self.b.op("Mul", self._product(product, down), scale, name=down.name)
 
-    def _quantized(self, x: str) -> Quantized:
-        if x not in self._known:
-            self._known[x] = self._quantize(self.b.cast(x, DType.F32))
-        return self._known[x]
+    def _quantized(self, x: str, reader: Linear) -> Quantized:
+        """Rows of activations as the integers that a linear reads, which linears of the same rotation share."""
+        size = rotation(self.b, self.policy, reader)
+        key = f"{x} in groups of {size}" if size else x
+        if key not in self._known:
+            values = self.b.cast(x, DType.F32)
+            if size:
+                values = rotate(self.b, values, size, reader.in_width, whole=self.whole_rotations)
+            self._known[key] = self._quantize(values)
+        return self._known[key]
 
     def _quantize(self, x: str) -> Quantized:
         b = self.b
@@ -124,6 +137,8 @@ class WidenedInt8Layers(Layers):
             return super().linear(x, linear)
         b = self.b
         weight, scale = int8_weight(b, linear)
+        if size := rotation(b, self.policy, linear):
+            x = rotate(b, b.cast(x, DType.F32), size, linear.in_width, whole=True)
         scale = b.cast(scale, self.compute)
         with b.widening():
             widened = b.op("DequantizeLinear", weight, scale, name=f"{linear.name}.widened", axis=1)

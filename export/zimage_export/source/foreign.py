@@ -66,7 +66,7 @@ def wrong_component(part: str, tensors: Tensors, path: Path) -> CheckpointError:
         return CheckpointError(
             f"{path}: contains a {' and a '.join(others)}; expected a {wanted.title} ({wanted.good})"
         )
-    if part == "transformer" and (prefix := find_prefix(tensors, LIKE_Z_IMAGE[:1])) is not None:
+    if part == "transformer" and (prefix := find_prefix(tensors, LIKE_Z_IMAGE)) is not None:
         width = _width(tensors, f"{prefix}noise_refiner.0.attention_norm1.weight")
         return CheckpointError(
             f"{path}: is no Z-Image transformer, but has its names: {_relative(width)}; it lacks x_pad_token or "

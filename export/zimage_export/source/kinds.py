@@ -34,8 +34,8 @@ KINDS = {
 }
 """By component."""
 
-LIKE_Z_IMAGE = ("cap_embedder.0.weight", "noise_refiner.0.attention_norm1.weight")
-"""Tensors that the transformers of Z-Image, Lumina 2 and their relatives all have."""
+LIKE_Z_IMAGE = ("cap_embedder.0.weight",)
+"""What the transformers of Z-Image, Lumina 2 and their relatives all have."""
 
 
 def component_tensors(part: str, tensors: Mapping[str, T]) -> dict[str, T] | None:

@@ -20,7 +20,7 @@ class BundlePolicy(StoragePolicy):
         """Reads the headers of a bundle's weights. Raises `TensorFileError`."""
         files = bundle.manifest.weights
         headers = {component: read_header(bundle.file(path)) for component, path in files.items()}
-        return cls(bundle.manifest.precision, headers=headers)
+        return cls(bundle.manifest.precision, rotations=bundle.manifest.rotations, headers=headers)
 
     def encoding(self, component: str, name: str) -> Encoding:
         """How the weight of a linear layer is stored, by its name in the component."""

@@ -9,6 +9,7 @@ In an int8 or int4 bundle the linears of the blocks are integers with float32 sc
 else is float32.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -60,6 +61,7 @@ class StoragePolicy:
     vae_type: DType = DType.F32  # of the checkpoint's own VAE weights
     timestep_type: DType = DType.F32  # of its timestep embedder
     eight_bits: frozenset[str] = field(default_factory=frozenset)  # int4: `component/weight` that keep 8 bits
+    rotations: Mapping[str, int] = field(default_factory=dict)  # int8: `component/weight`, inputs rotated together
 
     @property
     def rebalanced(self) -> bool:
@@ -74,6 +76,10 @@ class StoragePolicy:
         if self.precision is Precision.INT4 and quantized:
             return Encoding.BLOCKS8 if f"{component}/{name}" in self.eight_bits else Encoding.BLOCKS4
         return Encoding.FLOAT
+
+    def rotation(self, component: str, name: str) -> int:
+        """How many inputs of a linear layer are rotated together before they are quantized; 0 for none."""
+        return self.rotations.get(f"{component}/{name}", 0)
 
     def storage(self, component: str, name: str, shape: tuple[int, ...]) -> DType:
         """The stored type of a tensor that is not quantized, by its name in the component and its shape."""

@@ -13,7 +13,7 @@ choices. `a` is the range of each channel: measured by `calibrate`, or estimated
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -51,8 +51,14 @@ def measured_ranges(peaks: Peaks | None) -> Ranges:
 class Rebalancing:
     """The factors of every tensor of a checkpoint. A block is examined when its first tensor is requested."""
 
-    def __init__(self, checkpoint: Checkpoint, ranges: Ranges | None = None) -> None:
-        """`ranges` are those that `calibrate` measured; without them, ranges are estimated from the weights."""
+    def __init__(
+        self, checkpoint: Checkpoint, ranges: Ranges | None = None, carried: Collection[str] = frozenset()
+    ) -> None:
+        """`ranges` are those that `calibrate` measured; without them, ranges are estimated from the weights.
+
+        `carried` are weights, as `component/name`, whose integers nothing may change: their blocks are left alone.
+        """
+        self._left_alone = {f"{name.partition('/')[0]}/{block_of(name.partition('/')[2])}" for name in carried}
         self._checkpoint = checkpoint
         self._measured = ranges or {}
         self._chosen = functools.cache(self._choose_block)
@@ -91,6 +97,9 @@ class Rebalancing:
     def _choose_block(self, component: str, block: str) -> dict[str, FloatArray]:
         """The factors of each place of a block, by its maker."""
         weights = self._checkpoint.weights(component)
+        if f"{component}/{block}" in self._left_alone:
+            widths = {place.maker: weights.get(f"{block}.{place.maker}").shape[0] for place in PLACES[component]}
+            return {maker: np.ones(width, np.float32) for maker, width in widths.items()}
         heads = SharedHeads.of(self._checkpoint.config, component)
         ranges = self.ranges(component, block)
         chosen: dict[str, FloatArray] = {}

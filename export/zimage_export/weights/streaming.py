@@ -22,6 +22,7 @@ from zimage_runtime.model.programs import COMPONENTS
 from ..graphs import Graph
 from ..source.checkpoint import Checkpoint
 from ..source.tensors import TensorSource
+from ..storage.carried import carried
 from ..storage.casts import encode
 from ..storage.folds import Folds, block_of, weight_exponent
 from ..storage.precision import SCALE_SUFFIX, Encoding, StoragePolicy, linear_shape
@@ -86,7 +87,9 @@ def plan_weights(
             if name in plan[component]:
                 continue
             factors = balance.factors(component, name) if balance else None
-            if encoding is Encoding.FLOAT:
+            if encoding is Encoding.INT8 and policy.rotation(component, name):
+                tensors = carried(weights.get(name, linear_shape(shape, encoding)), exponent)
+            elif encoding is Encoding.FLOAT:
                 source = weights.get(name, shape)
                 tensors = [converted(source, policy.storage(component, name, shape), exponent, factors)]
             else:

@@ -100,6 +100,7 @@ class Manifest:
     files: Mapping[str, FileRecord]  # every file but the manifest, by path with forward slashes
     self_check: Mapping[str, Any] = field(default_factory=dict)  # each program's output on a fixed input, summarized
     folds: Mapping[str, Any] = field(default_factory=dict)  # powers of two divided out of weights, by component
+    rotations: Mapping[str, int] = field(default_factory=dict)  # `component/weight` → inputs that programs rotate
     parity: Mapping[str, Any] | None = None  # distances to the checkpoint; None until measured
     engines: str | None = None  # path of the catalog of block programs and engines for TensorRT
     rebalancing: Mapping[str, str] = field(default_factory=dict)  # path of a component's factors, where it has some
@@ -117,10 +118,10 @@ class Manifest:
         """What an image records of its bundle: a hash of all that decides the image.
 
         That is the hashes of the weights, the embeddings and the tokenizer, the configuration, the precision, and the
-        folds, which programs are built with. Programs, engines, rebalancing factors, measurements and the names of
-        files are left out, so that they can be renewed without making the bundle another one.
+        folds and rotations, which programs are built with. Programs, engines, rebalancing factors, measurements and the
+        names of files are left out, so that they can be renewed without making the bundle another one.
         """
-        decisive = {
+        decisive: dict[str, object] = {
             "weights": {component: self.files[path].sha256 for component, path in self.weights.items()},
             "embeddings": self.files[self.embeddings].sha256,
             "tokenizer": self.files[self.tokenizer].sha256,
@@ -128,6 +129,8 @@ class Manifest:
             "precision": self.precision.value,
             "folds": self.folds,
         }
+        if self.rotations:
+            decisive["rotations"] = dict(self.rotations)
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -198,6 +201,7 @@ class Manifest:
             "tokenizer": self.tokenizer,
             "files": {path: vars(record) for path, record in self.files.items()},
             "folds": self.folds,
+            "rotations": dict(self.rotations),
             "self_check": self.self_check,
             "parity": self.parity,
             "engines": self.engines,
@@ -268,6 +272,7 @@ class Manifest:
             tokenizer=listed(fields.text("tokenizer")),
             files=files,
             folds=_plain_object(fields, "folds") or {},
+            rotations=_rotations(fields),
             self_check=_plain_object(fields, "self_check") or {},
             parity=_plain_object(fields, "parity"),
             engines=listed(fields.text("engines")) if "engines" in fields else None,
@@ -320,6 +325,13 @@ def _rebalancing(fields: Fields, listed: Callable[[str], str]) -> dict[str, str]
         return {}
     paths = fields.object("rebalancing")
     return {component: listed(paths.text(component)) for component in COMPONENTS if component in paths}
+
+
+def _rotations(fields: Fields) -> dict[str, int]:
+    if "rotations" not in fields:
+        return {}
+    sizes = fields.object("rotations")
+    return {name: sizes.integer(name) for name in sizes.names()}
 
 
 def _fingerprints(fields: Fields) -> tuple[str, ...]:

@@ -103,6 +103,21 @@ class ScaledTensor(TensorSource):
             values = values.reshape(-1, self.rotation) @ hadamard(self.rotation)
         return np.asarray(values.reshape(-1))
 
+    @property
+    def has_row_scales(self) -> bool:
+        """Whether a row has one scale: its own, or that of all rows."""
+        return self.scale is not None and int(np.prod(self.scale.shape)) in (1, self._row_count * self.part_of[1])
+
+    def integers(self, first: int, count: int) -> NDArray[np.int8]:
+        """`count` rows from `first` as the file's integers."""
+        data = read_elements(self.path, self.entry, _BYTE, first * self._width, count * self._width)
+        return data.view(np.int8).reshape(count, -1)
+
+    def row_scales(self) -> FloatArray:
+        """[rows]: the scale of each row."""
+        scales = self._scales(0, self._row_count).reshape(-1)
+        return np.broadcast_to(scales, (self._row_count,)).copy()
+
     def _scales(self, first: int, count: int) -> FloatArray:
         """[1, 1], or [count, blocks]."""
         assert self.scale is not None

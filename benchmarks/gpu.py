@@ -39,6 +39,7 @@ from gpu_trt_settings import STRATEGIES, child_tensorrt
 
 SECTIONS = ("correctness", "memory", "speed", "parts", "tensorrt")
 EXECUTORS = ("cuda", "tensorrt", "webgpu")
+TENSORRT = ("tensorrt_rtx", "tensorrt")
 
 CHILDREN: dict[str, Callable[[Child], Child]] = {
     "placement": child_placement,
@@ -200,6 +201,7 @@ def measure(run: Run) -> Child:
         "executors": run.executors,
         "rows": [],
     }
+    write_results(given.name, document, page(document), given.out)
     for row in run.rows():
         environment = {} if row.cache is None else {"XDG_CACHE_HOME": str(row.cache), "LOCALAPPDATA": str(row.cache)}
         options = {**row.options, "started": time.time()}
@@ -239,6 +241,9 @@ def executors_here(given: argparse.Namespace, precision: str) -> dict[str, str |
         return {"cuda": None}
     found: dict[str, str | None] = {}
     for name in given.executor:
+        if name == "tensorrt" and not any(map(find_spec, TENSORRT)):  # without it, no bundle for it can be built
+            found[name] = f"neither {' nor '.join(TENSORRT)} is installed"
+            continue
         bundle = Bundle.open(prepared(given.work, "small", precision, engines=name == "tensorrt"))
         unavailable = executor_kind(name).why_unavailable(bundle, 0)
         found[name] = unavailable.reason if unavailable else None

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from device_stand_in import StandInDevice
 from facts import assert_facts
+from gpu_stand_in import remove_driver
 from onnx_engines import OnnxEngines, twin_spec, twins
 
 from zimage_runtime.bundle.bundle import Bundle
@@ -108,6 +109,27 @@ def test_sections_are_chosen_and_kept_as_they_come(
     assert [kind for kind, *_ in asked][:3] == ["placement", "parity", "placement"], "correctness comes first"
     assert [kind for kind, *_ in asked].count("cycle") == 2
     assert [kind for kind, *_ in asked][-2:] == ["start", "start"]
+
+
+def test_what_is_not_here_is_said_and_not_built(
+    gpu: ModuleType, tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    built: list[bool] = []
+
+    def prepared(work: Path, scale: str, precision: str, *, engines: bool = False) -> Path:
+        built.append(engines)
+        return bundle
+
+    remove_driver(monkeypatch)
+    monkeypatch.setattr(gpu, "prepared", prepared)
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None)
+    gpu.main(["--work", str(tmp_path), "--out", str(tmp_path / "report")])
+    assert built == [False, False], "no engines are built without TensorRT"
+    document = written(tmp_path)
+    assert set(document["executors"]) == {"cuda", "tensorrt", "webgpu"}
+    assert document["rows"] == []
+    page = capsys.readouterr().out
+    assert_facts(page.replace("\n", " "), "no NVIDIA driver", "tensorrt_rtx", "no Vulkan driver")
 
 
 @pytest.fixture

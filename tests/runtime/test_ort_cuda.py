@@ -309,6 +309,12 @@ def test_the_gpu_provider_gets_the_budget(bundle: Path, monkeypatch: pytest.Monk
     )
 
 
+def test_a_schedule_of_many_steps_is_planned_for(pipeline: Pipeline) -> None:
+    """Its modulation table stays on the GPU."""
+    few, many = (pipeline.prepare(Request("a fox", size=(64, 64), steps=steps, seed=0)).plan for steps in (4, 40))
+    assert many.peak > few.peak
+
+
 def one_rotary() -> Any:
     from zimage_runtime.model.geometry import Rotary
 

@@ -185,6 +185,18 @@ def test_tensorrts_settings_are_changed(
     assert asked == [17]
 
 
+def test_settings_of_the_provider_are_changed(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    from zimage_runtime.executors.ort.cuda import CudaProvider
+    from zimage_runtime.executors.ort.device import OrtDevice
+
+    parts = importlib.import_module("gpu_parts")
+    provider = CudaProvider(OrtDevice(), 8 << 30, exact=True)
+    monkeypatch.setattr(parts, "child_pictures", lambda options: provider.options())
+    ours = provider.options()
+    changed = gpu.PROVIDER["maps [N, H, W, C]"]
+    assert gpu.child_provider({"changed": changed}) == {**ours, **changed} != ours
+
+
 def test_growth_and_other_latents_are_seen(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the measurement is for, with an executor that leaks and drifts."""
     images = importlib.import_module("gpu_images")

@@ -303,7 +303,6 @@ def test_the_gpu_provider_gets_the_budget(bundle: Path, monkeypatch: pytest.Monk
             "arena_extend_strategy": "kSameAsRequested",
             "gpu_mem_limit": str((8 << 30) - ORT_CUDA.nbytes),
             "cudnn_conv_algo_search": "HEURISTIC",
-            "cudnn_conv_use_max_workspace": "1",
             "use_tf32": "0",
         },
     )

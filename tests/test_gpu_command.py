@@ -56,8 +56,10 @@ def written(tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("diffusers_pipeline")  # for its one thread
-def test_a_trial_of_what_is_measured(inside: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    inside.CHILDREN["copies"] = lambda options: {"failed": "no | GPU"}
+def test_a_trial_of_what_is_measured(
+    inside: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(inside.CHILDREN, "copies", lambda options: {"failed": "no | GPU"})
     inside.main(trial(tmp_path, "--only", "memory", "speed", "parts"))
     page, document = capsys.readouterr().out, written(tmp_path)
     kinds = [row["kind"] for row in document["rows"]]

@@ -10,7 +10,7 @@ published width are 3 GB. `--only` chooses sections:
   correctness   where nodes ran, images against the CPU's, 20 images in a row whose sizes take turns
   memory        each size, and each budget at one size: the peak by NVML against the plan; times and energy too
   speed         a step beside diffusers' eager and compiled; the first and the second start
-  parts         int8 in both layouts, merged products, attention's two operators, copies, cuDNN's workspace
+  parts         int8 in both layouts, merged products, attention's two operators, copies, maps in another layout
   tensorrt      ways to compile kernels, a captured step or none, scratch memory at two sizes
 
 Every measurement is a process of its own, for no longer than --limit, and is in the report as soon as it is there.
@@ -33,12 +33,15 @@ from common import RESULTS, machine, write_results
 from gpu_cuda import PACKAGES, TORCH_TYPES, child_parity, child_placement, child_steps, prepared, size_of, ways
 from gpu_images import Child, child_cycle, child_pictures, child_start
 from gpu_page import page
-from gpu_parts import child_attention, child_copies, child_layouts, child_workspace
+from gpu_parts import child_attention, child_copies, child_layouts, child_provider
 from gpu_tools import run_child
 from gpu_trt_settings import STRATEGIES, child_tensorrt
 
 SECTIONS = ("correctness", "memory", "speed", "parts", "tensorrt")
 EXECUTORS = ("cuda", "tensorrt", "webgpu")
+TENSORRT = ("tensorrt_rtx", "tensorrt")
+PROVIDER: dict[str, dict[str, str]] = {"as it is set": {}, "maps [N, H, W, C]": {"prefer_nhwc": "1"}}
+"""Settings of ONNX Runtime's CUDA provider to compare, in one step and the autoencoder."""
 
 CHILDREN: dict[str, Callable[[Child], Child]] = {
     "placement": child_placement,
@@ -50,7 +53,7 @@ CHILDREN: dict[str, Callable[[Child], Child]] = {
     "layouts": child_layouts,
     "attention": child_attention,
     "copies": child_copies,
-    "workspace": child_workspace,
+    "provider": child_provider,
     "tensorrt": child_tensorrt,
 }
 
@@ -170,9 +173,8 @@ class Run:
         for kind in ("layouts", "attention", "copies"):
             if kind == "attention" or find_spec("torch"):
                 yield Row("parts", kind, kind, one)
-        for bounded in (False, True):
-            name = "workspace of 32 MB" if bounded else "workspace as it is set"
-            yield Row("parts", "workspace", name, {**one, "bounded": bounded, "steps": 1, "repeat": 1})
+        for name, changed in PROVIDER.items():
+            yield Row("parts", "provider", name, {**one, "changed": changed, "steps": 1, "repeat": 1})
 
     def tensorrt(self, executor: str) -> Iterator[Row]:
         """Its settings."""
@@ -200,6 +202,7 @@ def measure(run: Run) -> Child:
         "executors": run.executors,
         "rows": [],
     }
+    write_results(given.name, document, page(document), given.out)
     for row in run.rows():
         environment = {} if row.cache is None else {"XDG_CACHE_HOME": str(row.cache), "LOCALAPPDATA": str(row.cache)}
         options = {**row.options, "started": time.time()}
@@ -239,6 +242,9 @@ def executors_here(given: argparse.Namespace, precision: str) -> dict[str, str |
         return {"cuda": None}
     found: dict[str, str | None] = {}
     for name in given.executor:
+        if name == "tensorrt" and not any(map(find_spec, TENSORRT)):  # without it, no bundle for it can be built
+            found[name] = f"neither {' nor '.join(TENSORRT)} is installed"
+            continue
         bundle = Bundle.open(prepared(given.work, "small", precision, engines=name == "tensorrt"))
         unavailable = executor_kind(name).why_unavailable(bundle, 0)
         found[name] = unavailable.reason if unavailable else None

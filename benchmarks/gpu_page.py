@@ -158,7 +158,7 @@ _TABLES = (
     ("Where the nodes ran", ("placement",), _placement),
     ("Against the CPU executor", ("parity",), _parity),
     ("Many images in a row", ("cycle",), _cycle),
-    ("Images: memory, time, energy", ("pictures", "workspace"), _pictures),
+    ("Images: memory, time, energy", ("pictures", "provider"), _pictures),
     ("One step beside diffusers'", ("steps",), _steps),
     ("Starts", ("start",), _starts),
     ("Parts of a step", ("layouts", "attention", "copies"), _parts),

@@ -1,4 +1,4 @@
-"""Parts of a step alone: int8 products in both layouts, merged products, attention's operators, copies, workspaces.
+"""Parts of a step alone: int8 products in both layouts, merged products, attention's operators, copies, settings.
 
 Each `child_` function is a measurement in a process of its own. Sizes are a block's at 1024 x 1024: 4224 tokens of the
 published width; a trial has small ones. Seconds are medians.
@@ -113,17 +113,16 @@ def child_copies(options: Child) -> Child:
     return {"rows": {f"{_MEBIBYTES} MiB": _medians(calls, options["repeat"], "cuda")}}
 
 
-def child_workspace(options: Child) -> Child:
-    """Images with cuDNN's workspace bounded at 32 MB, beside those of the product's own setting."""
+def child_provider(options: Child) -> Child:
+    """Images with settings of ONNX Runtime's CUDA provider changed, beside those of the product's own."""
     from zimage_runtime.executors.ort.cuda import CudaProvider
 
     ours = CudaProvider.options
 
-    def bounded(provider: CudaProvider) -> dict[str, str]:
-        return {**ours(provider), "cudnn_conv_use_max_workspace": "0"}
+    def changed(provider: CudaProvider) -> dict[str, str]:
+        return {**ours(provider), **options["changed"]}
 
-    if options["bounded"]:
-        CudaProvider.options = bounded  # type: ignore[method-assign]
+    CudaProvider.options = changed  # type: ignore[method-assign]
     return child_pictures(options)
 
 

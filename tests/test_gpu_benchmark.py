@@ -67,7 +67,7 @@ def test_without_diffusers_it_says_so(
 
     monkeypatch.setattr(benchmark, "find_spec", found)
     monkeypatch.setattr("zimage_export.synthetic.checkpoint.find_spec", found)
-    benchmark.main(arguments(tmp_path))
+    benchmark.main(arguments(tmp_path, "--only", "steps"))
     assert "diffusers is not installed" in capsys.readouterr().out
     document = json.loads((tmp_path / "report" / "gpu_cuda.json").read_text())
     assert set(document["one_step"][0]["seconds"]) == {"ours"}
@@ -110,7 +110,7 @@ def test_what_diffusers_lacks_costs_its_columns_alone(
         raise RuntimeError("CUDA error: no kernel image | is available")
 
     monkeypatch.setattr(benchmark, "diffusers_step", fail)
-    benchmark.main(arguments(tmp_path))
+    benchmark.main(arguments(tmp_path, "--only", "steps"))
     document = json.loads((tmp_path / "report" / "gpu_cuda.json").read_text())
     (step,) = document["one_step"]
     assert "failed" not in step

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from device_stand_in import StandInDevice
 from facts import assert_facts
+from gpu_stand_in import remove_driver
 from onnx_engines import OnnxEngines, twin_spec, twins
 
 from zimage_runtime.bundle.bundle import Bundle
@@ -55,8 +56,10 @@ def written(tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.usefixtures("diffusers_pipeline")  # for its one thread
-def test_a_trial_of_what_is_measured(inside: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    inside.CHILDREN["copies"] = lambda options: {"failed": "no | GPU"}
+def test_a_trial_of_what_is_measured(
+    inside: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(inside.CHILDREN, "copies", lambda options: {"failed": "no | GPU"})
     inside.main(trial(tmp_path, "--only", "memory", "speed", "parts"))
     page, document = capsys.readouterr().out, written(tmp_path)
     kinds = [row["kind"] for row in document["rows"]]
@@ -110,6 +113,27 @@ def test_sections_are_chosen_and_kept_as_they_come(
     assert [kind for kind, *_ in asked][-2:] == ["start", "start"]
 
 
+def test_what_is_not_here_is_said_and_not_built(
+    gpu: ModuleType, tmp_path: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    built: list[bool] = []
+
+    def prepared(work: Path, scale: str, precision: str, *, engines: bool = False) -> Path:
+        built.append(engines)
+        return bundle
+
+    remove_driver(monkeypatch)
+    monkeypatch.setattr(gpu, "prepared", prepared)
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None)
+    gpu.main(["--work", str(tmp_path), "--out", str(tmp_path / "report")])
+    assert built == [False, False], "no engines are built without TensorRT"
+    document = written(tmp_path)
+    assert set(document["executors"]) == {"cuda", "tensorrt", "webgpu"}
+    assert document["rows"] == []
+    page = capsys.readouterr().out
+    assert_facts(page.replace("\n", " "), "no NVIDIA driver", "tensorrt_rtx", "no Vulkan driver")
+
+
 @pytest.fixture
 def stand_in(gpu: ModuleType, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """TensorRT's executor on the stand-in device, for measurements of this process; and their options."""
@@ -161,6 +185,18 @@ def test_tensorrts_settings_are_changed(
     asked = settings.watch_scratch()
     assert tensorrt_rtx.IExecutionContext.update_device_memory_size_for_shapes(None) == 17
     assert asked == [17]
+
+
+def test_settings_of_the_provider_are_changed(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    from zimage_runtime.executors.ort.cuda import CudaProvider
+    from zimage_runtime.executors.ort.device import OrtDevice
+
+    parts = importlib.import_module("gpu_parts")
+    provider = CudaProvider(OrtDevice(), 8 << 30, exact=True)
+    monkeypatch.setattr(parts, "child_pictures", lambda options: provider.options())
+    ours = provider.options()
+    changed = gpu.PROVIDER["maps [N, H, W, C]"]
+    assert gpu.child_provider({"changed": changed}) == {**ours, **changed} != ours
 
 
 def test_growth_and_other_latents_are_seen(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

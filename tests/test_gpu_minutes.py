@@ -100,6 +100,14 @@ def test_what_is_packed_arrives(pack: ModuleType, tmp_path: Path) -> None:
     assert not list((site / "onnxruntime/capi").glob("libonnxruntime.so.*"))
 
 
+def test_what_is_carried(pack: ModuleType) -> None:
+    """What a GPU machine with torch lacks: without NVML there is no memory to compare the plan with."""
+    names = [package.partition("==")[0] for package in pack.wanted([], [])]
+    assert {"onnxruntime-gpu", "diffusers", "nvidia-ml-py", "psutil"} <= set(names)
+    assert all("==" in package for package in pack.wanted([], ["tensorrt"]))
+    assert len(pack.wanted(["diffusers"], ["tensorrt"])) == len(names) - 2 + 4
+
+
 def test_a_library_without_code_for_the_gpu_is_an_error(pack: ModuleType, tmp_path: Path) -> None:
     wheel(tmp_path / "wheels", "one", {"onnxruntime/capi/libonnxruntime_providers_cuda.so": fat_binary(*OTHERS)})
     words = ["--out", str(tmp_path / "pieces"), "--wheels", str(tmp_path / "wheels"), "--offline"]

@@ -54,7 +54,7 @@ class Model:
 def gpu_words(work: Path, out: Path, trial: bool, name: str, *more: str) -> tuple[str, ...]:
     """The command of the GPU benchmark, with a report of its own."""
     script = str(BENCHMARKS / "gpu.py")
-    where = ("--trial",) if trial else ("--executor", "cuda", "tensorrt")
+    where = ("--trial",) if trial else ("--executor", "cuda")  # TensorRT for RTX serves no Hopper GPU
     return (sys.executable, script, "--work", str(work), "--out", str(out), "--name", name, *where, *more)
 
 

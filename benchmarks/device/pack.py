@@ -1,6 +1,6 @@
 """Packs what a GPU machine without a network lacks, in pieces that fit its transfers.
 
-    python benchmarks/device/pack.py --out DIR [--wheels DIR] [--capability 90] [--without tensorrt]
+    python benchmarks/device/pack.py --out DIR [--wheels DIR] [--capability 90] [--also tensorrt]
 
 Wheels come from the package index through pip, or from --wheels alone with `--offline`. The archive holds one folder of
 packages, which `run.sh` puts on the path.
@@ -25,9 +25,18 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("onnxruntime-gpu==1.31.1",),
     "diffusers": ("diffusers==0.42.1", "importlib-metadata==10.2.0"),
     "nvml": ("nvidia-ml-py==13.615.71", "psutil==7.1.3"),
-    "tensorrt": ("tensorrt-rtx-cu13-libs==1.7.1.116", "tensorrt-rtx-cu13-bindings==1.7.1.116"),
 }
 """What is carried, by a name for `--without`. The machine has torch and NVIDIA's CUDA and cuDNN wheels."""
+
+MORE: dict[str, tuple[str, ...]] = {
+    "tensorrt": (
+        "tensorrt-rtx-cu13-libs==1.7.1.116",
+        "tensorrt-rtx-cu13-bindings==1.7.1.116",
+        "cuda-bindings==13.5.0",
+        "cuda-pathfinder==1.9.1",
+    ),
+}
+"""What is carried where it is asked for: TensorRT for RTX serves compute capabilities 7.5, 8.6, 8.9 and 12.0."""
 
 UNNEEDED = (
     "onnxruntime/capi/libonnxruntime.so.*",  # for C programs
@@ -41,6 +50,12 @@ FAT = ("onnxruntime/capi/libonnxruntime_providers_cuda.so",)
 
 PIECE = 46_000_000  # bytes, so that a working tree of 20 MB fits beside one in 64 MiB
 _PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
+
+
+def wanted(without: Sequence[str], also: Sequence[str]) -> list[str]:
+    """The packages to carry, each with its version."""
+    kept = [packages for name, packages in PACKAGES.items() if name not in without]
+    return [package for packages in (*kept, *(MORE[name] for name in also)) for package in packages]
 
 
 def download(packages: Sequence[str], folder: Path, python: str) -> None:
@@ -115,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--wheels", type=Path, help="a folder of wheels that is kept")
     parser.add_argument("--offline", action="store_true", help="take the wheels of --wheels, and download none")
     parser.add_argument("--without", nargs="*", default=[], choices=PACKAGES)
+    parser.add_argument("--also", nargs="*", default=[], choices=MORE)
     parser.add_argument("--capability", type=int, default=90, help="of the GPU, without the dot")
     parser.add_argument("--python", default="3.12", help="of that machine")
     parser.add_argument("--piece", type=int, default=PIECE, metavar="BYTES")
@@ -122,8 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as work:
         wheels, site = given.wheels or Path(work) / "wheels", Path(work) / "site"
         if not given.offline:
-            kept = [packages for name, packages in PACKAGES.items() if name not in given.without]
-            download([package for packages in kept for package in packages], wheels, given.python)
+            download(wanted(given.without, given.also), wheels, given.python)
         unpack(wheels, site)
         thin_out(site, given.capability)
         name_ourselves(site)

@@ -1,6 +1,7 @@
 """A driver, a GPU or a package that is too old for the others is named, with what would do. No driver is real."""
 
 import os
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,8 @@ from zimage_runtime.executors.ort.cuda import cuda_executor
 from zimage_runtime.executors.ort.cuda_package import SWAP_TO_CUDA_12, SWAP_TO_GPU, built_for_cuda
 from zimage_runtime.executors.ort.known_answer import known_answer
 from zimage_runtime.executors.protocol import Work
+from zimage_runtime.executors.tensorrt import kind as tensorrt
+from zimage_runtime.machine import cuda_versions
 from zimage_runtime.machine.cuda_versions import why_old_driver
 from zimage_runtime.machine.gpus import find_gpu
 from zimage_runtime.model.geometry import image_geometry
@@ -132,6 +135,34 @@ def test_doctor_names_the_driver_that_installed_packages_need(monkeypatch: pytes
     versions.clear()
     install_gpus(monkeypatch, Card(), **OLD_DRIVER)
     assert doctor.check_gpus("gpu").verdict is Verdict.OK, "nothing here needs more"
+
+
+def test_tensorrt_names_the_driver_that_its_bindings_need(monkeypatch: pytest.MonkeyPatch, opened: Bundle) -> None:
+    """CUDA itself finds no GPU then, and would say that there is none."""
+    monkeypatch.setattr(cuda_versions, "version", lambda package: "13.5.0")
+    install_gpus(monkeypatch, Card(), **OLD_DRIVER)
+    found = tensorrt.why_unavailable(opened, 0)
+    assert found is not None
+    assert_facts(found.reason, "572.16", "CUDA 13", "cuda-bindings 13.5.0", "580")
+    assert not found.of_machine, "a newer driver cures it"
+
+    def no_gpu(index: int = 0) -> Any:
+        raise ExecutorError("no GPU")  # as with cudaErrorInsufficientDriver
+
+    monkeypatch.setattr(tensorrt, "CudaDevice", no_gpu)
+    examined = doctor.check_executor("tensorrt")
+    assert examined.verdict is Verdict.PROBLEM
+    assert_facts(examined.text, "572.16", "580")
+    install_gpus(monkeypatch, Card())
+    assert doctor.check_executor("tensorrt").verdict is Verdict.NOTE
+    install_gpus(monkeypatch, Card(), **OLD_DRIVER)
+    for answer in (lambda package: "12.9.1", missing):
+        monkeypatch.setattr(cuda_versions, "version", answer)
+        assert cuda_versions.why_old_for_bindings(find_gpu()) is None
+
+
+def missing(package: str) -> str:
+    raise PackageNotFoundError(package)
 
 
 def test_the_package_says_what_it_was_built_for(monkeypatch: pytest.MonkeyPatch) -> None:

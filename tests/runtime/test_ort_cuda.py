@@ -303,10 +303,15 @@ def test_the_gpu_provider_gets_the_budget(bundle: Path, monkeypatch: pytest.Monk
             "arena_extend_strategy": "kSameAsRequested",
             "gpu_mem_limit": str((8 << 30) - ORT_CUDA.nbytes),
             "cudnn_conv_algo_search": "HEURISTIC",
-            "cudnn_conv_use_max_workspace": "1",
             "use_tf32": "0",
         },
     )
+
+
+def test_a_schedule_of_many_steps_is_planned_for(pipeline: Pipeline) -> None:
+    """Its modulation table stays on the GPU."""
+    few, many = (pipeline.prepare(Request("a fox", size=(64, 64), steps=steps, seed=0)).plan for steps in (4, 40))
+    assert many.peak > few.peak
 
 
 def one_rotary() -> Any:

@@ -3,7 +3,12 @@
 Source: NVIDIA's CUDA Toolkit release notes, "Minimum Required Driver Version for CUDA Minor Version Compatibility".
 """
 
+from importlib.metadata import PackageNotFoundError, version
+
 from .gpus import Gpu
+
+BINDINGS = "cuda-bindings"
+"""NVIDIA's package for CUDA from Python. Its versions begin with those of the CUDA that it contains."""
 
 _OLDEST_DRIVERS = {11: 450, 12: 525, 13: 580}
 """By CUDA's major version, the first driver that serves all of its minor versions."""
@@ -22,3 +27,12 @@ def why_old_driver(gpu: Gpu, needed: int, package: str) -> str | None:
     newer = _OLDEST_DRIVERS.get(needed)
     remedy = f"install driver {newer} or newer" if newer else f"install a driver for CUDA {needed}"
     return f"{driver} is for CUDA {gpu.cuda} and {package} needs CUDA {needed}; {remedy}"
+
+
+def why_old_for_bindings(gpu: Gpu) -> str | None:
+    """Why a GPU's driver cannot run the `cuda-bindings` that are installed; None where it can, or there are none."""
+    try:
+        number = version(BINDINGS)
+    except PackageNotFoundError:
+        return None
+    return why_old_driver(gpu, int(number.split(".")[0]), f"{BINDINGS} {number}")

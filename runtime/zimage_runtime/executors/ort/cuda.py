@@ -82,9 +82,8 @@ class CudaProvider:
             "arena_extend_strategy": "kSameAsRequested",  # the other one doubles, up to the next power of two
             "gpu_mem_limit": str(max(self.budget - ORT_CUDA.nbytes, 1)),
             "cudnn_conv_algo_search": "HEURISTIC",  # the exhaustive one runs every algorithm for every new size
-            # in the arena, so within its limit, and in the measured peaks that set the plan's factors; the other choice
-            # is at most 32 MB, less than a converted map: kernels for tensor cores would be out of the question
-            "cudnn_conv_use_max_workspace": "1",
+            # how much memory a convolution may take besides has no setting: with cuDNN 9 nothing reads
+            # `cudnn_conv_use_max_workspace` (`conv.cc`). It comes from the arena, within its limit
             "use_tf32": str(int(not self.exact)),  # 10 bits of fraction: plenty beside 16-bit weights, not for fp32
         }
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from ...bundle.bundle import Bundle
 from ...errors import BundleError, ExecutorError, ZImageRuntimeError
+from ...machine.cuda_versions import why_old_for_bindings
 from ...machine.gpu_targets import OLDEST, GpuTarget, Variant, gpu_of, variant_of
 from ...machine.gpus import find_gpu
 from ...machine.host_memory import available_memory
@@ -25,9 +26,11 @@ _PINNED_SHARE = 0.5  # of the host's available memory, which streamed blocks may
 def why_unavailable(bundle: Bundle, device: int) -> Unavailable | None:
     """Why TensorRT cannot run a bundle on a GPU of this machine."""
     try:
-        find_gpu(device)
+        gpu = find_gpu(device)
     except ExecutorError as error:
         return Unavailable(str(error), of_machine=True)
+    if reason := why_old_for_bindings(gpu):
+        return Unavailable(reason)
     try:
         capability = CudaDevice(device).capability
         library_for(capability)
@@ -98,6 +101,8 @@ def examine() -> Examination:
     try:
         device = CudaDevice()
     except ZImageRuntimeError:
+        if reason := _why_old_driver():
+            return Examination(Verdict.PROBLEM, f"{installed}, but {reason}", values)
         text = f"{installed}, but no NVIDIA driver with a GPU: engines can be built here, but not run"
         return Examination(Verdict.NOTE, text, values)
     capability = device.capability
@@ -115,6 +120,14 @@ def examine() -> Examination:
         f"{variant_of(capability)} programs of bundles that `zimage-export engines` was run on"
     )
     return Examination(Verdict.OK, text, values)
+
+
+def _why_old_driver() -> str | None:
+    """CUDA finds no GPU on an old driver: NVML does."""
+    try:
+        return why_old_for_bindings(find_gpu())
+    except ExecutorError:
+        return None
 
 
 def _installed(distribution: str) -> str | None:

@@ -82,7 +82,6 @@ class LoadedStage:
     def load(self) -> None:
         """Uploads the weights. May be called once."""
         tools, needs = self.tools, self.plan.needs
-        streamed = sum(needs.block_bytes[index] for index in self.plan.streamed)
         self._blocks = WeightStream(
             tools.device,
             self._weights,
@@ -91,7 +90,7 @@ class LoadedStage:
             tools.compute,
             tools.copies,
             wraps=self.program is Program.DENOISER,
-            pin_streamed=self.program is Program.DENOISER and 0 < streamed <= tools.pinnable,
+            pinnable=tools.pinnable if self.program is Program.DENOISER else 0,
         )
         for place, nbytes in zip(needs.ends, needs.end_bytes, strict=True):
             self._ends[place.key] = self._weights.allocate(nbytes)

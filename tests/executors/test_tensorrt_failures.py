@@ -103,9 +103,9 @@ def test_weights_pass_two_small_buffers_where_no_whole_block_can_be_pinned(
 ) -> None:
     sizes = sizes_of(opened, SMALL, len(cpu.token_ids(SMALL.prompt)))
     vram = least(opened, spec, sizes) if streams else EVERYTHING
-    monkeypatch.setattr(weight_stream, "PIECE", 50_000)
+    monkeypatch.setattr(weight_stream, "PIECE", 20_000)
     device, pipeline = make(vram, pinnable=EVERYTHING)
-    device.most_pinned = 200_000  # blocks are larger
+    device.most_pinned = 100_000  # blocks are larger
     check_parity(draw(pipeline, SMALL)[0], draw(cpu, SMALL)[0])
 
 

@@ -17,6 +17,7 @@ from onnx_engines import OnnxEngines, twins
 from PIL import Image
 
 from zimage_export.engines import build as export_engines
+from zimage_export.engines.block_graphs import BlockProgram
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.errors import ExecutorError
 from zimage_runtime.events import ImageEvent, StepEvent
@@ -32,15 +33,21 @@ from zimage_runtime.pipeline import Pipeline, Request
 DRAW = ("--size", "32x32", "--steps", 1, "--seed", 1)
 
 
-@pytest.fixture
-def engined(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A bundle with engines of an earlier TensorRT; its block programs are the float32 twins."""
-    target = tmp_path / "bundle"
+@pytest.fixture(scope="module")
+def engined(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with engines of an earlier TensorRT; its block programs are the float32 twins. Not to be written to."""
+    target = tmp_path_factory.mktemp("engined") / "bundle"
     shutil.copytree(bundle, target)
-    monkeypatch.setattr(export_engines, "Library", LibraryStandIn)
-    monkeypatch.setattr(export_engines, "bundle_blocks", lambda opened, variant: twins(opened))
-    export_engines.add_engines(Bundle.open(target))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_engines, "Library", LibraryStandIn)
+        patch.setattr(export_engines, "bundle_blocks", lambda opened, variant: twins(opened))
+        export_engines.add_engines(Bundle.open(target))
     return target
+
+
+@pytest.fixture(scope="module")
+def programs(engined: Path) -> list[BlockProgram]:
+    return twins(Bundle.open(engined))
 
 
 class RunningLibrary(LibraryStandIn):
@@ -57,11 +64,13 @@ class RunningLibrary(LibraryStandIn):
 
 
 @pytest.fixture
-def later(engined: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunningLibrary:
+def later(
+    engined: Path, programs: list[BlockProgram], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> RunningLibrary:
     """A machine with a GPU and that library."""
     opened = Bundle.open(engined)
     device = StandInDevice(limit=1 << 30, capability=(8, 9))
-    made = RunningLibrary(OnnxEngines(device, twins(opened), read_catalog(opened).variants[Variant.AMPERE]))
+    made = RunningLibrary(OnnxEngines(device, programs, read_catalog(opened).variants[Variant.AMPERE]))
     install_gpus(monkeypatch, Card())
     monkeypatch.setattr(kind, "CudaDevice", lambda index: device)
     monkeypatch.setattr(kind, "library_for", lambda capability: made)

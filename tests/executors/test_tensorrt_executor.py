@@ -177,7 +177,7 @@ def test_another_prompt_and_size_keep_the_weights(make: Make, cpu: Pipeline) -> 
 # Streaming and graphs
 
 
-@pytest.mark.parametrize("pinnable", [0, 1 << 30])
+@pytest.mark.parametrize("pinnable", [0, 1_200_000, 1 << 30])
 def test_a_batch_is_each_image_and_streams_each_block_once_a_step(
     make: Make, cpu: Pipeline, opened: Bundle, spec: VariantSpec, pinnable: int
 ) -> None:
@@ -257,7 +257,7 @@ def test_refilling_staging_memory_too_early_is_caught(
 
 def test_residents_that_computing_does_not_wait_for_are_caught(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     broken(monkeypatch, "_order_after_residents", lambda self: None)
-    monkeypatch.setattr(weight_stream.WeightStream, "pin_streamed", True)
+    monkeypatch.setattr(weight_stream.WeightStream, "pinnable", 1 << 30)
 
     def load(self: weight_stream.WeightStream) -> None:
         sizes = self.plan.needs.block_bytes

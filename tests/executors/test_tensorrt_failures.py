@@ -1,6 +1,8 @@
 """What a real device refuses, on the stand-in: captures, memory, pinned memory; and a GPU that is lost."""
 
 import re
+from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,9 @@ from zimage_runtime.executors.tensorrt.block_catalog import VariantSpec
 from zimage_runtime.executors.tensorrt.device import OutOfDeviceMemoryError, Pinned, PinnedMemoryError
 from zimage_runtime.executors.tensorrt.executor import TensorRtExecutor
 from zimage_runtime.executors.tensorrt.plan import CONTEXT_BYTES, plan_residency
+from zimage_runtime.executors.tensorrt.stage_sizes import stage_needs
+from zimage_runtime.executors.tensorrt.weight_source import WeightSource
+from zimage_runtime.model.blocks import BlockPlace
 from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import Pipeline
 
@@ -98,9 +103,9 @@ def test_weights_pass_two_small_buffers_where_no_whole_block_can_be_pinned(
 ) -> None:
     sizes = sizes_of(opened, SMALL, len(cpu.token_ids(SMALL.prompt)))
     vram = least(opened, spec, sizes) if streams else EVERYTHING
-    monkeypatch.setattr(weight_stream, "PIECE", 50_000)
+    monkeypatch.setattr(weight_stream, "PIECE", 20_000)
     device, pipeline = make(vram, pinnable=EVERYTHING)
-    device.most_pinned = 200_000  # blocks are larger
+    device.most_pinned = 100_000  # blocks are larger
     check_parity(draw(pipeline, SMALL)[0], draw(cpu, SMALL)[0])
 
 
@@ -121,6 +126,28 @@ def test_blocks_that_cannot_stay_pinned_are_read_again(
     monkeypatch.setattr(device, "allocate_pinned", limited)
     check_parity(draw(pipeline, SMALL)[0], draw(cpu, SMALL)[0])
     assert large == [5], "two for staging, two that stay, and none after the first that could not"
+
+
+def test_as_many_blocks_stay_pinned_as_may(
+    make: Make, cpu: Pipeline, opened: Bundle, spec: VariantSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those are read once, the others in each of four steps."""
+    sizes = sizes_of(opened, SMALL, len(cpu.token_ids(SMALL.prompt)))
+    needs = stage_needs(Program.DENOISER, spec, opened.manifest.config, sizes)
+    assert len(set(needs.block_bytes)) == 1
+    _, pipeline = make(least(opened, spec, sizes), pinnable=2 * needs.block_bytes[0])
+    filled: Counter[str] = Counter()
+    fill = WeightSource.fill
+
+    def count(self: WeightSource, target: Any, place: BlockPlace, *rest: Any) -> None:
+        filled[place.key] += place in needs.blocks
+        fill(self, target, place, *rest)
+
+    monkeypatch.setattr(WeightSource, "fill", count)
+    check_parity(draw(pipeline, SMALL)[0], draw(cpu, SMALL)[0])
+    times = [filled[place.key] for place in needs.blocks]
+    assert times[:2] == [1, 1]
+    assert min(times[2:]) >= 4
 
 
 # A lost GPU

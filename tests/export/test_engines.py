@@ -4,6 +4,7 @@ The log names every fused kernel with the types and shapes of what it reads and 
 degrades: an attention that is no longer fused, a product that is no longer of integers, a copy that only moves data.
 """
 
+import dataclasses
 import functools
 import itertools
 import platform
@@ -256,6 +257,17 @@ def test_attention_of_the_autoencoder_takes_memory_by_the_position(variant: Vari
     assert [positions for positions, _ in points] == [64**2, 128**2, 256**2]
     for positions, nbytes in points:
         assert 4 * BAND_POSITIONS < nbytes / positions < 4 * BAND_POSITIONS + 24 * 512, "scores twice, and maps"
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("text_layer", (192,)), ("transformer_block", (1056,))])
+def test_the_plan_has_what_sizes_between_those_measured_need(name: str, sizes: tuple[int, ...]) -> None:
+    program = programs("bf16", Variant.AMPERE)[name]
+    points = measure_scratch(Library(), program, PUBLISHED, GpuTarget.PORTABLE, {})
+    spec = dataclasses.replace(program_spec(program, PUBLISHED, ""), scratch=points)
+    for tokens in sizes:
+        needed = build(program, GpuTarget.PORTABLE, tokens).activation_bytes
+        assert needed is not None
+        assert needed <= spec.scratch_bytes(tokens) < needed + needed // 10 + (8 << 20)
 
 
 def test_an_engine_leaves_no_tensor_to_an_allocation_at_run_time(monkeypatch: pytest.MonkeyPatch) -> None:

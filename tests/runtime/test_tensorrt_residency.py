@@ -95,7 +95,7 @@ def test_every_pass_computes_with_every_blocks_own_weights(
         target[:] = pattern(index, blocks[index])
         reads[index] += 1
 
-    stream = WeightStream(device, arena, plan, fill, compute, copies, wraps=wraps, pin_streamed=pins)
+    stream = WeightStream(device, arena, plan, fill, compute, copies, wraps=wraps, pinnable=pins * (1 << 30))
     stream.load()
     seen: list[int] = []
     for _ in range(passes):

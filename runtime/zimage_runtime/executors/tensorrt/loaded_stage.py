@@ -15,6 +15,7 @@ from ...arrays import FloatArray
 from ...bundle.tensors import DType, to_float32
 from ...model.blocks import NORMS, BlockPlace
 from ...model.programs import Program
+from . import weight_stream
 from .arena import Arena, Budget
 from .block_catalog import VariantSpec
 from .device import Context, ContextKey, Device, Engines, Graph, Pinned, Shapes, Stream, context_key
@@ -82,7 +83,6 @@ class LoadedStage:
     def load(self) -> None:
         """Uploads the weights. May be called once."""
         tools, needs = self.tools, self.plan.needs
-        streamed = sum(needs.block_bytes[index] for index in self.plan.streamed)
         self._blocks = WeightStream(
             tools.device,
             self._weights,
@@ -91,16 +91,25 @@ class LoadedStage:
             tools.compute,
             tools.copies,
             wraps=self.program is Program.DENOISER,
-            pin_streamed=self.program is Program.DENOISER and 0 < streamed <= tools.pinnable,
+            pinnable=tools.pinnable if self.program is Program.DENOISER else 0,
         )
         for place, nbytes in zip(needs.ends, needs.end_bytes, strict=True):
             self._ends[place.key] = self._weights.allocate(nbytes)
-            staging = self._weights.pinned(nbytes)  # a few megabytes
-            self._fill(place, staging.data[:nbytes])
-            tools.device.upload(self._ends[place.key], staging.address, nbytes, tools.copies)
-            tools.device.synchronize(tools.copies)
-            self._weights.release_pinned(staging)
+            self._upload_end(place, nbytes)
         self._blocks.load()
+
+    def _upload_end(self, place: BlockPlace, nbytes: int) -> None:
+        """Uploads the weights of a block that is always resident, of tens of megabytes, in pieces."""
+        device, copies = self.tools.device, self.tools.copies
+        values = np.empty(nbytes, np.uint8)
+        self._fill(place, values)
+        staging = self._weights.pinned(min(nbytes, weight_stream.PIECE))
+        for start in range(0, nbytes, weight_stream.PIECE):
+            piece = values[start : start + weight_stream.PIECE]
+            staging.data[: len(piece)] = piece
+            device.upload(self._ends[place.key] + start, staging.address, len(piece), copies)
+            device.synchronize(copies)
+        self._weights.release_pinned(staging)
 
     def _fill(self, place: BlockPlace, target: NDArray[np.uint8]) -> None:
         program = self.spec.program_of(place)

@@ -43,7 +43,7 @@ class WeightStream:
     compute: Stream
     copies: Stream
     wraps: bool = False  # whether there are many passes
-    pin_streamed: bool = False  # keep all streamed blocks in pinned memory after the first pass
+    pinnable: int = 0  # bytes of streamed blocks that stay in pinned memory after the first pass
     _addresses: dict[int, int] = field(default_factory=dict)
     _slots: list[int] = field(default_factory=list)
     _staging: list[Pinned] = field(default_factory=list)
@@ -127,13 +127,14 @@ class WeightStream:
 
     def _pin(self, index: int, nbytes: int) -> Pinned | None:
         """Pinned memory that keeps a streamed block, filled; None where blocks are not kept or no more is pinned."""
-        if not self.pin_streamed or index in self._addresses:
+        if nbytes > self.pinnable or index in self._addresses:
             return None
         try:
             staging = self._pinned[index] = self.arena.pinned(nbytes)
         except PinnedMemoryError:
-            self.pin_streamed = False  # the others are read again in each pass
+            self.pinnable = 0  # the others are read again in each pass
             return None
+        self.pinnable -= nbytes
         self.fill(index, staging.data[:nbytes])
         return staging
 

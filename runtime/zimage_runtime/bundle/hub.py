@@ -100,7 +100,7 @@ class Hub:
             path = try_to_load_from_cache(name, index, revision=revision) if reason else None
             if not reason or not isinstance(path, str):
                 raise explain(error, name, revision, cache_folder()) from None
-            folder = Path(path).parent
+            folder = Path(path).parents[index.count("/")]
             self.progress.note(f"{name}: {reason}; using what is in the cache")
             here = [path for path in folder.rglob("*") if path.is_file()]
             files = {path.relative_to(folder).as_posix(): RemoteFile(path.stat().st_size) for path in here}
@@ -116,7 +116,7 @@ class Hub:
             index = min(files, key=lambda file: (files[file].size, file))
         # By the name of the revision and not by the commit, so that the cache learns which commit it stands for.
         path = ask(name, revision, lambda: hf_hub_download(name, index, revision=revision))
-        folder = Path(path).parent
+        folder = Path(path).parents[index.count("/")]
         if folder.name != found.sha:
             raise HubError(f"{name}: changed on the Hub during the download; run the command again")
         return Download(self.progress, name, revision, folder.name, folder, files)

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.deep
 QKV = "layers.0.attention.qkv"
 GOOD = "z_image_turbo_bf16.safetensors"
 
-# --- adapters and other models: recognized by their names --------------------------------------------------------------
+# --- adapters and other models: recognized by their names ----------------------------------------------------
 
 ADAPTERS = [
     "transformer.layers.0.attention.to_q.lora_A.weight",

@@ -186,17 +186,19 @@ def test_a_text_encoder_with_fewer_rows_of_vocabulary(
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shards: list[Path]) -> Iterator[HubServer]:
     with hub_in_use(monkeypatch, tmp_path / "cache") as server:
         files = {f"split_files/{shard.name}": shard.read_bytes() for shard in shards}
-        server.add("Comfy-Org/z_image", {**files, "README.md": b"a", "other.safetensors": b"not wanted"})
+        small = {"images/a/README.md": b"a", "other.safetensors": b"not wanted"}
+        server.add("Comfy-Org/z_image", {**files, **small})
         yield server
 
 
 def test_a_components_file_on_the_hub(hub: HubServer, shards: list[Path], stored: dict[str, Tensors]) -> None:
     given = SingleFiles(transformer=Path("Comfy-Org/z_image/split_files") / shards[1].name)
-    for _ in range(2):  # the second time from the cache
+    for attempt in range(3):  # the second time from the cache, the third without the Hub
+        hub.status = 500 if attempt == 2 else None
         found = find_model("somewhere", QUIET, files=given).files.transformer
         assert found is not None
         assert_same(Weights.in_file("transformer", found), stored["transformer"])
-    assert sorted(hub.fetched()) == sorted(["README.md", *(f"split_files/{shard.name}" for shard in shards)])
+    assert sorted(hub.fetched()) == sorted(["images/a/README.md", *(f"split_files/{shard.name}" for shard in shards)])
 
 
 def test_a_file_that_the_hub_lacks_is_named(hub: HubServer) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zimage_runtime.bundle.tensors import TensorFileError, read_file_header
+from zimage_runtime.bundle.tensors import TensorFileError, read_header, read_metadata
 from zimage_runtime.mistaken_files import HEAD_BYTES, mistaken_for
 
 from ..errors import CheckpointError
@@ -57,11 +57,11 @@ def read_safetensors(where: Path, paths: Iterable[Path]) -> Contents:
     metadata: dict[str, str] = {}
     for path in paths:
         try:
-            header = read_file_header(path)
+            entries, said = read_header(path), read_metadata(path)
         except TensorFileError as error:
             raise CheckpointError(str(error)) from None
-        found |= {name: PlainTensor(name, path, entry) for name, entry in header.entries.items()}
-        metadata |= header.metadata
+        found |= {name: PlainTensor(name, path, entry) for name, entry in entries.items()}
+        metadata |= said
     places = {name: tensor.path for name, tensor in found.items()}
     return Contents(where, recognize(found, metadata, where), metadata, places)
 

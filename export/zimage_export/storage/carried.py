@@ -18,7 +18,6 @@ from ..source.weights import Weights
 from .precision import scale_of
 from .stored import StoredTensor
 
-
 _BLOCK = 256
 _PIECE_BYTES = 16 << 20
 

@@ -206,5 +206,5 @@ def _silu_rms(deviation: FloatArray) -> FloatArray:
 
 def sample_rows(source: TensorSource) -> FloatArray:
     """Some of a weight's rows, evenly spread."""
-    rows = source.shape[0]
-    return source.picked_rows(np.unique(np.linspace(0, rows - 1, min(_SAMPLE_ROWS, rows)).astype(np.int64)))
+    count = source.shape[0]
+    return source.picked_rows(np.unique(np.linspace(0, count - 1, min(_SAMPLE_ROWS, count)).astype(np.int64)))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..command_line.progress import Progress
 from ..model.programs import COMPONENTS
-from .hub_download import WEIGHTS, Download, RemoteFile, ask, cache_folder, timeout
+from .hub_download import Download, RemoteFile, ask, cache_folder, timeout
 from .hub_errors import HubError, explain, unreachable
 from .manifest import MANIFEST_NAME, Manifest
 
@@ -89,7 +89,8 @@ class Hub:
     def _open(self, name: str, revision: str | None, index: str, kind: str | None = None) -> Download:
         """Chooses the commit: the Hub's answer or, if it cannot be reached, what is in the cache.
 
-        `index` is a file that a model of this kind has. It is downloaded first, unless it is weights itself.
+        `index` is a file that a model of this kind has, and is downloaded first. Of no kind, it is what is wanted, and
+        may be large: the smallest file is downloaded first.
         """
         from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
 
@@ -100,7 +101,7 @@ class Hub:
             path = try_to_load_from_cache(name, index, revision=revision) if reason else None
             if not reason or not isinstance(path, str):
                 raise explain(error, name, revision, cache_folder()) from None
-            folder = Path(path).parent
+            folder = Path(path).parents[index.count("/")]
             self.progress.note(f"{name}: {reason}; using what is in the cache")
             here = [path for path in folder.rglob("*") if path.is_file()]
             files = {path.relative_to(folder).as_posix(): RemoteFile(path.stat().st_size) for path in here}
@@ -112,11 +113,11 @@ class Hub:
         if index not in files:
             problem = f"not {kind} (on the Hub, it has no {index})" if kind else f"on the Hub, it has no {index}"
             raise HubError(f"{name}: {problem}")
-        if index.endswith(WEIGHTS):
+        if kind is None:
             index = min(files, key=lambda file: (files[file].size, file))
         # By the name of the revision and not by the commit, so that the cache learns which commit it stands for.
         path = ask(name, revision, lambda: hf_hub_download(name, index, revision=revision))
-        folder = Path(path).parent
+        folder = Path(path).parents[index.count("/")]
         if folder.name != found.sha:
             raise HubError(f"{name}: changed on the Hub during the download; run the command again")
         return Download(self.progress, name, revision, folder.name, folder, files)

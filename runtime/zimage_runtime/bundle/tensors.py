@@ -22,6 +22,7 @@ from ..mistaken_files import HEAD_BYTES, mistaken_for
 
 _MAX_HEADER = 100_000_000
 _MAX_RANK = 64
+_METADATA = "__metadata__"
 _LENGTH = struct.Struct("<Q")
 
 
@@ -71,6 +72,29 @@ def to_float32(values: NDArray[np.generic], dtype: DType) -> NDArray[np.float32]
 
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """The tensors of a file by name, checked to lie inside it. Raises `TensorFileError`."""
+    header, data_start, size = _read_json_header(path)
+    return {
+        name: _read_entry(value, f"{path}: {name}", path, data_start, size)
+        for name, value in header.items()
+        if name != _METADATA
+    }
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a file says about itself: texts by name. Raises `TensorFileError`."""
+    metadata = _read_json_header(path)[0].get(_METADATA)
+    if not isinstance(metadata, dict):
+        return {}
+    return {name: text for name, text in metadata.items() if isinstance(text, str)}
+
+
+def data_offset(path: Path) -> int:
+    """Where a file's tensors begin, after its header. Raises `TensorFileError`."""
+    return _read_json_header(path)[1]
+
+
+def _read_json_header(path: Path) -> tuple[dict[str, object], int, int]:
+    """The header's object, where the data starts, and the file's size."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -99,12 +123,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         raise TensorFileError(f"{path}: not a safetensors file (its header is not JSON)") from None
     if not isinstance(header, dict):
         raise TensorFileError(f"{path}: not a safetensors file (its header is not a JSON object)")
-    data_start = _LENGTH.size + length
-    return {
-        name: _read_entry(value, f"{path}: {name}", path, data_start, size)
-        for name, value in header.items()
-        if name != "__metadata__"
-    }
+    return header, _LENGTH.size + length, size
 
 
 def _read_entry(value: object, where: str, path: Path, data_start: int, file_size: int) -> TensorEntry:

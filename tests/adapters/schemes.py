@@ -91,13 +91,13 @@ def _fused(prefix: str) -> Tensors:
     return found
 
 
-def _anime() -> Tensors:
+def _anime(first: bool) -> Tensors:
     """Dots for underscores everywhere, and q, k, v and out a second time under their native names.
 
     The second time they are twice as large, so that counting them shows.
     """
     split = _pairs(lambda m: f"lora_unet_{under(m)}".replace("_", "."), "lora.down.weight", "lora.up.weight", "alpha")
-    fused = {name.replace("lora_unet_", "lora.unet."): tensor for name, tensor in _fused("lora_unet_").items()}
+    fused = _fused("diffusion_model." if first else "lora_unet_")  # files are sorted by name
     return split | {name: 2 * tensor for name, tensor in fused.items() if "qkv" in name or "_attention_out." in name}
 
 
@@ -170,7 +170,8 @@ SCHEMES: dict[str, Scheme] = {
     "onetrainer-original": Scheme(lambda: _pairs(lambda m: m, "lora_A.weight", "lora_B.weight", "alpha")),
     "diffsynth": Scheme(lambda: _pairs(lambda m: m, "lora_A.default.weight", "lora_B.default.weight", None)),
     "videox-fun": Scheme(lambda: _pairs(lambda m: f"lora_unet__{under(m)}", *DOWN_UP)),
-    "anime": Scheme(_anime),
+    "anime": Scheme(lambda: _anime(False)),
+    "anime-fused-first": Scheme(lambda: _anime(True)),
     "native": Scheme(_merged_native),
     "lora-bare": Scheme(lambda: _pairs(lambda m: f"diffusion_model.{m}", "lora_A", "lora_B", None)),
     "lora-linear-layer": Scheme(

@@ -15,6 +15,7 @@ from zimage_runtime.command_line.progress import Progress
 from .errors import require_extra, require_onnx
 
 if TYPE_CHECKING:
+    from zimage_runtime.adapters.given import GivenLora
     from zimage_runtime.bundle.bundle import Bundle
 
     from .measure.verify import VerifyReport
@@ -40,6 +41,16 @@ def _single_files(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
+def _lora_option(command: Callable[..., None]) -> Callable[..., None]:
+    return click.option(
+        "--lora",
+        "loras",
+        multiple=True,
+        metavar="FILE[:WEIGHT]",
+        help="A LoRA to merge into the weights, times WEIGHT; may be given again.  [default weight: 1]",
+    )(command)
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="zimage-rt", prog_name="zimage-export")
 def cli() -> None:
@@ -63,6 +74,10 @@ def cli() -> None:
     type=click.Path(path_type=Path),
     help="Text file of prompts, one per line, for measuring activation ranges.  [default: from the weights alone]",
 )
+@_lora_option
+@click.option(
+    "--lora-allow-unused", is_flag=True, help="Leave out what of a LoRA belongs to nothing in the model, and list it."
+)
 @click.option("--engines", is_flag=True, help="Also write TensorRT block programs and engines, as `engines` does.")
 @_gpu_option
 @click.option(
@@ -83,6 +98,8 @@ def build(
     text_encoder: Path | None,
     vae: Path | None,
     calibrate: Path | None,
+    loras: tuple[str, ...],
+    lora_allow_unused: bool,
     engines: bool,
     gpus: tuple[str, ...],
     measure: bool,
@@ -98,13 +115,14 @@ def build(
     require_extra()
     if gpus and not engines:
         raise click.UsageError("--gpu requires --engines")
+    from zimage_runtime.adapters.given import GivenLora
     from zimage_runtime.machine.gpu_targets import GpuTarget
 
     from .build import BuildOptions, build_reported
     from .source.single_files import SingleFiles
 
     files = SingleFiles(transformer, text_encoder, vae)
-    progress = Progress(quiet)
+    progress, given = Progress(quiet), tuple(map(GivenLora.parse, loras))
     options = BuildOptions(
         Precision(precision),
         force,
@@ -113,9 +131,13 @@ def build(
         calibrate=calibrate,
         engines=engines,
         gpus=tuple(map(GpuTarget, gpus)),
+        loras=given,
+        lora_allow_unused=lora_allow_unused,
     )
     report = build_reported(model, out, options, progress)
-    bundle = _verify(report.bundle, model, progress, None, files, revision).bundle if measure else report.bundle
+    bundle = report.bundle
+    if measure:
+        bundle = _verify(bundle, model, progress, None, files, revision, loras=given).bundle
     manifest = bundle.manifest
     _report(
         {
@@ -196,6 +218,7 @@ def programs(bundle: Path, executors: tuple[str, ...], as_json: bool, quiet: boo
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--reference", required=True, help="The checkpoint that the bundle was made from, as for build.")
 @_single_files
+@_lora_option
 @click.option("--size", type=SizeType(), help="Size of the images.  [default: the bundle's own, at most 256x256]")
 @click.option("--prompts", type=_FILE, help="Text file of prompts, one per line, each generated once.  [default: two]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the table.")
@@ -206,6 +229,7 @@ def verify(
     transformer: Path | None,
     text_encoder: Path | None,
     vae: Path | None,
+    loras: tuple[str, ...],
     size: tuple[int, int] | None,
     prompts: Path | None,
     as_json: bool,
@@ -217,6 +241,7 @@ def verify(
     at a time, so that even the largest checkpoint fits into memory. Fails if the bundle is further from the checkpoint
     than its precision allows. Also prints what each precision would cost each layer, and writes a summary of it.
     """
+    from zimage_runtime.adapters.given import GivenLora
     from zimage_runtime.bundle.bundle import Bundle
 
     from .measure.parity import parity_table
@@ -224,7 +249,8 @@ def verify(
     from .source.single_files import SingleFiles
 
     files = SingleFiles(transformer, text_encoder, vae)
-    measured = _verify(Bundle.open(bundle), reference, Progress(quiet), size, files, prompts=prompts)
+    given = tuple(map(GivenLora.parse, loras))
+    measured = _verify(Bundle.open(bundle), reference, Progress(quiet), size, files, prompts=prompts, loras=given)
     parity = dict(measured.bundle.manifest.parity or {})
     document = {**parity, "each_layer": measured.layers}
     _report(document, as_json, f"{parity_table(parity)}\n{table(measured.layers)}")
@@ -238,6 +264,7 @@ def _verify(
     files: "SingleFiles",
     revision: str | None = None,
     prompts: Path | None = None,
+    loras: tuple["GivenLora", ...] = (),
 ) -> "VerifyReport":
     require_extra()
     from zimage_runtime.bundle.hub import hub_id
@@ -248,10 +275,10 @@ def _verify(
 
     generated = PROMPTS if prompts is None else read_prompts(prompts)
     source = bundle.manifest.source
-    if hub_id(reference) == source.name:
+    if hub_id(reference) == source.name.partition("+")[0]:  # what follows names LoRA
         revision = source.revision  # what the bundle was made from
     found = find_model(reference, progress, revision, files)
-    return verify_reported(bundle, found.path, progress, size, files, generated)
+    return verify_reported(bundle, found.path, progress, size, files, generated, loras)
 
 
 @cli.command()

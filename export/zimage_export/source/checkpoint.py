@@ -5,7 +5,7 @@ Components may come from single files instead (see `single_files`).
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -73,12 +73,26 @@ class TensorSource:
         except OSError as error:
             raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from None
 
+    def rows(self, first: int, count: int) -> NDArray[np.float32]:
+        """`count` rows from `first` in float32, [count, …]. A vector is one row."""
+        if len(self.shape) < 2:
+            return self.read()[None]
+        nbytes = self.entry.nbytes // max(self.shape[0], 1)
+        entry = dataclasses.replace(
+            self.entry,
+            shape=(count, *self.shape[1:]),
+            offset=self.entry.offset + first * nbytes,
+            nbytes=nbytes * count,
+        )
+        return dataclasses.replace(self, entry=entry).read()
+
     def read_rows(self, count: int) -> NDArray[np.float32]:
         """The first `count` rows in float32; fewer where the tensor has fewer."""
-        rows = min(count, self.shape[0])
-        nbytes = self.entry.nbytes // max(self.shape[0], 1) * rows
-        entry = dataclasses.replace(self.entry, shape=(rows, *self.shape[1:]), nbytes=nbytes)
-        return dataclasses.replace(self, entry=entry).read()
+        return self.rows(0, min(count, self.shape[0]))
+
+    def picked_rows(self, chosen: Iterable[int]) -> NDArray[np.float32]:
+        """Single rows in float32, in the order of their numbers given."""
+        return np.concatenate([self.rows(int(row), 1) for row in chosen])
 
     def read(self) -> NDArray[np.float32]:
         """The whole tensor in float32."""
@@ -137,6 +151,10 @@ class Weights:
                 f"{tensor.path}: {name} has shape {list(tensor.shape)}, the configuration says {list(shape)}"
             )
         return tensor
+
+    def with_tensors(self, tensors: Mapping[str, TensorSource]) -> "Weights":
+        """The same component, with some of its tensors replaced."""
+        return Weights(self.where, {**self._tensors, **tensors})
 
     def without_prefix(self, prefix: str) -> Self:
         """Accepts names with or without a prefix, which is removed."""

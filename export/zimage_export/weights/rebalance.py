@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.rebalancing import ATTENTION_VALUES, PLACES, Factors, SharedHeads, block_factors
-from zimage_runtime.bundle.tensors import DType, to_float32
+from zimage_runtime.bundle.tensors import DType
 
 from ..source.checkpoint import Checkpoint, TensorSource, Weights
 from ..storage.folds import block_of
@@ -195,6 +195,5 @@ def _silu_rms(deviation: FloatArray) -> FloatArray:
 
 def sample_rows(source: TensorSource) -> FloatArray:
     """Some of a weight's rows, evenly spread."""
-    table = np.memmap(source.path, dtype=source.dtype.storage, mode="r", offset=source.entry.offset, shape=source.shape)
-    chosen = np.unique(np.linspace(0, len(table) - 1, min(_SAMPLE_ROWS, len(table))).astype(np.int64))
-    return to_float32(np.asarray(table[chosen]), source.dtype)
+    count = source.shape[0]
+    return source.picked_rows(np.unique(np.linspace(0, count - 1, min(_SAMPLE_ROWS, count)).astype(np.int64)))

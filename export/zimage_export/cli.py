@@ -188,9 +188,10 @@ def engines(bundle: Path, gpus: tuple[str, ...], as_json: bool, quiet: bool) -> 
     multiple=True,
     help="Executor to add programs for; may be given again.  [default: all that the bundle's precision is for]",
 )
+@click.option("--lora", is_flag=True, help="Also add those that take LoRA, which `zimage-rt run --lora` needs.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the path.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
-def programs(bundle: Path, executors: tuple[str, ...], as_json: bool, quiet: bool) -> None:
+def programs(bundle: Path, executors: tuple[str, ...], lora: bool, as_json: bool, quiet: bool) -> None:
     """Add the programs that BUNDLE lacks, such as those of an executor that is newer than the bundle.
 
     A program takes 2 MB at most. Weights are neither needed in memory nor rewritten, and images that the bundle has
@@ -202,7 +203,7 @@ def programs(bundle: Path, executors: tuple[str, ...], as_json: bool, quiet: boo
     from .programs import add_programs
 
     progress = Progress(quiet)
-    report = add_programs(Bundle.open(bundle), executors, progress)
+    report = add_programs(Bundle.open(bundle), executors, progress, lora=lora)
     manifest = report.bundle.manifest
     added = [
         {"program": program.value, "name": name, "path": record.path, "bytes": manifest.files[record.path].size}

@@ -106,7 +106,6 @@ def test_a_merged_bundle_says_so_and_is_measured_against_the_merged_model(
     document = json.loads(made.out)
     verified = ("verify", tmp_path / "out", "--reference", checkpoint, "--size", "32x32", "--prompts", prompts)
     assert call_export(capsys, *verified, "--quiet", *given).status == 0
-    assert call_export(capsys, *verified, "--quiet").status == 1, "without the files, it is another model"
     assert document["fingerprint"] != Pipeline.from_bundle(bundle).bundle.manifest.fingerprint
 
 

@@ -69,6 +69,13 @@ SAMPLERS, SCHEDULERS = ([name.value for name in names] for names in (SamplerName
 )
 @click.option("--cfg-normalization", is_flag=True, help="Guidance makes no velocity longer than it was.")
 @click.option("--cfg-truncation", type=float, help="Guide up to this share of the schedule only.  [default: 1, all]")
+@click.option(
+    "--lora",
+    multiple=True,
+    metavar="FILE[:WEIGHT]",
+    help="A LoRA, times WEIGHT of any sign; may be given again.  [default weight: 1]",
+)
+@click.option("--lora-allow-unused", is_flag=True, help="Leave out what of a LoRA belongs to nothing in the model.")
 @click.option("--sampler", type=click.Choice(SAMPLERS), help="How steps are taken.  [default: euler]")
 @click.option(
     "--scheduler",
@@ -165,6 +172,7 @@ def _compare(recorded: "ImageInfo", job: "Job", options: RunOptions, progress: P
     for given, wanted, found in pairs:
         if wanted != found:
             raise RequestError(f"{given}: is not the image that {options.replay} was generated from; its pixels differ")
+    options.check_loras(recorded, job.info)
     for line in differences(recorded, job.info):
         progress.warn(line)
 

@@ -36,6 +36,7 @@ class ProgramSet:
     precisions: tuple[Precision, ...] = tuple(Precision)  # of the bundles that get them
     widened: frozenset[DType] = frozenset()  # types of stored weights that are float32 in the executor's memory
     variant_of: str = ""  # the executor that has these further programs, if they are not its first
+    extended: bool = False  # programs that take LoRA: a bundle gets them when they are asked for
     standard: bool = True  # onnx knows every operator, so that a program is checked down to every value's type
 
     @property

@@ -12,7 +12,7 @@ from zimage_runtime.model.programs import Program
 from ..storage.folds import NO_FOLD, BlockFold, Folds
 from ..storage.precision import StoragePolicy
 from .builder import GraphBuilder
-from .cpu_layers import CPU_PROGRAMS
+from .cpu_layers import CPU_EXTENDED, CPU_PROGRAMS
 from .cuda_layers import CUDA_PROGRAMS, WEIGHT_ONLY_PROGRAMS
 from .layers import Layers
 from .program_set import ProgramSet, TypePolicy
@@ -28,6 +28,7 @@ PROGRAM_SETS: dict[str, ProgramSet] = {
         WEBGPU_PROGRAMS,
         FUSED_PROGRAMS,
         TENSORRT_PROGRAMS,
+        CPU_EXTENDED,
     )
 }
 """The registry, by name and in the order in which a bundle's programs are built."""

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from zimage_runtime.adapters.given import GivenLora
-from zimage_runtime.adapters.reader import Adapter, Delta, read_adapter
+from zimage_runtime.adapters.reader import Delta, WeightedAdapter, read_adapter
 from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.tensors import DType, TensorEntry
 from zimage_runtime.model.config import ModelConfig
@@ -25,14 +25,6 @@ from .checkpoint import Checkpoint, TensorSource, Weights
 
 _PIECE_BYTES = 4 << 20  # of float32
 _EPSILON = np.float32(np.finfo(np.float32).eps)  # what LyCORIS adds to a norm
-
-
-@dataclass(frozen=True)
-class WeightedAdapter:
-    """A file's changes, and how much of them counts."""
-
-    adapter: Adapter
-    weight: float
 
 
 @dataclass

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..bundle.tensors import TensorFile, TensorFileError, data_offset
+from ..bundle.tensors import TensorFile, TensorFileError, data_offset, read_metadata
 from ..errors import AdapterError
 from ..model.config import ModelConfig
 from .form_reader import FormReader
@@ -55,6 +55,7 @@ class Adapter:
     path: Path
     deltas: tuple[Delta, ...]
     unused: tuple[str, ...]  # tensors that belong to nothing that is known; empty unless they were allowed
+    title: str  # what its name and its metadata call it
     hash: str  # SHA-256 of the tensors' bytes, as kohya's trainer and A1111 count it: a changed header keeps it
 
     @property
@@ -66,6 +67,14 @@ class Adapter:
     def components(self) -> set[str]:
         """The parts of the model that it changes."""
         return {delta.target.component for delta in self.deltas}
+
+
+@dataclass(frozen=True)
+class WeightedAdapter:
+    """A file's changes, and how much of them counts."""
+
+    adapter: Adapter
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,7 @@ def read_adapter(path: Path, config: ModelConfig, *, allow_unused: bool = False)
     deltas = _distinct(path, [(module, _deltas(file, module, peft)) for module in modules])
     if not deltas:
         raise AdapterError(f"{path}: changes nothing that is used for an image")
-    return Adapter(path, tuple(deltas), tuple(unused), _hash(path))
+    return Adapter(path, tuple(deltas), tuple(unused), _title(path), _hash(path))
 
 
 def _open(path: Path) -> TensorFile:
@@ -230,6 +239,11 @@ def _distinct(path: Path, modules: Iterable[tuple[_Module, list[Delta]]]) -> lis
 def _equal(one: Delta, other: Delta) -> bool:
     rows = one.form.shape[0]
     return one.scale == other.scale and np.array_equal(one.form.rows(0, rows), other.form.rows(0, rows))
+
+
+def _title(path: Path) -> str:
+    texts = read_metadata(path)
+    return " ".join([path.stem, *(texts[key] for key in ("modelspec.title", "ss_output_name") if key in texts)])
 
 
 def _hash(path: Path) -> str:

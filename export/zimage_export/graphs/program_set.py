@@ -6,6 +6,7 @@ from typing import Protocol
 
 from zimage_runtime.bundle.manifest import Precision
 from zimage_runtime.bundle.tensors import DType
+from zimage_runtime.model.branches import EXTENDED
 from zimage_runtime.model.programs import Program
 
 from .builder import GraphBuilder
@@ -24,6 +25,9 @@ class TypePolicy(Protocol):
 
 ON_DEVICE = tuple(program for program in Program if program is not Program.MODULATION)
 """The programs that a device runs; the modulation table is always computed on the CPU."""
+
+EXTENDED_ON_DEVICE = tuple(program for program in EXTENDED if program in ON_DEVICE)
+"""Those of them that also take LoRA."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..arrays import FloatArray
 from ..bundle.bundle import Bundle
-from ..bundle.manifest import Manifest
+from ..bundle.manifest import CPU, Manifest, extended
 from ..bundle.rebalancing import Factors, RebalancingFactors
 from ..errors import AdapterError, BundleError
 from ..model.branches import EXTENDED, branch_linears, down_input, up_input
@@ -41,17 +41,25 @@ class Branches:
 
     def inputs(self, program: Program, manifest: Manifest, least_rank: int = 0) -> dict[str, FloatArray]:
         """The inputs of an extended program. Without a branch, a layer has zeros of the least rank, or nothing."""
-        found = {}
+        found: dict[str, FloatArray] = {}
+        zeros: dict[tuple[int, int], FloatArray] = {}
+
+        def nothing(*shape: int) -> FloatArray:
+            if shape not in zeros:  # one for all of a shape
+                zeros[shape[0], shape[1]] = np.zeros(shape, np.float32)
+            return zeros[shape[0], shape[1]]
+
         for linear in branch_linears(program, manifest.config):
-            down, up = self.matrices.get(linear.name, (None, None))
-            if down is None or up is None:
-                down = np.zeros((least_rank, linear.in_width), np.float32)
-                up = np.zeros((linear.out_width, least_rank), np.float32)
+            none = nothing(least_rank, linear.in_width), nothing(linear.out_width, least_rank)
+            down, up = self.matrices.get(linear.name, none)
             found[down_input(linear.name)], found[up_input(linear.name)] = down, up
         return found
 
 
 NO_BRANCHES = Branches()
+
+ON_CPU = dict.fromkeys(EXTENDED, CPU)
+"""The programs that the CPU needs."""
 
 
 def check_at_run_time(lora: WeightedAdapter, model: str) -> None:
@@ -140,10 +148,10 @@ def _fold(bundle: Bundle, linear: str) -> float:
     return float(2.0 ** -folds.get(kind, 0)) if kind else 1.0
 
 
-def check_extended(bundle: Bundle, name: str) -> None:
-    """Raises `BundleError` where a bundle lacks programs that take LoRA, under their name."""
-    lacking = [program for program in EXTENDED if bundle.manifest.record(program, name) is None]
-    if lacking:
+def check_extended(bundle: Bundle, names: Mapping[Program, str]) -> None:
+    """Raises `BundleError` where a bundle lacks programs that take LoRA. `names` are those of what they extend."""
+    manifest = bundle.manifest
+    if any(manifest.record(program, extended(name)) is None for program, name in names.items()):
         raise BundleError(
             f"{bundle.root}: has no programs that take LoRA; `zimage-export programs {bundle.root} --lora` adds them"
         )

@@ -5,10 +5,10 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar, cast
 
-from ...adapters.branches import NO_BRANCHES, Branches, check_extended
+from ...adapters.branches import NO_BRANCHES, ON_CPU, Branches, check_extended
 from ...arrays import FloatArray
 from ...bundle.bundle import Bundle
-from ...bundle.manifest import CPU, Precision, extended
+from ...bundle.manifest import CPU, Precision
 from ...bundle.tensors import TensorFile
 from ...errors import BundleError, RequestError
 from ...machine.int8_products import activation_bits
@@ -64,7 +64,7 @@ class OrtCpuExecutor:
     def plan(self, work: Work) -> MemoryPlan:
         manifest = self.bundle.manifest
         if work.branches is not None:
-            check_extended(self.bundle, extended(CPU))
+            check_extended(self.bundle, ON_CPU)
         plan = plan_memory(manifest, work, low_memory=self.low_memory, reusable=self._reusable())
         return replace(plan, notes=slow_step_notes(manifest, work))
 

@@ -77,7 +77,7 @@ def test_every_executor_has_extended_programs_of_the_types_that_it_multiplies_in
         {extended(WEBGPU), extended(WEBGPU_FUSED)} if precision is not Precision.BF16 else set()
     )
     if precision is Precision.INT8:
-        names.add(extended("cuda-weight-only"))
+        names.add(extended(CUDA_WEIGHT_ONLY))
     found = {name for name in manifest.programs[Program.DENOISER] if name.endswith("-extended")}
     assert found == names | {"cpu-extended"}
     for name in found:

@@ -164,7 +164,7 @@ def _open(model: str | Path, options: BuildOptions, progress: Progress) -> tuple
 def _with_loras(checkpoint: Checkpoint, options: BuildOptions, progress: Progress) -> Checkpoint:
     if not options.loras:
         return checkpoint
-    loras = read_loras(options.loras, checkpoint.config, allow_unused=options.lora_allow_unused)
+    loras = read_loras(options.loras, checkpoint.config, allow_unused=options.lora_allow_unused, progress=progress)
     for lora in loras:
         for name in lora.adapter.unused:
             progress.warn(f"{lora.adapter.path}: {name} is left out: it belongs to nothing in the model")

@@ -104,7 +104,7 @@ SAMPLERS, SCHEDULERS = ([name.value for name in names] for names in (SamplerName
 @click.option("--quiet", is_flag=True, help="No progress on stderr; warnings remain.")
 def run(**given: Any) -> None:
     """Generate images of PROMPT and print the path of each file written."""
-    from zimage_runtime.bundle.hub import bundle_directory
+    from zimage_runtime.bundle.hub import adapter_file, bundle_directory
     from zimage_runtime.events import NO_PREVIEWS
     from zimage_runtime.images.outputs import check_output
     from zimage_runtime.pipeline import Pipeline
@@ -114,14 +114,16 @@ def run(**given: Any) -> None:
     options = RunOptions(**given)
     options.check()
     start = time.perf_counter()
+    progress = Progress(options.quiet)
     check_output(options.output)
     if options.preview is not None:
         check_output(options.preview)
     recorded = _recorded(options.replay) if options.replay else None
     if recorded:
         options.check_sources(recorded)
+    for lora in options.given_loras():
+        adapter_file(lora.file, progress)  # fetched here, where progress is shown
     request = options.request(recorded)
-    progress = Progress(options.quiet)
     bundle = bundle_directory(options.model, progress) if options.model is not None else demo_bundle()
     with Pipeline.from_bundle(
         bundle,

@@ -9,6 +9,7 @@ import click
 from zimage_runtime.errors import RequestError
 
 if TYPE_CHECKING:
+    from zimage_runtime.adapters.given import GivenLora
     from zimage_runtime.events import Request
     from zimage_runtime.images.metadata import ImageInfo
 
@@ -93,6 +94,12 @@ class RunOptions:
             ("--variation", self.variation is not None),
         )
 
+    def given_loras(self) -> "list[GivenLora]":
+        """Files and weights. Raises `AdapterError`."""
+        from zimage_runtime.adapters.given import GivenLora
+
+        return [GivenLora.parse(text) for text in self.lora]
+
     def request(self, recorded: "ImageInfo | None") -> "Request":
         """The request: what the options say or, for a replay, what the file does."""
         from zimage_runtime.events import Request
@@ -152,10 +159,9 @@ class RunOptions:
 
 def _replayed(recorded: "ImageInfo", options: RunOptions) -> "Request":
     """The request of an image's metadata. Weights of LoRA are the image's, whatever was given."""
-    from zimage_runtime.adapters.given import GivenLora
     from zimage_runtime.events import Request
 
-    given = [GivenLora.parse(text).file for text in options.lora]
+    given = [one.file for one in options.given_loras()]
     seed, strength = recorded.variation_seed, recorded.variation_strength
     return Request(
         recorded.prompt,

@@ -93,7 +93,7 @@ def verify_reported(
     """
     checkpoint = Checkpoint.open(model, files)
     if loras:
-        checkpoint = with_loras(checkpoint, read_loras(loras, checkpoint.config, allow_unused=True))
+        checkpoint = with_loras(checkpoint, read_loras(loras, checkpoint.config, allow_unused=True, progress=progress))
     manifest = bundle.manifest
     if checkpoint.config != manifest.config:
         raise ExportError(

@@ -10,7 +10,6 @@ other than 1 goes that far from W to W'.
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +17,9 @@ from numpy.typing import NDArray
 from zimage_runtime.adapters.given import GivenLora
 from zimage_runtime.adapters.reader import Delta, WeightedAdapter, read_adapter
 from zimage_runtime.arrays import FloatArray
+from zimage_runtime.bundle.hub import adapter_file
 from zimage_runtime.bundle.tensors import DType, TensorEntry
+from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.model.config import ModelConfig
 
 from .checkpoint import Checkpoint, TensorSource, Weights
@@ -120,10 +121,14 @@ def _ranges(source: TensorSource, max_bytes: int) -> Iterator[tuple[int, int]]:
         yield first, min(step, source.shape[0] - first)
 
 
-def read_loras(given: Sequence[GivenLora], config: ModelConfig, *, allow_unused: bool) -> list[WeightedAdapter]:
-    """Reads files that are to be merged. Raises `AdapterError`."""
+def read_loras(
+    given: Sequence[GivenLora], config: ModelConfig, *, allow_unused: bool, progress: Progress | None = None
+) -> list[WeightedAdapter]:
+    """Reads files that are to be merged, fetched if they are on the Hub. Raises `AdapterError` or `HubError`."""
+    paths = [adapter_file(lora.file, progress) for lora in given]
     return [
-        WeightedAdapter(read_adapter(Path(lora.file), config, allow_unused=allow_unused), lora.weight) for lora in given
+        WeightedAdapter(read_adapter(path, config, allow_unused=allow_unused), lora.weight)
+        for path, lora in zip(paths, given, strict=True)
     ]
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..bundle.bundle import Bundle
+from ..bundle.hub import adapter_file
 from ..errors import AdapterError
 from .branches import Branches, check_at_run_time, make_branches
 from .given import GivenLora
@@ -26,8 +27,11 @@ class LoraShelf:
     _made: tuple[_Used, Branches] | None = None
 
     def open(self, given: Sequence[GivenLora], *, allow_unused: bool = False) -> tuple[WeightedAdapter, ...]:
-        """Reads and checks files that can be used at run time. Raises `AdapterError`."""
-        found = tuple(WeightedAdapter(self._adapter(Path(one.file), allow_unused), one.weight) for one in given)
+        """Reads and checks files that can be used at run time, fetched if they are on the Hub.
+
+        Raises `AdapterError` or `HubError`.
+        """
+        found = tuple(WeightedAdapter(self._adapter(adapter_file(one.file), allow_unused), one.weight) for one in given)
         for one in found:
             check_at_run_time(one, self.bundle.manifest.source.name)
         return found

@@ -127,7 +127,7 @@ def _check_stored(entries: Entries, path: Path, kind: _Kind) -> None:
     for name, entry in entries.items():
         if _LORA.search(name):
             raise CheckpointError(
-                f"{path}: is a LoRA, not a model (it contains {name}); merge it into the {kind.title} and give that"
+                f"{path}: is a LoRA, not a model (it contains {name}); use --lora to merge it into the {kind.title}"
             )
         if _QUANTIZED_KEYS.search(name) or entry.dtype.startswith(_QUANTIZED_TYPES):
             raise CheckpointError(

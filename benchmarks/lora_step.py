@@ -1,8 +1,8 @@
 """One denoising step with LoRA on the CPU, against the step without: what branches beside the weights cost.
 
 A few blocks of the published width. `none` is the extended program without LoRA; files change every linear of every
-block. Variants take turns, and a ratio is of two calls in the same round. Beside it stands what switching takes: reading
-the file (in the page cache) and making its matrices, for these blocks and, by their number, for the full model.
+block. Variants take turns, and a ratio is of two calls in the same round. Beside it stands what switching takes:
+reading the file (in the page cache) and making its matrices, for these blocks and, in proportion, for the full model.
 
     python benchmarks/lora_step.py --work DIR
 """
@@ -66,12 +66,12 @@ def write_lora(path: Path, config: ModelConfig, rank: int) -> Path:
     return path
 
 
-def switch(bundle: Bundle, path: Path) -> tuple[Any, float]:
+def switch(bundle: Bundle, path: Path, clock: Callable[[], float]) -> tuple[Any, float]:
     """The matrices of a file, and the seconds that reading it and making them took."""
-    start = time.perf_counter()
+    start = clock()
     adapter = read_adapter(path, bundle.manifest.config)
     branches = make_branches(bundle, [WeightedAdapter(adapter, 1.0)])
-    return branches, time.perf_counter() - start
+    return branches, clock() - start
 
 
 def steps(bundle: Bundle, side: int, branches: dict[str, Any]) -> Calls:
@@ -97,17 +97,17 @@ def measure(root: Path, side: int, options: argparse.Namespace) -> dict[str, Any
     bundle = Bundle.open(root)
     config = bundle.manifest.config
     blocks = len(layer_blocks("transformer", config))
+    clock = time.process_time if options.cpu_time else time.perf_counter
     branches, switching = {}, {}
     for rank in options.ranks:
         path = write_lora(options.work / f"rank-{rank}.safetensors", config, rank)
-        taken = [switch(bundle, path) for _ in range(3)]
+        taken = [switch(bundle, path, clock) for _ in range(5)]
         branches[f"rank {rank}"] = taken[-1][0]
         switching[f"rank {rank}"] = statistics.median(seconds for _, seconds in taken)
     calls = steps(bundle, side, branches)
     outputs = {name: call() for name, call in calls.items()}
     if not np.array_equal(outputs[NONE], outputs[WITHOUT]):
         raise RuntimeError("the extended program gives other bits without LoRA")
-    clock = time.process_time if options.cpu_time else time.perf_counter
     seconds = interleave(calls, options.rounds, clock)
     return {
         "precision": bundle.manifest.precision.value,
@@ -134,9 +134,9 @@ def to_markdown(document: dict[str, Any]) -> str:
         f"{describe(document['machine'])}.",
         f"Random weights, {document['blocks']} blocks of the published width; LoRA of every linear of every block; "
         f"threads: {document['threads']}; seconds of the {document['seconds_of']}; {document['rounds']} rounds.",
-        "Seconds are of a machine that other work may share: compare ratios, which are medians over the rounds. The change "
-        "is of the first step's velocity, relative to the one without. Switching is reading a file in the page cache and "
-        "making its matrices, for these blocks and, in proportion, for the published model's 34.",
+        "Seconds are of a machine that other work may share: compare ratios, which are medians over the rounds. The "
+        "change is of the first step's velocity, relative to the one without. Switching is reading a file in the page "
+        "cache and making its matrices, for these blocks and, in proportion, for the published model's 34.",
         f"Made by `{document['command']}`.",
     ]
     header = ["variant", "median, s", "of the step without", "change", "switching, s", "at full size, s"]

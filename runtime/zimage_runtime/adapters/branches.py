@@ -6,6 +6,7 @@ factors in int8, folds in every precision. The change of W is multiplied alike: 
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -102,28 +103,35 @@ def make_branches(bundle: Bundle, loras: Sequence[WeightedAdapter]) -> Branches:
 
     Raises `BundleError` for an int8 bundle that does not hold what its weights were multiplied by.
     """
-    parts: dict[str, list[tuple[FloatArray, FloatArray]]] = {}
+    parts: dict[str, list[_Part]] = {}
     for lora in loras:
         for delta in lora.adapter.deltas if lora.weight else ():
             assert isinstance(delta.form, LowRank | Hadamard)
             up, down = delta.form.factors()
-            parts.setdefault(delta.target.name, []).append((down, up * np.float32(delta.scale * lora.weight)))
+            parts.setdefault(delta.target.name, []).append(_Part(down, up, np.float32(delta.scale * lora.weight)))
     factors = RebalancingFactors(bundle, _COMPONENT)
     return Branches(
         {name: _joined(some, factors.of(f"{name}.weight"), _fold(bundle, name)) for name, some in parts.items()}
     )
 
 
-def _joined(
-    parts: Sequence[tuple[FloatArray, FloatArray]], factors: Factors, power: float
-) -> tuple[FloatArray, FloatArray]:
-    rank = sum(len(down) for down, _ in parts)
-    joined_down = np.zeros((_padded(rank), parts[0][0].shape[1]), np.float32)
-    joined_up = np.zeros((len(parts[0][1]), _padded(rank)), np.float32)
+class _Part(NamedTuple):
+    """One file's change of a layer."""
+
+    down: FloatArray
+    up: FloatArray
+    scale: np.float32
+
+
+def _joined(parts: Sequence[_Part], factors: Factors, power: float) -> tuple[FloatArray, FloatArray]:
+    rank = sum(len(part.down) for part in parts)
+    joined_down = np.empty((_padded(rank), parts[0].down.shape[1]), np.float32)
+    joined_up = np.empty((len(parts[0].up), _padded(rank)), np.float32)
+    joined_down[rank:], joined_up[:, rank:] = 0, 0
     first = 0
-    for down, up in parts:
+    for down, up, scale in parts:
         joined_down[first : first + len(down)] = down
-        joined_up[:, first : first + len(down)] = up
+        np.multiply(up, scale, out=joined_up[:, first : first + len(down)])
         first += len(down)
     if factors.columns is not None:
         joined_down *= factors.columns

@@ -156,7 +156,8 @@ class FormReader:
 
 
 def _finite(values: NDArray[Any], dtype: DType) -> bool:
-    """Whether all values are: seen from their bits, where numpy has no such type."""
-    if dtype is DType.BF16:
-        return not bool(((values & 0x7F80) == 0x7F80).any())
-    return bool(np.isfinite(values).all())
+    """Whether all values are: in 16 bits, whether no exponent has all its bits set."""
+    exponent = {DType.BF16: 0x7F80, DType.F16: 0x7C00}.get(dtype)
+    if exponent is None:
+        return bool(np.isfinite(values).all())
+    return not bool(((values.view(np.uint16) & np.uint16(exponent)) == exponent).any())

@@ -30,6 +30,11 @@ class Values:
             shape = shape[:-1]
         return cls(file, name, shape)
 
+    @property
+    def whole(self) -> bool:
+        """Whether it is the whole tensor."""
+        return self.shape[:1] == self.file.entries[self.name].shape[:1]
+
     def part(self, index: int, parts: int) -> "Values":
         """One of several equal ranges of its rows."""
         rows = self.shape[0] // parts
@@ -92,6 +97,8 @@ class LowRank:
     def factors(self) -> tuple[FloatArray, FloatArray]:
         """Up and down, without columns of up that are zero: of a block-diagonal matrix, a part has many."""
         up, down = self.up.read(), self.down.read()
+        if self.up.whole:
+            return up, down
         used = up.any(axis=0)
         return (up, down) if used.all() else (up[:, used], down[used])
 

@@ -22,7 +22,7 @@ from zimage_runtime.adapters.branches import NO_BRANCHES, RANK_UNIT, branch_byte
 from zimage_runtime.adapters.given import GivenLora
 from zimage_runtime.adapters.reader import WeightedAdapter, read_adapter
 from zimage_runtime.bundle.bundle import Bundle
-from zimage_runtime.bundle.manifest import CPU, Precision, extended
+from zimage_runtime.bundle.manifest import CPU, CUDA, WEBGPU, WEBGPU_FUSED, Precision, extended
 from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.errors import AdapterError, BundleError, RequestError
 from zimage_runtime.executors.ort.host_programs import HostPrograms
@@ -367,7 +367,12 @@ def test_programs_adds_them(bundle: Path, tmp_path: Path, capsys: Capture) -> No
     copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
     assert json.loads(call_export(capsys, "programs", copy, "--json", "--quiet").out)["added"] == []
     added = json.loads(call_export(capsys, "programs", copy, "--lora", "--json", "--quiet").out)["added"]
-    assert {(Program(a["program"]), a["name"]) for a in added} == {(program, extended(CPU)) for program in EXTENDED}
+    expected = {(program, extended(CPU)) for program in EXTENDED}
+    expected |= {
+        (program, extended(name)) for program in (Program.CAPTION, Program.DENOISER) for name in (CUDA, WEBGPU)
+    }
+    expected.add((Program.DENOISER, extended(WEBGPU_FUSED)))
+    assert {(Program(a["program"]), a["name"]) for a in added} == expected
     assert Bundle.open(copy).manifest.executors == Bundle.open(bundle).manifest.executors
     assert Bundle.open(copy).manifest.fingerprint == Bundle.open(bundle).manifest.fingerprint
 

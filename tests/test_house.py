@@ -24,9 +24,9 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {  # from the top; the rooms of
     "zimage_runtime": (
         ("pipeline",),
         ("job",),
-        ("events", "sampling", "adapters"),
+        ("events", "sampling"),
         ("executors",),
-        ("tiles", "images"),
+        ("tiles", "images", "adapters"),
         ("bundle",),
         ("model",),
         ("machine", "checked_json", "mistaken_files", "command_line"),

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from zimage_runtime.adapters.given import GivenLora
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.files import hash_file
 from zimage_runtime.bundle.manifest import (
@@ -35,6 +36,7 @@ from .measure.preview_map import fit_preview_map
 from .measure.self_check import self_check
 from .output import check_disk, check_target, replaced_directory
 from .source.checkpoint import Checkpoint, OpenOptions
+from .source.merging import read_loras, with_loras
 from .source.model import find_model
 from .source.single_files import NO_FILES, SingleFiles
 from .source.variant import DEFAULTS, Variant
@@ -61,6 +63,8 @@ class BuildOptions:
     gpus: tuple[GpuTarget, ...] = ()  # for which; none for the usual ones
     variant: Variant | None = None  # of the model, where its files do not say or contradict each other
     allow_pruned: bool = False  # fewer layers than published, at the published width
+    loras: tuple[GivenLora, ...] = ()  # to merge into the weights, in this order
+    lora_allow_unused: bool = False  # leave out tensors of theirs that belong to nothing in the model
 
 
 class Phases:
@@ -102,6 +106,7 @@ def build_reported(model: str | Path, out: str | Path, options: BuildOptions, pr
     if options.engines:
         check_engine_precision(options.precision)
     checkpoint, options = _open(model, options, progress)
+    checkpoint = _with_loras(checkpoint, options, progress)
     _check_tokenizer(checkpoint)
     peaks = _measured(checkpoint, options, progress)
     folds = choose_folds(checkpoint, peaks)
@@ -167,6 +172,16 @@ def _open(model: str | Path, options: BuildOptions, progress: Progress) -> tuple
     if options.files.transformer:  # the file that the bundle is named after is not on the Hub
         return checkpoint, dataclasses.replace(options, revision=None)
     return dataclasses.replace(checkpoint, name=found.name), dataclasses.replace(options, revision=found.revision)
+
+
+def _with_loras(checkpoint: Checkpoint, options: BuildOptions, progress: Progress) -> Checkpoint:
+    if not options.loras:
+        return checkpoint
+    loras = read_loras(options.loras, checkpoint.config, allow_unused=options.lora_allow_unused, progress=progress)
+    for lora in loras:
+        for name in lora.adapter.unused:
+            progress.warn(f"{lora.adapter.path}: {name} is left out: it belongs to nothing in the model")
+    return with_loras(checkpoint, loras)
 
 
 def _write(

@@ -15,6 +15,7 @@ from zimage_runtime.command_line.progress import Progress
 from .errors import require_extra, require_onnx
 
 if TYPE_CHECKING:
+    from zimage_runtime.adapters.given import GivenLora
     from zimage_runtime.bundle.bundle import Bundle
 
     from .measure.verify import VerifyReport
@@ -41,6 +42,16 @@ def _single_files(command: Callable[..., None]) -> Callable[..., None]:
         say = f"A safetensors or GGUF file, or ORG/NAME/FILE on the Hub, in place of the checkpoint's{example}."
         command = click.option(f"--{part}", type=_FILE, help=say)(command)
     return command
+
+
+def _lora_option(command: Callable[..., None]) -> Callable[..., None]:
+    return click.option(
+        "--lora",
+        "loras",
+        multiple=True,
+        metavar="FILE[:WEIGHT]",
+        help="A LoRA to merge into the weights, times WEIGHT; may be given again.  [default weight: 1]",
+    )(command)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -72,6 +83,10 @@ def cli() -> None:
     help="Which model the weights are.  [default: from the scheduler, the file's metadata and its name]",
 )
 @click.option("--allow-pruned", is_flag=True, help="Build a file that has fewer layers than the published model.")
+@_lora_option
+@click.option(
+    "--lora-allow-unused", is_flag=True, help="Leave out what of a LoRA belongs to nothing in the model, and list it."
+)
 @click.option("--engines", is_flag=True, help="Also write TensorRT block programs and engines, as `engines` does.")
 @_gpu_option
 @click.option(
@@ -95,6 +110,8 @@ def build(
     calibrate: Path | None,
     variant: str | None,
     allow_pruned: bool,
+    loras: tuple[str, ...],
+    lora_allow_unused: bool,
     engines: bool,
     gpus: tuple[str, ...],
     measure: bool,
@@ -110,6 +127,7 @@ def build(
     require_extra()
     if gpus and not engines:
         raise click.UsageError("--gpu requires --engines")
+    from zimage_runtime.adapters.given import GivenLora
     from zimage_runtime.machine.gpu_targets import GpuTarget
 
     from .build import BuildOptions, build_reported
@@ -117,7 +135,7 @@ def build(
     from .source.variant import known_variant
 
     files = SingleFiles(transformer, text_encoder, vae, tokenizer)
-    progress = Progress(quiet)
+    progress, given = Progress(quiet), tuple(map(GivenLora.parse, loras))
     options = BuildOptions(
         Precision(precision),
         force,
@@ -128,9 +146,13 @@ def build(
         gpus=tuple(map(GpuTarget, gpus)),
         variant=known_variant(variant),
         allow_pruned=allow_pruned,
+        loras=given,
+        lora_allow_unused=lora_allow_unused,
     )
     report = build_reported(model, out, options, progress)
-    bundle = _verify(report.bundle, model, progress, None, files, revision).bundle if measure else report.bundle
+    bundle = report.bundle
+    if measure:
+        bundle = _verify(bundle, model, progress, None, files, revision, loras=given).bundle
     manifest = bundle.manifest
     _report(
         {
@@ -184,9 +206,10 @@ def engines(bundle: Path, gpus: tuple[str, ...], as_json: bool, quiet: bool) -> 
     multiple=True,
     help="Executor to add programs for; may be given again.  [default: all that the bundle's precision is for]",
 )
+@click.option("--lora", is_flag=True, help="Also add those that take LoRA, which `zimage-rt run --lora` needs.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the path.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
-def programs(bundle: Path, executors: tuple[str, ...], as_json: bool, quiet: bool) -> None:
+def programs(bundle: Path, executors: tuple[str, ...], lora: bool, as_json: bool, quiet: bool) -> None:
     """Add the programs that BUNDLE lacks, such as those of an executor that is newer than the bundle.
 
     A program takes 2 MB at most. Weights are neither needed in memory nor rewritten, and images that the bundle has
@@ -198,7 +221,7 @@ def programs(bundle: Path, executors: tuple[str, ...], as_json: bool, quiet: boo
     from .programs import add_programs
 
     progress = Progress(quiet)
-    report = add_programs(Bundle.open(bundle), executors, progress)
+    report = add_programs(Bundle.open(bundle), executors, progress, lora=lora)
     manifest = report.bundle.manifest
     added = [
         {"program": program.value, "name": name, "path": record.path, "bytes": manifest.files[record.path].size}
@@ -214,6 +237,7 @@ def programs(bundle: Path, executors: tuple[str, ...], as_json: bool, quiet: boo
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--reference", required=True, help="The checkpoint that the bundle was made from, as for build.")
 @_single_files
+@_lora_option
 @click.option("--size", type=SizeType(), help="Size of the images.  [default: the bundle's own, at most 256x256]")
 @click.option("--prompts", type=_FILE, help="Text file of prompts, one per line, each generated once.  [default: two]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the table.")
@@ -225,6 +249,7 @@ def verify(
     text_encoder: Path | None,
     vae: Path | None,
     tokenizer: Path | None,
+    loras: tuple[str, ...],
     size: tuple[int, int] | None,
     prompts: Path | None,
     as_json: bool,
@@ -236,6 +261,7 @@ def verify(
     at a time, so that even the largest checkpoint fits into memory. Fails if the bundle is further from the checkpoint
     than its precision allows. Also prints what each precision would cost each layer, and writes a summary of it.
     """
+    from zimage_runtime.adapters.given import GivenLora
     from zimage_runtime.bundle.bundle import Bundle
 
     from .measure.parity import parity_table
@@ -243,7 +269,8 @@ def verify(
     from .source.single_files import SingleFiles
 
     files = SingleFiles(transformer, text_encoder, vae, tokenizer)
-    measured = _verify(Bundle.open(bundle), reference, Progress(quiet), size, files, prompts=prompts)
+    given = tuple(map(GivenLora.parse, loras))
+    measured = _verify(Bundle.open(bundle), reference, Progress(quiet), size, files, prompts=prompts, loras=given)
     parity = dict(measured.bundle.manifest.parity or {})
     document = {**parity, "each_layer": measured.layers}
     _report(document, as_json, f"{parity_table(parity)}\n{table(measured.layers)}")
@@ -257,6 +284,7 @@ def _verify(
     files: "SingleFiles",
     revision: str | None = None,
     prompts: Path | None = None,
+    loras: tuple["GivenLora", ...] = (),
 ) -> "VerifyReport":
     require_extra()
     from zimage_runtime.bundle.hub import hub_id
@@ -267,10 +295,10 @@ def _verify(
 
     generated = PROMPTS if prompts is None else read_prompts(prompts)
     source = bundle.manifest.source
-    if hub_id(reference) == source.name:
+    if hub_id(reference) == source.name.partition("+")[0]:  # what follows names LoRA
         revision = source.revision  # what the bundle was made from
     found = find_model(reference, progress, revision, files)
-    return verify_reported(bundle, found.path, progress, size, found.files, generated)
+    return verify_reported(bundle, found.path, progress, size, found.files, generated, loras)
 
 
 @cli.command()

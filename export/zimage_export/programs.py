@@ -29,13 +29,17 @@ class AddedPrograms:
     added: tuple[tuple[Program, str, ProgramRecord], ...]  # with the name of each one's set
 
 
-def add_programs(bundle: Bundle, executors: Sequence[str] = (), progress: Progress | None = None) -> AddedPrograms:
+def add_programs(
+    bundle: Bundle, executors: Sequence[str] = (), progress: Progress | None = None, *, lora: bool = False
+) -> AddedPrograms:
     """Adds the programs that a bundle lacks: for some executors, or for all that its precision has programs for.
+
+    With `lora`, also those that take LoRA.
 
     The manifest is replaced last: a killed run leaves the bundle as it was, and the next one completes it. Raises
     `ExportError` if an executor has no programs for the precision, or if the weights lack what a program needs.
     """
-    wanted = _wanted(bundle, executors)
+    wanted = [programs for programs in _wanted(bundle, executors) if lora or not programs.extended]
     policy = BundlePolicy.of(bundle)
     folds = read_folds(bundle.manifest.folds)
     graphs = [

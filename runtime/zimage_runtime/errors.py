@@ -21,6 +21,10 @@ class MemoryLimitError(RequestError):
     """A request does not fit in the memory that is available."""
 
 
+class AdapterError(RequestError):
+    """A LoRA's file is damaged, is for another model, or holds what cannot be applied."""
+
+
 class ExecutorError(ZImageRuntimeError):
     """The device or its library refused to load or run a program."""
 

@@ -3,12 +3,14 @@
 import math
 import operator
 import os
+from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass
 from enum import StrEnum
 from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, SupportsIndex
 
+from .adapters.given import LoraInput, given_loras
 from .arrays import FloatArray
 from .errors import RequestError
 from .images.metadata import ImageInfo
@@ -56,7 +58,11 @@ class Request:
     variation: tuple[int, float] | None = None
     """Another seed and its share of the noise, above 0 and up to 1; several images then vary that seed, not `seed`."""
 
+    loras: Iterable[LoraInput] = ()  # files, each with or without a weight: "a.safetensors", ("b.safetensors", 0.8)
+    lora_allow_unused: bool = False  # leave out tensors of theirs that belong to nothing in the model
+
     def __post_init__(self) -> None:
+        object.__setattr__(self, "loras", given_loras(self.loras))
         for name in ("prompt", "negative"):
             if not isinstance(getattr(self, name), str):
                 raise RequestError(f"{name} must be a string, not {type(getattr(self, name)).__name__}")

@@ -1,12 +1,15 @@
 """A request that was checked and planned, before any of it runs."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+from .adapters.distilled import misfit
+from .adapters.reader import WeightedAdapter
 from .bundle.manifest import Manifest
 from .events import NoticeEvent, Request
 from .executors.choose import Chosen
 from .executors.protocol import Computation, Executor, Plan
-from .images.metadata import ImageInfo
+from .images.metadata import ImageInfo, LoraInfo
 from .images.source_image import SourceImage
 from .model.geometry import ImageGeometry
 from .model.sampling_names import SamplerName, SchedulerName
@@ -44,6 +47,7 @@ class Job:
     variation: tuple[int, float] | None = None  # the first image's other seed, and its share of the noise
     sampler: SamplerName = SamplerName.EULER
     guidance: Guidance = field(default_factory=NoGuidance)
+    loras: tuple[WeightedAdapter, ...] = ()  # those that have an effect
 
     @property
     def prompt(self) -> str:
@@ -80,6 +84,7 @@ def image_info(
     scale: float | None,
     executor: str,
     computed: Computation,
+    loras: Sequence[WeightedAdapter] = (),
 ) -> ImageInfo:
     """What decides the image of a request whose defaults are filled in. `scale` is None where no step is guided."""
     guided = scale is not None
@@ -109,10 +114,25 @@ def image_info(
         program=computed.program,
         activation_bits=computed.activation_bits,
         library=computed.library,
+        loras=tuple(LoraInfo(one.adapter.name, one.weight, one.adapter.hash) for one in loras),
     )
 
 
-def notices_of(request: Request, guidance: Guidance, chosen: Chosen) -> tuple[NoticeEvent, ...]:
+def lora_notices(loras: Sequence[WeightedAdapter], steps: int, guidance: Guidance, defaults: int) -> list[NoticeEvent]:
+    """What does not fit, and what of the files is left out."""
+    found = []
+    for one in loras:
+        if text := misfit(one.adapter, steps, guided=guidance.guided, defaults=defaults):
+            found.append(NoticeEvent(text, warning=True))
+        if unused := one.adapter.unused:
+            text = f"{one.adapter.path}: {len(unused)} tensors belong to nothing in the model and are left out: "
+            found.append(NoticeEvent(text + ", ".join(unused), warning=True))
+    return found
+
+
+def notices_of(
+    request: Request, guidance: Guidance, chosen: Chosen, more: Sequence[NoticeEvent] = ()
+) -> tuple[NoticeEvent, ...]:
     """What the user should know before anything runs."""
     notices = [NoticeEvent(note) for note in chosen.plan.notes]
     if chosen.why and chosen.unexpected:
@@ -120,4 +140,4 @@ def notices_of(request: Request, guidance: Guidance, chosen: Chosen) -> tuple[No
     if request.negative and not guidance.guided:
         text = "the negative prompt has no effect, as no step is guided; give a cfg scale above 1"
         notices.append(NoticeEvent(text, warning=True))
-    return tuple(notices)
+    return (*notices, *more)

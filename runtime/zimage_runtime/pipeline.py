@@ -14,6 +14,9 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from .adapters.branches import Branches, branch_bytes
+from .adapters.given import given_loras
+from .adapters.shelf import LoraShelf
 from .arrays import FloatArray
 from .bundle.bundle import Bundle
 from .bundle.hub import bundle_directory
@@ -37,7 +40,7 @@ from .executors.registry import AUTO
 from .images.img2img import DEFAULT_MASKED_STRENGTH, DEFAULT_STRENGTH, Encoded, Start, steps_skipped
 from .images.pixels import to_image
 from .images.source_image import open_given
-from .job import Job, Prompt, image_info, notices_of
+from .job import Job, Prompt, image_info, lora_notices, notices_of
 from .keyword_fields import with_fields
 from .model.geometry import (
     ImageGeometry,
@@ -83,12 +86,14 @@ class Pipeline:
     _embeddings: TensorFile = field(init=False, repr=False)
     _encoded: dict[tuple[int, ...], FloatArray] = field(default_factory=dict, init=False, repr=False)
     _sessions: list[Session] = field(default_factory=list, init=False, repr=False)
+    _loras: LoraShelf = field(init=False, repr=False)
     _cancels: int = field(default=0, init=False, repr=False)  # how often `cancel` was called
 
     def __post_init__(self) -> None:
         manifest = self.bundle.manifest
         self._tokenizer = PromptTokenizer(self.bundle.file(manifest.tokenizer))
         self._embeddings = TensorFile(self.bundle.file(manifest.embeddings))
+        self._loras = LoraShelf(self.bundle)
 
     @classmethod
     def from_bundle(
@@ -202,6 +207,8 @@ class Pipeline:
         scale = manifest.defaults.cfg_scale if request.cfg_scale is None else float(request.cfg_scale)
         normalize, truncation = request.cfg_normalization, float(request.cfg_truncation)
         guidance = make_guidance(scale, schedule, first_step, normalize=normalize, truncation=truncation)
+        loras = self._loras.open(given_loras(request.loras), allow_unused=request.lora_allow_unused)
+        active = tuple(one for one in loras if one.weight)
         prompts = [self._prompt(text) for text in (request.prompt, request.negative)[: 1 + guidance.guided]]
         chosen = self.choice.plan(
             Work(
@@ -213,6 +220,7 @@ class Pipeline:
                 steps=schedule.steps,
                 encodes=source is not None,
                 held=3 * geometry.width * geometry.height * count if keeps_images else 0,
+                branches=branch_bytes(active) if active else None,
             )
         )
         info = image_info(
@@ -226,6 +234,7 @@ class Pipeline:
             scale=scale if guidance.guided else None,
             executor=chosen.executor.name,
             computed=chosen.executor.computation(chosen.plan),
+            loras=loras,
         )
         return Job(
             positive=prompts[0],
@@ -240,11 +249,14 @@ class Pipeline:
             first_step=first_step,
             executor=chosen.executor,
             plan=chosen.plan,
-            notices=notices_of(request, guidance, chosen),
+            notices=notices_of(
+                request, guidance, chosen, lora_notices(active, schedule.steps, guidance, manifest.defaults.steps)
+            ),
             choice=chosen.why,
             info=info,
             cancels=cancels,
             guidance=guidance,
+            loras=active,
         )
 
     def run(self, job: Job) -> Iterator[Event]:
@@ -321,7 +333,9 @@ class Pipeline:
         """A denoiser for each prompt. All are encoded first: the text encoder and the transformer may take turns."""
         found = [self.hidden_states(session, ids) for ids in prompts]
         self._encoded = dict(zip(prompts, found, strict=True))  # the last request's alone are kept
-        return tuple(session.denoiser(self.conditioning(job.geometry, job.schedule, hidden)) for hidden in found)
+        branches = self._loras.branches(job.loras) if job.loras else None
+        each = [self.conditioning(job.geometry, job.schedule, hidden, branches) for hidden in found]
+        return tuple(session.denoiser(conditioning) for conditioning in each)
 
     def hidden_states(self, session: Session, ids: tuple[int, ...]) -> FloatArray:
         """The text encoder's hidden states of a prompt: [1, tokens, hidden_size]. The last request's are kept."""
@@ -335,7 +349,13 @@ class Pipeline:
         """Drops what is kept of the last prompts: the next request encodes its own, even if they are the same."""
         self._encoded = {}
 
-    def conditioning(self, geometry: ImageGeometry, schedule: Schedule, hidden_states: FloatArray) -> Conditioning:
+    def conditioning(
+        self,
+        geometry: ImageGeometry,
+        schedule: Schedule,
+        hidden_states: FloatArray,
+        branches: Branches | None = None,
+    ) -> Conditioning:
         """What a denoiser is made from, for a prompt's hidden states [1, tokens, hidden_size]."""
         caption_tokens = padded(hidden_states.shape[1])
         return Conditioning(
@@ -343,6 +363,7 @@ class Pipeline:
             timesteps=schedule.timesteps,
             image_rotary=self._rotary(image_positions(geometry, caption_tokens)),
             caption_rotary=self._rotary(caption_positions(caption_tokens)),
+            branches=branches,
         )
 
     def _prompt(self, text: str) -> Prompt:
@@ -410,6 +431,7 @@ class Pipeline:
     def release(self) -> None:
         """Frees all that is loaded; the next image loads it again."""
         self._encoded = {}
+        self._loras.forget()
         if self.choice.current is not None:
             self.choice.current.release()
 
@@ -417,6 +439,7 @@ class Pipeline:
         """Cancels what runs, frees everything and writes caches. A later request opens the executor again."""
         self.cancel()
         self._encoded = {}
+        self._loras.forget()
         self.choice.close()
 
     def __enter__(self) -> Self:

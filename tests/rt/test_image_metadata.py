@@ -20,7 +20,7 @@ from zimage_runtime.checked_json import Fields
 from zimage_runtime.errors import RequestError
 from zimage_runtime.images.formats import ImageFormat
 from zimage_runtime.images.image_files import encode_image, read_image_info
-from zimage_runtime.images.metadata import REPLAY_VERSION, ImageInfo, Recorded, differences
+from zimage_runtime.images.metadata import REPLAY_VERSION, ImageInfo, LoraInfo, Recorded, differences
 from zimage_runtime.model.sampling_names import SamplerName, SchedulerName
 
 FORMATS = {".png": ImageFormat.PNG, ".jpg": ImageFormat.JPEG, ".webp": ImageFormat.WEBP}
@@ -220,6 +220,9 @@ def test_unknown_keys_are_ignored(info: ImageInfo) -> None:
         ("scheduler", "karras"),
         ("shift", 0),
         ("variation_seed", -1),
+        ("loras", "fox"),
+        ("loras", [{"name": "fox", "weight": "1", "hash": "c"}]),
+        ("loras", [["fox", 1, "c"]]),
     ],
 )
 def test_optional_values_are_checked(key: str, value: object) -> None:
@@ -257,6 +260,7 @@ def test_all_that_is_recorded_comes_back_from_a_file(info: ImageInfo, suffix: st
         shift=4.5,
         variation_seed=9,
         variation_strength=0.25,
+        loras=(LoraInfo('a fox, "red"', -0.3, "c" * 64), LoraInfo("b", 1.0, "d" * 64)),
         program="cuda-weight-only",
         activation_bits=8,
         library='onnxruntime 1.29.0, with a "name"',

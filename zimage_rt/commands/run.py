@@ -69,6 +69,13 @@ SAMPLERS, SCHEDULERS = ([name.value for name in names] for names in (SamplerName
 )
 @click.option("--cfg-normalization", is_flag=True, help="Guidance makes no velocity longer than it was.")
 @click.option("--cfg-truncation", type=float, help="Guide up to this share of the schedule only.  [default: 1, all]")
+@click.option(
+    "--lora",
+    multiple=True,
+    metavar="FILE[:WEIGHT]",
+    help="A LoRA, times WEIGHT of any sign; may be given again.  [default weight: 1]",
+)
+@click.option("--lora-allow-unused", is_flag=True, help="Leave out what of a LoRA belongs to nothing in the model.")
 @click.option("--sampler", type=click.Choice(SAMPLERS), help="How steps are taken.  [default: euler]")
 @click.option(
     "--scheduler",
@@ -102,7 +109,7 @@ SAMPLERS, SCHEDULERS = ([name.value for name in names] for names in (SamplerName
 @click.option("--quiet", is_flag=True, help="No progress on stderr; warnings remain.")
 def run(**given: Any) -> None:
     """Generate images of PROMPT and print the path of each file written."""
-    from zimage_runtime.bundle.hub import bundle_directory
+    from zimage_runtime.bundle.hub import adapter_file, bundle_directory
     from zimage_runtime.events import NO_PREVIEWS
     from zimage_runtime.images.outputs import check_output
     from zimage_runtime.pipeline import Pipeline
@@ -112,14 +119,16 @@ def run(**given: Any) -> None:
     options = RunOptions(**given)
     options.check()
     start = time.perf_counter()
+    progress = Progress(options.quiet)
     check_output(options.output)
     if options.preview is not None:
         check_output(options.preview)
     recorded = _recorded(options.replay) if options.replay else None
     if recorded:
         options.check_sources(recorded)
+    for lora in options.given_loras():
+        adapter_file(lora.file, progress)  # fetched here, where progress is shown
     request = options.request(recorded)
-    progress = Progress(options.quiet)
     bundle = bundle_directory(options.model, progress) if options.model is not None else demo_bundle()
     with Pipeline.from_bundle(
         bundle,
@@ -171,6 +180,7 @@ def _compare(recorded: "ImageInfo", job: "Job", options: RunOptions, progress: P
     for given, wanted, found in pairs:
         if wanted != found:
             raise RequestError(f"{given}: is not the image that {options.replay} was generated from; its pixels differ")
+    options.check_loras(recorded, job.info)
     for line in differences(recorded, job.info):
         progress.warn(line)
 

@@ -9,6 +9,7 @@ import click
 from zimage_runtime.errors import RequestError
 
 if TYPE_CHECKING:
+    from zimage_runtime.adapters.given import GivenLora
     from zimage_runtime.events import Request
     from zimage_runtime.images.metadata import ImageInfo
 
@@ -16,6 +17,7 @@ GROUPS = {
     "Common options": ("model", "output", "size", "steps", "seed", "count", "replay"),
     "Image to image": ("image", "strength", "mask", "mask_grow"),
     "Guidance": ("negative", "cfg_scale", "cfg_normalization", "cfg_truncation"),
+    "LoRA": ("lora", "lora_allow_unused"),
     "Sampling": ("sampler", "scheduler", "shift", "variation"),
     "Execution": ("executor", "device", "vram", "low_memory", "trust_engines"),
     "Output": ("preview", "no_metadata", "as_json", "quiet"),
@@ -43,6 +45,8 @@ class RunOptions:
     cfg_scale: float | None
     cfg_normalization: bool
     cfg_truncation: float | None
+    lora: tuple[str, ...]
+    lora_allow_unused: bool
     sampler: str | None
     scheduler: str | None
     shift: float | None
@@ -91,12 +95,18 @@ class RunOptions:
             ("--variation", self.variation is not None),
         )
 
+    def given_loras(self) -> "list[GivenLora]":
+        """Files and weights. Raises `AdapterError`."""
+        from zimage_runtime.adapters.given import GivenLora
+
+        return [GivenLora.parse(text) for text in self.lora]
+
     def request(self, recorded: "ImageInfo | None") -> "Request":
         """The request: what the options say or, for a replay, what the file does."""
         from zimage_runtime.events import Request
 
         if recorded is not None:
-            return _replayed(recorded, self.image, self.mask)
+            return _replayed(recorded, self)
         settings = {
             "sampler": self.sampler,
             "scheduler": self.scheduler,
@@ -117,6 +127,8 @@ class RunOptions:
             cfg_normalization=self.cfg_normalization,
             shift=self.shift,
             variation=self.variation,
+            loras=self.lora,
+            lora_allow_unused=self.lora_allow_unused,
             **{name: value for name, value in settings.items() if value is not None},  # type: ignore[arg-type]
         )
 
@@ -129,20 +141,37 @@ class RunOptions:
                 )
             if given is not None and not wanted:
                 raise RequestError(f"{self.replay}: was generated without {option}; leave it out")
+        names = ", ".join(f"{one.name} ({one.hash[:12]})" for one in recorded.loras)
+        if len(self.lora) != len(recorded.loras):
+            needed = (
+                f"with {names}; give each file with --lora, in this order" if names else "without --lora; leave it out"
+            )
+            raise RequestError(f"{self.replay}: was generated {needed}")
+
+    def check_loras(self, recorded: "ImageInfo", now: "ImageInfo") -> None:
+        """Raises `RequestError` for a file that is another LoRA than the image was generated with."""
+        for text, wanted, found in zip(self.lora, recorded.loras, now.loras, strict=True):
+            if found.hash != wanted.hash:
+                raise RequestError(
+                    f"--lora {text}: is {found.hash[:12]}, and {self.replay} was generated with {wanted.name}, "
+                    f"{wanted.hash[:12]}"
+                )
 
 
-def _replayed(recorded: "ImageInfo", image: Path | None, mask: Path | None) -> "Request":
+def _replayed(recorded: "ImageInfo", options: RunOptions) -> "Request":
+    """The request of an image's metadata. Weights of LoRA are the image's, whatever was given."""
     from zimage_runtime.events import Request
 
+    given = [one.file for one in options.given_loras()]
     seed, strength = recorded.variation_seed, recorded.variation_strength
     return Request(
         recorded.prompt,
         size=(recorded.width, recorded.height),
         steps=recorded.steps,
         seed=recorded.seed,
-        image=image,
+        image=options.image,
         strength=recorded.strength,
-        mask=mask,
+        mask=options.mask,
         mask_grow=recorded.mask_grow,
         cfg_scale=recorded.cfg_scale,
         negative=recorded.negative,
@@ -152,4 +181,6 @@ def _replayed(recorded: "ImageInfo", image: Path | None, mask: Path | None) -> "
         scheduler=recorded.scheduler,
         shift=recorded.shift,
         variation=None if seed is None or strength is None else (seed, strength),
+        loras=[(file, one.weight) for file, one in zip(given, recorded.loras, strict=True)],
+        lora_allow_unused=options.lora_allow_unused,
     )

@@ -41,9 +41,10 @@ def build_graphs(
 
 
 def build_programs(config: ModelConfig, policy: StoragePolicy, folds: Mapping[str, Folds]) -> list[Graph]:
-    """Every program of a bundle: what each entry of the registry states for the bundle's precision."""
+    """Every program that a bundle gets at once: what entries of the registry state for its precision."""
     return [
         graph
         for name, programs in PROGRAM_SETS.items()
+        if not programs.extended
         for graph in build_graphs(config, Target(name, policy, folds), programs.of(policy.precision))
     ]

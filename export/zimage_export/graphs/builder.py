@@ -48,6 +48,7 @@ class Graph:
     types: Mapping[str, DType] = field(default_factory=dict)  # of weights, and of other values that are not float32
     scalars: Mapping[str, float] = field(default_factory=dict)  # float32 inputs of one element, with the values to feed
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of weights that several tensors make up
+    branches: Mapping[str, Shape] = field(default_factory=dict)  # inputs of an extended program, after its signature's
 
     def to_model(self, weights_file: str, entries: Mapping[str, TensorEntry]) -> onnx.ModelProto:
         """The ONNX model, whose initializers point into a safetensors file beside it.
@@ -60,7 +61,7 @@ class Graph:
             self.nodes,
             self.program.value,
             [
-                *(self._value(name, shape) for name, shape in signature.inputs.items()),
+                *(self._value(name, shape) for name, shape in {**signature.inputs, **self.branches}.items()),
                 # an input with an initializer is optional, and by default has its value
                 *(helper.make_tensor_value_info(name, TensorProto.FLOAT, []) for name in self.settings),
             ],
@@ -125,6 +126,7 @@ class GraphBuilder:
     _widening: list[onnx.NodeProto] = field(default_factory=list)  # casts of weights
     _scope: list[str] = field(default_factory=list)
     _settings: list[str] = field(default_factory=list)
+    _branches: dict[str, Shape] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -214,6 +216,11 @@ class GraphBuilder:
         self._scalars[full] = value
         return full
 
+    def branch_input(self, name: str, shape: Shape) -> str:
+        """A float32 input of an extended program beside those of its signature."""
+        self._branches[name] = shape
+        return name
+
     def storage_of(self, name: str, shape: Sequence[int]) -> DType:
         """The element type of a weight of the scope, as the program receives it."""
         return self.storage(self._full(name), tuple(shape))
@@ -292,4 +299,5 @@ class GraphBuilder:
             self._types,
             self._scalars,
             self._parts,
+            self._branches,
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import TensorProto
 
-from zimage_runtime.bundle.manifest import CUDA, CUDA_WEIGHT_ONLY, Precision
+from zimage_runtime.bundle.manifest import CUDA, CUDA_WEIGHT_ONLY, Precision, extended
 from zimage_runtime.bundle.tensors import DType
 from zimage_runtime.machine.int8_products import EXACT_LEVELS
 from zimage_runtime.model.linears import Linear
@@ -23,7 +23,7 @@ from .builder import GraphBuilder
 from .int4 import BlockLayers
 from .int8 import Int8Layers, Quantized, WidenedInt8Layers, int8_weight
 from .layers import Layers
-from .program_set import ProgramSet, TypePolicy
+from .program_set import EXTENDED_ON_DEVICE, ProgramSet, TypePolicy
 
 
 @dataclass(frozen=True)
@@ -100,21 +100,38 @@ class BlockCudaLayers(BlockLayers, CudaLayers):
     accuracy_level: int = 0  # whatever the kernel does
 
 
-def _layers(b: GraphBuilder, policy: TypePolicy) -> Layers:
+def _layers(b: GraphBuilder, policy: TypePolicy, *, extended: bool = False) -> Layers:
     match policy:
         case StoragePolicy(precision=Precision.INT8):
-            return Int8CudaLayers(b, policy=policy)
+            return Int8CudaLayers(b, policy=policy, extended=extended)
         case StoragePolicy(precision=Precision.INT4):
-            return BlockCudaLayers(b, policy=policy)
-    return CudaLayers(b, policy.gpu_compute(b.program.component))
+            return BlockCudaLayers(b, policy=policy, extended=extended)
+    return CudaLayers(b, policy.gpu_compute(b.program.component), extended=extended)
 
 
-def _weight_only_layers(b: GraphBuilder, policy: TypePolicy) -> Layers:
+def _weight_only_layers(b: GraphBuilder, policy: TypePolicy, *, extended: bool = False) -> Layers:
     assert isinstance(policy, StoragePolicy)
-    return Int8WeightOnlyLayers(b, policy=policy)
+    return Int8WeightOnlyLayers(b, policy=policy, extended=extended)
+
+
+def _extended_layers(b: GraphBuilder, policy: TypePolicy) -> Layers:
+    return _layers(b, policy, extended=True)
+
+
+def _extended_weight_only(b: GraphBuilder, policy: TypePolicy) -> Layers:
+    return _weight_only_layers(b, policy, extended=True)
 
 
 CUDA_PROGRAMS = ProgramSet(CUDA, _layers)
 WEIGHT_ONLY_PROGRAMS = ProgramSet(
     CUDA_WEIGHT_ONLY, _weight_only_layers, (Program.DENOISER,), (Precision.INT8,), variant_of=CUDA
+)
+CUDA_EXTENDED = ProgramSet(extended(CUDA), _extended_layers, EXTENDED_ON_DEVICE, variant_of=CUDA, extended=True)
+WEIGHT_ONLY_EXTENDED = ProgramSet(
+    extended(CUDA_WEIGHT_ONLY),
+    _extended_weight_only,
+    (Program.DENOISER,),
+    (Precision.INT8,),
+    variant_of=CUDA,
+    extended=True,
 )

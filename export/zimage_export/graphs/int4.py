@@ -25,11 +25,11 @@ class BlockLayers(Layers):
     activations: DType = DType.F32  # of the quantized linears
     accuracy_level: int = _INTEGER_ACTIVATIONS
 
-    def linear(self, x: str, linear: Linear) -> str:
+    def plain_linear(self, x: str, linear: Linear) -> str:
         """A linear layer on rows [rows, in_width] → [rows, out_width]."""
         bits = _BITS.get(self.policy.encoding(self.b.program.component, self.b.full_name(linear.weight)))
         if bits is None:
-            return super().linear(x, linear)
+            return super().plain_linear(x, linear)
         weight, out_width, blocks = linear.weight, linear.out_width, linear.in_width // BLOCK_SIZE
         inputs = [
             self.b.cast(x, self.activations),

@@ -61,10 +61,10 @@ class Int8Layers(Layers):
     whole_rotations: bool = False  # as one product, see `rotation`
     _known: dict[str, Quantized] = field(default_factory=dict)  # by the value that was quantized
 
-    def linear(self, x: str, linear: Linear) -> str:
+    def plain_linear(self, x: str, linear: Linear) -> str:
         """A linear layer on rows [rows, in_width] → [rows, out_width] float32."""
         if not is_int8(self.b, self.policy, linear):
-            return super().linear(x, linear)
+            return super().plain_linear(x, linear)
         quantized = self._quantized(x, linear)
         product = self._product(quantized, linear)
         return self.b.op("Mul", product, quantized.scale, name=linear.name)
@@ -76,9 +76,13 @@ class Int8Layers(Layers):
         gate_out = self.scaled(self.silu(self.linear(x, gate), f"{gate.name}.silu"), exponent, "range")
         source = self._quantized(x, up)
         unscaled = self._product(source, up)
-        product = self._quantized(self.b.op("Mul", gate_out, unscaled, name="product"), down)
+        if self.extended:
+            unscaled = self.branch(x, unscaled, up, scale=("Div", source.scale))
+        factors = self.b.op("Mul", gate_out, unscaled, name="product")
+        product = self._quantized(factors, down)
         scale = self.b.op("Mul", product.scale, source.scale, name="product.row_scale")
-        return self.b.op("Mul", self._product(product, down), scale, name=down.name)
+        y = self.b.op("Mul", self._product(product, down), scale, name=down.name)
+        return self.branch(factors, y, down, scale=("Mul", source.scale)) if self.extended else y
 
     def _quantized(self, x: str, reader: Linear) -> Quantized:
         """Rows of activations as the integers that a linear reads, which linears of the same rotation share."""
@@ -131,10 +135,10 @@ class WidenedInt8Layers(Layers):
 
     policy: StoragePolicy = field(default_factory=lambda: StoragePolicy(Precision.INT8))
 
-    def linear(self, x: str, linear: Linear) -> str:
+    def plain_linear(self, x: str, linear: Linear) -> str:
         """A linear layer on rows [rows, in_width] → [rows, out_width] in the compute type."""
         if not is_int8(self.b, self.policy, linear):
-            return super().linear(x, linear)
+            return super().plain_linear(x, linear)
         b = self.b
         weight, scale = int8_weight(b, linear)
         if size := rotation(b, self.policy, linear):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from zimage_runtime.bundle.tensors import DType
+from zimage_runtime.model.branches import down_input, up_input
 from zimage_runtime.model.linears import Linear
 from zimage_runtime.model.norms import Norm
 
@@ -32,13 +33,34 @@ class Layers:
     b: GraphBuilder
     compute: DType = DType.F32
     position_blocks: int = 1  # of queries of the autoencoder's attention, where the operator stores scores
+    extended: bool = False  # linears have low-rank branches, whose matrices are inputs (see `model.branches`)
 
     def weight(self, name: str, shape: tuple[int, ...], dtype: DType = DType.F32) -> str:
         """A tensor of the weights file, cast to an element type."""
         return self.b.cast(self.b.weight(name, shape), dtype)
 
     def linear(self, x: str, linear: Linear) -> str:
-        """A linear layer on rows [rows, in_width] → [rows, out_width]. One stored in float32 is computed in it."""
+        """A linear layer on rows [rows, in_width] → [rows, out_width], with its branch where there are branches."""
+        y = self.plain_linear(x, linear)
+        return self.branch(x, y, linear) if self.extended else y
+
+    def branch(self, x: str, y: str, linear: Linear, *, scale: tuple[str, str] | None = None) -> str:
+        """Adds a layer's branch to its output y: y + (x downᵀ) upᵀ, in y's type.
+
+        `scale` is an operator, `Mul` or `Div`, and what it scales each row [rows, 1] of the small product by.
+        """
+        b, name, dtype = self.b, linear.name, self.b.type_of(y)
+        full = b.full_name(name)
+        rank = f"{full}.rank"
+        down = b.cast(b.branch_input(down_input(full), (rank, linear.in_width)), dtype)
+        up = b.cast(b.branch_input(up_input(full), (linear.out_width, rank)), dtype)
+        small = b.op("Gemm", b.cast(x, dtype), down, name=f"{name}.lora.down", transB=1)
+        if scale is not None:
+            small = b.op(scale[0], small, scale[1], name=f"{name}.lora.scaled")
+        return b.typed(b.op("Gemm", small, up, y, name=f"{name}.lora", transB=1), dtype)
+
+    def plain_linear(self, x: str, linear: Linear) -> str:
+        """A linear layer without its branch. One stored in float32 is computed in it."""
         weight = self.b.weight(linear.weight, (linear.out_width, linear.in_width))
         compute = DType.F32 if self.b.type_of(weight) is DType.F32 else self.compute
         inputs = [self.b.cast(x, compute), self.b.cast(weight, compute)]

@@ -7,7 +7,7 @@ from pathlib import Path
 import onnx
 
 from zimage_runtime.bundle.files import hash_file
-from zimage_runtime.bundle.manifest import FileRecord, ProgramRecord
+from zimage_runtime.bundle.manifest import CPU, FileRecord, ProgramRecord
 from zimage_runtime.bundle.tensors import DType, TensorEntry, read_header
 from zimage_runtime.model.programs import Program
 
@@ -17,7 +17,8 @@ from .target import PROGRAM_SETS
 
 def file_name(graph: Graph) -> str:
     """A program's file in its component's folder; modulation always runs on the CPU and names no executor."""
-    return "modulation.onnx" if graph.program is Program.MODULATION else f"{graph.program}.{graph.executor}.onnx"
+    on_cpu = graph.program is Program.MODULATION and graph.executor == CPU
+    return "modulation.onnx" if on_cpu else f"{graph.program}.{graph.executor}.onnx"
 
 
 def write_program(root: Path, name: str, graph: Graph, weights: Path) -> tuple[ProgramRecord, FileRecord]:

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from zimage_runtime.bundle.manifest import Precision
 from zimage_runtime.bundle.tensors import DType
+from zimage_runtime.model.branches import EXTENDED
 from zimage_runtime.model.programs import Program
 
 from .builder import GraphBuilder
@@ -25,6 +26,9 @@ class TypePolicy(Protocol):
 ON_DEVICE = tuple(program for program in Program if program is not Program.MODULATION)
 """The programs that a device runs; the modulation table is always computed on the CPU."""
 
+EXTENDED_ON_DEVICE = tuple(program for program in EXTENDED if program in ON_DEVICE)
+"""Those of them that also take LoRA."""
+
 
 @dataclass(frozen=True)
 class ProgramSet:
@@ -36,6 +40,7 @@ class ProgramSet:
     precisions: tuple[Precision, ...] = tuple(Precision)  # of the bundles that get them
     widened: frozenset[DType] = frozenset()  # types of stored weights that are float32 in the executor's memory
     variant_of: str = ""  # the executor that has these further programs, if they are not its first
+    extended: bool = False  # programs that take LoRA: a bundle gets them when they are asked for
     standard: bool = True  # onnx knows every operator, so that a program is checked down to every value's type
 
     @property

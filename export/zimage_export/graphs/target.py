@@ -12,12 +12,12 @@ from zimage_runtime.model.programs import Program
 from ..storage.folds import NO_FOLD, BlockFold, Folds
 from ..storage.precision import StoragePolicy
 from .builder import GraphBuilder
-from .cpu_layers import CPU_PROGRAMS
-from .cuda_layers import CUDA_PROGRAMS, WEIGHT_ONLY_PROGRAMS
+from .cpu_layers import CPU_EXTENDED, CPU_PROGRAMS
+from .cuda_layers import CUDA_EXTENDED, CUDA_PROGRAMS, WEIGHT_ONLY_EXTENDED, WEIGHT_ONLY_PROGRAMS
 from .layers import Layers
 from .program_set import ProgramSet, TypePolicy
 from .tensorrt_layers import TENSORRT_PROGRAMS
-from .webgpu_layers import FUSED_PROGRAMS, WEBGPU_PROGRAMS
+from .webgpu_layers import FUSED_EXTENDED, FUSED_PROGRAMS, WEBGPU_EXTENDED, WEBGPU_PROGRAMS
 
 PROGRAM_SETS: dict[str, ProgramSet] = {
     programs.name: programs
@@ -28,6 +28,11 @@ PROGRAM_SETS: dict[str, ProgramSet] = {
         WEBGPU_PROGRAMS,
         FUSED_PROGRAMS,
         TENSORRT_PROGRAMS,
+        CPU_EXTENDED,
+        CUDA_EXTENDED,
+        WEIGHT_ONLY_EXTENDED,
+        WEBGPU_EXTENDED,
+        FUSED_EXTENDED,
     )
 }
 """The registry, by name and in the order in which a bundle's programs are built."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from zimage_runtime.bundle.manifest import WEBGPU, WEBGPU_FUSED, Precision
+from zimage_runtime.bundle.manifest import WEBGPU, WEBGPU_FUSED, Precision, extended
 from zimage_runtime.bundle.tensors import DType
 from zimage_runtime.model.programs import Program
 from zimage_runtime.model.query_blocks import HEADS_PER_GROUP, POSITION_BLOCKS, TOKEN_BLOCKS
@@ -27,7 +27,7 @@ from .builder import GraphBuilder
 from .int4 import BlockLayers
 from .int8 import WidenedInt8Layers
 from .layers import Layers
-from .program_set import ProgramSet, TypePolicy
+from .program_set import EXTENDED_ON_DEVICE, ProgramSet, TypePolicy
 
 _UNSEEN = -1e30  # a score whose exponential is 0 beside any other's
 
@@ -148,17 +148,25 @@ class BlockWebGpuLayers(BlockLayers, WebGpuLayers):
     accuracy_level: int = 0  # exact; others quantize the activations
 
 
-def _layers(b: GraphBuilder, policy: TypePolicy, *, fused: bool = False) -> Layers:
+def _layers(b: GraphBuilder, policy: TypePolicy, *, fused: bool = False, extended: bool = False) -> Layers:
     match policy:
         case StoragePolicy(precision=Precision.INT8):
-            return Int8WebGpuLayers(b, policy=policy, fused=fused)
+            return Int8WebGpuLayers(b, policy=policy, fused=fused, extended=extended)
         case StoragePolicy(precision=Precision.INT4):
-            return BlockWebGpuLayers(b, policy=policy, fused=fused)
-    return WebGpuLayers(b, fused=fused)
+            return BlockWebGpuLayers(b, policy=policy, fused=fused, extended=extended)
+    return WebGpuLayers(b, fused=fused, extended=extended)
 
 
 def _fused_layers(b: GraphBuilder, policy: TypePolicy) -> Layers:
     return _layers(b, policy, fused=True)
+
+
+def _extended_layers(b: GraphBuilder, policy: TypePolicy) -> Layers:
+    return _layers(b, policy, extended=True)
+
+
+def _extended_fused_layers(b: GraphBuilder, policy: TypePolicy) -> Layers:
+    return _layers(b, policy, fused=True, extended=True)
 
 
 _PRECISIONS = (Precision.FP32, Precision.FP16, Precision.INT8, Precision.INT4)
@@ -167,4 +175,17 @@ _WIDENED = frozenset({DType.BF16})
 WEBGPU_PROGRAMS = ProgramSet(WEBGPU, _layers, precisions=_PRECISIONS, widened=_WIDENED)
 FUSED_PROGRAMS = ProgramSet(
     WEBGPU_FUSED, _fused_layers, (Program.DENOISER,), _PRECISIONS, _WIDENED, variant_of=WEBGPU, standard=False
+)
+WEBGPU_EXTENDED = ProgramSet(
+    extended(WEBGPU), _extended_layers, EXTENDED_ON_DEVICE, _PRECISIONS, _WIDENED, variant_of=WEBGPU, extended=True
+)
+FUSED_EXTENDED = ProgramSet(
+    extended(WEBGPU_FUSED),
+    _extended_fused_layers,
+    (Program.DENOISER,),
+    _PRECISIONS,
+    _WIDENED,
+    variant_of=WEBGPU,
+    extended=True,
+    standard=False,
 )

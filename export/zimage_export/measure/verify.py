@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from zimage_runtime.adapters.given import GivenLora
 from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import CPU, Precision, write_manifest
@@ -29,6 +30,7 @@ from zimage_runtime.pipeline import ImageEvent, Job, Pipeline, Request, to_image
 
 from ..errors import ExportError
 from ..source.checkpoint import Checkpoint, OpenOptions
+from ..source.merging import read_loras, with_loras
 from ..source.single_files import NO_FILES, SingleFiles
 from ..source.variant import known_variant
 from .parity import check_gate, relative_error, summarize
@@ -80,16 +82,20 @@ def verify_reported(
     size: tuple[int, int] | None = None,
     files: SingleFiles = NO_FILES,
     prompts: Sequence[str] = PROMPTS,
+    loras: Sequence[GivenLora] = (),
 ) -> VerifyReport:
     """Measures a bundle against its checkpoint and writes what it finds to the manifest.
 
-    `files` are the single files that the bundle was built with; each of `prompts` is generated once. Returns the bundle
+    `files` are the single files that the bundle was built with, and `loras` the files that were merged into it; each of
+    `prompts` is generated once. Returns the bundle
     with its new manifest, and what each precision costs each layer. Raises `CheckpointError` for a bad checkpoint, and
     `ExportError` for one of other dimensions or for a bundle beyond its precision's gate (the manifest is written all
     the same).
     """
     manifest = bundle.manifest
     checkpoint = Checkpoint.open(model, files, OpenOptions(known_variant(manifest.variant), allow_pruned=True))
+    if loras:
+        checkpoint = with_loras(checkpoint, read_loras(loras, checkpoint.config, allow_unused=True, progress=progress))
     if checkpoint.config != manifest.config:
         raise ExportError(
             f"{checkpoint.root}: has other dimensions than the bundle; give the checkpoint that it was made from"

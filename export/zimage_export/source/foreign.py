@@ -51,7 +51,7 @@ def refuse_adapters(tensors: Mapping[str, object], path: Path, title: str) -> No
     for name in tensors:
         if _LORA.search(name):
             raise CheckpointError(
-                f"{path}: is a LoRA, not a model (it contains {name}); merge it into the {title} and give that"
+                f"{path}: is a LoRA, not a model (it contains {name}); use --lora to merge it into the {title}"
             )
         if _CONTROL.search(name):
             raise CheckpointError(

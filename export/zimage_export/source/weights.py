@@ -66,6 +66,10 @@ class Weights:
             )
         return tensor
 
+    def with_tensors(self, tensors: Mapping[str, TensorSource]) -> "Weights":
+        """The same component, with some of its tensors replaced."""
+        return Weights(self.where, {**self._tensors, **tensors}, self.metadata)
+
     def without_prefix(self, prefix: str) -> Self:
         """Accepts names with or without a prefix, which is removed."""
         short = ((tensor, tensor.name.removeprefix(prefix)) for tensor in self._tensors.values())

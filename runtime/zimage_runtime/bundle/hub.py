@@ -21,6 +21,11 @@ CHECKPOINT_INDEX = "model_index.json"
 
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})(\.\w+)")
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*/[A-Za-z0-9_][A-Za-z0-9_.-]*")
+_WEIGHTS = ".safetensors"
+# two words of which the second is a file's name are a path
+_ADAPTER = re.compile(
+    rf"(?P<name>(?![^/]*/[^/]*\.safetensors$){_HUB_ID.pattern})(?:/(?P<file>[\w./ -]+\.safetensors))?"
+)
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,17 @@ def bundle_directory(model: str | Path, progress: Progress | None = None) -> Pat
     """
     name = hub_id(model)
     return Hub(progress=progress or Progress()).bundle(name).path if name else Path(model)
+
+
+def adapter_file(file: str, progress: Progress | None = None) -> Path:
+    """The file of a LoRA that is given as a path or by its name on the Hub, ``ORG/NAME`` or ``ORG/NAME/FILE``.
+
+    A path is returned unchanged, whether it exists or not. Raises `HubError`.
+    """
+    found = None if os.path.lexists(file) else _ADAPTER.fullmatch(file)
+    if found is None:
+        return Path(file)
+    return Hub(progress=progress or Progress()).adapter(found["name"], found["file"])
 
 
 @dataclass(frozen=True)
@@ -77,6 +93,31 @@ class Hub:
             weights = [file for part in COMPONENTS if part not in without for file in download.weights(part)]
             download.fetch_all({file: download.files.get(file, RemoteFile()) for file in weights})
             return _snapshot(download)
+
+    def adapter(self, name: str, file: str | None = None) -> Path:
+        """Downloads a LoRA: the file that is named or, without a name, the only one of its kind. Raises `HubError`."""
+        with self._quietly():
+            wanted = file or self._only_weights(name)
+            download = self._open(name, None, wanted)
+            return download.fetch(wanted, download.files[wanted].sha256)
+
+    def _only_weights(self, name: str) -> str:
+        from huggingface_hub import HfApi, snapshot_download
+
+        try:
+            info = HfApi().model_info(name, timeout=timeout())
+            files = [sibling.rfilename for sibling in info.siblings or []]
+        except Exception as error:  # as in `_open`
+            if not unreachable(error):
+                raise explain(error, name, None, cache_folder()) from None
+            folder = Path(ask(name, None, lambda: snapshot_download(name, local_files_only=True)))
+            files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+        found = sorted(file for file in files if file.endswith(_WEIGHTS))
+        if len(found) == 1:
+            return found[0]
+        some = ", ".join(found[:5]) + (" and more" if len(found) > 5 else "")
+        which = f"give one of its files as {name}/FILE: {some}" if found else f"it has no {_WEIGHTS} file"
+        raise HubError(f"{name}: {which}")
 
     def file(self, name: str, file: str, revision: str | None = None) -> Path:
         """Downloads one file of weights, with the other shards of its set. Raises `HubError`."""

@@ -39,8 +39,18 @@ WEBGPU_FUSED = "webgpu-fused"
 """Not an executor: the `webgpu` executor's other programs, whose attention is one fused operator; it is right on some
 adapters only."""
 
-_VARIANTS = frozenset({CUDA_WEIGHT_ONLY, WEBGPU_FUSED})
-"""Names of programs that are not executors."""
+_EXTENDED = "-extended"
+
+
+def extended(name: str) -> str:
+    """The name of the programs that take LoRA, beside those of a name: `cpu-extended` extends `cpu`."""
+    return name + _EXTENDED
+
+
+def _is_executor(name: str) -> bool:
+    """Whether programs of this name are an executor's first, and no variant."""
+    return name not in (CUDA_WEIGHT_ONLY, WEBGPU_FUSED) and not name.endswith(_EXTENDED)
+
 
 ENGINES_FOLDER = "engines/"
 
@@ -180,7 +190,7 @@ class Manifest:
         if self.record(Program.MODULATION, CPU) is None:
             return set()
         complete = set.intersection(*(set(self.programs.get(program, {})) for program in REQUIRED))
-        return complete - _VARIANTS
+        return set(filter(_is_executor, complete))
 
     def to_json(self) -> str:
         """The file's text."""

@@ -107,7 +107,7 @@ class ExecutorChoice:
         """The executor for a request, and its plan. Raises `RequestError` where no executor can hold it."""
         if self.asked != AUTO:
             executor = self.open()
-            return Chosen(executor, executor.plan(work))
+            return Chosen(executor, _planned(executor, work))
         passed: list[str] = []
         failure: ZImageRuntimeError | None = None
         for name in EXECUTORS:
@@ -117,7 +117,7 @@ class ExecutorChoice:
                 continue
             executor = executor_or_none
             try:
-                plan = executor.plan(work)
+                plan = _planned(executor, work)
             except (MemoryLimitError, RequestError) as error:
                 failure = error
                 passed.append(f"{name} cannot run this request ({error})")
@@ -140,6 +140,16 @@ class ExecutorChoice:
         if self.current is not None:
             self.current.close()
             self.current = None
+
+
+def _planned(executor: Executor, work: Work) -> Plan:
+    """The executor's plan. Raises `RequestError` for LoRA where it runs no program that takes them."""
+    if work.branches is not None and not getattr(executor, "takes_lora", False):
+        raise RequestError(
+            f"the {executor.name} executor takes no LoRA at run time; use --executor cpu, or merge them into a bundle "
+            "with `zimage-export build --lora`"
+        )
+    return executor.plan(work)
 
 
 def _said(executor: Executor, why: str) -> str:

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from ..adapters.branches import Branches
 from ..arrays import FloatArray
 from ..bundle.bundle import Bundle
 from ..model.geometry import ImageGeometry, Rotary
@@ -27,6 +28,7 @@ class Work:
     steps: int = 8  # of the schedule: rows of the modulation table
     encodes: bool = False  # whether there is a source image
     held: int = 0  # bytes of the host's memory that the caller keeps until the end: finished images
+    branches: int | None = None  # bytes of LoRA's matrices; None where the programs need not take any
 
     @property
     def conditionings(self) -> int:
@@ -42,6 +44,7 @@ class Conditioning:
     timesteps: FloatArray  # [steps]
     image_rotary: Rotary  # [1, image_tokens, head_dim / 2]
     caption_rotary: Rotary  # [1, caption_tokens, head_dim / 2]
+    branches: Branches | None = None  # LoRA; None runs programs that take none
 
 
 class Plan(Protocol):

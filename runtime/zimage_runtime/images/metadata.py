@@ -9,6 +9,7 @@ refuse unknown versions, so an older release replays whatever it can replay exac
 2. an image from another image, with or without a mask
 3. an image from another image, with a mask that was grown
 4. an image with guidance, another sampler, schedule or shift, or a variation
+5. an image with LoRA
 
 To record one more setting, add a field here, and a row to `_SETTINGS` if A1111 has a name for it.
 """
@@ -69,6 +70,23 @@ def _count(document: Fields, key: str) -> int:
 
 
 @dataclass(frozen=True)
+class LoraInfo:
+    """A LoRA that an image was generated with."""
+
+    name: str
+    weight: float
+    hash: str  # SHA-256 of its tensors, as A1111 counts it
+
+
+def _loras(document: Fields, key: str) -> tuple[LoraInfo, ...]:
+    values = document.raw(key)
+    if not isinstance(values, list):
+        raise document.fail(key, "a list")
+    each = [Fields(value, f"{document.where}: {key}") for value in values]
+    return tuple(LoraInfo(f.text("name"), f.number("weight", positive=False), f.text("hash")) for f in each)
+
+
+@dataclass(frozen=True)
 class ImageInfo:
     """All that decides an image."""
 
@@ -96,6 +114,7 @@ class ImageInfo:
     shift: Annotated[float | None, Recorded(Fields.number, since=4)] = None  # in place of the model's own
     variation_seed: Annotated[int | None, Recorded(_seed, since=4)] = None  # whose noise was mixed in
     variation_strength: Annotated[float | None, Recorded(Fields.number, since=4)] = None
+    loras: Annotated[tuple[LoraInfo, ...], Recorded(_loras, since=5)] = ()
     # how it was computed; None where that is unknown, as in images of older versions, or does not apply
     program: Annotated[str | None, Recorded(Fields.text)] = None  # the denoiser's, like "cuda-weight-only"
     activation_bits: Annotated[int | None, Recorded(Fields.integer)] = None  # of int8 bundles on the CPU: 7 or 8
@@ -115,7 +134,7 @@ class ImageInfo:
         """The document that `--replay` reads."""
         values = {each.name: value for each in fields(self) if (value := getattr(self, each.name)) != each.default}
         version = max(_recorded(type(self))[name].since for name in values)
-        return json.dumps({"version": version, **values})  # ASCII, so that XML can carry any prompt
+        return json.dumps({"version": version, **values}, default=vars)  # ASCII, so that XML can carry any prompt
 
     @classmethod
     def from_replay(cls, text: str | bytes, where: str) -> Self:
@@ -151,6 +170,8 @@ def _number(value: float | None) -> str | None:
     return None if value is None else f"{value:g}"
 
 
+_SHORT_HASH = 12  # of A1111
+
 _SETTINGS: tuple[tuple[str, Callable[[ImageInfo], object]], ...] = (
     ("Steps", lambda info: info.steps),
     ("Sampler", lambda info: info.sampler.label),
@@ -163,6 +184,7 @@ _SETTINGS: tuple[tuple[str, Callable[[ImageInfo], object]], ...] = (
     ("Variation seed strength", lambda info: _number(info.variation_strength)),
     ("Denoising strength", lambda info: _number(info.strength)),
     ("Shift", lambda info: _number(info.shift)),
+    ("Lora hashes", lambda info: ", ".join(f"{one.name}: {one.hash[:_SHORT_HASH]}" for one in info.loras) or None),
 )
 """A1111's names and our values, in A1111's order; None is left out."""
 

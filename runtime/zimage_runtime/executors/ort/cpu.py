@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar, cast
 
+from ...adapters.branches import NO_BRANCHES, ON_CPU, Branches, check_extended
 from ...arrays import FloatArray
 from ...bundle.bundle import Bundle
 from ...bundle.manifest import CPU, Precision
@@ -53,6 +54,7 @@ class OrtCpuExecutor:
 
     name = CPU
     device_name = "CPU"
+    takes_lora = True
 
     @property
     def loaded(self) -> set[Program]:
@@ -61,6 +63,8 @@ class OrtCpuExecutor:
 
     def plan(self, work: Work) -> MemoryPlan:
         manifest = self.bundle.manifest
+        if work.branches is not None:
+            check_extended(self.bundle, ON_CPU)
         plan = plan_memory(manifest, work, low_memory=self.low_memory, reusable=self._reusable())
         return replace(plan, notes=slow_step_notes(manifest, work))
 
@@ -122,11 +126,16 @@ class CpuSession:
         return self.run(Program.TEXT_ENCODER, feeds)["hidden_states"]
 
     def denoiser(self, conditioning: Conditioning) -> "_CpuDenoiser":
-        rotary = conditioning.caption_rotary
+        rotary, branches = conditioning.caption_rotary, conditioning.branches
+        if branches is not None:
+            self.worker.call(self.executor.programs.extend, self.stop)
+        elif self.executor.programs.extended:  # which stay, so that nothing is loaded again
+            branches = NO_BRANCHES
         feeds = {"hidden_states": conditioning.hidden_states, "cos": rotary.cos, "sin": rotary.sin}
-        caption = self.run(Program.CAPTION, feeds)["caption"]
-        table = self._modulation(conditioning.timesteps)
+        caption = self.run(Program.CAPTION, feeds | self._inputs(branches, Program.CAPTION))["caption"]
+        table = self._modulation(conditioning.timesteps, branches)
         fixed = {
+            **self._inputs(branches, Program.DENOISER),
             "caption": caption,
             "image_cos": conditioning.image_rotary.cos,
             "image_sin": conditioning.image_rotary.sin,
@@ -135,11 +144,15 @@ class CpuSession:
         }
         return _CpuDenoiser(self, fixed, table["modulation"], table["final_scale"])
 
-    def _modulation(self, timesteps: FloatArray) -> dict[str, FloatArray]:
+    def _inputs(self, branches: Branches | None, program: Program) -> dict[str, FloatArray]:
+        return {} if branches is None else branches.inputs(program, self.executor.bundle.manifest)
+
+    def _modulation(self, timesteps: FloatArray, branches: Branches | None) -> dict[str, FloatArray]:
         """The table of a schedule, which all conditionings of a request share."""
         key = timesteps.tobytes()
         if key not in self._tables:
-            self._tables = {key: self.run(Program.MODULATION, {"timesteps": timesteps})}
+            feeds = {"timesteps": timesteps} | self._inputs(branches, Program.MODULATION)
+            self._tables = {key: self.run(Program.MODULATION, feeds)}
         return self._tables[key]
 
     def decode(self, latents: FloatArray) -> FloatArray:
@@ -172,7 +185,7 @@ class CpuSession:
 @dataclass(frozen=True)
 class _CpuDenoiser:
     session: CpuSession
-    fixed: dict[str, FloatArray]
+    fixed: dict[str, FloatArray]  # caption tokens, rotary tables, LoRA's matrices
     modulation: FloatArray  # [steps, blocks, 4, dim]
     final_scale: FloatArray  # [steps, dim]
 

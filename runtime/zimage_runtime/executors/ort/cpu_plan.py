@@ -54,12 +54,17 @@ class MemoryPlan:
     def peak(self) -> int:
         """The most that is held at once when each stage is freed before the next is loaded."""
         once = self.programs[Program.CAPTION] + self.programs[Program.MODULATION]  # which are held together
-        return PROCESS.nbytes + self.work.held + max(once, *self.programs.values())
+        return PROCESS.nbytes + self._beside + max(once, *self.programs.values())
 
     @property
     def keep_all(self) -> bool:
         """Whether every program may stay loaded."""
-        return PROCESS.nbytes + self.work.held + sum(self.programs.values()) <= self.available
+        return PROCESS.nbytes + self._beside + sum(self.programs.values()) <= self.available
+
+    @property
+    def _beside(self) -> int:
+        """What is held beside any program: finished images, and LoRA's matrices."""
+        return self.work.held + (self.work.branches or 0)
 
     @property
     def group(self) -> int:
@@ -79,6 +84,7 @@ class MemoryPlan:
                 labelled(program.value, gib_needed(size, 2) + (", in tiles" if tiles.get(program) else ""))
                 for program, size in self.programs.items()
             ),
+            *([labelled("lora", gib_needed(self.work.branches, 2))] if self.work.branches else []),
             *(labelled("note", note) for note in self.notes),
         ]
 
@@ -90,6 +96,7 @@ class MemoryPlan:
             "keep_all": self.keep_all,
             "low_memory": self.low_memory,
             "tiled": self.tiled,
+            "lora": self.work.branches or 0,
             "stages": {program.value: {"bytes": size} for program, size in self.programs.items()},
         }
 
@@ -124,7 +131,7 @@ def _plan(manifest: Manifest, work: Work, low_memory: bool, limit: int) -> Memor
     for program, size in ((Program.DECODER, tiled_bytes), (Program.ENCODER, tiled_encoder_bytes)):
         in_tiles = size(manifest.config.vae, work.geometry.width, work.geometry.height)
         whole = programs.get(program, 0)
-        if PROCESS.nbytes + work.held + whole > limit and in_tiles < whole:
+        if PROCESS.nbytes + work.held + (work.branches or 0) + whole > limit and in_tiles < whole:
             programs[program] = in_tiles
             tiled.add(program)
     group = group_size(manifest, work.geometry)

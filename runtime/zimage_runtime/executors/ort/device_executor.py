@@ -11,10 +11,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
+from ...adapters.branches import NO_BRANCHES, ON_CPU, Branches, check_extended
 from ...arrays import FloatArray
 from ...bundle.bundle import Bundle
+from ...bundle.manifest import extended
 from ...bundle.tensors import TensorFile
 from ...errors import CancelledError, ExecutorError
+from ...model.branches import EXTENDED
 from ...model.config import VaeConfig
 from ...model.geometry import Rotary
 from ...model.programs import SIGNATURES, Program
@@ -29,6 +32,9 @@ from .host_programs import HostPrograms, session_options
 from .tile_kernels import OrtTileKernels
 
 Result = TypeVar("Result")
+
+_LEAST_RANK = 1
+"""Of a branch without LoRA: zeros. Not every provider takes empty matrices."""
 
 Rows = tuple[Mapping[str, Any], ...]
 """The modulation table on the device, one row per step."""
@@ -48,6 +54,7 @@ class OrtDeviceExecutor:
     keep_loaded: bool = True
     device_name: str = "a GPU"
     _sessions: dict[Program, Any] = field(default_factory=dict, repr=False)
+    _extended: bool = False  # programs take LoRA
     _shrinks: str | None = field(init=False, repr=False)
     _host: HostPrograms = field(init=False, repr=False)
     _worker: Worker = field(init=False, repr=False)
@@ -56,6 +63,8 @@ class OrtDeviceExecutor:
         self._shrinks = self.provider.shrinks
         self._host = HostPrograms(self.bundle, low_memory=self.low_memory)
         self._worker = Worker(f"zimage {self.name}")
+
+    takes_lora = True
 
     @property
     def device(self) -> OrtDevice:
@@ -70,6 +79,8 @@ class OrtDeviceExecutor:
     def plan(self, work: Work) -> VramPlan:
         plan = self.planned(work)
         check_host(work, plan.host)
+        if work.branches is not None:
+            check_extended(self.bundle, {**ON_CPU, Program.CAPTION: self.name, Program.DENOISER: plan.denoiser})
         return plan
 
     def session(self, plan: Plan) -> AbstractContextManager["DeviceSession"]:
@@ -93,6 +104,18 @@ class OrtDeviceExecutor:
     def close(self) -> None:
         self.release()
         self._worker.close()
+
+    @property
+    def extended(self) -> bool:
+        """Whether programs take LoRA."""
+        return self._extended
+
+    def extend(self) -> None:
+        """From now on, programs take LoRA. What is loaded in its other form is freed."""
+        if not self._extended:
+            self._extended = True
+            self._release(*EXTENDED)
+            self._host.extend()
 
     def exclusively(self, function: Callable[[], Result], stop: Stop) -> Result:
         """Runs what uses the device, in this thread's turn. All that it made there and does not return is freed by the
@@ -176,6 +199,7 @@ class OrtDeviceExecutor:
 
     def _session(self, program: Program, stop: Stop) -> Any:
         name = self.denoiser if program is Program.DENOISER else self.name
+        name = extended(name) if self._extended and program in EXTENDED else name
         path, record = self.bundle.program(program, name), self.bundle.manifest.record(program, name)
         return self.open(str(path), f"{program} in {path}", stop, program, record.weight_bytes if record else 0)
 
@@ -201,6 +225,7 @@ class DeviceSession:
     worker: Worker
     stop: Stop = field(default_factory=Stop)
     _tables: dict[bytes, Rows] = field(default_factory=dict, repr=False)
+    _uploaded: dict[int, tuple[FloatArray, Any]] = field(default_factory=dict, repr=False)
 
     def encode_text(self, embeddings: FloatArray, rotary: Rotary) -> FloatArray:
         feeds = {"inputs_embeds": embeddings, "cos": rotary.cos, "sin": rotary.sin}
@@ -211,6 +236,11 @@ class DeviceSession:
 
     def _denoiser(self, conditioning: Conditioning) -> "_DeviceDenoiser":
         executor, device, rotary = self.executor, self.executor.device, conditioning.caption_rotary
+        branches = conditioning.branches
+        if branches is not None:
+            executor.extend()
+        elif executor.extended:  # which it stays, so that nothing is loaded again
+            branches = NO_BRANCHES
         executor.enter(Program.CAPTION, self.plan)
         executor.load(Program.CAPTION, self.stop)
         upload, dim = device.upload, executor.bundle.manifest.config.transformer.dim
@@ -221,8 +251,10 @@ class DeviceSession:
             "image_sin": upload(conditioning.image_rotary.sin),
             "caption_cos": upload(rotary.cos),
             "caption_sin": upload(rotary.sin),
+            **self._matrices(branches, Program.DENOISER),
         }
         feeds = {
+            **self._matrices(branches, Program.CAPTION),
             "hidden_states": upload(conditioning.hidden_states),
             "cos": fixed["caption_cos"],
             "sin": fixed["caption_sin"],
@@ -230,13 +262,27 @@ class DeviceSession:
         executor.run_bound(Program.CAPTION, feeds, {"caption": caption}, self.stop, shrink=True)
         if executor.provider.checks_outputs:
             executor.checked(Program.CAPTION, device.download(caption))
-        return _DeviceDenoiser(self, fixed, self._modulation(conditioning.timesteps))
+        return _DeviceDenoiser(self, fixed, self._modulation(conditioning.timesteps, branches))
 
-    def _modulation(self, timesteps: FloatArray) -> Rows:
+    def _matrices(self, branches: Branches | None, program: Program) -> dict[str, Any]:
+        """A program's LoRA on the device, once for all conditionings."""
+        if branches is None:
+            return {}
+        inputs = branches.inputs(program, self.executor.bundle.manifest, _LEAST_RANK)
+        return {name: self._matrix(values) for name, values in inputs.items()}
+
+    def _matrix(self, values: FloatArray) -> Any:
+        if id(values) not in self._uploaded:  # the array is kept, too, so that its id stays its own
+            self._uploaded[id(values)] = values, self.executor.device.upload(values)
+        return self._uploaded[id(values)][1]
+
+    def _modulation(self, timesteps: FloatArray, branches: Branches | None) -> Rows:
         """The table of a schedule, which all conditionings of a request share."""
         key, upload = timesteps.tobytes(), self.executor.device.upload
         if key not in self._tables:
-            table = self.executor.run_host(Program.MODULATION, {"timesteps": timesteps}, self.stop)
+            manifest = self.executor.bundle.manifest
+            inputs = {} if branches is None else branches.inputs(Program.MODULATION, manifest)
+            table = self.executor.run_host(Program.MODULATION, {"timesteps": timesteps, **inputs}, self.stop)
             rows = zip(table["modulation"], table["final_scale"], strict=True)
             uploaded = ({"modulation": upload(row), "final_scale": upload(scale)} for row, scale in rows)
             self._tables = {key: tuple(uploaded)}

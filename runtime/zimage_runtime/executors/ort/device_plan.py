@@ -99,13 +99,18 @@ class VramPlan:
             # the denoiser keeps its own between steps, so it may hold them beside another's
             denoiser = self.stages[Program.DENOISER].activations
             runs = sum(activations) if self.keeps_buffers else denoiser + max(activations, default=0)
-            return self.overhead.nbytes + sum(stage.weights for stage in self.stages.values()) + runs
-        return self.overhead.nbytes + max((stage.total for stage in self.stages.values()), default=0)
+            return self._beside + sum(stage.weights for stage in self.stages.values()) + runs
+        return self._beside + max((stage.total for stage in self.stages.values()), default=0)
 
     @property
     def room(self) -> int:
         """Bytes of the budget beside the overhead."""
-        return self.budget - self.overhead.nbytes
+        return self.budget - self._beside
+
+    @property
+    def _beside(self) -> int:
+        """What is held beside any stage: the library, the driver, and LoRA's matrices."""
+        return self.overhead.nbytes + (self.work.branches or 0)
 
     @property
     def group(self) -> int:
@@ -135,6 +140,7 @@ class VramPlan:
                 )
                 for program, s in self.stages.items()
             ),
+            *([labelled("lora", gib_needed(self.work.branches, 2))] if self.work.branches else []),
             *(labelled("note", note) for note in self.notes),
         ]
         if self.others:
@@ -157,6 +163,7 @@ class VramPlan:
             "keep_all": self.keep_all,
             "tiled": self.tiled,
             "denoiser": self.denoiser,
+            "lora": self.work.branches or 0,
             "stages": {
                 program.value: {"bytes": stage.total, "weights": stage.weights, "activations": stage.activations}
                 for program, stage in self.stages.items()
@@ -204,7 +211,7 @@ def _plan(costs: DeviceCosts, manifest: Manifest, work: Work, budget: int, denoi
         if program is not Program.MODULATION and (work.encodes or program is not Program.ENCODER)
     }
     vae, size, host = manifest.config.vae, (work.geometry.width, work.geometry.height), 0
-    room = budget - costs.overhead.nbytes
+    room = budget - costs.overhead.nbytes - (work.branches or 0)
     values = max(tile_values(room, vae), 3 * max(vae.block_out_channels) * (size[0] + 2))  # a row and its halos
     in_tiles = StageVram(_layer_weights(vae), FLOAT * _TILE_COPIES * values)
     for program, on_host in ((Program.DECODER, tiled_bytes), (Program.ENCODER, tiled_encoder_bytes)):

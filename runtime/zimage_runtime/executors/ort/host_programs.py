@@ -1,6 +1,6 @@
 """Programs on the host's processor: sessions of ONNX Runtime that are made when first used and live until released."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -8,10 +8,11 @@ from numpy.typing import NDArray
 
 from ...arrays import FloatArray
 from ...bundle.bundle import Bundle
-from ...bundle.manifest import CPU
+from ...bundle.manifest import CPU, extended
 from ...errors import CancelledError, ExecutorError
 from ...machine.cores import thread_count
 from ...machine.int8_products import ACTIVATION_LEVELS, activation_levels
+from ...model.branches import EXTENDED
 from ...model.programs import SIGNATURES, Program
 from ..worker import Stop
 
@@ -26,6 +27,7 @@ class HostPrograms:
         """With `low_memory`, weights stay mapped from the file and are never copied into a faster layout."""
         self._bundle = bundle
         self._low_memory = low_memory
+        self._extended = False
         self._sessions: dict[Program, Any] = {}
 
     @property
@@ -35,8 +37,22 @@ class HostPrograms:
 
     def release(self, *programs: Program) -> None:
         """Frees what the programs hold; without arguments, everything."""
-        for program in programs or tuple(self._sessions):
+        self._free(programs or tuple(self._sessions))
+
+    def _free(self, programs: Iterable[Program]) -> None:
+        for program in programs:
             self._sessions.pop(program, None)
+
+    @property
+    def extended(self) -> bool:
+        """Whether programs take LoRA."""
+        return self._extended
+
+    def extend(self) -> None:
+        """From now on, programs take LoRA. What is loaded in its other form is freed."""
+        if not self._extended:
+            self._extended = True
+            self._free(EXTENDED)
 
     def run(self, program: Program, feeds: Mapping[str, FloatArray], stop: Stop | None = None) -> dict[str, FloatArray]:
         """Runs one program: inputs and outputs by the names in `model.programs`.
@@ -68,7 +84,8 @@ class HostPrograms:
     def _session(self, program: Program, stop: Stop) -> Any:
         import onnxruntime
 
-        path = self._bundle.program(program, CPU)
+        name = extended(CPU) if self._extended and program in EXTENDED else CPU
+        path = self._bundle.program(program, name)
         options = session_options()
         disabled: list[str] = []
         if self._low_memory:

@@ -1,0 +1,165 @@
+"""LoRA at run time: the matrices of the branches beside a bundle's linear layers. No weight is changed.
+
+The ranks of several files are joined. A bundle stores diag(rows) W diag(columns) times a power of two: rebalancing
+factors in int8, folds in every precision. The change of W is multiplied alike: down by the columns, up by the rest.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from ..arrays import FloatArray
+from ..bundle.bundle import Bundle
+from ..bundle.manifest import CPU, Manifest, extended
+from ..bundle.rebalancing import Factors, RebalancingFactors
+from ..errors import AdapterError, BundleError
+from ..model.branches import EXTENDED, branch_linears, down_input, up_input
+from ..model.linears import LAYER_LINEARS
+from ..model.programs import Program
+from .forms import Hadamard, LowRank
+from .reader import Delta, WeightedAdapter
+
+RANK_UNIT = 16
+"""Joined ranks are padded to multiples of it."""
+
+_MOST_HADAMARD = 256  # the rank of a LoHa, beyond which it is no longer small
+_COMPONENT = "transformer"
+_FLOAT = 4
+
+
+@dataclass(frozen=True)
+class Branches:
+    """The branches' matrices by layer: down [rank, in] and up [out, rank]. A layer that is left out has none."""
+
+    matrices: Mapping[str, tuple[FloatArray, FloatArray]] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Of all matrices."""
+        return sum(down.nbytes + up.nbytes for down, up in self.matrices.values())
+
+    def inputs(self, program: Program, manifest: Manifest, least_rank: int = 0) -> dict[str, FloatArray]:
+        """The inputs of an extended program. Without a branch, a layer has zeros of the least rank, or nothing."""
+        found: dict[str, FloatArray] = {}
+        zeros: dict[tuple[int, int], FloatArray] = {}
+
+        def nothing(*shape: int) -> FloatArray:
+            if shape not in zeros:  # one for all of a shape
+                zeros[shape[0], shape[1]] = np.zeros(shape, np.float32)
+            return zeros[shape[0], shape[1]]
+
+        for linear in branch_linears(program, manifest.config):
+            none = nothing(least_rank, linear.in_width), nothing(linear.out_width, least_rank)
+            down, up = self.matrices.get(linear.name, none)
+            found[down_input(linear.name)], found[up_input(linear.name)] = down, up
+        return found
+
+
+NO_BRANCHES = Branches()
+
+ON_CPU = dict.fromkeys(EXTENDED, CPU)
+"""The programs that the CPU needs."""
+
+
+def check_at_run_time(lora: WeightedAdapter, model: str) -> None:
+    """Raises `AdapterError` for a file whose changes are no branches, with the line that merges it."""
+    for delta in lora.adapter.deltas:
+        if reason := _why_not(delta):
+            path = lora.adapter.path
+            raise AdapterError(
+                f"{path}: {delta.tensor} {reason}; merge the file into a bundle of its own: "
+                f"zimage-export build {model} OUT --lora {path}:{lora.weight:g}"
+            )
+
+
+def _why_not(delta: Delta) -> str | None:
+    if delta.target.component != _COMPONENT:
+        return "is the text encoder's, whose weights cannot be changed at run time"
+    if delta.magnitude is not None:
+        return "has new norms (DoRA), which cannot be set at run time"
+    if isinstance(delta.form, Hadamard) and delta.form.rank > _MOST_HADAMARD:
+        return f"is a LoHa of rank {delta.form.rank}, and at run time {_MOST_HADAMARD} is the most"
+    if not isinstance(delta.form, LowRank | Hadamard):
+        return f"is changed by a {type(delta.form).__name__} matrix, and at run time a change must be of low rank"
+    return None
+
+
+def branch_bytes(loras: Sequence[WeightedAdapter]) -> int:
+    """Bytes of the matrices that `make_branches` will make."""
+    ranks: dict[str, int] = {}
+    widths: dict[str, int] = {}
+    for lora in loras:
+        for delta in lora.adapter.deltas if lora.weight else ():
+            if isinstance(delta.form, LowRank | Hadamard):
+                ranks[delta.tensor] = ranks.get(delta.tensor, 0) + delta.form.rank
+                widths[delta.tensor] = sum(delta.target.shape)
+    return sum(_FLOAT * _padded(rank) * widths[name] for name, rank in ranks.items())
+
+
+def make_branches(bundle: Bundle, loras: Sequence[WeightedAdapter]) -> Branches:
+    """The branches of files that passed `check_at_run_time`; a file of weight 0 is left out.
+
+    Raises `BundleError` for an int8 bundle that does not hold what its weights were multiplied by.
+    """
+    parts: dict[str, list[_Part]] = {}
+    for lora in loras:
+        for delta in lora.adapter.deltas if lora.weight else ():
+            assert isinstance(delta.form, LowRank | Hadamard)
+            up, down = delta.form.factors()
+            parts.setdefault(delta.target.name, []).append(_Part(down, up, np.float32(delta.scale * lora.weight)))
+    factors = RebalancingFactors(bundle, _COMPONENT)
+    return Branches(
+        {name: _joined(some, factors.of(f"{name}.weight"), _fold(bundle, name)) for name, some in parts.items()}
+    )
+
+
+class _Part(NamedTuple):
+    """One file's change of a layer."""
+
+    down: FloatArray
+    up: FloatArray
+    scale: np.float32
+
+
+def _joined(parts: Sequence[_Part], factors: Factors, power: float) -> tuple[FloatArray, FloatArray]:
+    rank = sum(len(part.down) for part in parts)
+    joined_down = np.empty((_padded(rank), parts[0].down.shape[1]), np.float32)
+    joined_up = np.empty((len(parts[0].up), _padded(rank)), np.float32)
+    joined_down[rank:], joined_up[:, rank:] = 0, 0
+    first = 0
+    for down, up, scale in parts:
+        joined_down[first : first + len(down)] = down
+        np.multiply(up, scale, out=joined_up[:, first : first + len(down)])
+        first += len(down)
+    if factors.columns is not None:
+        joined_down *= factors.columns
+    if factors.rows is not None:
+        joined_up *= factors.rows[:, None]
+    if power != 1:
+        joined_up *= np.float32(power)
+    return joined_down, joined_up
+
+
+def _padded(rank: int) -> int:
+    return -(-rank // RANK_UNIT) * RANK_UNIT
+
+
+def _fold(bundle: Bundle, linear: str) -> float:
+    """The power of two that a layer's stored weight was multiplied by (`zimage_export.storage.folds`)."""
+    block, _, tail = linear.partition(".")
+    index, _, tail = tail.partition(".")
+    folds = bundle.manifest.folds.get(_COMPONENT, {}).get(f"{block}.{index}", {})
+    names = LAYER_LINEARS[_COMPONENT]
+    kind = {names.out: "attention", names.up: "ffn"}.get(tail)
+    return float(2.0 ** -folds.get(kind, 0)) if kind else 1.0
+
+
+def check_extended(bundle: Bundle, names: Mapping[Program, str]) -> None:
+    """Raises `BundleError` where a bundle lacks programs that take LoRA. `names` are those of what they extend."""
+    manifest = bundle.manifest
+    if any(manifest.record(program, extended(name)) is None for program, name in names.items()):
+        raise BundleError(
+            f"{bundle.root}: has no programs that take LoRA; `zimage-export programs {bundle.root} --lora` adds them"
+        )

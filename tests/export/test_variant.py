@@ -2,10 +2,13 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from checkpoint_tools import altered_copy
 from cli_tools import Capture, assert_one_line_error, call_export
 from facts import raises_with
@@ -14,12 +17,15 @@ from safetensors.torch import save_file
 from single_file_tools import Tensors, to_comfy_transformer
 
 from zimage_export.errors import CheckpointError, ExportError
+from zimage_export.measure import verify
 from zimage_export.source.checkpoint import Checkpoint, OpenOptions
 from zimage_export.source.single_files import SingleFiles
 from zimage_export.source.variant import Variant, said_by_metadata, said_by_name
 from zimage_export.storage.folds import BlockFold
 from zimage_export.weights.folding import ActivationRange, BlockPeak, check_fp16_range
 from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.command_line.progress import Progress
+from zimage_runtime.job import Job
 
 pytestmark = pytest.mark.deep
 
@@ -119,7 +125,9 @@ def test_files_alone_have_their_variants_schedule(wide: SingleFiles, tmp_path: P
         assert (opened.config.scheduler.shift, opened.variant.note is not None) == (shift, note)
 
 
-def test_base_is_recorded_with_its_defaults(base: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_base_is_recorded_with_its_defaults_and_verified_with_fewer_steps(
+    base: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     assert call_export(capsys, "build", base, out, "--quiet").status == 0
     manifest = Bundle.open(out).manifest
@@ -127,8 +135,30 @@ def test_base_is_recorded_with_its_defaults(base: Path, tmp_path: Path, capsys: 
     assert (manifest.defaults.steps, manifest.defaults.cfg_scale) == (50, 5.0)
     assert manifest.config.scheduler.shift == 6.0
 
+    jobs: list[Job] = []
+
+    def measure(pipeline: Any, reference: Any, checkpoint: Any, job: Job, advance: Any) -> dict[str, float]:
+        jobs.append(job)
+        return dict.fromkeys(("text_encoder", "caption", "modulation", "denoiser", "decoder", "latents"), 1e-7) | {
+            "max_difference": 0.0,
+            "mean_square": 0.0,
+        }
+
+    monkeypatch.setattr(verify, "_measure", measure)
+    verify.verify_reported(Bundle.open(out), base, Progress(quiet=True), prompts=["a fox"])
+    assert [(job.schedule.steps, job.request.cfg_scale) for job in jobs] == [(8, 1.0)]
+
 
 # --- fp16 ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Ten times faster at this size, where threads mostly wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def _peak(attention: float = 1, product: float = 1, ffn: float = 1, read: float = 1) -> BlockPeak:
@@ -162,11 +192,9 @@ def test_what_fp16_can_hold(peak: BlockPeak, fold: BlockFold, fits: bool) -> Non
         check_fp16_range(peaks, folds)
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_base_in_fp16_is_measured_and_refused_beyond_its_range(base: Path, tmp_path: Path, capsys: Capture) -> None:
     """A norm's weight so large that what the next linear reads exceeds fp16's range, as in some trained models."""
-    import torch
-
-    torch.set_num_threads(1)
 
     def loud(name: str, values: NDArray[np.float32]) -> NDArray[np.float32] | None:
         return values * 3e4 if name == "layers.1.ffn_norm1.weight" else None

@@ -27,7 +27,16 @@ from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.errors import AdapterError, BundleError, RequestError
 from zimage_runtime.executors.ort.host_programs import HostPrograms
 from zimage_runtime.images.image_files import read_image_info
-from zimage_runtime.model.branches import EXTENDED, branch_linears, down_input, up_input
+from zimage_runtime.model.branches import (
+    EXTENDED,
+    branch_linears,
+    columns_input,
+    down_input,
+    inner_input,
+    outer_input,
+    rows_input,
+    up_input,
+)
 from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import ImageEvent, NoticeEvent, Pipeline
 
@@ -60,6 +69,17 @@ def everywhere(path: Path, scale: float = 0.3) -> Path:
         down, up = rng.standard_normal((3, linear.in_width)), rng.standard_normal((linear.out_width, 3))
         tensors[f"lora_unet_{under(linear.name)}.lora_down.weight"] = (down / linear.in_width**0.5).astype(np.float32)
         tensors[f"lora_unet_{under(linear.name)}.lora_up.weight"] = (scale * up).astype(np.float32)
+    return written(path, tensors)
+
+
+def products(path: Path) -> Path:
+    """The same as LoKr: a product of [8, 8] and what is left."""
+    tensors = {}
+    for linear in (linear for program in EXTENDED for linear in branch_linears(program, SMALL.config)):
+        rng = np.random.default_rng(list(linear.name.encode()))
+        inner = rng.standard_normal((linear.out_width // 8, linear.in_width // 8)) / linear.in_width**0.5
+        tensors[f"lycoris_{under(linear.name)}.lokr_w1"] = rng.standard_normal((8, 8)).astype(np.float32)
+        tensors[f"lycoris_{under(linear.name)}.lokr_w2"] = inner.astype(np.float32)
     return written(path, tensors)
 
 
@@ -105,10 +125,11 @@ def test_branches_are_the_merged_model_in_every_precision(
 def test_branches_are_multiplied_by_what_int8_weights_were(checkpoint: Path, tmp_path: Path) -> None:
     """With outliers in every activation, factors are far from one."""
     loud = with_loud_channels(checkpoint, tmp_path / "loud")
-    path = everywhere(tmp_path / "all.safetensors")
-    expected = build(loud, tmp_path / "merged", BuildOptions(loras=(GivenLora(str(path), 0.5),)), QUIET)
+    loras = (everywhere(tmp_path / "all.safetensors"), 0.4), (products(tmp_path / "lokr.safetensors"), -0.3)
+    given = tuple(GivenLora(str(path), weight) for path, weight in loras)
+    expected = build(loud, tmp_path / "merged", BuildOptions(loras=given), QUIET)
     int8 = build(loud, tmp_path / "int8", BuildOptions(Precision.INT8), QUIET)
-    found = drawn(Pipeline.from_bundle(add_programs(int8, (), QUIET, lora=True).bundle.root), (path, 0.5))
+    found = drawn(Pipeline.from_bundle(add_programs(int8, (), QUIET, lora=True).bundle.root), *loras)
     error = relative_error(found.latents, draw(Pipeline.from_bundle(expected.root), CASE)[0].latents)
     assert error < 0.1
 
@@ -185,16 +206,24 @@ def test_one_change_in_every_scheme_gives_one_image(root: Path, tmp_path: Path) 
             assert np.array_equal(latents, images["diffusers"]), name
 
 
-def test_loha_is_low_rank(checkpoint: Path, root: Path, tmp_path: Path) -> None:
+def loha(path: Path) -> Path:
     name = "lora_unet_layers_1_feed_forward_w1"
     shapes = {"w1_a": (FFN, 3), "w1_b": (3, DIM), "w2_a": (FFN, 2), "w2_b": (2, DIM)}
-    tensors = {f"{name}.hada_{key}": 4 * values(key, shape) for key, shape in shapes.items()}
-    path = written(tmp_path / "loha.safetensors", tensors)
-    merged = build(checkpoint, tmp_path / "merged", BuildOptions(loras=(GivenLora(str(path)),)), QUIET)
+    return written(path, {f"{name}.hada_{key}": 4 * values(key, shape) for key, shape in shapes.items()})
+
+
+@pytest.mark.parametrize("make", [loha, products])
+def test_loha_and_lokr_are_the_merged_model(
+    make: Callable[[Path], Path], checkpoint: Path, root: Path, tmp_path: Path
+) -> None:
+    path = make(tmp_path / "x.safetensors")
+    merged = build(checkpoint, tmp_path / "merged", BuildOptions(loras=(GivenLora(str(path), -0.5),)), QUIET)
     (expected,) = draw(Pipeline.from_bundle(merged.root), CASE)
     with Pipeline.from_bundle(root) as pipeline:
-        assert relative_error(drawn(pipeline).latents, expected.latents) > 1e-3
-        assert relative_error(drawn(pipeline, (path, 1.0)).latents, expected.latents) < 1e-5
+        first = drawn(pipeline)
+        assert relative_error(first.latents, expected.latents) > 1e-3
+        assert relative_error(drawn(pipeline, (path, -0.5)).latents, expected.latents) < 1e-5
+        assert np.array_equal(drawn(pipeline).latents, first.latents)
 
 
 def test_the_programs_have_the_branches_that_are_stated() -> None:
@@ -208,6 +237,10 @@ def test_the_programs_have_the_branches_that_are_stated() -> None:
             rank = f"{linear.name}.rank"
             expected[down_input(linear.name)] = (rank, linear.in_width)
             expected[up_input(linear.name)] = (linear.out_width, rank)
+            expected[outer_input(linear.name)] = (f"{linear.name}.a", f"{linear.name}.b")
+            expected[inner_input(linear.name)] = (f"{linear.name}.d", f"{linear.name}.c")
+            expected[columns_input(linear.name)] = (f"{linear.name}.columns",)
+            expected[rows_input(linear.name)] = (f"{linear.name}.rows",)
         assert dict(graph.branches) == expected
         weights = {name.removesuffix(".weight") for name, shape in graph.weights.items() if len(shape) == 2}
         assert {linear.name for linear in linears} == {name for name in weights if not name.endswith("pad_token")}
@@ -259,9 +292,9 @@ REFUSED: dict[str, Tensors] = {
         "layers.0.attention.to_q.lora_B.weight": values("b", (DIM, 2)),
         "layers.0.attention.to_q.dora_scale": values("m", (DIM, 1)),
     },
-    "lokr": {
-        "layers.0.attention.to_q.lokr_w1": values("a", (8, 8)),
-        "layers.0.attention.to_q.lokr_w2": values("b", (12, 12)),
+    "lokr-cut": {  # a third of whose rows is no product
+        "layers.0.attention.qkv.lokr_w1": values("a", (4, 8)),
+        "layers.0.attention.qkv.lokr_w2": values("b", (72, 12)),
     },
     "large-loha": {
         f"layers.0.attention.to_q.hada_{key}": values(key, shape)
@@ -275,6 +308,14 @@ def test_what_is_no_branch_is_refused_with_the_line_that_merges_it(case: str, ro
     path = written(tmp_path / f"{case}.safetensors", REFUSED[case])
     with Pipeline.from_bundle(root) as pipeline, raises_with(AdapterError, path, f"--lora {path}:0.5", "zimage-export"):
         pipeline.stream("a fox", loras=[(path, 0.5)])
+
+
+def test_two_lokr_of_one_layer_are_refused_and_of_weight_0_they_are_none(root: Path, tmp_path: Path) -> None:
+    one, two = products(tmp_path / "one.safetensors"), products(tmp_path / "two.safetensors")
+    with Pipeline.from_bundle(root) as pipeline:
+        with raises_with(AdapterError, two, "LoKr", f"--lora {two}:0.5"):
+            pipeline.stream("a fox", loras=[(one, 1.0), (two, 0.5)])
+        pipeline.stream("a fox", size=(48, 64), loras=[(one, 0.0), (two, 0.5)])
 
 
 def test_a_bundle_without_the_programs_names_the_command(bundle: Path, tmp_path: Path, capsys: Capture) -> None:

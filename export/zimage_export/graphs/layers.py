@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from zimage_runtime.bundle.tensors import DType
-from zimage_runtime.model.branches import down_input, up_input
+from zimage_runtime.model.branches import columns_input, down_input, inner_input, outer_input, rows_input, up_input
 from zimage_runtime.model.linears import Linear
 from zimage_runtime.model.norms import Norm
 
@@ -45,19 +45,43 @@ class Layers:
         return self.branch(x, y, linear) if self.extended else y
 
     def branch(self, x: str, y: str, linear: Linear, *, scale: tuple[str, str] | None = None) -> str:
-        """Adds a layer's branch to its output y: y + (x downᵀ) upᵀ, in y's type.
+        """Adds a layer's branches to its output y, in y's type.
 
-        `scale` is an operator, `Mul` or `Div`, and what it scales each row [rows, 1] of the small product by.
+        `scale` is an operator, `Mul` or `Div`, and what it scales each row [rows, 1] of the branches by.
         """
         b, name, dtype = self.b, linear.name, self.b.type_of(y)
-        full = b.full_name(name)
+        full, x = b.full_name(name), b.cast(x, dtype)
         rank = f"{full}.rank"
         down = b.cast(b.branch_input(down_input(full), (rank, linear.in_width)), dtype)
         up = b.cast(b.branch_input(up_input(full), (linear.out_width, rank)), dtype)
-        small = b.op("Gemm", b.cast(x, dtype), down, name=f"{name}.lora.down", transB=1)
+        small = b.op("Gemm", x, down, name=f"{name}.lora.down", transB=1)
         if scale is not None:
             small = b.op(scale[0], small, scale[1], name=f"{name}.lora.scaled")
-        return b.typed(b.op("Gemm", small, up, y, name=f"{name}.lora", transB=1), dtype)
+        y = b.typed(b.op("Gemm", small, up, y, name=f"{name}.lora", transB=1), dtype)
+        return b.op("Add", y, self._kronecker(x, linear, scale), name=f"{name}.lokr")
+
+    def _kronecker(self, x: str, linear: Linear, scale: tuple[str, str] | None) -> str:
+        """The branch that is a Kronecker product, of rows [rows, in_width]: two small products."""
+        b, name, dtype = self.b, f"{linear.name}.lokr", self.b.type_of(x)
+        full = b.full_name(linear.name)
+        outer = b.branch_input(outer_input(full), (f"{full}.a", f"{full}.b"))
+        inner = b.branch_input(inner_input(full), (f"{full}.d", f"{full}.c"))
+        columns = b.cast(b.branch_input(columns_input(full), (f"{full}.columns",)), dtype)
+        rows = b.cast(b.branch_input(rows_input(full), (f"{full}.rows",)), dtype)
+        sizes = [b.dim(value, axis, f"{name}.{value}{axis}") for value in (outer, inner) for axis in (0, 1)]
+        width = b.op("Mul", sizes[1], sizes[2], name=f"{name}.width")
+        # of one channel where there is no product, so that its sums are no more than a column
+        x = b.typed(b.op("Slice", x, b.integers(0), width, b.integers(1), name=f"{name}.in"), dtype)
+        x = b.typed(b.op("Mul", x, columns, name=f"{name}.columns"), dtype)
+        if scale is not None:
+            x = b.op(scale[0], x, scale[1], name=f"{name}.scaled")
+        last = b.integers(-1)
+        x = b.op("Reshape", x, b.op("Concat", last, *sizes[1:3], name=f"{name}.in.shape", axis=0), name=f"{name}.split")
+        h = b.op("MatMul", b.typed(x, dtype), b.cast(inner, dtype), name=f"{name}.inner")
+        h = b.typed(b.op("MatMul", b.cast(outer, dtype), b.typed(h, dtype), name=f"{name}.outer"), dtype)
+        out = b.op("Mul", sizes[0], sizes[3], name=f"{name}.out_width")
+        h = b.op("Reshape", h, b.op("Concat", last, out, name=f"{name}.out.shape", axis=0), name=f"{name}.out")
+        return b.typed(b.op("Mul", b.typed(h, dtype), rows, name=f"{name}.rows"), dtype)
 
     def plain_linear(self, x: str, linear: Linear) -> str:
         """A linear layer without its branch. One stored in float32 is computed in it."""

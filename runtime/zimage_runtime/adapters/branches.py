@@ -4,7 +4,8 @@ The ranks of several files are joined. A bundle stores diag(rows) W diag(columns
 factors in int8, folds in every precision. The change of W is multiplied alike: down by the columns, up by the rest.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,10 +16,19 @@ from ..bundle.bundle import Bundle
 from ..bundle.manifest import CPU, Manifest, extended
 from ..bundle.rebalancing import Factors, RebalancingFactors
 from ..errors import AdapterError, BundleError
-from ..model.branches import EXTENDED, branch_linears, down_input, up_input
+from ..model.branches import (
+    EXTENDED,
+    branch_linears,
+    columns_input,
+    down_input,
+    inner_input,
+    outer_input,
+    rows_input,
+    up_input,
+)
 from ..model.linears import LAYER_LINEARS
 from ..model.programs import Program
-from .forms import Hadamard, LowRank
+from .forms import Hadamard, Kronecker, LowRank
 from .reader import Delta, WeightedAdapter
 
 RANK_UNIT = 16
@@ -29,16 +39,28 @@ _COMPONENT = "transformer"
 _FLOAT = 4
 
 
+class Product(NamedTuple):
+    """A layer's Kronecker product, as extended programs take it."""
+
+    outer: FloatArray  # [a, b]
+    inner: FloatArray  # [d, c]
+    columns: FloatArray  # [in] or [1]
+    rows: FloatArray  # [out] or [1]
+
+
 @dataclass(frozen=True)
 class Branches:
-    """The branches' matrices by layer: down [rank, in] and up [out, rank]. A layer that is left out has none."""
+    """The branches' matrices by layer. A layer that is left out has none."""
 
     matrices: Mapping[str, tuple[FloatArray, FloatArray]] = field(default_factory=dict)
+    """Down [rank, in] and up [out, rank]."""
+    products: Mapping[str, Product] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
-        """Of all matrices."""
-        return sum(down.nbytes + up.nbytes for down, up in self.matrices.values())
+        """Of all of them."""
+        every = [*self.matrices.values(), *self.products.values()]
+        return sum(values.nbytes for one in every for values in one)
 
     def inputs(self, program: Program, manifest: Manifest, least_rank: int = 0) -> dict[str, FloatArray]:
         """The inputs of an extended program. Without a branch, a layer has zeros of the least rank, or nothing."""
@@ -50,10 +72,15 @@ class Branches:
                 zeros[shape[0], shape[1]] = np.zeros(shape, np.float32)
             return zeros[shape[0], shape[1]]
 
+        one = np.ones(1, np.float32)
+        no_product = Product(nothing(1, 1), nothing(1, 1), one, one)
         for linear in branch_linears(program, manifest.config):
             none = nothing(least_rank, linear.in_width), nothing(linear.out_width, least_rank)
             down, up = self.matrices.get(linear.name, none)
-            found[down_input(linear.name)], found[up_input(linear.name)] = down, up
+            product = self.products.get(linear.name, no_product)
+            found |= {down_input(linear.name): down, up_input(linear.name): up}
+            found |= {outer_input(linear.name): product.outer, inner_input(linear.name): product.inner}
+            found |= {columns_input(linear.name): product.columns, rows_input(linear.name): product.rows}
         return found
 
 
@@ -63,39 +90,51 @@ ON_CPU = dict.fromkeys(EXTENDED, CPU)
 """The programs that the CPU needs."""
 
 
-def check_at_run_time(lora: WeightedAdapter, model: str) -> None:
+def check_at_run_time(loras: Sequence[WeightedAdapter], model: str) -> None:
     """Raises `AdapterError` for a file whose changes are no branches, with the line that merges it."""
-    for delta in lora.adapter.deltas:
-        if reason := _why_not(delta):
-            path = lora.adapter.path
-            raise AdapterError(
-                f"{path}: {delta.tensor} {reason}; merge the file into a bundle of its own: "
-                f"zimage-export build {model} OUT --lora {path}:{lora.weight:g}"
-            )
+    products: set[str] = set()
+    for lora in loras:
+        for delta in lora.adapter.deltas:
+            if reason := _why_not(delta, products):
+                path = lora.adapter.path
+                raise AdapterError(
+                    f"{path}: {delta.tensor} {reason}; merge the file into a bundle of its own: "
+                    f"zimage-export build {model} OUT --lora {path}:{lora.weight:g}"
+                )
+            if isinstance(delta.form, Kronecker) and lora.weight:
+                products.add(delta.tensor)
 
 
-def _why_not(delta: Delta) -> str | None:
+def _why_not(delta: Delta, products: Container[str]) -> str | None:
     if delta.target.component != _COMPONENT:
         return "is the text encoder's, whose weights cannot be changed at run time"
     if delta.magnitude is not None:
         return "has new norms (DoRA), which cannot be set at run time"
     if isinstance(delta.form, Hadamard) and delta.form.rank > _MOST_HADAMARD:
         return f"is a LoHa of rank {delta.form.rank}, and at run time {_MOST_HADAMARD} is the most"
+    if isinstance(delta.form, Kronecker):
+        if delta.tensor in products:
+            return "is changed by a LoKr of another file already, and at run time one is the most"
+        return None if delta.form.factors() else "is a range of a LoKr's rows that is no product itself"
     if not isinstance(delta.form, LowRank | Hadamard):
-        return f"is changed by a {type(delta.form).__name__} matrix, and at run time a change must be of low rank"
+        return "is changed as a whole, which cannot be done at run time"
     return None
 
 
 def branch_bytes(loras: Sequence[WeightedAdapter]) -> int:
-    """Bytes of the matrices that `make_branches` will make."""
+    """Bytes of what `make_branches` will make, at most."""
     ranks: dict[str, int] = {}
     widths: dict[str, int] = {}
+    products = 0
     for lora in loras:
         for delta in lora.adapter.deltas if lora.weight else ():
             if isinstance(delta.form, LowRank | Hadamard):
                 ranks[delta.tensor] = ranks.get(delta.tensor, 0) + delta.form.rank
                 widths[delta.tensor] = sum(delta.target.shape)
-    return sum(_FLOAT * _padded(rank) * widths[name] for name, rank in ranks.items())
+            elif isinstance(delta.form, Kronecker):
+                small = math.prod(delta.form.w1.shape) + math.prod(delta.form.w2.shape)
+                products += _FLOAT * (small + sum(delta.target.shape))
+    return products + sum(_FLOAT * _padded(rank) * widths[name] for name, rank in ranks.items())
 
 
 def make_branches(bundle: Bundle, loras: Sequence[WeightedAdapter]) -> Branches:
@@ -103,16 +142,29 @@ def make_branches(bundle: Bundle, loras: Sequence[WeightedAdapter]) -> Branches:
 
     Raises `BundleError` for an int8 bundle that does not hold what its weights were multiplied by.
     """
+    factors = RebalancingFactors(bundle, _COMPONENT)
     parts: dict[str, list[_Part]] = {}
+    products: dict[str, Product] = {}
     for lora in loras:
         for delta in lora.adapter.deltas if lora.weight else ():
+            name, scale = delta.target.name, np.float32(delta.scale * lora.weight)
+            if isinstance(delta.form, Kronecker):
+                both = delta.form.factors()
+                assert both is not None
+                products[name] = _product(*both, scale, factors.of(f"{name}.weight"), _fold(bundle, name))
+                continue
             assert isinstance(delta.form, LowRank | Hadamard)
             up, down = delta.form.factors()
-            parts.setdefault(delta.target.name, []).append(_Part(down, up, np.float32(delta.scale * lora.weight)))
-    factors = RebalancingFactors(bundle, _COMPONENT)
-    return Branches(
-        {name: _joined(some, factors.of(f"{name}.weight"), _fold(bundle, name)) for name, some in parts.items()}
-    )
+            parts.setdefault(name, []).append(_Part(down, up, scale))
+    matrices = {name: _joined(some, factors.of(f"{name}.weight"), _fold(bundle, name)) for name, some in parts.items()}
+    return Branches(matrices, products)
+
+
+def _product(w1: FloatArray, w2: FloatArray, scale: np.float32, factors: Factors, power: float) -> Product:
+    one = np.ones(1, np.float32)
+    columns = one if factors.columns is None else factors.columns
+    rows = one if factors.rows is None else factors.rows
+    return Product(w1 * (scale * np.float32(power)), np.ascontiguousarray(w2.T), columns, rows)
 
 
 class _Part(NamedTuple):

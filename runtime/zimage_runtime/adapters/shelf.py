@@ -32,8 +32,7 @@ class LoraShelf:
         Raises `AdapterError` or `HubError`.
         """
         found = tuple(WeightedAdapter(self._adapter(adapter_file(one.file), allow_unused), one.weight) for one in given)
-        for one in found:
-            check_at_run_time(one, self.bundle.manifest.source.name)
+        check_at_run_time(found, self.bundle.manifest.source.name)
         return found
 
     def _adapter(self, path: Path, allow_unused: bool) -> Adapter:

@@ -1,7 +1,9 @@
-"""The inputs of *extended* programs: a low-rank branch beside each linear layer, for LoRA that change no weight.
+"""The inputs of *extended* programs: branches beside each linear layer, for LoRA that change no weight.
 
-A linear layer W [out, in] with a branch gives x Wᵀ + (x downᵀ) upᵀ. Both matrices are inputs, float32, in the layout of
-LoRA's files. With a rank of 0, or with zeros, an extended program gives the bits of the one that it extends.
+A linear layer W [out, in] with its branches gives x Wᵀ + (x downᵀ) upᵀ + rows ∘ ((columns ∘ x) (outer ⊗ innerᵀ)ᵀ). The
+second is low-rank, the third a Kronecker product: outer [a, b] and inner [d, c] with a c = out and b d = in are small,
+and rows and columns are one factor for each channel, or one for all. All are inputs, in float32. With a rank of 0 or
+zeros, and an outer and inner of a single zero, an extended program gives the bits of the one that it extends.
 """
 
 from dataclasses import replace
@@ -23,6 +25,26 @@ def down_input(linear: str) -> str:
 def up_input(linear: str) -> str:
     """The one that is [out, rank]."""
     return f"lora.{linear}.up"
+
+
+def outer_input(linear: str) -> str:
+    """The outer factor of a layer's Kronecker product, [a, b]."""
+    return f"lora.{linear}.outer"
+
+
+def inner_input(linear: str) -> str:
+    """The inner factor, transposed: [d, c]."""
+    return f"lora.{linear}.inner"
+
+
+def columns_input(linear: str) -> str:
+    """What the product's input is multiplied by: [in] or [1]."""
+    return f"lora.{linear}.columns"
+
+
+def rows_input(linear: str) -> str:
+    """What its output is multiplied by: [out] or [1]."""
+    return f"lora.{linear}.rows"
 
 
 def branch_linears(program: Program, config: ModelConfig) -> list[Linear]:

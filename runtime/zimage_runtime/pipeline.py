@@ -4,7 +4,6 @@ The caller gets an event after the caption, after each step and with each image,
 and cancelling. The latents live here, in float32 numpy, where a step is a line.
 """
 
-import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -14,8 +13,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from .adapters.branches import Branches, branch_bytes
-from .adapters.given import given_loras
+from .adapters.branches import Branches
 from .adapters.shelf import LoraShelf
 from .arrays import FloatArray
 from .bundle.bundle import Bundle
@@ -35,28 +33,25 @@ from .events import (
     Timings,
 )
 from .executors.choose import ExecutorChoice
-from .executors.protocol import Conditioning, Denoiser, Executor, Options, Session, Work
+from .executors.protocol import Conditioning, Denoiser, Executor, Options, Session
 from .executors.registry import AUTO
-from .images.img2img import DEFAULT_MASKED_STRENGTH, DEFAULT_STRENGTH, Encoded, Start, steps_skipped
+from .images.img2img import Encoded, Start
 from .images.pixels import to_image
-from .images.source_image import open_given
-from .job import Job, Prompt, image_info, lora_notices, notices_of
+from .job import Job, Prompt
 from .keyword_fields import with_fields
 from .model.geometry import (
     ImageGeometry,
     Rotary,
     caption_positions,
-    image_geometry,
     image_positions,
     padded,
     text_rotary,
     transformer_rotary,
 )
 from .model.noise import BatchNoise, TorchGenerator, mixed
-from .model.sampling_names import SchedulerName
-from .model.schedule import Schedule, make_schedule
+from .model.schedule import Schedule
 from .model.tokenizer import PromptTokenizer
-from .sampling.guidance import make_guidance
+from .prepare import prepare_job
 from .sampling.samplers import make_solver
 
 __all__ = [
@@ -182,81 +177,14 @@ class Pipeline:
         `keeps_images` says that the caller holds all images in memory until the end. Raises `RequestError`, or
         `MemoryLimitError` where no executor can hold the request.
         """
-        manifest, config = self.bundle.manifest, self.bundle.manifest.config
-        cancels = self._cancels
-        given = None if request.image is None else open_given(request.image, request.mask, request.mask_grow)
-        size = request.size
-        if size is None:
-            defaults = (manifest.defaults.width, manifest.defaults.height)
-            size = defaults if given is None else given.own_size(config.vae)
-        geometry = image_geometry(int(size[0]), int(size[1]), config)
-        steps, shift = int(request.steps or manifest.defaults.steps), request.shift
-        schedule = make_schedule(
-            steps, config.scheduler, SchedulerName(request.scheduler), None if shift is None else float(shift)
-        )
-        source, strength, first_step = None, request.strength, 0
-        if given is not None:
-            if strength is None:
-                strength = DEFAULT_STRENGTH if request.mask is None else DEFAULT_MASKED_STRENGTH
-            first_step = steps_skipped(schedule.steps, strength)
-            source = given.resized(geometry.width, geometry.height, config.vae)
-        count = int(request.count)
-        variation = None if request.variation is None else (int(request.variation[0]), float(request.variation[1]))
-        first = secrets.randbelow(2**32 - count) if request.seed is None else int(request.seed)
-        batch = min(int(request.batch_size), count)
-        scale = manifest.defaults.cfg_scale if request.cfg_scale is None else float(request.cfg_scale)
-        normalize, truncation = request.cfg_normalization, float(request.cfg_truncation)
-        guidance = make_guidance(scale, schedule, first_step, normalize=normalize, truncation=truncation)
-        loras = self._loras.open(given_loras(request.loras), allow_unused=request.lora_allow_unused)
-        active = tuple(one for one in loras if one.weight)
-        prompts = [self._prompt(text) for text in (request.prompt, request.negative)[: 1 + guidance.guided]]
-        chosen = self.choice.plan(
-            Work(
-                geometry=geometry,
-                tokens=max(len(prompt.ids) for prompt in prompts),
-                guided=guidance.guided,
-                batch=batch,
-                count=count,
-                steps=schedule.steps,
-                encodes=source is not None,
-                held=3 * geometry.width * geometry.height * count if keeps_images else 0,
-                branches=branch_bytes(active) if active else None,
-            )
-        )
-        info = image_info(
+        return prepare_job(
             request,
-            manifest,
-            seed=first,
-            geometry=geometry,
-            steps=steps,
-            source=source,
-            strength=strength,
-            scale=scale if guidance.guided else None,
-            executor=chosen.executor.name,
-            computed=chosen.executor.computation(chosen.plan),
-            loras=loras,
-        )
-        return Job(
-            positive=prompts[0],
-            negative=prompts[1] if guidance.guided else None,
-            geometry=geometry,
-            schedule=schedule,
-            seeds=tuple(range(first, first + count)) if variation is None else (first,) * count,
-            variation=variation,
-            sampler=info.sampler,
-            batch_size=batch,
-            source=source,
-            first_step=first_step,
-            executor=chosen.executor,
-            plan=chosen.plan,
-            notices=notices_of(
-                request, guidance, chosen, lora_notices(active, schedule.steps, guidance, manifest.defaults.steps)
-            ),
-            choice=chosen.why,
-            info=info,
-            cancels=cancels,
-            guidance=guidance,
-            loras=active,
+            self.bundle,
+            self.choice,
+            self._prompt,
+            self._loras,
+            cancels=self._cancels,
+            keeps_images=keeps_images,
         )
 
     def run(self, job: Job) -> Iterator[Event]:

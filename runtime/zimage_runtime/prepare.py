@@ -1,0 +1,111 @@
+"""From a request to a job: checked against the bundle, its defaults filled in, its images and LoRA read, planned."""
+
+import secrets
+from collections.abc import Callable
+
+from .adapters.branches import branch_bytes
+from .adapters.given import given_loras
+from .adapters.shelf import LoraShelf
+from .bundle.bundle import Bundle
+from .events import Request
+from .executors.choose import ExecutorChoice
+from .executors.protocol import Work
+from .images.img2img import DEFAULT_MASKED_STRENGTH, DEFAULT_STRENGTH, steps_skipped
+from .images.source_image import open_given
+from .job import Job, Prompt, image_info, lora_notices, notices_of
+from .model.geometry import image_geometry
+from .model.sampling_names import SchedulerName
+from .model.schedule import make_schedule
+from .sampling.guidance import make_guidance
+
+
+def prepare_job(
+    request: Request,
+    bundle: Bundle,
+    choice: ExecutorChoice,
+    tokenized: Callable[[str], Prompt],
+    shelf: LoraShelf,
+    *,
+    cancels: int,
+    keeps_images: bool,
+) -> Job:
+    """Checks a request and plans it. Nothing large is loaded.
+
+    `cancels` counts those of the pipeline so far. `keeps_images` says that the caller holds all images in memory until
+    the end. Raises `RequestError`, or `MemoryLimitError` where no executor can hold the request.
+    """
+    manifest, config = bundle.manifest, bundle.manifest.config
+    given = None if request.image is None else open_given(request.image, request.mask, request.mask_grow)
+    size = request.size
+    if size is None:
+        defaults = (manifest.defaults.width, manifest.defaults.height)
+        size = defaults if given is None else given.own_size(config.vae)
+    geometry = image_geometry(int(size[0]), int(size[1]), config)
+    steps, shift = int(request.steps or manifest.defaults.steps), request.shift
+    schedule = make_schedule(
+        steps, config.scheduler, SchedulerName(request.scheduler), None if shift is None else float(shift)
+    )
+    source, strength, first_step = None, request.strength, 0
+    if given is not None:
+        if strength is None:
+            strength = DEFAULT_STRENGTH if request.mask is None else DEFAULT_MASKED_STRENGTH
+        first_step = steps_skipped(schedule.steps, strength)
+        source = given.resized(geometry.width, geometry.height, config.vae)
+    count = int(request.count)
+    variation = None if request.variation is None else (int(request.variation[0]), float(request.variation[1]))
+    first = secrets.randbelow(2**32 - count) if request.seed is None else int(request.seed)
+    batch = min(int(request.batch_size), count)
+    scale = manifest.defaults.cfg_scale if request.cfg_scale is None else float(request.cfg_scale)
+    normalize, truncation = request.cfg_normalization, float(request.cfg_truncation)
+    guidance = make_guidance(scale, schedule, first_step, normalize=normalize, truncation=truncation)
+    loras = shelf.open(given_loras(request.loras), allow_unused=request.lora_allow_unused)
+    active = tuple(one for one in loras if one.weight)
+    prompts = [tokenized(text) for text in (request.prompt, request.negative)[: 1 + guidance.guided]]
+    chosen = choice.plan(
+        Work(
+            geometry=geometry,
+            tokens=max(len(prompt.ids) for prompt in prompts),
+            guided=guidance.guided,
+            batch=batch,
+            count=count,
+            steps=schedule.steps,
+            encodes=source is not None,
+            held=3 * geometry.width * geometry.height * count if keeps_images else 0,
+            branches=branch_bytes(active) if active else None,
+        )
+    )
+    info = image_info(
+        request,
+        manifest,
+        seed=first,
+        geometry=geometry,
+        steps=steps,
+        source=source,
+        strength=strength,
+        scale=scale if guidance.guided else None,
+        executor=chosen.executor.name,
+        computed=chosen.executor.computation(chosen.plan),
+        loras=loras,
+    )
+    return Job(
+        positive=prompts[0],
+        negative=prompts[1] if guidance.guided else None,
+        geometry=geometry,
+        schedule=schedule,
+        seeds=tuple(range(first, first + count)) if variation is None else (first,) * count,
+        variation=variation,
+        sampler=info.sampler,
+        batch_size=batch,
+        source=source,
+        first_step=first_step,
+        executor=chosen.executor,
+        plan=chosen.plan,
+        notices=notices_of(
+            request, guidance, chosen, lora_notices(active, schedule.steps, guidance, manifest.defaults.steps)
+        ),
+        choice=chosen.why,
+        info=info,
+        cancels=cancels,
+        guidance=guidance,
+        loras=active,
+    )

@@ -23,6 +23,7 @@ HOMES = {
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {  # from the top; the rooms of one floor do not import each other
     "zimage_runtime": (
         ("pipeline",),
+        ("prepare",),
         ("job",),
         ("events", "sampling"),
         ("executors",),

@@ -146,7 +146,7 @@ def test_base_is_recorded_with_its_defaults_and_verified_with_fewer_steps(
 
     monkeypatch.setattr(verify, "_measure", measure)
     verify.verify_reported(Bundle.open(out), base, Progress(quiet=True), prompts=["a fox"])
-    assert [(job.schedule.steps, job.request.cfg_scale) for job in jobs] == [(8, 1.0)]
+    assert [(job.schedule.steps, job.info.cfg_scale) for job in jobs] == [(8, 1.0)]
 
 
 # --- fp16 ------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from sharing import made_once
 
 from zimage_export.programs import add_programs
 from zimage_runtime.bundle.bundle import Bundle
@@ -17,14 +18,18 @@ def extended_in(
     bundle_in: Callable[[Precision], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[Precision], Path]:
     """The bundle of a precision, with the programs that take LoRA."""
-    made: dict[Precision, Path] = {}
 
     def find(precision: Precision) -> Path:
-        if precision not in made:
-            root = tmp_path_factory.mktemp("extended") / precision
-            shutil.copytree(bundle_in(precision), root)
-            add_programs(Bundle.open(root), (), Progress(quiet=True), lora=True)
-            made[precision] = root
-        return made[precision]
+        def make(out: Path) -> None:
+            shutil.copytree(bundle_in(precision), out)
+            add_programs(Bundle.open(out), (), Progress(quiet=True), lora=True)
+
+        return made_once(tmp_path_factory, f"extended-{precision}", make)
 
     return find
+
+
+@pytest.fixture
+def root(extended_in: Callable[[Precision], Path]) -> Path:
+    """The fp32 bundle with the programs that take LoRA."""
+    return extended_in(Precision.FP32)

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from lora_tools import CASE, drawn, everywhere, products
 from parity import Drawing, relative_error
-from test_run_time import CASE, drawn, everywhere, products
 from webgpu_adapter import require_adapter
 
 from zimage_runtime.bundle.bundle import Bundle
@@ -55,8 +55,8 @@ def test_cudas_programs_with_the_cpu_in_the_gpus_place(extended_in: Extended, lo
         check_executor(pipeline, root, loras, 1e-5)
 
 
-@pytest.mark.deep
-@pytest.mark.parametrize("precision", [pytest.param(Precision.FP32, marks=pytest.mark.slow), Precision.INT8])
+@pytest.mark.slow  # a software adapter takes a minute for both
+@pytest.mark.parametrize("precision", [Precision.FP32, Precision.INT8])
 def test_webgpus_programs_on_an_adapter(precision: Precision, extended_in: Extended, loras: Loras) -> None:
     require_adapter()
     from zimage_runtime.executors.ort.webgpu import webgpu_executor

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from facts import raises_with
 from hub_server import HubServer, hub_in_use
-from test_merging import lora
+from lora_tools import lora
 
 from zimage_export.synthetic.checkpoint import SMALL
 from zimage_runtime.adapters.given import GivenLora

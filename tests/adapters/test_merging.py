@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,8 @@ import pytest
 import torch
 from cli_tools import call_export
 from facts import raises_with
-from parity import Case, check_parity, draw, draw_with_diffusers, open_with_diffusers, relative_error
+from lora_tools import CASE, QUIET, adapted, lora
+from parity import check_parity, draw, draw_with_diffusers, relative_error
 from safetensors.numpy import save_file
 from schemes import DIM, SCHEMES, Tensors, values
 
@@ -21,27 +21,10 @@ from zimage_export.source.merging import read_loras, with_loras
 from zimage_runtime.adapters.given import GivenLora
 from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.manifest import Precision
-from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.errors import AdapterError
 from zimage_runtime.pipeline import Pipeline
 
-QUIET = Progress(quiet=True)
-CASE = Case("a red fox in the snow", size=(48, 64), steps=2, seed=3)
 QUERY = "layers.0.attention.to_q"
-
-
-def lora(path: Path, seed: int, rank: int = 4) -> Path:
-    """diffusers' file for every attention, refiners included, and for the modulation of a layer."""
-    rng = np.random.default_rng(seed)
-    stems = ["layers.0", "layers.1", "layers.2", "noise_refiner.0", "noise_refiner.1", "context_refiner.1"]
-    shapes = {f"{stem}.attention.{name}": (DIM, DIM) for stem in stems for name in ("to_q", "to_k", "to_v", "to_out.0")}
-    shapes |= {"layers.1.adaLN_modulation.0": (4 * DIM, DIM), "layers.1.feed_forward.w2": (DIM, 256)}
-    tensors = {}
-    for module, (out, width) in shapes.items():
-        down, up = rng.standard_normal((rank, width)) / width**0.5, rng.standard_normal((out, rank)) / 2
-        tensors |= {f"transformer.{module}.lora_A.weight": down, f"transformer.{module}.lora_B.weight": up}
-    save_file({name: tensor.astype(np.float32) for name, tensor in tensors.items()}, path)
-    return path
 
 
 @pytest.fixture
@@ -51,16 +34,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@contextmanager
-def adapted(checkpoint: Path, weights: dict[Path, float]) -> Iterator[Any]:
-    """diffusers' pipeline with files and weights."""
-    pipeline = open_with_diffusers(checkpoint)
-    for path in weights:
-        pipeline.load_lora_weights(path, adapter_name=path.stem)
-    pipeline.set_adapters([path.stem for path in weights], list(weights.values()))
-    yield pipeline
 
 
 def merged(checkpoint: Path, *given: str) -> Checkpoint:

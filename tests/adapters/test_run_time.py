@@ -1,6 +1,5 @@
 """LoRA at run time: branches beside the weights, which stay as they are."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -8,12 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from checkpoint_tools import with_loud_channels
-from cli_tools import Capture, assert_one_line_error, call_export, call_rt
-from facts import assert_facts, raises_with
-from parity import Case, Drawing, check_parity, draw, draw_with_diffusers, relative_error
-from safetensors.numpy import save_file
-from schemes import DIM, FFN, SCHEMES, Tensors, under, values
-from test_merging import adapted, lora
+from lora_tools import CASE, QUIET, adapted, drawn, everywhere, lora, products, written
+from parity import Drawing, check_parity, draw, draw_with_diffusers, relative_error
+from schemes import DIM, FFN, SCHEMES, values
 
 from zimage_export.build import BuildOptions, build
 from zimage_export.programs import add_programs
@@ -22,11 +18,8 @@ from zimage_runtime.adapters.branches import NO_BRANCHES, RANK_UNIT, branch_byte
 from zimage_runtime.adapters.given import GivenLora
 from zimage_runtime.adapters.reader import WeightedAdapter, read_adapter
 from zimage_runtime.bundle.bundle import Bundle
-from zimage_runtime.bundle.manifest import CPU, CUDA, WEBGPU, WEBGPU_FUSED, Precision, extended
-from zimage_runtime.command_line.progress import Progress
-from zimage_runtime.errors import AdapterError, BundleError, RequestError
+from zimage_runtime.bundle.manifest import CPU, Precision, extended
 from zimage_runtime.executors.ort.host_programs import HostPrograms
-from zimage_runtime.images.image_files import read_image_info
 from zimage_runtime.model.branches import (
     EXTENDED,
     branch_linears,
@@ -37,50 +30,7 @@ from zimage_runtime.model.branches import (
     rows_input,
     up_input,
 )
-from zimage_runtime.model.programs import Program
-from zimage_runtime.pipeline import ImageEvent, NoticeEvent, Pipeline
-
-QUIET = Progress(quiet=True)
-CASE = Case("a red fox in the snow", size=(48, 64), steps=2, seed=3)
-Given = tuple[Path | str, float]
-
-
-@pytest.fixture
-def root(extended_in: Callable[[Precision], Path]) -> Path:
-    return extended_in(Precision.FP32)
-
-
-def drawn(pipeline: Pipeline, *loras: Given, case: Case = CASE) -> Drawing:
-    events = pipeline.stream(case.prompt, size=case.size, steps=case.steps, seed=case.seed, loras=loras)
-    (found,) = [Drawing(e.latents, np.asarray(e.image)) for e in events if isinstance(e, ImageEvent)]
-    return found
-
-
-def written(path: Path, tensors: Tensors) -> Path:
-    save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, path)
-    return path
-
-
-def everywhere(path: Path, scale: float = 0.3) -> Path:
-    """A change of every linear of the transformer: embedders, refiners, modulation and the ends included."""
-    tensors = {}
-    for linear in (linear for program in EXTENDED for linear in branch_linears(program, SMALL.config)):
-        rng = np.random.default_rng(list(linear.name.encode()))
-        down, up = rng.standard_normal((3, linear.in_width)), rng.standard_normal((linear.out_width, 3))
-        tensors[f"lora_unet_{under(linear.name)}.lora_down.weight"] = (down / linear.in_width**0.5).astype(np.float32)
-        tensors[f"lora_unet_{under(linear.name)}.lora_up.weight"] = (scale * up).astype(np.float32)
-    return written(path, tensors)
-
-
-def products(path: Path) -> Path:
-    """The same as LoKr: a product of [8, 8] and what is left."""
-    tensors = {}
-    for linear in (linear for program in EXTENDED for linear in branch_linears(program, SMALL.config)):
-        rng = np.random.default_rng(list(linear.name.encode()))
-        inner = rng.standard_normal((linear.out_width // 8, linear.in_width // 8)) / linear.in_width**0.5
-        tensors[f"lycoris_{under(linear.name)}.lokr_w1"] = rng.standard_normal((8, 8)).astype(np.float32)
-        tensors[f"lycoris_{under(linear.name)}.lokr_w2"] = inner.astype(np.float32)
-    return written(path, tensors)
+from zimage_runtime.pipeline import Pipeline
 
 
 @pytest.mark.deep
@@ -278,159 +228,3 @@ def pipeline_request(*paths: Path):  # type: ignore[no-untyped-def]
     from zimage_runtime.pipeline import Request
 
     return Request(CASE.prompt, size=CASE.size, steps=CASE.steps, seed=CASE.seed, loras=paths)
-
-
-REFUSED: dict[str, Tensors] = {
-    "whole": {"layers.0.attention_norm1.diff": values("n", (DIM,))},
-    "bias": {"layers.0.adaLN_modulation.0.diff_b": values("n", (4 * DIM,))},
-    "text": {
-        "text_encoders.qwen3_4b.transformer.model.layers.0.self_attn.q_proj.lora_A.weight": values("a", (2, 64)),
-        "text_encoders.qwen3_4b.transformer.model.layers.0.self_attn.q_proj.lora_B.weight": values("b", (128, 2)),
-    },
-    "dora": {
-        "layers.0.attention.to_q.lora_A.weight": values("a", (2, DIM)),
-        "layers.0.attention.to_q.lora_B.weight": values("b", (DIM, 2)),
-        "layers.0.attention.to_q.dora_scale": values("m", (DIM, 1)),
-    },
-    "lokr-cut": {  # a third of whose rows is no product
-        "layers.0.attention.qkv.lokr_w1": values("a", (4, 8)),
-        "layers.0.attention.qkv.lokr_w2": values("b", (72, 12)),
-    },
-    "large-loha": {
-        f"layers.0.attention.to_q.hada_{key}": values(key, shape)
-        for key, shape in {"w1_a": (DIM, 20), "w1_b": (20, DIM), "w2_a": (DIM, 20), "w2_b": (20, DIM)}.items()
-    },
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_is_no_branch_is_refused_with_the_line_that_merges_it(case: str, root: Path, tmp_path: Path) -> None:
-    path = written(tmp_path / f"{case}.safetensors", REFUSED[case])
-    with Pipeline.from_bundle(root) as pipeline, raises_with(AdapterError, path, f"--lora {path}:0.5", "zimage-export"):
-        pipeline.stream("a fox", loras=[(path, 0.5)])
-
-
-def test_two_lokr_of_one_layer_are_refused_and_of_weight_0_they_are_none(root: Path, tmp_path: Path) -> None:
-    one, two = products(tmp_path / "one.safetensors"), products(tmp_path / "two.safetensors")
-    with Pipeline.from_bundle(root) as pipeline:
-        with raises_with(AdapterError, two, "LoKr", f"--lora {two}:0.5"):
-            pipeline.stream("a fox", loras=[(one, 1.0), (two, 0.5)])
-        pipeline.stream("a fox", size=(48, 64), loras=[(one, 0.0), (two, 0.5)])
-
-
-def test_a_bundle_without_the_programs_names_the_command(bundle: Path, tmp_path: Path, capsys: Capture) -> None:
-    path = everywhere(tmp_path / "all.safetensors")
-    with Pipeline.from_bundle(bundle) as pipeline, raises_with(BundleError, bundle, f"programs {bundle} --lora"):
-        pipeline.stream("a fox", size=(48, 64), loras=[path])
-
-
-def test_an_int8_bundle_without_its_factors_is_refused(
-    extended_in: Callable[[Precision], Path], tmp_path: Path
-) -> None:
-    copy = Path(shutil.copytree(extended_in(Precision.INT8), tmp_path / "bundle"))
-    document = json.loads((copy / "manifest.json").read_text("utf-8"))
-    document["rebalancing"] = {}
-    (copy / "manifest.json").write_text(json.dumps(document), "utf-8")
-    path = everywhere(tmp_path / "all.safetensors")
-    with Pipeline.from_bundle(copy) as pipeline, raises_with(BundleError, copy, "export", "transformer"):
-        drawn(pipeline, (path, 1.0))
-
-
-@pytest.mark.parametrize("given", ["x.safetensors", [5], [("x", "y")], [("x", True)], [("x", float("nan"))]])
-def test_loras_that_are_none(given: object, root: Path) -> None:
-    with Pipeline.from_bundle(root) as pipeline, pytest.raises(RequestError):
-        pipeline.stream("a fox", loras=given)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("name", "steps", "cfg_scale", "facts"),
-    [
-        ("z-image-4steps", 8, 1.0, (4, 8)),
-        ("z-image-4steps", 4, 1.0, None),
-        ("z-image-4steps", 4, 3.0, ("--cfg-scale",)),
-        ("Z-Image-Lightning-8-step", 28, 1.0, (8, 28)),
-        ("fox-2000steps", 8, 1.0, None),
-        ("fox", 30, 4.0, None),
-    ],
-)
-def test_what_a_distilled_lora_is_not_made_for_is_said(
-    name: str, steps: int, cfg_scale: float, facts: tuple[object, ...] | None, root: Path, tmp_path: Path
-) -> None:
-    path = lora(tmp_path / f"{name}.safetensors", 1)
-    with Pipeline.from_bundle(root) as pipeline:
-        from zimage_runtime.pipeline import Request
-
-        job = pipeline.prepare(Request("a fox", size=(48, 64), steps=steps, cfg_scale=cfg_scale, loras=[path]))
-    said = [notice for notice in job.notices if name in notice.text]
-    if facts is None:
-        assert said == []
-    else:
-        (notice,) = said
-        assert notice.warning
-        assert_facts(notice.text, name, *facts)
-
-
-def test_run_records_its_lora_and_replays_with_it(root: Path, tmp_path: Path, capsys: Capture) -> None:
-    one, two = lora(tmp_path / "one.safetensors", 1), lora(tmp_path / "two, the second.safetensors", 2)
-    image, again = tmp_path / "a.png", tmp_path / "b.png"
-    run = ("run", "a fox", "-m", root, "--size", "48x64", "--steps", 2, "--seed", 3, "--executor", "cpu", "--quiet")
-    made = call_rt(capsys, *run, "-o", image, "--lora", f"{one}:0.8", "--lora", f"{two}:-0.3")
-    assert (made.status, made.err) == (0, "")
-    info = read_image_info(image)
-    assert info is not None
-    hashes = [read_adapter(path, SMALL.config).hash for path in (one, two)]
-    assert [(x.name, x.weight, x.hash) for x in info.loras] == [
-        ("one", 0.8, hashes[0]),
-        ("two, the second", -0.3, hashes[1]),
-    ]
-    expected = f'Lora hashes: "one: {hashes[0][:12]}, two, the second: {hashes[1][:12]}"'
-    assert expected in info.parameters()
-    assert json.loads(info.replay())["version"] == 5
-
-    replay = ("run", "--replay", image, "-m", root, "--executor", "cpu", "-o", again, "--quiet")
-    assert_one_line_error(call_rt(capsys, *replay), image, "one", hashes[0][:12], "--lora")
-    wrong = call_rt(capsys, *replay, "--lora", two, "--lora", one)
-    assert_one_line_error(wrong, f"--lora {two}", hashes[0][:12], hashes[1][:12])
-    done = call_rt(capsys, *replay, "--lora", one, "--lora", two)
-    assert (done.status, done.err) == (0, "")
-    assert read_image_info(again) == info
-    from PIL import Image
-
-    assert np.array_equal(np.asarray(Image.open(image)), np.asarray(Image.open(again)))
-
-    plain = tmp_path / "plain.png"
-    assert call_rt(capsys, *run, "-o", plain).status == 0
-    refused = call_rt(capsys, "run", "--replay", plain, "-m", root, "-o", again, "--quiet", "--lora", one)
-    assert_one_line_error(refused, plain, "--lora")
-
-
-def test_programs_adds_them(bundle: Path, tmp_path: Path, capsys: Capture) -> None:
-    copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
-    assert json.loads(call_export(capsys, "programs", copy, "--json", "--quiet").out)["added"] == []
-    added = json.loads(call_export(capsys, "programs", copy, "--lora", "--json", "--quiet").out)["added"]
-    expected = {(program, extended(CPU)) for program in EXTENDED}
-    expected |= {
-        (program, extended(name)) for program in (Program.CAPTION, Program.DENOISER) for name in (CUDA, WEBGPU)
-    }
-    expected.add((Program.DENOISER, extended(WEBGPU_FUSED)))
-    assert {(Program(a["program"]), a["name"]) for a in added} == expected
-    assert Bundle.open(copy).manifest.executors == Bundle.open(bundle).manifest.executors
-    assert Bundle.open(copy).manifest.fingerprint == Bundle.open(bundle).manifest.fingerprint
-
-
-def test_tensors_that_are_left_out_are_listed(root: Path, tmp_path: Path) -> None:
-    from zimage_runtime.pipeline import Request
-
-    module = "layers.0.attention.to_q"
-    tensors = {
-        "layers.99.attention.to_q.lora_A.weight": values("x", (2, 2)),
-        f"{module}.lora_A.weight": values("a", (2, DIM)),
-        f"{module}.lora_B.weight": values("b", (DIM, 2)),
-    }
-    path = written(tmp_path / "x.safetensors", tensors)
-    with Pipeline.from_bundle(root) as pipeline:
-        with raises_with(AdapterError, path, "--lora-allow-unused"):
-            pipeline.prepare(Request("a fox", size=(48, 64), loras=[path]))
-        job = pipeline.prepare(Request("a fox", size=(48, 64), loras=[path], lora_allow_unused=True))
-    notices = [n for n in job.notices if isinstance(n, NoticeEvent) and "layers.99.attention" in n.text]
-    assert len(notices) == 1

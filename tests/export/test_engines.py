@@ -277,6 +277,21 @@ def test_an_engine_leaves_no_tensor_to_an_allocation_at_run_time(monkeypatch: py
     assert (built.activation_bytes or 0) > 2 * 2 * 256**4, "the scores, and their softmax"
 
 
+def test_float32_is_not_rounded_to_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tensorrt_rtx as trt
+
+    set_to: list[bool] = []
+    build_network = trt.Builder.build_serialized_network
+
+    def watched(builder: trt.Builder, network: trt.INetworkDefinition, config: trt.IBuilderConfig) -> object:
+        set_to.append(config.get_flag(trt.BuilderFlag.TF32))
+        return build_network(builder, network, config)
+
+    monkeypatch.setattr(trt.Builder, "build_serialized_network", watched)
+    build(programs("bf16", Variant.AMPERE)["final_layer"], GpuTarget.PORTABLE, 512)
+    assert set_to == [False]
+
+
 # What the assertions above are for: graphs that are still right, but degraded
 
 

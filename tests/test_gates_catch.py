@@ -18,7 +18,7 @@ from parity import Case, Drawing, check_parity, draw, draw_with_diffusers
 from zimage_export.build import BuildOptions, build
 from zimage_export.graphs.layers import Layers
 from zimage_export.source.checkpoint import Checkpoint
-from zimage_runtime import pipeline
+from zimage_runtime import pipeline, prepare
 from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.tensors import read_header
 from zimage_runtime.command_line.progress import Progress
@@ -250,7 +250,7 @@ def test_the_transformer_given_sigma_instead_of_time(
         right = schedule.make_schedule(*args)
         return dataclasses.replace(right, timesteps=right.sigmas[:-1])
 
-    monkeypatch.setattr(pipeline, "make_schedule", broken)
+    monkeypatch.setattr(prepare, "make_schedule", broken)
     assert_caught(bundle, expected)
 
 

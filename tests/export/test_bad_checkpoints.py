@@ -56,6 +56,30 @@ def test_file_instead_of_a_directory(tmp_path: Path, capsys: Capture) -> None:
     refuse(capsys, tmp_path / "model.safetensors", tmp_path / "model.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("precision", "tensor"),
+    [
+        ("fp32", "layers.0.attention.to_out.0.weight"),
+        ("int8", "layers.0.attention.to_v.weight"),
+        ("int8", "layers.0.feed_forward.w3.weight"),
+        ("int8", "layers.0.attention_norm1.weight"),
+    ],
+)
+def test_values_that_are_not_finite_are_named(
+    damaged: Path, capsys: Capture, recwarn: pytest.WarningsRecorder, tensor: str, precision: str
+) -> None:
+    """In weights that are looked at before any is written: nothing else is said, no warning of numpy either."""
+    index = json.loads((damaged / INDEX).read_text())
+    shard = damaged / "transformer" / index["weight_map"][tensor]
+    entry = read_header(shard)[tensor]
+    with shard.open("r+b") as file:
+        file.seek(entry.offset)
+        file.write(b"\x00\x00\x80\x7f")  # infinity, in float32 and in the upper half of bf16
+    outcome = call_export(capsys, "build", damaged, damaged.parent / "bundle", "--precision", precision, "--quiet")
+    assert_one_line_error(outcome, shard, tensor, "finite")
+    assert not recwarn.list
+
+
 def test_directory_that_is_no_checkpoint(tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "photos").mkdir()
     refuse(capsys, tmp_path / "photos", tmp_path / "photos", "model_index.json")

@@ -94,12 +94,15 @@ class TensorSource(ABC):
         return values.reshape(count, *(self.shape[1:] if len(self.shape) > 1 else self.shape))
 
     def read_rows(self, count: int) -> FloatArray:
-        """The first `count` rows in float32; fewer where the tensor has fewer."""
-        return self.rows(0, min(count, self._row_count))
+        """The first `count` rows in float32; fewer where the tensor has fewer.
+
+        Decisions are made from them, so they are checked: raises `CheckpointError` for a value that is not finite.
+        """
+        return check_finite(self.rows(0, min(count, self._row_count)), self.name, self.path)
 
     def picked_rows(self, chosen: Iterable[int]) -> FloatArray:
-        """Single rows in float32, in the order of their numbers given."""
-        return np.concatenate([self.rows(int(row), 1) for row in chosen])
+        """Single rows in float32, in the order of their numbers given, checked as those of `read_rows`."""
+        return check_finite(np.concatenate([self.rows(int(row), 1) for row in chosen]), self.name, self.path)
 
     def read(self) -> FloatArray:
         """The whole tensor in float32."""
@@ -174,12 +177,12 @@ def read_elements(
 
 
 def check_finite(values: FloatArray, name: str, path: Path) -> FloatArray:
-    """Raises `CheckpointError` for a quantized tensor with a value that is not a number: its image would be white."""
+    """Raises `CheckpointError` for a tensor with a value that is not finite: its image would be white."""
     if not np.isfinite(values).all():
         raise not_finite(name, path)
     return values
 
 
 def not_finite(name: str, path: Path) -> CheckpointError:
-    """The error, for the caller to raise, for a tensor with a value that is not a number."""
-    return CheckpointError(f"{path}: {name} holds values that are not finite; download or copy the file again")
+    """The error, for the caller to raise, for a tensor with a value that is not finite."""
+    return CheckpointError(f"{path}: {name} contains values that are not finite; download or copy the file again")

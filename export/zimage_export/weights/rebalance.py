@@ -23,7 +23,7 @@ from zimage_runtime.bundle.rebalancing import ATTENTION_VALUES, PLACES, Factors,
 from zimage_runtime.bundle.tensors import DType
 
 from ..source.checkpoint import Checkpoint
-from ..source.tensors import TensorSource
+from ..source.tensors import TensorSource, check_finite
 from ..source.weights import Weights
 from ..storage.folds import block_of
 from ..storage.stored import LazyFactors, StoredTensor, row_chunks
@@ -172,16 +172,21 @@ def _estimate(weights: Weights, component: str, block: str, heads: SharedHeads) 
     """
     attention, value, ffn, product = PLACES[component]
     found = {}
-    entering = np.abs(weights.get(f"{block}.{attention.maker}").read())
+    entering = _magnitudes(weights.get(f"{block}.{attention.maker}"))
     found[attention.readers[0]] = _normal(entering)
     # attention averages; what it leaves of an average over many tokens is the same for all channels
     rms = _row_rms(weights.get(f"{block}.{value.maker}"), entering)
     found[value.readers[0]] = _normal(heads.repeat(rms))
-    entering = np.abs(weights.get(f"{block}.{ffn.maker}").read())
+    entering = _magnitudes(weights.get(f"{block}.{ffn.maker}"))
     found[ffn.readers[0]] = _normal(entering)
     gate = _silu_rms(_row_rms(weights.get(f"{block}.{ffn.readers[0]}"), entering))
     found[product.readers[0]] = _normal(gate * _row_rms(weights.get(f"{block}.{product.maker}"), entering))
     return found
+
+
+def _magnitudes(norm: TensorSource) -> FloatArray:
+    """Of a norm's weight [width]."""
+    return np.abs(check_finite(norm.read(), norm.name, norm.path))
 
 
 def _normal(rms: FloatArray) -> ActivationRange:
@@ -192,7 +197,7 @@ def _row_rms(source: TensorSource, entering: FloatArray) -> FloatArray:
     """[out]: the root mean square of each output, for independent inputs of these."""
     squares = np.square(entering)
     rms: FloatArray = np.sqrt(np.concatenate([np.square(rows) @ squares for _, rows in row_chunks(source)]))
-    return rms
+    return check_finite(rms, source.name, source.path)
 
 
 def _silu_rms(deviation: FloatArray) -> FloatArray:

@@ -247,7 +247,8 @@ class Pipeline:
                         latents = start.kept(latents, job.schedule.sigmas[step + 1])
                         estimate = start.kept(estimate, job.schedule.sigmas[-1])
                     if not np.isfinite(latents).all():
-                        raise ExecutorError(f"step {step + 1} gave values that are not finite; verify the bundle")
+                        cure = "give smaller weights to its LoRA" if job.loras else "verify the bundle"
+                        raise ExecutorError(f"step {step + 1} gave values that are not finite; {cure}")
                     taken = step + 1 - job.first_step
                     seconds = time.perf_counter() - begin
                     yield StepEvent(seeds, taken, job.steps, latents, seconds, estimate, colours)

@@ -49,6 +49,15 @@ def changed(checkpoint: Path, tensors: Tensors, path: Path, weight: float = 1.0,
     return merged(checkpoint, f"{path}:{weight}").weights(component).get(f"{name}.weight").read()
 
 
+def test_a_change_beyond_float32_is_refused_with_its_file(checkpoint: Path, tmp_path: Path) -> None:
+    tensors = {
+        f"transformer.{QUERY}.lora_A.weight": np.full((1, DIM), 1e20, np.float32),
+        f"transformer.{QUERY}.lora_B.weight": np.full((DIM, 1), 1e20, np.float32),
+    }
+    with raises_with(AdapterError, tmp_path / "loud.safetensors", f"{QUERY}.weight", "finite", "weight"):
+        changed(checkpoint, tensors, tmp_path / "loud.safetensors")
+
+
 @pytest.mark.deep
 def test_two_files_merged_are_what_diffusers_loads(checkpoint: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")

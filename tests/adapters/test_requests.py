@@ -13,10 +13,11 @@ from lora_tools import drawn, everywhere, lora, products, written
 from schemes import DIM, Tensors, values
 
 from zimage_export.synthetic.checkpoint import SMALL
+from zimage_runtime.adapters.given import GivenLora
 from zimage_runtime.adapters.reader import read_adapter
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import CPU, CUDA, WEBGPU, WEBGPU_FUSED, Precision, extended
-from zimage_runtime.errors import AdapterError, BundleError, RequestError
+from zimage_runtime.errors import AdapterError, BundleError, ExecutorError, RequestError
 from zimage_runtime.images.image_files import read_image_info
 from zimage_runtime.model.branches import (
     EXTENDED,
@@ -86,6 +87,12 @@ def test_loras_that_are_none(given: object, root: Path) -> None:
         pipeline.stream("a fox", loras=given)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("weight", ["1e5", "-10001", "-inf", "nan"])
+def test_weights_beyond_sense(weight: str) -> None:
+    with raises_with(AdapterError, "ink.safetensors", "10000"):
+        GivenLora.parse(f"ink.safetensors:{weight}")
+
+
 @pytest.mark.parametrize(
     ("name", "steps", "cfg_scale", "facts"),
     [
@@ -135,7 +142,9 @@ def test_run_records_its_lora_and_replays_with_it(root: Path, tmp_path: Path, ca
     assert_one_line_error(call_rt(capsys, *replay), image, "one", hashes[0][:12], "--lora")
     wrong = call_rt(capsys, *replay, "--lora", two, "--lora", one)
     assert_one_line_error(wrong, f"--lora {two}", hashes[0][:12], hashes[1][:12])
-    done = call_rt(capsys, *replay, "--lora", one, "--lora", two)
+    louder = call_rt(capsys, *replay, "--lora", f"{one}:0.8", "--lora", f"{two}:0.9")
+    assert_one_line_error(louder, f"--lora {two}:0.9", image, -0.3)
+    done = call_rt(capsys, *replay, "--lora", f"{one}:0.8", "--lora", two)
     assert (done.status, done.err) == (0, "")
     assert read_image_info(again) == info
     from PIL import Image
@@ -146,6 +155,12 @@ def test_run_records_its_lora_and_replays_with_it(root: Path, tmp_path: Path, ca
     assert call_rt(capsys, *run, "-o", plain).status == 0
     refused = call_rt(capsys, "run", "--replay", plain, "-m", root, "-o", again, "--quiet", "--lora", one)
     assert_one_line_error(refused, plain, "--lora")
+
+
+def test_values_that_are_not_finite_are_said_to_be_of_the_lora(root: Path, tmp_path: Path) -> None:
+    path = everywhere(tmp_path / "loud.safetensors", 1e32)
+    with Pipeline.from_bundle(root, "cpu") as pipeline, raises_with(ExecutorError, "step 1", "LoRA"):
+        drawn(pipeline, (path, 1e4))
 
 
 def test_programs_adds_them(bundle: Path, tmp_path: Path, capsys: Capture) -> None:

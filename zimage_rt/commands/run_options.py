@@ -147,6 +147,11 @@ class RunOptions:
                 f"with {names}; give each file with --lora, in this order" if names else "without --lora; leave it out"
             )
             raise RequestError(f"{self.replay}: was generated {needed}")
+        for text, lora, one in zip(self.lora, self.given_loras(), recorded.loras, strict=True):
+            if text != lora.file and lora.weight != one.weight:
+                raise RequestError(
+                    f"--lora {text}: {self.replay} was generated with a weight of {one.weight:g}; leave the weight out"
+                )
 
     def check_loras(self, recorded: "ImageInfo", now: "ImageInfo") -> None:
         """Raises `RequestError` for a file that is another LoRA than the image was generated with."""

@@ -10,6 +10,7 @@ other than 1 goes that far from W to W'.
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
@@ -21,10 +22,11 @@ from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.hub import adapter_file
 from zimage_runtime.bundle.tensors import DType
 from zimage_runtime.command_line.progress import Progress
+from zimage_runtime.errors import AdapterError
 from zimage_runtime.model.config import ModelConfig
 
 from .checkpoint import Checkpoint
-from .tensors import TensorSource
+from .tensors import TensorSource, check_finite
 from .weights import Weights
 
 _PIECE_BYTES = 4 << 20  # of float32
@@ -37,6 +39,7 @@ class Change:
 
     delta: Delta
     weight: float
+    path: Path  # of its file
     _column_norms: FloatArray | None = None
 
     def rows(self, first: int, original: FloatArray, whole: TensorSource) -> FloatArray:
@@ -72,7 +75,7 @@ class Change:
 
 @dataclass(frozen=True)
 class MergedTensor(TensorSource):
-    """A tensor with its changes, in float32."""
+    """A tensor with its changes, in float32. Reading raises `AdapterError` where a change exceeds float32."""
 
     original: TensorSource
     changes: tuple[Change, ...]
@@ -104,8 +107,13 @@ class MergedTensor(TensorSource):
     def _elements(self, first: int, count: int) -> NDArray[np.generic]:
         original = self.original.rows(first, count)
         changed = original.copy()
-        for change in self.changes:
-            changed += change.rows(first, original, self.original)
+        with np.errstate(over="ignore", invalid="ignore"):  # checked below
+            for change in self.changes:
+                changed += change.rows(first, original, self.original)
+        if not np.isfinite(changed).all():
+            check_finite(original, self.name, self.path)
+            files = " and ".join(sorted({str(change.path) for change in self.changes}))
+            raise AdapterError(f"{files}: changes {self.name} to values that are not finite; give a smaller weight")
         return changed.reshape(-1)
 
     def part(self, index: int, parts: int) -> NoReturn:
@@ -149,7 +157,7 @@ def with_loras(checkpoint: Checkpoint, loras: Sequence[WeightedAdapter]) -> Chec
     for lora in loras:
         for delta in lora.adapter.deltas:
             tensors = changes.setdefault(delta.target.component, {})
-            tensors.setdefault(delta.tensor, []).append(Change(delta, lora.weight))
+            tensors.setdefault(delta.tensor, []).append(Change(delta, lora.weight, lora.adapter.path))
 
     def merged(component: str) -> Weights:
         weights = checkpoint.weights(component)

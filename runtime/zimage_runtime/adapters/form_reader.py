@@ -43,7 +43,7 @@ class FormReader:
         if entry.nbytes == 0:
             raise self.fail(f"{name} is empty: its shape is {list(entry.shape)}")
         if not _finite(*self.file.array(name)):
-            raise self.fail(f"{name} holds values that are not finite; download or copy the file again")
+            raise self.fail(f"{name} contains values that are not finite; download or copy the file again")
         return Values.of(self.file, name)
 
     def matrix(self, part: Part) -> Values:

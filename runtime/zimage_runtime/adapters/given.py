@@ -1,11 +1,13 @@
 """What a user writes for a LoRA: FILE, or FILE:WEIGHT."""
 
-import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..errors import AdapterError
+
+MOST_WEIGHT = 1e4
+"""Of either sign. Beyond it, products with a file's largest scale leave float32's range."""
 
 
 @dataclass(frozen=True)
@@ -16,9 +18,11 @@ class GivenLora:
     weight: float = 1.0  # of any sign
 
     def __post_init__(self) -> None:
-        """Raises `AdapterError` for a weight that is no number."""
-        if not math.isfinite(self.weight):
-            raise AdapterError(f"the weight of {self.file} must be a finite number, not {self.weight}")
+        """Raises `AdapterError` for a weight that is no number, or that no image survives."""
+        if not abs(self.weight) <= MOST_WEIGHT:
+            raise AdapterError(
+                f"the weight of {self.file} must be between -{MOST_WEIGHT:g} and {MOST_WEIGHT:g}, not {self.weight:g}"
+            )
 
     @classmethod
     def parse(cls, text: str) -> "GivenLora":

@@ -37,7 +37,8 @@ def add_programs(
     With `lora`, also those that take LoRA.
 
     The manifest is replaced last: a killed run leaves the bundle as it was, and the next one completes it. Raises
-    `ExportError` if an executor has no programs for the precision, or if the weights lack what a program needs.
+    `ExportError` if an executor has no programs for the precision, or if the weights lack what a program needs, and
+    `OSError` with the bundle's name if it cannot be written.
     """
     wanted = [programs for programs in _wanted(bundle, executors) if lora or not programs.extended]
     policy = BundlePolicy.of(bundle)
@@ -54,14 +55,17 @@ def add_programs(
         return AddedPrograms(bundle, ())
     records = {program: dict(of) for program, of in bundle.manifest.programs.items()}
     files, added = dict(bundle.manifest.files), []
-    with (progress or Progress(quiet=True)).task("programs", len(graphs)) as advance:
-        for graph in graphs:
-            record, file = _write(bundle, graph)
-            records.setdefault(graph.program, {})[graph.executor] = record
-            files[record.path] = file
-            added.append((graph.program, graph.executor, record))
-            advance(1)
-    write_manifest(bundle.root, bundle.manifest.with_programs(records, files))
+    try:
+        with (progress or Progress(quiet=True)).task("programs", len(graphs)) as advance:
+            for graph in graphs:
+                record, file = _write(bundle, graph)
+                records.setdefault(graph.program, {})[graph.executor] = record
+                files[record.path] = file
+                added.append((graph.program, graph.executor, record))
+                advance(1)
+        write_manifest(bundle.root, bundle.manifest.with_programs(records, files))
+    except OSError as error:  # which would name a temporary file, or nothing
+        raise OSError(error.errno, error.strerror or str(error), str(bundle.root)) from None
     return AddedPrograms(Bundle.open(bundle.root), tuple(added))
 
 

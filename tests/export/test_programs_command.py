@@ -147,8 +147,9 @@ def test_a_run_that_fails_leaves_the_bundle_as_it_was(tmp_path: Path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "write_manifest", full)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(OSError, match="No space") as caught:
             add_programs(Bundle.open(root))
+    assert caught.value.filename == str(root)  # and not of a temporary file
     assert {name: contents(root)[name] for name in before} == before
     assert not list(root.rglob("*.part"))
     Bundle.open(root).verify()

@@ -120,7 +120,7 @@ class Checkpoint:
 
 def _check_layout(root: Path, files: SingleFiles) -> None:
     if not root.is_dir():
-        problem = "is a file" if root.is_file() else "no such directory"
+        problem = "is a file" if root.is_file() else "no such file or directory"
         raise CheckpointError(f"{root}: {problem}; give a checkpoint in diffusers layout")
     index = root / "model_index.json"
     if not index.is_file():

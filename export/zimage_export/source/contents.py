@@ -128,9 +128,7 @@ def _is_gguf(path: Path, instead: str) -> bool:
     if path.is_dir():
         raise CheckpointError(f"{path}: is a directory; give {instead}")
     if path.suffix.lower() in _PICKLES:
-        raise CheckpointError(
-            f"{path}: is a pickle, which can run any code when it is loaded; use a safetensors file, {instead}"
-        )
+        raise CheckpointError(f"{path}: is a pickle, which can run any code when it is loaded; use {instead}")
     try:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)

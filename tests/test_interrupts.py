@@ -302,6 +302,26 @@ def test_ctrl_c_before_a_command_begins_is_no_traceback(
     assert capsys.readouterr().err == "interrupted\n"
 
 
+@pytest.mark.parametrize("number", STOPPING)
+def test_a_signal_in_the_import_of_a_native_module_is_no_traceback(
+    number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The module's initialization fails for the handler's exception, and the import raises one of its own."""
+
+    def command() -> None:
+        try:
+            signal.raise_signal(number)
+        except BaseException:
+            raise ImportError("initialization failed") from None
+
+    restored = signal.signal(number, signal.SIG_DFL)  # in a shell's background job it is ignored
+    try:
+        assert run_command(click.Command("import", callback=command), []) == 128 + number
+    finally:
+        signal.signal(number, restored)
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_stdout_on_a_full_disk(bundle: Path, tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:
         process = start(

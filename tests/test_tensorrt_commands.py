@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,22 @@ def test_engines_of_a_bundle(copy: Path, stand_in: LibraryStandIn, capsys: Captu
     plain = call_export(capsys, "engines", copy, "--quiet")
     assert plain.out == f"{copy}\n"
     assert {engine.gpu for engine in read_catalog(Bundle.open(copy)).engines} == {GpuTarget.PORTABLE, GpuTarget.SM75}
+
+
+def test_engines_are_built_off_the_main_thread(
+    copy: Path, stand_in: LibraryStandIn, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On it, TensorRT would catch in its logger what Ctrl-C raises, and go on."""
+    threads, build = set(), stand_in.build
+
+    def noted(*given: Any, **options: Any) -> Any:
+        threads.add(threading.current_thread())
+        return build(*given, **options)
+
+    monkeypatch.setattr(stand_in, "build", noted)
+    assert call_export(capsys, "engines", copy, "--gpu", "sm89", "--quiet").status == 0
+    assert len(threads) == 1
+    assert threading.main_thread() not in threads
 
 
 def test_build_with_engines(checkpoint: Path, tmp_path: Path, stand_in: LibraryStandIn, capsys: Capture) -> None:

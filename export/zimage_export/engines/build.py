@@ -29,7 +29,8 @@ from zimage_runtime.executors.tensorrt.block_catalog import (
 )
 from zimage_runtime.executors.tensorrt.engine_cache import HashedCache, cache_folder, engine_name
 from zimage_runtime.executors.tensorrt.stage_sizes import BAND_POSITIONS
-from zimage_runtime.executors.tensorrt.trt_api import Library
+from zimage_runtime.executors.tensorrt.trt_api import Built, Library
+from zimage_runtime.executors.worker import Worker
 from zimage_runtime.machine.gpu_targets import GpuTarget, Variant
 from zimage_runtime.model.block_signatures import BLOCK_SIGNATURES
 from zimage_runtime.model.blocks import BAND, MAP, MAP_OUT, BlockKind, all_blocks
@@ -74,7 +75,7 @@ def add_engines(bundle: Bundle, gpus: Sequence[GpuTarget] = (), progress: Progre
     content, and the manifest is replaced last: a killed run leaves the bundle as it was, with at most a few files that
     the next one removes. Raises `ExportError`, or `ExecutorError` where TensorRT is missing or refuses a program.
     """
-    library = Library()
+    library = _OwnThread(Library(), Worker("engines"))
     targets = list(dict.fromkeys(gpus)) or [GpuTarget.PORTABLE, GpuTarget.SM75]
     writer = _Writer(bundle.root)
     specs: dict[Variant, VariantSpec] = {}
@@ -92,6 +93,31 @@ def add_engines(bundle: Bundle, gpus: Sequence[GpuTarget] = (), progress: Progre
     write_manifest(bundle.root, manifest)
     writer.remove_others()
     return Bundle.open(bundle.root)
+
+
+@dataclass(frozen=True)
+class _OwnThread:
+    """TensorRT's builder on a thread of its own, so that Ctrl-C ends a command after the engine at work.
+
+    On the main thread, the handler's exception may be raised in our logger: TensorRT prints it there, and goes on.
+    """
+
+    library: Library
+    worker: Worker
+
+    @property
+    def name(self) -> str:
+        """The package's name."""
+        return self.library.name
+
+    @property
+    def version(self) -> str:
+        """The package's version."""
+        return self.library.version
+
+    def build(self, onnx: bytes, spec: ProgramSpec, gpus: Sequence[GpuTarget], *, detailed: bool = False) -> Built:
+        """As `Library.build`."""
+        return self.worker.call(lambda: self.library.build(onnx, spec, gpus, detailed=detailed))
 
 
 def half_type(precision: str, variant: Variant) -> DType:
@@ -188,7 +214,7 @@ def _dtype(element: int) -> DType:
 
 
 def _build(
-    library: Library,
+    library: "_OwnThread",
     programs: Iterable[BlockProgram],
     variant: Variant,
     gpus: Sequence[GpuTarget],
@@ -209,7 +235,9 @@ def _build(
             built = library.build(onnx_bytes, spec, [gpu], detailed=True)
             name = f"{program.name}-{precision}-{gpu}-max{most}-{library.name}{library.version}"
             file = writer.write(name, "engine", built.data)
-            cache.write(engine_name(library.builder, spec, hashlib.sha256(onnx_bytes).hexdigest(), gpu), built.data)
+            cache.write(
+                engine_name(library.library.builder, spec, hashlib.sha256(onnx_bytes).hexdigest(), gpu), built.data
+            )
             engines.append(EngineSpec(file, program.name, variant, gpu, library.name, library.version))
             scratch[most] = built.activation_bytes
         points = measure_scratch(library, program, bundle.manifest.config, gpus[0], scratch)
@@ -219,7 +247,11 @@ def _build(
 
 
 def measure_scratch(
-    library: Library, program: BlockProgram, config: ModelConfig, gpu: GpuTarget, known: Mapping[int, int | None]
+    library: "Library | _OwnThread",
+    program: BlockProgram,
+    config: ModelConfig,
+    gpu: GpuTarget,
+    known: Mapping[int, int | None],
 ) -> tuple[tuple[int, int], ...]:
     """Scratch memory at several sizes: (tokens, or rows times columns; bytes). `known` is by size, from other builds.
 

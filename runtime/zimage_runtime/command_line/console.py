@@ -34,12 +34,19 @@ def run_command(command: click.Command, arguments: Sequence[str] | None = None) 
     ends the process at once.
     """
     _prepare_streams()
+    stopped: list[int] = []
     try:
-        with _signals():
-            return _status(command, arguments)
+        with _signals(stopped):
+            status = _status(command, arguments)
+            return 128 + stopped[0] if stopped and status == FAILURE else status
     except KeyboardInterrupt:  # it came while the handlers were set or taken back
         _say("interrupted")
         return INTERRUPTED
+    except Exception:
+        if not stopped:
+            raise
+        _say("interrupted")  # in the import of a native module, which then raises an exception of its own
+        return 128 + stopped[0]
 
 
 def _status(command: click.Command, arguments: Sequence[str] | None) -> int:
@@ -74,21 +81,19 @@ def _status(command: click.Command, arguments: Sequence[str] | None) -> int:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """Handles Ctrl-C, SIGTERM and SIGHUP while a command runs.
+def _signals(stopped: list[int]) -> Iterator[None]:
+    """Handles Ctrl-C, SIGTERM and SIGHUP while a command runs. The number of the one that came is in `stopped`.
 
     The first signal unwinds the stack, so that files are removed and devices freed. A second one ends the process
     without waiting for that, except SIGHUP: when a terminal is closed, both the system and the shell may send it.
     """
-    came = False
 
     def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal came
-        if came and sys.platform != "win32" and number == signal.SIGHUP:
+        if stopped and sys.platform != "win32" and number == signal.SIGHUP:
             return
-        if came:
+        if stopped:
             os._exit(128 + number)
-        came = True
+        stopped.append(number)
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + number)

@@ -60,7 +60,7 @@ def cli() -> None:
     """Export a Z-Image checkpoint to a bundle that zimage-rt generates from."""
 
 
-@cli.command()
+@cli.command(short_help="Export a checkpoint to a bundle.")
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
@@ -169,7 +169,7 @@ def build(
     )
 
 
-@cli.command()
+@cli.command(short_help="Add TensorRT engines to a bundle.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @_gpu_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the path.")
@@ -197,7 +197,7 @@ def engines(bundle: Path, gpus: tuple[str, ...], as_json: bool, quiet: bool) -> 
     _report({"path": str(bundle), "bytes": sum(files.values()), "engines": built}, as_json, str(bundle))
 
 
-@cli.command()
+@cli.command(short_help="Add the programs that a bundle lacks.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
     "--executor",
@@ -233,7 +233,7 @@ def programs(bundle: Path, executors: tuple[str, ...], lora: bool, as_json: bool
     _report({**document, "fingerprint": manifest.fingerprint}, as_json, str(bundle))
 
 
-@cli.command()
+@cli.command(short_help="Measure a bundle against its checkpoint.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--reference", required=True, help="The checkpoint that the bundle was made from, as for build.")
 @_single_files
@@ -301,7 +301,7 @@ def _verify(
     return verify_reported(bundle, found.path, progress, size, found.files, generated, loras)
 
 
-@cli.command()
+@cli.command(short_help="Write a checkpoint of random weights.")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--scale", type=click.Choice(["small", "full"]), default="small", show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the random weights.")

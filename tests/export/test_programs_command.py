@@ -198,6 +198,12 @@ def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path, capsys: Capture) 
     assert_one_line_error(call_export(capsys, "programs", tmp_path, "--quiet"), tmp_path, "not a bundle")
 
 
+def test_the_list_of_commands_cuts_no_sentence(capsys: Capture) -> None:
+    out = call_export(capsys, "--help").out
+    assert "programs" in out
+    assert "..." not in out.replace("[ARGS]...", "")
+
+
 def test_every_executor_of_the_registry_can_be_named() -> None:
     option = next(p for p in cli.commands["programs"].params if p.name == "executors")
     assert isinstance(option.type, click.Choice)

@@ -189,8 +189,11 @@ def best_plan(costs: DeviceCosts, manifest: Manifest, work: Work, budget: int) -
     return next(fitting, min(plans, key=lambda plan: plan.peak))
 
 
-def refusal(plan: VramPlan, *advice: str) -> str:
-    """Why a plan that goes over its budget is not carried out: what it needs, what there is, and what to do."""
+def refusal(plan: VramPlan, *advice: str, smaller: bool = True) -> str:
+    """Why a plan that goes over its budget is not carried out: what it needs, what there is, and what to do.
+
+    `smaller` is False where no size fits.
+    """
     work, needed = plan.work, gib_needed(plan.peak)
     what = f"{work.geometry.width}x{work.geometry.height}"
     what += f" in batches of {work.batch}" if work.batch > 1 else ""
@@ -198,7 +201,8 @@ def refusal(plan: VramPlan, *advice: str) -> str:
         [
             f"{what} needs about {needed} of GPU memory and {gib_free(plan.budget)} is available",
             *advice,
-            f"give --vram {needed.replace(' ', '')} where there is as much, a smaller --size, or --executor cpu",
+            f"give --vram {needed.replace(' ', '')} where there is as much, {'a smaller --size, ' * smaller}"
+            "or --executor cpu",
         ]
     )
 

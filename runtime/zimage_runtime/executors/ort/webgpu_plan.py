@@ -124,7 +124,7 @@ def plan_webgpu(manifest: Manifest, work: Work, budget: int, costs: WebGpuCosts)
     largest, scores = largest_size(manifest, work, fits), scores_of(manifest, work, costs)
     advice = f"the largest size of this shape that fits is {largest}" if largest else "no size fits"
     if scores <= MOST_SCORES:
-        raise MemoryLimitError(refusal(best_plan(costs, manifest, work, budget), advice))
+        raise MemoryLimitError(refusal(best_plan(costs, manifest, work, budget), advice, smaller=largest is not None))
     what = f"{work.geometry.width}x{work.geometry.height}" + (f" in batches of {work.batch}" if work.batch > 1 else "")
     raise MemoryLimitError(
         f"{what} is too large for attention that stores its scores: a block of them takes {gib_needed(scores, 2)}, and "

@@ -206,7 +206,9 @@ def built(checkpoint: Path, out: Path, variant: Variant, measured: Measured) -> 
         component = next(part for part, names in LAYER_LINEARS.items() if _tail(source.name) in names)
         return quantized(source, Encoding.INT8, balances[-1].factors(component, source.name), exponent)
 
-    def stored(source: TensorSource, encoding: Encoding, factors: Factors) -> tuple[NDArray[np.generic], FloatArray]:
+    def stored(
+        source: TensorSource, encoding: Encoding, factors: Factors, moments: Any
+    ) -> tuple[NDArray[np.generic], FloatArray]:
         weights = factors.apply(source.read())
         moment = measured.moments.get(source.name)
         if moment is not None and factors.columns is not None:

@@ -122,7 +122,7 @@ def build_reported(model: str | Path, out: str | Path, options: BuildOptions, pr
     phases.end("prepare")
     graphs = build_programs(checkpoint.config, policy, folds)
     phases.end("graphs")
-    weights = plan_weights(checkpoint, graphs, policy, folds, balance if policy.rebalanced else None)
+    weights = plan_weights(checkpoint, graphs, policy, folds, balance if policy.rebalanced else None, peaks)
     embeddings = plan_embeddings(checkpoint, policy)
     streams = {f"{component}/weights.safetensors": tensors for component, tensors in weights.items()}
     streams["text_encoder/embeddings.safetensors"] = embeddings
@@ -239,7 +239,7 @@ def _measured(checkpoint: Checkpoint, options: BuildOptions, progress: Progress)
     from .measure.calibrate import PROMPTS, measure_peaks, read_prompts
 
     prompts = list(PROMPTS) if options.calibrate is None else read_prompts(options.calibrate)
-    return measure_peaks(checkpoint, prompts, progress)
+    return measure_peaks(checkpoint, prompts, progress, moments=options.precision in (Precision.INT8, Precision.INT4))
 
 
 def _rotations(checkpoint: Checkpoint, options: BuildOptions) -> dict[str, int]:

@@ -25,6 +25,7 @@ from zimage_runtime.bundle.tensors import DType
 from ..source.checkpoint import Checkpoint
 from ..source.tensors import TensorSource
 from ..source.weights import Weights
+from ..storage.feedback import Moments
 from ..storage.folds import block_of
 from ..storage.stored import LazyFactors, StoredTensor, row_chunks
 from .folding import ActivationRange, Peaks, blocks
@@ -46,6 +47,17 @@ def measured_ranges(peaks: Peaks | None) -> Ranges:
         component: {block: peak.places for block, peak in by_block.items()}
         for component, by_block in (peaks or {}).items()
     }
+
+
+def measured_moments(peaks: Peaks | None, component: str, name: str) -> Moments | None:
+    """What calibration measured of the inputs of a linear, by its weight's name; None without it."""
+    block = block_of(name)
+    found = (peaks or {}).get(component, {}).get(block)
+    tail = name.removeprefix(f"{block}.")
+    place = next((place for place in PLACES.get(component, ()) if tail in place.readers), None)
+    if found is None or place is None or place.readers[0] not in found.places:
+        return None
+    return found.places[place.readers[0]].moments
 
 
 class Rebalancing:

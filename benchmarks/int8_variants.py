@@ -16,7 +16,7 @@ import argparse
 import json
 import shutil
 import unittest.mock
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
@@ -37,11 +37,11 @@ from zimage_export.measure.calibrate import measure_peaks
 from zimage_export.source.checkpoint import Checkpoint
 from zimage_export.source.forms.scaled import hadamard
 from zimage_export.source.tensors import TensorSource
-from zimage_export.storage.precision import Encoding
+from zimage_export.storage.precision import Encoding, StoragePolicy
 from zimage_export.storage.quantize import blocks4, blocks8, int8_rows, quantized
 from zimage_export.storage.stored import StoredTensor
-from zimage_export.weights.folding import blocks
-from zimage_export.weights.rebalance import Ranges, Rebalancing, measured_ranges
+from zimage_export.weights.folding import ActivationRange, blocks
+from zimage_export.weights.rebalance import Ranges, Rebalancing, choose, measured_ranges
 from zimage_rt import Pipeline
 from zimage_rt.bench.accuracy import psnr_db
 from zimage_runtime.arrays import FloatArray
@@ -57,6 +57,7 @@ DEMO = Path(__file__).parents[1] / "demo_model" / "tiny"
 QUIET = Progress(quiet=True)
 CALIBRATION = 8  # prompts of the training's kind in each language; none of them is held out
 _GROUP = 256
+_FAR = 4.0
 WHOLE = 1 << 20  # inputs: more than any linear has
 
 Pictures = list[NDArray[np.uint8]]
@@ -73,16 +74,22 @@ class Variant:
     heads: bool = False
     feedback: int = 0  # within groups of so many inputs; 0 for none
     calibrated: bool = False  # rebalanced by measured ranges
+    only_loud: bool = False  # rebalanced only where a channel's factor is far from the others'
+    product: bool = False  # by the product's own command, with `--calibrate` where it is calibrated
 
 
-REFERENCE = Variant("fp32", Precision.FP32)
-INT8, INT4 = Variant("int8 (the product)"), Variant("int4 (the product)", Precision.INT4)
+REFERENCE = Variant("fp32", Precision.FP32, product=True)
+INT8, INT4 = Variant("int8"), Variant("int4", Precision.INT4, rebalanced=False)
+BASELINES = tuple(replace(one, name=f"{one.name} (the product)", product=True) for one in (INT8, INT4))
 VARIANTS = (
-    INT8,
-    replace(INT8, name="int8, calibrated (the product with --calibrate)", calibrated=True),
+    *BASELINES,
+    *(replace(one, name=f"{one.name} with --calibrate", calibrated=True, product=True) for one in (INT8, INT4)),
+    replace(INT8, name="int8, calibrated", calibrated=True),
     replace(INT8, name="int8, not rebalanced", rebalanced=False),
     replace(INT8, name="int8, rotated, not rebalanced", rebalanced=False, rotated=True),
     replace(INT8, name="int8, rebalanced, then rotated", rotated=True),
+    replace(INT8, name="int8, only loud channels rebalanced", only_loud=True),
+    replace(INT8, name="int8, only loud channels rebalanced, feedback in groups of 256", only_loud=True, feedback=256),
     replace(INT8, name="int8, heads, not rebalanced", rebalanced=False, heads=True),
     replace(INT8, name="int8, heads, then rebalanced", heads=True),
     replace(INT8, name="int8, feedback", feedback=WHOLE),
@@ -92,14 +99,22 @@ VARIANTS = (
     replace(INT8, name="int8, calibrated, feedback in groups of 256", calibrated=True, feedback=256),
     replace(INT8, name="int8, feedback, not rebalanced", rebalanced=False, feedback=WHOLE),
     replace(INT8, name="int8, heads, then rebalanced, feedback", heads=True, feedback=WHOLE),
-    INT4,
     replace(INT4, name="int4, feedback", feedback=WHOLE),
     replace(INT4, name="int4, feedback in groups of 256", feedback=256),
     replace(INT4, name="int4, feedback in groups of 64", feedback=64),
+    replace(INT4, name="int4, rebalanced", rebalanced=True),
+    replace(INT4, name="int4, rebalanced, feedback in groups of 256", rebalanced=True, feedback=256),
+    replace(INT4, name="int4, only loud channels rebalanced", rebalanced=True, only_loud=True),
+    replace(
+        INT4,
+        name="int4, only loud channels rebalanced, feedback in groups of 256",
+        rebalanced=True,
+        only_loud=True,
+        feedback=256,
+    ),
     replace(INT4, name="int4, heads", heads=True),
     replace(INT4, name="int4, heads, feedback", heads=True, feedback=WHOLE),
 )
-BASELINES = {one.precision: one.name for one in (INT8, INT4)}
 
 
 class Untouched(Rebalancing):
@@ -125,18 +140,13 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     requests = [p for language in ("en", "zh") for _, p in held_out_requests(language, options.prompts)]
-    kept = options.work / f"{options.name}.json"
-    psnrs: dict[str, dict[str, list[float]]] = json.loads(kept.read_text()) if kept.exists() else {}
-    for model in options.models:
-        wanted = [one for one in VARIANTS if one.name in options.only and one.name not in psnrs.get(model, {})]
-        source = Model(options.work / model.replace(" ", "-"), loud="loud" in model)
-        reference = source.images(REFERENCE, requests) if wanted else []
-        for variant in wanted:
-            images = source.images(variant, requests)
-            values = [psnr_db(one, other) for one, other in zip(images, reference, strict=True)]
-            psnrs.setdefault(model, {})[variant.name] = [round(min(value, 99.0), 2) for value in values]
-            kept.write_text(json.dumps(psnrs))
-            print(f"{model}: {variant.name}: median {np.median(values):.2f} dB", flush=True)
+    psnrs: dict[str, dict[str, list[float]]] = {}
+    for name in options.models:
+        model = Model(options.work / name.replace(" ", "-"), loud="loud" in name)
+        for variant in VARIANTS:
+            if values := model.psnrs(variant, requests, measure=variant.name in options.only):
+                psnrs.setdefault(name, {})[variant.name] = values
+                print(f"{name}: {variant.name}: median {np.median(values):.2f} dB", flush=True)
     report = {"machine": machine("numpy", "onnxruntime"), "activation_bits": activation_bits(), "psnr_db": psnrs}
     text = to_markdown(report, options.prompts)
     write_results(options.name, report, text, options.out)
@@ -149,10 +159,8 @@ class Model:
     def __init__(self, folder: Path, *, loud: bool) -> None:
         self._folder = folder
         folder.mkdir(exist_ok=True)
-        self._plain = DEMO
-        if loud:
-            self._plain = folder / "checkpoint"
-            shutil.rmtree(self._plain, ignore_errors=True)
+        self._plain = folder / "checkpoint" if loud else DEMO
+        if loud and not self._plain.exists():
             with_loud_channels(DEMO, self._plain)
         self._turned = cache(self._with_turned_heads)
         self._ranges = cache(
@@ -160,19 +168,43 @@ class Model:
         )
         self._moments = cache(lambda: measured_moments(self._plain, calibration_prompts()))
 
+    def psnrs(self, variant: Variant, prompts: list[str], *, measure: bool) -> list[float]:
+        """PSNR of each prompt's image, measured or as it was measured before; nothing where neither is so."""
+        kept = self._folder / f"{len(prompts)} {variant.name.replace('/', ' ')}.json"
+        if not kept.exists() and measure:
+            drawn, reference = self.images(variant, prompts), self._reference(prompts)
+            found = [psnr_db(one, other) for one, other in zip(drawn, reference, strict=True)]
+            kept.write_text(json.dumps([round(min(value, 99.0), 2) for value in found]))
+        return json.loads(kept.read_text()) if kept.exists() else []
+
+    def _reference(self, prompts: list[str]) -> Pictures:
+        kept = self._folder / f"{len(prompts)} fp32.npy"
+        if not kept.exists():
+            np.save(kept, np.stack(self.images(REFERENCE, prompts)))
+        return list(np.load(kept))
+
     def images(self, variant: Variant, prompts: list[str]) -> Pictures:
         """An image of each prompt, with its place as the seed."""
         checkpoint = self._turned() if variant.heads else self._plain
         moments = self._moments() if variant.feedback else {}
         if variant.heads:
             moments = with_turned_columns(moments, Checkpoint.open(checkpoint).config)
-        bundle = self._folder / "bundle"
-        built(checkpoint, bundle, variant, Measured(moments, self._ranges(checkpoint) if variant.calibrated else {}))
+        bundle = self._folder / f"bundle {variant.name}"
+        if variant.product:
+            build(checkpoint, bundle, self._options(variant), QUIET)
+        else:
+            ranges = self._ranges(checkpoint) if variant.calibrated else {}
+            built(checkpoint, bundle, variant, Measured(moments, ranges))
         pipeline = Pipeline.from_bundle(bundle, "cpu")
         try:
             return [np.asarray(pipeline.generate(p, seed=seed).images[0]) for seed, p in enumerate(prompts)]
         finally:
             pipeline.release()
+
+    def _options(self, variant: Variant) -> BuildOptions:
+        prompts = self._folder / "prompts.txt"
+        prompts.write_text("\n".join(calibration_prompts()), encoding="utf-8")
+        return BuildOptions(variant.precision, force=True, calibrate=prompts if variant.calibrated else None)
 
     def _with_turned_heads(self) -> Path:
         out = self._folder / "turned"
@@ -225,13 +257,24 @@ def built(checkpoint: Path, out: Path, variant: Variant, measured: Measured) -> 
         return blocks8(weights)
 
     with ExitStack() as stack:
-        if variant.precision is not Precision.FP32:
-            stack.enter_context(unittest.mock.patch("zimage_export.build.Rebalancing", balance))
-            stack.enter_context(unittest.mock.patch("zimage_export.weights.streaming.carried", rotated_weight))
-            stack.enter_context(unittest.mock.patch("zimage_export.storage.quantize._stored", stored))
+        stack.enter_context(unittest.mock.patch("zimage_export.build.Rebalancing", balance))
+        stack.enter_context(unittest.mock.patch("zimage_export.weights.streaming.carried", rotated_weight))
+        stack.enter_context(unittest.mock.patch("zimage_export.storage.quantize._stored", stored))
+        if variant.precision is Precision.INT4 and variant.rebalanced:
+            stack.enter_context(unittest.mock.patch.object(StoragePolicy, "rebalanced", True))
+        if variant.only_loud:
+            stack.enter_context(unittest.mock.patch("zimage_export.weights.rebalance.choose", chosen_if_loud))
         if variant.rotated:
             stack.enter_context(unittest.mock.patch("zimage_export.build._rotations", lambda c, o: rotations(c.config)))
         build(checkpoint, out, BuildOptions(precision=variant.precision, force=True), QUIET)
+
+
+def chosen_if_loud(activations: ActivationRange, readers: Sequence[FloatArray]) -> FloatArray:
+    """The product's factors, where they are far from the median; one elsewhere."""
+    factors = choose(activations, readers)
+    factors = factors / np.median(factors)
+    far = (factors > _FAR) | (factors < 1 / _FAR)
+    return np.where(far, factors, np.float32(1)).astype(np.float32)
 
 
 def rotations(config: ModelConfig) -> dict[str, int]:
@@ -328,12 +371,18 @@ def to_markdown(report: dict[str, Any], prompts: int) -> str:
     for model, by_variant in report["psnr_db"].items():
         rows = []
         for name, values in by_variant.items():
-            precision = Precision.INT4 if name.startswith("int4") else Precision.INT8
-            base = np.asarray(by_variant.get(BASELINES[precision], values))
-            found = np.asarray(values)
-            gain = np.median(found) - np.median(base)
-            rows.append([name, *(f"{np.quantile(found, q):.1f}" for q in (0, 0.1, 0.5, 0.9)), f"{gain:+.1f}"])
-        header = ["variant", "least", "10 %", "median", "90 %", "median, against the product"]
+            base = next(one.name for one in BASELINES if one.name[:4] == name[:4])
+            found, product = np.asarray(values), np.asarray(by_variant.get(base, values))
+            spread = np.std(found - product) / np.sqrt(len(found))
+            rows.append(
+                [
+                    name,
+                    *(f"{np.quantile(found, q):.1f}" for q in (0, 0.1, 0.5, 0.9)),
+                    f"{np.median(found) - np.median(product):+.1f}",
+                    f"{np.mean(found - product):+.1f} ± {spread:.1f}",
+                ]
+            )
+        header = ["variant", "least", "10 %", "median", "90 %", "median, gained", "mean, gained"]
         parts.append(f"## {model}\n\n{markdown_table(header, rows)}\n")
     return "\n".join(
         [

@@ -113,7 +113,11 @@ def build_reported(model: str | Path, out: str | Path, options: BuildOptions, pr
     if peaks is not None and options.precision is Precision.FP16:
         check_fp16_range(peaks, folds)
     policy = StoragePolicy(
-        options.precision, checkpoint.vae_type, checkpoint.timestep_type, rotations=_rotations(checkpoint, options)
+        options.precision,
+        checkpoint.vae_type,
+        checkpoint.timestep_type,
+        calibrated=peaks is not None,
+        rotations=_rotations(checkpoint, options),
     )
     balance = Rebalancing(checkpoint, measured_ranges(peaks), policy.rotations)
     if options.precision is Precision.INT4:
@@ -239,7 +243,7 @@ def _measured(checkpoint: Checkpoint, options: BuildOptions, progress: Progress)
     from .measure.calibrate import PROMPTS, measure_peaks, read_prompts
 
     prompts = list(PROMPTS) if options.calibrate is None else read_prompts(options.calibrate)
-    return measure_peaks(checkpoint, prompts, progress, moments=options.precision in (Precision.INT8, Precision.INT4))
+    return measure_peaks(checkpoint, prompts, progress, moments=options.precision is Precision.INT4)
 
 
 def _rotations(checkpoint: Checkpoint, options: BuildOptions) -> dict[str, int]:

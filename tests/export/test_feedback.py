@@ -13,7 +13,7 @@ from zimage_export.measure.calibrate import measure_peaks
 from zimage_export.source.checkpoint import Checkpoint
 from zimage_export.storage.feedback import GROUP, Feedback, group_slices
 from zimage_export.storage.precision import Encoding
-from zimage_export.storage.quantize import blocks4, dequantized, int8_rows
+from zimage_export.storage.quantize import blocks4, dequantized
 from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.precision import Precision
 from zimage_runtime.command_line.progress import Progress
@@ -47,8 +47,9 @@ def in_turn(weights: FloatArray, moment: NDArray[np.float64], step: NDArray[np.f
     moment = moment[np.ix_(order, order)] + 0.01 * np.mean(np.diag(moment)) * np.eye(len(moment))
     left, found = weights[:, order].astype(np.float64), np.empty(weights.shape)
     for index in range(len(moment)):
-        found[:, order[index]] = np.clip(np.rint(left[:, index] / step), -127, 127)
-        error = found[:, order[index]] * step - left[:, index]
+        steps = step[:, order[index]]
+        found[:, order[index]] = np.clip(np.rint(left[:, index] / steps), -8, 7)
+        error = found[:, order[index]] * steps - left[:, index]
         rest = slice(index + 1, None)
         left[:, rest] -= np.outer(error, np.linalg.solve(moment[rest, rest], moment[rest, index]))
     return found
@@ -56,40 +57,33 @@ def in_turn(weights: FloatArray, moment: NDArray[np.float64], step: NDArray[np.f
 
 def test_integers_are_the_closed_forms(inputs: FloatArray, weights: FloatArray) -> None:
     moments = moments_of(inputs)
-    found, scales = int8_rows(weights, Feedback.of(moments))
+    packed, scales = blocks4(weights, Feedback.of(moments))
+    steps = np.repeat(scales.astype(np.float64), 32, axis=1)
+    found = dequantized(packed, scales, Encoding.BLOCKS4) / steps
     for own, moment in zip(group_slices(WIDTH), moments, strict=True):
-        expected = in_turn(weights[:, own], moment.astype(np.float64), scales.astype(np.float64))
-        assert np.mean(found[:, own] != expected) < 0.01  # float32 may round a tie the other way, and what follows it
+        expected = in_turn(weights[:, own], moment.astype(np.float64), steps[:, own])
+        # float32 may round a tie the other way, and with it what follows
+        assert np.mean(np.abs(found[:, own] - expected) > 0.5) < 0.01
 
 
 def test_outputs_lose_less(inputs: FloatArray, weights: FloatArray) -> None:
-    feedback = Feedback.of(moments_of(inputs))
-
-    def lost(values: FloatArray) -> float:
-        return float(np.linalg.norm(inputs @ (values - weights).T))
-
-    for encoding, plain, fed in (
-        (Encoding.INT8, int8_rows(weights), int8_rows(weights, feedback)),
-        (Encoding.BLOCKS4, blocks4(weights), blocks4(weights, feedback)),
-    ):
-        turned = [(v.T if encoding is Encoding.INT8 else v, scales) for v, scales in (plain, fed)]
-        before, after = (lost(dequantized(values, scales, encoding)) for values, scales in turned)
-        assert after < 0.9 * before, encoding
-        np.testing.assert_array_equal(plain[1], fed[1])  # the scales
+    plain, fed = blocks4(weights), blocks4(weights, Feedback.of(moments_of(inputs)))
+    before, after = (np.linalg.norm(inputs @ (dequantized(*one, Encoding.BLOCKS4) - weights).T) for one in (plain, fed))
+    assert after < 0.9 * before
+    np.testing.assert_array_equal(plain[1], fed[1])  # the scales
 
 
 def test_factors_of_rebalancing_are_those_of_the_inputs(inputs: FloatArray, weights: FloatArray) -> None:
     factors = np.exp2(np.random.default_rng(2).integers(-3, 4, WIDTH)).astype(np.float32)
-    found, _ = int8_rows(weights * factors, Feedback.of(moments_of(inputs), factors))
-    expected, _ = int8_rows(weights * factors, Feedback.of(moments_of(inputs / factors)))
+    found, _ = blocks4(weights * factors, Feedback.of(moments_of(inputs), factors))
+    expected, _ = blocks4(weights * factors, Feedback.of(moments_of(inputs / factors)))
     assert np.mean(found != expected) < 0.01
 
 
 @pytest.mark.parametrize("moment", [0.0, 3.0], ids=["inputs that are zero", "inputs that are independent"])
 def test_nothing_changes_where_nothing_can_be_made_up_for(moment: float, weights: FloatArray) -> None:
     feedback = Feedback.of([moment * np.eye(own.stop - own.start, dtype=np.float32) for own in group_slices(WIDTH)])
-    np.testing.assert_array_equal(int8_rows(weights, feedback)[0], int8_rows(weights)[0])
-    # int4's last step refits the scales to the integers, and feedback rounds to the refitted ones
+    # the last step without feedback refits the scales to the integers, and feedback rounds to the refitted ones
     fed, plain = (dequantized(*found, Encoding.BLOCKS4) for found in (blocks4(weights, feedback), blocks4(weights)))
     assert np.mean(fed != plain) < 0.02
     assert np.linalg.norm(fed - weights) <= np.linalg.norm(plain - weights)
@@ -122,15 +116,14 @@ def test_calibration_measures_how_channels_vary_together(checkpoint: Path, diffu
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("precision", [Precision.INT8, Precision.INT4])
 def test_a_calibrated_bundle_is_nearer(
-    precision: Precision, checkpoint: Path, diffusers_pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, diffusers_pipeline: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Than one that is calibrated in the same way without feedback."""
     case = Case("a red circle", (80, 64), 4, 3)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a green square\n白色背景\n", encoding="utf-8")
-    options, expected = BuildOptions(precision, calibrate=prompts), draw_with_diffusers(diffusers_pipeline, case)
+    options, expected = BuildOptions(Precision.INT4, calibrate=prompts), draw_with_diffusers(diffusers_pipeline, case)
 
     def error(name: str) -> float:
         build(checkpoint, tmp_path / name, options, QUIET)
@@ -139,5 +132,4 @@ def test_a_calibrated_bundle_is_nearer(
     fed = error("fed")
     monkeypatch.setattr("zimage_export.weights.streaming.measured_moments", lambda peaks, component, name: None)
     plain = error("plain")
-    print(precision, fed, plain)
-    assert fed < plain
+    assert fed < 0.9 * plain

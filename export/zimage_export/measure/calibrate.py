@@ -2,7 +2,7 @@
 
 Measured are the values that exceed fp16's range in this model: the outputs of each block's out-projection, of its
 SwiGLU product and of `w2`, and the same in the text encoder (see `storage.folds`); and the range of each channel that a
-linear reads (see `weights.rebalance`) and, for integers, how channels vary together (see `storage.feedback`).
+linear reads (see `weights.rebalance`) and, for int4, how channels vary together (see `storage.feedback`).
 """
 
 from collections.abc import Callable

@@ -57,12 +57,11 @@ class Feedback:
         return cls(tuple(groups))
 
     def rounded(self, weights: FloatArray, steps: FloatArray, least: int, most: int) -> FloatArray:
-        """Rows [rows, width] in units of `steps` [rows, 1] or [rows, width] → integers from `least` to `most`."""
+        """Rows [rows, width] in units of `steps` [rows, width] → integers from `least` to `most`."""
         found, first = np.empty_like(weights), 0
         for group in self.groups:
             own = np.arange(first, first + len(group.order))[group.order]
-            group_steps = steps if steps.shape[1] == 1 else steps[:, own]
-            found[:, own] = _in_turn(weights[:, own].T.copy(), group_steps.T.copy(), group.upper, least, most).T
+            found[:, own] = _in_turn(weights[:, own].T.copy(), steps[:, own].T.copy(), group.upper, least, most).T
             first += len(own)
         return found
 
@@ -78,7 +77,6 @@ def _group(moment: NDArray[np.float64]) -> _Group:
 def _in_turn(left: FloatArray, steps: FloatArray, upper: FloatArray, least: int, most: int) -> FloatArray:
     """Inputs [size, rows], which are overwritten, → their integers."""
     found = np.empty_like(left)
-    steps = np.broadcast_to(steps, left.shape)
     for start in range(0, len(left), _AT_ONCE):
         end = min(start + _AT_ONCE, len(left))
         errors = np.empty((end - start, left.shape[1]), np.float32)

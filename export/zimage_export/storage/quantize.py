@@ -39,7 +39,7 @@ def quantized(
 ) -> list[StoredTensor]:
     """A linear layer's weight, times its factors and 2**exponent, and its scales, as the bundle stores them.
 
-    With `moments` of its inputs as the checkpoint has them, without factors, it is rounded with error feedback.
+    With `moments` of its inputs as the checkpoint has them, without factors, int4 is rounded with error feedback.
     """
 
     @functools.cache
@@ -93,7 +93,7 @@ def _stored(
     for first, weights in row_chunks(source, factors):
         rows = slice(first, first + len(weights))
         if encoding is Encoding.INT8:
-            values, scales[rows] = int8_rows(weights, feedback)
+            values, scales[rows] = int8_rows(weights)
             integers[:, rows] = values.T
         elif encoding is Encoding.BLOCKS8:
             integers[rows], scales[rows] = blocks8(weights)
@@ -104,11 +104,9 @@ def _stored(
     return integers, scales
 
 
-def int8_rows(weights: FloatArray, feedback: Feedback | None = None) -> tuple[NDArray[np.int8], FloatArray]:
+def int8_rows(weights: FloatArray) -> tuple[NDArray[np.int8], FloatArray]:
     """Rows [rows, width] → int8 values of the same shape, and one scale per row."""
     scales = int8_scales(weights)
-    if feedback:
-        return feedback.rounded(weights, scales[:, None], -INT8_MOST, INT8_MOST).astype(np.int8), scales
     values = weights * (np.float32(1) / scales)[:, None]
     np.rint(values, out=values)
     np.clip(values, -INT8_MOST, INT8_MOST, out=values)

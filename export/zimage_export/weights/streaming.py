@@ -76,7 +76,7 @@ def plan_weights(
 ) -> dict[str, list[StoredTensor]]:
     """The tensors of each component's weights file, which are those that its programs use.
 
-    `peaks` are what calibration measured; integers are rounded with error feedback where it measured moments.
+    `peaks` are what calibration measured; int4 is rounded with error feedback where it measured moments.
     Raises `CheckpointError` if the checkpoint lacks one, or has it in another shape or an unusable type. Only
     headers are read, so a bad checkpoint fails before anything is written.
     """

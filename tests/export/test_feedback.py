@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from checkpoint_tools import with_loud_channels
 from numpy.typing import NDArray
 from parity import Case, draw, draw_with_diffusers, relative_error
 
@@ -16,6 +17,7 @@ from zimage_export.storage.precision import Encoding
 from zimage_export.storage.quantize import blocks4, dequantized
 from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.precision import Precision
+from zimage_runtime.bundle.rebalancing import RebalancingFactors
 from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.pipeline import Pipeline
 
@@ -87,6 +89,24 @@ def test_nothing_changes_where_nothing_can_be_made_up_for(moment: float, weights
     fed, plain = (dequantized(*found, Encoding.BLOCKS4) for found in (blocks4(weights, feedback), blocks4(weights)))
     assert np.mean(fed != plain) < 0.02
     assert np.linalg.norm(fed - weights) <= np.linalg.norm(plain - weights)
+
+
+@pytest.mark.deep
+def test_calibrated_int4_is_rebalanced(checkpoint: Path, diffusers_pipeline: Any, tmp_path: Path) -> None:
+    """Loud channels cost it less, and what it multiplied the weights by is kept for a LoRA."""
+    loud = with_loud_channels(checkpoint, tmp_path / "loud")
+    case = Case("a red circle", (80, 64), 4, 3)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a green square\n", encoding="utf-8")
+    expected = draw_with_diffusers(diffusers_pipeline, case)
+
+    def error(name: str, calibrate: Path | None) -> float:
+        bundle = build(loud, tmp_path / name, BuildOptions(Precision.INT4, calibrate=calibrate), QUIET)
+        columns = RebalancingFactors(bundle, "transformer").of("layers.0.attention.to_q.weight").columns
+        assert (columns is not None and np.ptp(columns) > 0) == (calibrate is not None)
+        return relative_error(draw(Pipeline.from_bundle(bundle.root), case)[0].latents, expected.latents)
+
+    assert error("calibrated", prompts) < 0.7 * error("plain", None)
 
 
 @pytest.mark.deep

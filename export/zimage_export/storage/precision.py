@@ -68,8 +68,8 @@ class StoragePolicy:
     def rebalanced(self) -> bool:
         """Whether magnitudes are moved between activations and weights: where activations share scales.
 
-        int8 has one scale for a token. int4 has one for a token's 32 neighbours, and on the CPU alone: a loud channel
-        spoils fewer others there, and only where activations were measured, moving it was found to be worth it.
+        int8 has one scale for a whole token, int4 one for 32 neighbouring channels and weights: a loud channel spoils
+        fewer others. It pays together with error feedback, which needs measured activations too.
         """
         return self.precision is Precision.INT8 or (self.precision is Precision.INT4 and self.calibrated)
 

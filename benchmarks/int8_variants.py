@@ -16,7 +16,7 @@ import argparse
 import json
 import shutil
 import unittest.mock
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cache
@@ -40,8 +40,8 @@ from zimage_export.source.tensors import TensorSource
 from zimage_export.storage.precision import Encoding, StoragePolicy
 from zimage_export.storage.quantize import blocks4, blocks8, int8_rows, quantized
 from zimage_export.storage.stored import StoredTensor
-from zimage_export.weights.folding import ActivationRange, blocks
-from zimage_export.weights.rebalance import Ranges, Rebalancing, choose, measured_ranges
+from zimage_export.weights.folding import blocks
+from zimage_export.weights.rebalance import Ranges, Rebalancing, measured_ranges
 from zimage_rt import Pipeline
 from zimage_rt.bench.accuracy import psnr_db
 from zimage_runtime.arrays import FloatArray
@@ -57,7 +57,6 @@ DEMO = Path(__file__).parents[1] / "demo_model" / "tiny"
 QUIET = Progress(quiet=True)
 CALIBRATION = 8  # prompts of the training's kind in each language; none of them is held out
 _GROUP = 256
-_FAR = 4.0
 WHOLE = 1 << 20  # inputs: more than any linear has
 
 Pictures = list[NDArray[np.uint8]]
@@ -230,8 +229,12 @@ def built(checkpoint: Path, out: Path, variant: Variant, measured: Measured) -> 
     """The bundle of a variant, by the product's own exporter with its rounding exchanged."""
     balances: list[Rebalancing] = []
 
-    def balance(opened: Checkpoint, ranges: Any, carried: Any) -> Rebalancing:
-        balances.append((Rebalancing if variant.rebalanced else Untouched)(opened, measured.ranges or None))
+    def balance(opened: Checkpoint, *options: Any, **more: Any) -> Rebalancing:
+        balances.append(
+            (Rebalancing if variant.rebalanced else Untouched)(
+                opened, measured.ranges or None, only_far=variant.only_loud
+            )
+        )
         return balances[-1]
 
     def rotated_weight(source: TensorSource, exponent: int = 0) -> list[StoredTensor]:
@@ -262,19 +265,9 @@ def built(checkpoint: Path, out: Path, variant: Variant, measured: Measured) -> 
         stack.enter_context(unittest.mock.patch("zimage_export.storage.quantize._stored", stored))
         if variant.precision is Precision.INT4 and variant.rebalanced:
             stack.enter_context(unittest.mock.patch.object(StoragePolicy, "rebalanced", True))
-        if variant.only_loud:
-            stack.enter_context(unittest.mock.patch("zimage_export.weights.rebalance.choose", chosen_if_loud))
         if variant.rotated:
             stack.enter_context(unittest.mock.patch("zimage_export.build._rotations", lambda c, o: rotations(c.config)))
         build(checkpoint, out, BuildOptions(precision=variant.precision, force=True), QUIET)
-
-
-def chosen_if_loud(activations: ActivationRange, readers: Sequence[FloatArray]) -> FloatArray:
-    """The product's factors, where they are far from the median; one elsewhere."""
-    factors = choose(activations, readers)
-    factors = factors / np.median(factors)
-    far = (factors > _FAR) | (factors < 1 / _FAR)
-    return np.where(far, factors, np.float32(1)).astype(np.float32)
 
 
 def rotations(config: ModelConfig) -> dict[str, int]:

@@ -119,7 +119,7 @@ def build_reported(model: str | Path, out: str | Path, options: BuildOptions, pr
         calibrated=peaks is not None,
         rotations=_rotations(checkpoint, options),
     )
-    balance = Rebalancing(checkpoint, measured_ranges(peaks), policy.rotations)
+    balance = _balance(checkpoint, options.precision, peaks, policy)
     if options.precision is Precision.INT4:
         plan_weights(checkpoint, build_graphs(checkpoint.config), StoragePolicy(Precision.FP32), {})  # checks shapes
         policy = dataclasses.replace(policy, eight_bits=eight_bit_layers(checkpoint, balance))
@@ -244,6 +244,14 @@ def _measured(checkpoint: Checkpoint, options: BuildOptions, progress: Progress)
 
     prompts = list(PROMPTS) if options.calibrate is None else read_prompts(options.calibrate)
     return measure_peaks(checkpoint, prompts, progress, moments=options.precision is Precision.INT4)
+
+
+def _balance(checkpoint: Checkpoint, precision: Precision, peaks: Peaks | None, policy: StoragePolicy) -> Rebalancing:
+    """The rebalancing of a precision. int4's goes by the weights alone: by measured ranges, which a few tokens with
+    very large values decide, images of the demo model were farther from float32's (see docs/integers.md)."""
+    if precision is Precision.INT4:
+        return Rebalancing(checkpoint, only_far=True)
+    return Rebalancing(checkpoint, measured_ranges(peaks), policy.rotations)
 
 
 def _rotations(checkpoint: Checkpoint, options: BuildOptions) -> dict[str, int]:

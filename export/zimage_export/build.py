@@ -113,16 +113,20 @@ def build_reported(model: str | Path, out: str | Path, options: BuildOptions, pr
     if peaks is not None and options.precision is Precision.FP16:
         check_fp16_range(peaks, folds)
     policy = StoragePolicy(
-        options.precision, checkpoint.vae_type, checkpoint.timestep_type, rotations=_rotations(checkpoint, options)
+        options.precision,
+        checkpoint.vae_type,
+        checkpoint.timestep_type,
+        calibrated=peaks is not None,
+        rotations=_rotations(checkpoint, options),
     )
-    balance = Rebalancing(checkpoint, measured_ranges(peaks), policy.rotations)
+    balance = _balance(checkpoint, options.precision, peaks, policy)
     if options.precision is Precision.INT4:
         plan_weights(checkpoint, build_graphs(checkpoint.config), StoragePolicy(Precision.FP32), {})  # checks shapes
         policy = dataclasses.replace(policy, eight_bits=eight_bit_layers(checkpoint, balance))
     phases.end("prepare")
     graphs = build_programs(checkpoint.config, policy, folds)
     phases.end("graphs")
-    weights = plan_weights(checkpoint, graphs, policy, folds, balance if policy.rebalanced else None)
+    weights = plan_weights(checkpoint, graphs, policy, folds, balance if policy.rebalanced else None, peaks)
     embeddings = plan_embeddings(checkpoint, policy)
     streams = {f"{component}/weights.safetensors": tensors for component, tensors in weights.items()}
     streams["text_encoder/embeddings.safetensors"] = embeddings
@@ -239,7 +243,15 @@ def _measured(checkpoint: Checkpoint, options: BuildOptions, progress: Progress)
     from .measure.calibrate import PROMPTS, measure_peaks, read_prompts
 
     prompts = list(PROMPTS) if options.calibrate is None else read_prompts(options.calibrate)
-    return measure_peaks(checkpoint, prompts, progress)
+    return measure_peaks(checkpoint, prompts, progress, moments=options.precision is Precision.INT4)
+
+
+def _balance(checkpoint: Checkpoint, precision: Precision, peaks: Peaks | None, policy: StoragePolicy) -> Rebalancing:
+    """The rebalancing of a precision. int4's goes by the weights alone: by measured ranges, which a few tokens with
+    very large values decide, images of the demo model were farther from float32's (see docs/integers.md)."""
+    if precision is Precision.INT4:
+        return Rebalancing(checkpoint, only_far=True)
+    return Rebalancing(checkpoint, measured_ranges(peaks), policy.rotations)
 
 
 def _rotations(checkpoint: Checkpoint, options: BuildOptions) -> dict[str, int]:

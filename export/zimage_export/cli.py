@@ -75,7 +75,8 @@ def cli() -> None:
 @click.option(
     "--calibrate",
     type=click.Path(path_type=Path),
-    help="Text file of prompts, one per line, for measuring activation ranges.  [default: from the weights alone]",
+    help="Text file of prompts, one per line, for measuring the activations of int8 and int4, and the range of fp16.  "
+    "[default: from the weights alone]",
 )
 @click.option(
     "--variant",

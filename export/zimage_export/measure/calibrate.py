@@ -2,7 +2,7 @@
 
 Measured are the values that exceed fp16's range in this model: the outputs of each block's out-projection, of its
 SwiGLU product and of `w2`, and the same in the text encoder (see `storage.folds`); and the range of each channel that a
-linear reads (see `weights.rebalance`).
+linear reads (see `weights.rebalance`) and, for int4, how channels vary together (see `storage.feedback`).
 """
 
 from collections.abc import Callable
@@ -19,6 +19,7 @@ from zimage_runtime.model.schedule import DEFAULT_STEPS
 
 from ..errors import ExportError
 from ..source.checkpoint import Checkpoint
+from ..storage.feedback import group_slices
 from ..weights.folding import ActivationRange, BlockPeak, blocks
 from .reference import reference_pipeline
 
@@ -43,8 +44,10 @@ def read_prompts(path: Path) -> list[str]:
     return prompts
 
 
-def measure_peaks(checkpoint: Checkpoint, prompts: list[str], progress: Progress) -> dict[str, dict[str, BlockPeak]]:
-    """The largest magnitudes in every block while each prompt is generated once."""
+def measure_peaks(
+    checkpoint: Checkpoint, prompts: list[str], progress: Progress, *, moments: bool = False
+) -> dict[str, dict[str, BlockPeak]]:
+    """The largest magnitudes in every block while each prompt is generated once, and `moments` where asked for."""
     pipeline = reference_pipeline(checkpoint)
     peaks = {component: {name: BlockPeak() for name in names} for component, names in blocks(checkpoint.config).items()}
     meters = []
@@ -55,7 +58,7 @@ def measure_peaks(checkpoint: Checkpoint, prompts: list[str], progress: Progress
             _watch(block, peak, component)
             for place in PLACES[component]:
                 reader = block.get_submodule(place.readers[0].removesuffix(".weight"))
-                meters.append((peak, place.readers[0], _RangeMeter(reader)))
+                meters.append((peak, place.readers[0], _RangeMeter(reader, moments=moments)))
     side = min(_SIDE, checkpoint.config.vae.sample_size)
     with progress.task("calibrating", len(prompts) * DEFAULT_STEPS) as advance, torch.inference_mode():
         pipeline.transformer.register_forward_hook(lambda module, inputs, output: advance(1))
@@ -78,8 +81,9 @@ def measure_peaks(checkpoint: Checkpoint, prompts: list[str], progress: Progress
 class _RangeMeter:
     """Measures what a linear reads, per channel."""
 
-    def __init__(self, linear: nn.Module) -> None:
+    def __init__(self, linear: nn.Module, *, moments: bool) -> None:
         self.count = 0
+        self._moments: list[torch.Tensor] | None = [] if moments else None  # by group
         self._squares = torch.zeros(0, dtype=torch.float64)
         self._peaks = torch.zeros(0)
         linear.register_forward_pre_hook(self._add)
@@ -89,11 +93,19 @@ class _RangeMeter:
         squares, peaks = rows.square().sum(0, dtype=torch.float64), rows.abs().amax(0)
         self._squares = self._squares + squares if self.count else squares
         self._peaks = torch.maximum(self._peaks, peaks) if self.count else peaks
+        if self._moments is not None:
+            groups = [rows[:, own] for own in group_slices(rows.shape[1])]
+            if not self._moments:
+                self._moments = [torch.zeros(group.shape[1], group.shape[1]) for group in groups]
+            for total, group in zip(self._moments, groups, strict=True):
+                total.addmm_(group.T, group)
         self.count += len(rows)
 
     def measured(self) -> ActivationRange:
         """The range of everything that was read so far."""
-        return ActivationRange((self._squares / self.count).sqrt().float().numpy(), self._peaks.float().numpy())
+        moments = None if self._moments is None else tuple((m / self.count).numpy() for m in self._moments)
+        rms = (self._squares / self.count).sqrt().float().numpy()
+        return ActivationRange(rms, self._peaks.float().numpy(), moments)
 
 
 def _watch(block: nn.Module, peak: BlockPeak, component: str) -> None:

@@ -61,12 +61,17 @@ class StoragePolicy:
     vae_type: DType = DType.F32  # of the checkpoint's own VAE weights
     timestep_type: DType = DType.F32  # of its timestep embedder
     eight_bits: frozenset[str] = field(default_factory=frozenset)  # int4: `component/weight` that keep 8 bits
+    calibrated: bool = False  # activations were measured
     rotations: Mapping[str, int] = field(default_factory=dict)  # int8: `component/weight`, inputs rotated together
 
     @property
     def rebalanced(self) -> bool:
-        """Whether magnitudes are moved between activations and weights: where a token's activations share one scale."""
-        return self.precision is Precision.INT8
+        """Whether magnitudes are moved between activations and weights: where activations share scales.
+
+        int8 has one scale for a whole token, int4 one for 32 neighbouring channels and weights: a loud channel spoils
+        fewer others. It pays together with error feedback, which needs measured activations too.
+        """
+        return self.precision is Precision.INT8 or (self.precision is Precision.INT4 and self.calibrated)
 
     def encoding(self, component: str, name: str) -> Encoding:
         """How the weight of a linear layer is stored, by its name in the component."""

@@ -18,6 +18,7 @@ from zimage_runtime.bundle.tensors import DType
 
 from ..errors import ExportError
 from ..source.tensors import TensorSource
+from .feedback import Feedback, Moments
 from .precision import BLOCK_SIZE, Encoding, scale_of
 from .stored import NO_FACTORS, LazyFactors, StoredTensor, row_chunks
 
@@ -30,14 +31,21 @@ _INT4_CUTS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.74)
 
 
 def quantized(
-    source: TensorSource, encoding: Encoding, factors: LazyFactors | None = None, exponent: int = 0
+    source: TensorSource,
+    encoding: Encoding,
+    factors: LazyFactors | None = None,
+    exponent: int = 0,
+    moments: Moments | None = None,
 ) -> list[StoredTensor]:
-    """A linear layer's weight, times its factors and 2**exponent, and its scales, as the bundle stores them."""
+    """A linear layer's weight, times its factors and 2**exponent, and its scales, as the bundle stores them.
+
+    With `moments` of its inputs as the checkpoint has them, without factors, int4 is rounded with error feedback.
+    """
 
     @functools.cache
     def both() -> tuple[Integers, FloatArray]:
         given = factors() if factors else NO_FACTORS
-        return _stored(source, encoding, _with_exponent(given, exponent, source.shape[0]))
+        return _stored(source, encoding, _with_exponent(given, exponent, source.shape[0]), moments)
 
     kept: dict[str, Integers] = {}
 
@@ -75,8 +83,11 @@ def _layout(shape: tuple[int, ...], encoding: Encoding) -> tuple[tuple[int, ...]
     return (out_width, blocks, inner), DType.U8, (out_width, blocks)
 
 
-def _stored(source: TensorSource, encoding: Encoding, factors: Factors) -> tuple[Integers, FloatArray]:
+def _stored(
+    source: TensorSource, encoding: Encoding, factors: Factors, moments: Moments | None
+) -> tuple[Integers, FloatArray]:
     """The whole weight: one tensor in memory, as integers."""
+    feedback = Feedback.of(moments, factors.columns) if moments else None
     shape, dtype, scale_shape = _layout(source.shape, encoding)
     integers, scales = np.empty(shape, dtype.storage), np.empty(scale_shape, np.float32)
     for first, weights in row_chunks(source, factors):
@@ -87,7 +98,7 @@ def _stored(source: TensorSource, encoding: Encoding, factors: Factors) -> tuple
         elif encoding is Encoding.BLOCKS8:
             integers[rows], scales[rows] = blocks8(weights)
         else:
-            integers[rows], scales[rows] = blocks4(weights)
+            integers[rows], scales[rows] = blocks4(weights, feedback)
         if not np.isfinite(scales[rows]).all():
             raise ExportError(f"{source.name}: holds values that are not finite; is the checkpoint damaged?")
     return integers, scales
@@ -121,7 +132,7 @@ def int8_scales(weights: FloatArray) -> FloatArray:
     return scales
 
 
-def blocks4(weights: FloatArray) -> tuple[NDArray[np.uint8], FloatArray]:
+def blocks4(weights: FloatArray, feedback: Feedback | None = None) -> tuple[NDArray[np.uint8], FloatArray]:
     """Rows [rows, width] → bytes [rows, width / 32, 16], the first value in the low four bits, and scales."""
     blocks = weights.reshape(len(weights), -1, BLOCK_SIZE)
     # -8 can be stored and 8 cannot, so the value of the largest magnitude is the one that becomes -8
@@ -140,6 +151,9 @@ def blocks4(weights: FloatArray) -> tuple[NDArray[np.uint8], FloatArray]:
     square = np.einsum("rbi,rbi->rb", values, values)
     # for these integers, the scale of least error
     scales = np.where(square > 0, np.einsum("rbi,rbi->rb", values, blocks) / np.maximum(square, 1), scales)
+    if feedback:
+        steps = np.repeat(scales.astype(np.float32), BLOCK_SIZE, axis=1)
+        values = feedback.rounded(weights, steps, -8, 7).reshape(blocks.shape)
     nibbles = (values + 8).astype(np.uint8)
     packed = np.bitwise_or(nibbles[..., 0::2], np.left_shift(nibbles[..., 1::2], 4), dtype=np.uint8)
     return packed, scales.astype(np.float32)

@@ -19,6 +19,7 @@ from zimage_runtime.model.linears import LAYER_LINEARS
 from ..errors import ExportError
 from ..source.checkpoint import Checkpoint
 from ..source.weights import Weights
+from ..storage.feedback import Moments
 from ..storage.folds import BlockFold, Folds, folded_weights
 
 FP16_MAX = 65504.0
@@ -42,6 +43,7 @@ class ActivationRange:
 
     rms: NDArray[np.float32]  # [width]
     peak: NDArray[np.float32]  # [width], the largest magnitude
+    moments: Moments | None = None  # how channels vary together, where that was measured
 
 
 class BlockPeak:

@@ -1,7 +1,7 @@
 """Which layers of an int4 bundle keep 8 bits: those that 4 bits cost most, within a budget.
 
 Each linear's loss is measured: some of its rows are quantized, and their errors are weighted by the range of the
-channels that they read. Ranges come from calibration, or are estimated from the weights, as in `rebalance`.
+channels that they read. Ranges are estimated from the weights, as in `rebalance`.
 """
 
 import math

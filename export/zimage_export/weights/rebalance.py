@@ -25,6 +25,7 @@ from zimage_runtime.bundle.tensors import DType
 from ..source.checkpoint import Checkpoint
 from ..source.tensors import TensorSource, check_finite
 from ..source.weights import Weights
+from ..storage.feedback import Moments
 from ..storage.folds import block_of
 from ..storage.stored import LazyFactors, StoredTensor, row_chunks
 from .folding import ActivationRange, Peaks, blocks
@@ -34,6 +35,7 @@ _SAMPLE_ROWS = 192  # of each weight that reads a channel
 _PEAK = 4.0  # the largest of a few thousand normal values, over their standard deviation
 _LEAST = 1e-4  # of the median: a channel that is always zero, or that no weight reads, gets no unbounded factor
 _LEVELS = 127.0
+_FAR = 4.0
 
 
 Ranges = Mapping[str, Mapping[str, Mapping[str, ActivationRange]]]
@@ -48,19 +50,37 @@ def measured_ranges(peaks: Peaks | None) -> Ranges:
     }
 
 
+def measured_moments(peaks: Peaks | None, component: str, name: str) -> Moments | None:
+    """What calibration measured of the inputs of a linear, by its weight's name; None without it."""
+    block = block_of(name)
+    found = (peaks or {}).get(component, {}).get(block)
+    tail = name.removeprefix(f"{block}.")
+    place = next((place for place in PLACES.get(component, ()) if tail in place.readers), None)
+    if found is None or place is None or place.readers[0] not in found.places:
+        return None
+    return found.places[place.readers[0]].moments
+
+
 class Rebalancing:
     """The factors of every tensor of a checkpoint. A block is examined when its first tensor is requested."""
 
     def __init__(
-        self, checkpoint: Checkpoint, ranges: Ranges | None = None, carried: Collection[str] = frozenset()
+        self,
+        checkpoint: Checkpoint,
+        ranges: Ranges | None = None,
+        carried: Collection[str] = frozenset(),
+        *,
+        only_far: bool = False,
     ) -> None:
         """`ranges` are those that `calibrate` measured; without them, ranges are estimated from the weights.
 
         `carried` are weights, as `component/name`, whose integers nothing may change: their blocks are left alone.
+        With `only_far`, so are the channels whose factor is within four times the median's (see `only_far_ones`).
         """
         self._left_alone = {f"{name.partition('/')[0]}/{block_of(name.partition('/')[2])}" for name in carried}
         self._checkpoint = checkpoint
         self._measured = ranges or {}
+        self._only_far = only_far
         self._chosen = functools.cache(self._choose_block)
         self._block = functools.cache(self._factors_of_block)
 
@@ -106,7 +126,8 @@ class Rebalancing:
         for index, place in enumerate(PLACES[component]):
             samples = [sample_rows(weights.get(f"{block}.{reader}")) for reader in place.readers]
             shared = heads if index == ATTENTION_VALUES else SharedHeads()
-            chosen[place.maker] = choose(_gather(ranges[place.readers[0]], shared), _stack(samples, shared))
+            factors = choose(_gather(ranges[place.readers[0]], shared), _stack(samples, shared))
+            chosen[place.maker] = only_far_ones(factors) if self._only_far else factors
         return chosen
 
     def _factors_of_block(self, component: str, block: str) -> dict[str, Factors]:
@@ -131,6 +152,17 @@ def choose(activations: ActivationRange, readers: Sequence[FloatArray]) -> Float
         if error < least:
             best, least = factors, error
     return best.astype(np.float32)
+
+
+def only_far_ones(factors: FloatArray) -> FloatArray:
+    """The factors that are far from their median, over it; 1 for all others.
+
+    Where few values share a scale, as in int4, channels that are nearly alike cost each other little, and multiplying
+    columns by unlike factors costs their blocks of weights more.
+    """
+    relative = factors / np.median(factors)
+    far = (relative > _FAR) | (relative < 1 / _FAR)
+    return np.where(far, relative, np.float32(1)).astype(np.float32)
 
 
 def _expected_error(

@@ -28,8 +28,9 @@ from ..storage.folds import Folds, block_of, weight_exponent
 from ..storage.precision import SCALE_SUFFIX, Encoding, StoragePolicy, linear_shape
 from ..storage.quantize import quantized
 from ..storage.stored import LazyFactors, StoredTensor, row_chunks
+from .folding import Peaks
 from .prefetch import ahead
-from .rebalance import Rebalancing
+from .rebalance import Rebalancing, measured_moments
 
 _CHUNK_BYTES = 16 << 20
 _PIECES_AHEAD = 3
@@ -71,9 +72,11 @@ def plan_weights(
     policy: StoragePolicy,
     folds: Mapping[str, Folds],
     balance: Rebalancing | None = None,
+    peaks: Peaks | None = None,
 ) -> dict[str, list[StoredTensor]]:
     """The tensors of each component's weights file, which are those that its programs use.
 
+    `peaks` are what calibration measured; int4 is rounded with error feedback where it measured moments.
     Raises `CheckpointError` if the checkpoint lacks one, or has it in another shape or an unusable type. Only
     headers are read, so a bad checkpoint fails before anything is written.
     """
@@ -93,7 +96,9 @@ def plan_weights(
                 source = weights.get(name, shape)
                 tensors = [converted(source, policy.storage(component, name, shape), exponent, factors)]
             else:
-                tensors = quantized(weights.get(name, linear_shape(shape, encoding)), encoding, factors, exponent)
+                source = weights.get(name, linear_shape(shape, encoding))
+                moments = measured_moments(peaks, component, name)
+                tensors = quantized(source, encoding, factors, exponent, moments)
             plan[component].update({tensor.name: tensor for tensor in tensors})
     return {component: _by_block(tensors) for component, tensors in plan.items()}
 

@@ -1,4 +1,5 @@
-"""Rebalancing factors: what an int8 bundle's weights were multiplied by before they were quantized.
+"""Rebalancing factors: what the weights of an int8 bundle, or of a calibrated int4 one, were multiplied by before they
+were quantized.
 
 A block has four *places* where linears read activations. Each place has a factor s > 0 for every channel: the tensor
 that makes the channel is divided by s, and the columns of every weight that reads it are multiplied by s, which leaves
@@ -112,7 +113,7 @@ def block_factors(component: str, chosen: Mapping[str, FloatArray], heads: Share
 
 
 class RebalancingFactors:
-    """The factors of one component of a bundle; all are one where the precision is not rebalanced (any but int8)."""
+    """The factors of one component of a bundle; all are one where nothing was rebalanced."""
 
     def __init__(self, bundle: Bundle, component: str) -> None:
         """Raises `BundleError` for a rebalanced bundle without its factors, as earlier versions wrote it."""

@@ -8,6 +8,7 @@ before each quantization, as for weights that a file has rotated (ConvRot); the 
 
 import argparse
 import statistics
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def main() -> None:
         steps[variant.name] = our_step(bundle, options.side)
     for step in steps.values():
         step()
-    seconds = interleave(steps, options.rounds)
+    seconds = interleave(steps, options.rounds, time.process_time)
     over = ratio(seconds[ROTATED.name], seconds[PLAIN.name])
     report: dict[str, Any] = {
         "machine": machine("numpy", "onnxruntime"),
@@ -84,7 +85,8 @@ def to_markdown(report: dict[str, Any]) -> str:
     least, median, most = report["rotated_over_plain"]
     return (
         "# Rotating activations at run time\n\n"
-        f"A step of one main block and one refiner of width 3840, {report['tokens']} image tokens, "
+        f"A step of one main block and one refiner of width 3840, {report['tokens']} image tokens: seconds "
+        "of the processor, "
         f"{len(next(iter(report['seconds'].values())))} rounds in turns.\n\n"
         f"{markdown_table(['variant', 'median, s', 'least', 'most'], rows)}\n\n"
         f"Rotated over plain, round by round: median {median:.3f}, {least:.3f} to {most:.3f}.\n\n"

@@ -384,8 +384,8 @@ def to_markdown(report: dict[str, Any], prompts: int) -> str:
             f"prompt and seed. Rotations are in the largest groups of 4, 16, 64 or 256 that divide a width (the demo "
             f"model's are 128, 192, 384 and 512), heads' values over their 32. Feedback is measured over {CALIBRATION} "
             f"other prompts in each language.\n",
-            f"`PYTHONPATH=.:tests python benchmarks/int8_variants.py --work DIR --prompts {prompts}`, with `--only` for "
-            f"some of the variants at a time; integer products "
+            f"`PYTHONPATH=.:tests python benchmarks/int8_variants.py --work DIR --prompts {prompts}`, with `--only` "
+            f"for some of the variants at a time; integer products "
             f"with activations of {report['activation_bits']} bits; {describe(report['machine'])}",
         ]
     )

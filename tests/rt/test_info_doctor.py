@@ -49,7 +49,8 @@ def lines_of(text: str) -> dict[str, str]:
 def test_info_says_what_the_manifest_says(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(cli, ["info", str(bundle)]) == 0
     manifest = Bundle.open(bundle).manifest
-    lines = lines_of(capsys.readouterr().out)
+    text = capsys.readouterr().out
+    lines = lines_of(text)
     assert lines["name"] == manifest.name
     assert lines["source"] == manifest.source.name
     assert lines["precision"] == "fp32"
@@ -58,7 +59,8 @@ def test_info_says_what_the_manifest_says(bundle: Path, capsys: pytest.CaptureFi
     assert lines["default"] == f"{manifest.defaults.width}x{manifest.defaults.height}, 8 steps"
     assert lines["size"].endswith(f"in {len(manifest.files)} files")
     assert {"  text_encoder", "  transformer", "  vae", "  tokenizer.json"} <= lines.keys()
-    assert lines["cpu programs"] == "text_encoder, caption, modulation, denoiser, decoder, encoder"
+    assert "  programs        cpu: text_encoder, caption, modulation, denoiser, decoder, encoder" in text.splitlines()
+    assert all(line[16:18] == "  " for line in text.splitlines()), "values start in one column"
     assert lines["parity"] == "not measured"
     assert lines["fingerprint"] == manifest.fingerprint
 

@@ -93,7 +93,7 @@ def _lines(bundle: "Bundle") -> Iterator[str]:
         yield _line(f"  {component}", _readable(size))
     yield _line("executors", ", ".join(sorted(manifest.executors)) or "none: required programs are missing")
     for executor, programs in _programs(bundle).items():
-        yield _line(f"{executor} programs", ", ".join(programs))
+        yield _line("  programs", f"{executor}: {', '.join(programs)}")
     if manifest.rebalancing:
         yield _line("rebalancing", f"factors of {' and '.join(sorted(manifest.rebalancing))} (a LoRA needs them)")
     if manifest.parity is None:

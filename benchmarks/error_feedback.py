@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from zimage_export.measure.calibrate import generate_latents
 from zimage_export.measure.reference import reference_pipeline
 from zimage_export.source.checkpoint import Checkpoint
 from zimage_export.storage.precision import BLOCK_SIZE
@@ -20,7 +21,6 @@ from zimage_export.storage.quantize import INT8_MOST, blocks4, int8_scales
 from zimage_export.weights.folding import blocks
 from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.rebalancing import PLACES
-from zimage_runtime.model.schedule import DEFAULT_STEPS
 
 Square = NDArray[np.float64]
 Moments = dict[str, Square]
@@ -55,16 +55,7 @@ def measured_moments(checkpoint: Path, prompts: Sequence[str]) -> Moments:
                 readers[first] = tuple(f"{block}.{reader}" for reader in place.readers)
     side = opened.config.vae.sample_size
     with torch.inference_mode():
-        for seed, prompt in enumerate(prompts):
-            pipeline(
-                prompt=prompt,
-                height=side,
-                width=side,
-                num_inference_steps=DEFAULT_STEPS,
-                guidance_scale=0.0,
-                generator=torch.Generator("cpu").manual_seed(seed),
-                output_type="latent",
-            )
+        generate_latents(pipeline, prompts, side)
     return {reader: (total / counts[first]).numpy() for first, total in sums.items() for reader in readers[first]}
 
 

@@ -18,7 +18,6 @@ diffusers and torch are used where they are installed. Post the report's two fil
 """
 
 import argparse
-import faulthandler
 import json
 import sys
 import tempfile
@@ -34,7 +33,7 @@ from gpu_cuda import PACKAGES, TORCH_TYPES, child_parity, child_placement, child
 from gpu_images import Child, child_cycle, child_pictures, child_start
 from gpu_page import page
 from gpu_parts import child_attention, child_copies, child_layouts, child_provider
-from gpu_tools import run_child
+from gpu_tools import answer_in_child, run_child
 from gpu_trt_settings import STRATEGIES, child_tensorrt
 
 SECTIONS = ("correctness", "memory", "speed", "parts", "tensorrt")
@@ -255,9 +254,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     words = sys.argv[1:] if arguments is None else arguments
     if words[:1] == ["--child"]:
-        asked: Child = json.loads(words[2])
-        faulthandler.dump_traceback_later(max(asked["limit"] - 3, 1))  # where it was, should it be too slow
-        print(json.dumps(CHILDREN[words[1]](asked)))
+        print(json.dumps(answer_in_child(CHILDREN, *words[1:])))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="where checkpoints and bundles are put")

@@ -11,7 +11,6 @@ Steps of ours and of diffusers take turns in one process, which holds both model
 """
 
 import argparse
-import faulthandler
 import itertools
 import json
 import shutil
@@ -26,7 +25,7 @@ from common import RESULTS, interleave, machine, open_session, ratio, relative_e
 from gpu_images import PROMPT, SEED, Child, child_pictures, open_any, open_pipeline
 from gpu_placement import SHAPE_ARITHMETIC, copies, where_nodes_ran
 from gpu_report import report
-from gpu_tools import best_backend, diffusers_step, matrix_rate, median_seconds, run_child, step_flops
+from gpu_tools import answer_in_child, best_backend, diffusers_step, matrix_rate, median_seconds, run_child, step_flops
 from wide_scale import wide_scale
 
 from zimage_runtime.model.programs import Program
@@ -286,9 +285,7 @@ def main(arguments: list[str] | None = None) -> None:
     """The command line."""
     words = sys.argv[1:] if arguments is None else arguments
     if words[:1] == ["--child"]:
-        asked: Child = json.loads(words[2])
-        faulthandler.dump_traceback_later(max(asked["limit"] - 3, 1))  # where it was, should it be too slow
-        print(json.dumps(_CHILDREN[words[1]](asked)))
+        print(json.dumps(answer_in_child(_CHILDREN, *words[1:])))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="where checkpoints and bundles are put")

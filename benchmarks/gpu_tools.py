@@ -1,5 +1,6 @@
 """What the GPU benchmark is made of: watching VRAM, the card's measured matrix rate, a step's work, diffusers' step."""
 
+import faulthandler
 import json
 import os
 import statistics
@@ -7,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Self
@@ -190,3 +191,10 @@ def best_backend(model: Any, step: Callable[[Any], Any], repeat: int) -> tuple[s
     best = min(seconds, key=lambda name: seconds[name])
     model.set_attention_backend(best)
     return best, seconds
+
+
+def answer_in_child(measures: Mapping[str, Callable[[dict[str, Any]], Any]], kind: str, options: str) -> Any:
+    """What a measurement of that kind gives, in the process that was started for it. `options` is JSON."""
+    asked: dict[str, Any] = json.loads(options)
+    faulthandler.dump_traceback_later(max(asked["limit"] - 3, 1))  # where it was, should it be too slow
+    return measures[kind](asked)

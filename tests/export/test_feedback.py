@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 from checkpoint_tools import with_loud_channels
+from linear_inputs import rows_read
 from numpy.typing import NDArray
 from parity import Case, draw, draw_with_diffusers, relative_error
 
@@ -112,25 +113,10 @@ def test_calibrated_int4_is_rebalanced(checkpoint: Path, diffusers_pipeline: Any
 @pytest.mark.deep
 def test_calibration_measures_how_channels_vary_together(checkpoint: Path, diffusers_pipeline: Any) -> None:
     """Against a hook of the test's own in diffusers' model, over the same image; not where nobody asks."""
-    import torch
-
-    opened, seen = Checkpoint.open(checkpoint), []
+    opened = Checkpoint.open(checkpoint)
     peaks = measure_peaks(opened, ["a red fox"], QUIET, moments=True)["transformer"]
     linear, side = diffusers_pipeline.transformer.layers[1].feed_forward.w3, opened.config.vae.sample_size
-    handle = linear.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().numpy()))
-    try:
-        diffusers_pipeline(
-            prompt="a red fox",
-            height=side,
-            width=side,
-            num_inference_steps=8,
-            guidance_scale=0.0,
-            generator=torch.Generator("cpu").manual_seed(0),
-            output_type="latent",
-        )
-    finally:
-        handle.remove()
-    rows = np.concatenate([x.reshape(-1, x.shape[-1]) for x in seen]).astype(np.float64)
+    rows = rows_read(diffusers_pipeline, linear, "a red fox", side)
     (found,) = peaks["layers.1"].places["feed_forward.w1.weight"].moments or ()
     assert relative_error(found, rows.T @ rows / len(rows)) < 1e-3
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from checkpoint_tools import with_loud_channels
 from facts import raises_with
+from linear_inputs import rows_read
 from parity import Case, Drawing, check_parity, draw, draw_with_diffusers, relative_error
 
 import zimage_export.weights.rebalance as rebalance
@@ -143,25 +144,10 @@ def test_outliers_cost_an_eighth_with_rebalancing(
 
 def test_calibration_hears_what_the_linears_read(checkpoint: Path, diffusers_pipeline: Any) -> None:
     """Against a hook of the test's own in diffusers' model, over the same image."""
-    import torch
-
     peaks = measure_peaks(Checkpoint.open(checkpoint), ["a red fox"], QUIET)["transformer"]
-    side, seen = Checkpoint.open(checkpoint).config.vae.sample_size, []
+    side = Checkpoint.open(checkpoint).config.vae.sample_size
     linear = diffusers_pipeline.transformer.layers[1].feed_forward.w2
-    handle = linear.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().numpy()))
-    try:
-        diffusers_pipeline(
-            prompt="a red fox",
-            height=side,
-            width=side,
-            num_inference_steps=8,
-            guidance_scale=0.0,
-            generator=torch.Generator("cpu").manual_seed(0),
-            output_type="latent",
-        )
-    finally:
-        handle.remove()
-    rows = np.concatenate([x.reshape(-1, x.shape[-1]) for x in seen]).astype(np.float64)
+    rows = rows_read(diffusers_pipeline, linear, "a red fox", side)
     heard = peaks["layers.1"].places["feed_forward.w2.weight"]
     np.testing.assert_allclose(heard.peak, np.abs(rows).max(axis=0), rtol=1e-4)
     np.testing.assert_allclose(heard.rms, np.sqrt(np.mean(rows**2, axis=0)), rtol=1e-4)

@@ -86,7 +86,7 @@ def test_generations() -> None:
 def test_an_engine_of_the_bundle_is_not_loaded_unless_it_is_trusted(
     engined: Bundle, library: LibraryStandIn, cache: HashedCache
 ) -> None:
-    """The manifest's hashes come from whoever made the engines: they say nothing about them."""
+    """The manifest's hashes are by the maker of the engines: they say nothing about them."""
     theirs = {engined.file(engine.path).read_bytes() for engine in read_catalog(engined).engines}
     ours = made(store(engined, library, cache), "transformer_block")
     assert library.built == ["transformer_block"]

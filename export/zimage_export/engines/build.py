@@ -71,7 +71,7 @@ def add_engines(bundle: Bundle, gpus: Sequence[GpuTarget] = (), progress: Progre
     """Writes or replaces a bundle's block programs and engines and returns the bundle, opened again.
 
     Engines are written to the user's own cache too, from where they are loaded on this machine: those in a bundle are
-    for users who trust whoever made it. Without `gpus`: portable and Turing. File names contain a hash of the
+    for users who trust its maker. Without `gpus`: portable and Turing. File names contain a hash of the
     content, and the manifest is replaced last: a killed run leaves the bundle as it was, with at most a few files that
     the next one removes. Raises `ExportError`, or `ExecutorError` where TensorRT is missing or refuses a program.
     """

@@ -5,7 +5,7 @@ SwiGLU product and of `w2`, and the same in the text encoder (see `storage.folds
 linear reads (see `weights.rebalance`) and, for int4, how channels vary together (see `storage.feedback`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -62,20 +62,25 @@ def measure_peaks(
     side = min(_SIDE, checkpoint.config.vae.sample_size)
     with progress.task("calibrating", len(prompts) * DEFAULT_STEPS) as advance, torch.inference_mode():
         pipeline.transformer.register_forward_hook(lambda module, inputs, output: advance(1))
-        for seed, prompt in enumerate(prompts):
-            pipeline(
-                prompt=prompt,
-                height=side,
-                width=side,
-                num_inference_steps=DEFAULT_STEPS,
-                guidance_scale=0.0,
-                generator=torch.Generator("cpu").manual_seed(seed),
-                output_type="latent",
-            )
+        generate_latents(pipeline, prompts, side)
     for peak, reader_name, meter in meters:
         if meter.count:
             peak.places[reader_name] = meter.measured()
     return peaks
+
+
+def generate_latents(pipeline: Any, prompts: Iterable[str], side: int) -> None:
+    """Generates each prompt once with diffusers' pipeline, without decoding it: for what hooks see meanwhile."""
+    for seed, prompt in enumerate(prompts):
+        pipeline(
+            prompt=prompt,
+            height=side,
+            width=side,
+            num_inference_steps=DEFAULT_STEPS,
+            guidance_scale=0.0,
+            generator=torch.Generator("cpu").manual_seed(seed),
+            output_type="latent",
+        )
 
 
 class _RangeMeter:

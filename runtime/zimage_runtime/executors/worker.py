@@ -79,7 +79,7 @@ class _Task:
 
 
 def forget_locals(error: BaseException | None) -> None:
-    """Empties the frames that an error went through: else whoever keeps the error keeps what was loaded there."""
+    """Empties the frames that an error went through: code that keeps the error would keep what was loaded there."""
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__

@@ -1,6 +1,6 @@
 """Where engines come from: the user's own cache; else they are built from the bundle's programs, in seconds.
 
-An engine is code. The hashes in a bundle's manifest come from whoever made the bundle, so its own engines are loaded
+An engine is code. The hashes in a bundle's manifest are its maker's own, so its engines are loaded
 only if the user trusts them.
 """
 

@@ -121,6 +121,14 @@ def test_a_source_image_and_a_mask(pipeline: Pipeline, cpu: Pipeline) -> None:
         assert np.abs(image_of(pipeline, request) - image_of(cpu, request)).max() <= 1
 
 
+def test_guidance_and_another_sampler(pipeline: Pipeline, cpu: Pipeline) -> None:
+    """Two conditionings of different lengths stay beside each other."""
+    request = Request("a fox", size=SIZE, steps=3, seed=3, negative="a hen, blurry", cfg_scale=3.0, sampler="heun")
+    assert np.abs(image_of(pipeline, request) - image_of(cpu, request)).max() <= 1
+    plain = Request("a fox", size=SIZE, steps=3, seed=3, sampler="heun")
+    assert np.abs(image_of(pipeline, request) - image_of(pipeline, plain)).max() > 1
+
+
 def roomy_plan(bundle: Bundle, request: Request) -> VramPlan:
     with on_adapter(bundle) as roomy:
         plan = roomy.prepare(request).plan

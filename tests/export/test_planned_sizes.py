@@ -1,44 +1,15 @@
 """How large a full-size bundle will be, from the plan alone: no weight exists."""
 
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
-from zimage_export.graphs import build_programs
-from zimage_export.source.tensors import PlainTensor
-from zimage_export.storage.precision import StoragePolicy
 from zimage_export.storage.stored import total_bytes
-from zimage_export.synthetic.checkpoint import FULL
-from zimage_export.weights.streaming import plan_embeddings, plan_weights
+from zimage_export.synthetic.outline import planned_weights, write_outline
+from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import Precision
-from zimage_runtime.bundle.tensors import TensorEntry
 
 GB = 1e9
-
-
-class AnyWeights:
-    """Headers of the published type and of whatever shape is asked for."""
-
-    def __init__(self, dtype: str, size: int) -> None:
-        self._dtype, self._size = dtype, size
-
-    def get(self, name: str, shape: tuple[int, ...]) -> PlainTensor:
-        nbytes = self._size
-        for side in shape:
-            nbytes *= side
-        return PlainTensor(name, Path("none"), TensorEntry(self._dtype, shape, 0, nbytes))
-
-
-def planned(precision: Precision) -> dict[str, int]:
-    text = AnyWeights("BF16", 2)
-    parts = {"transformer": AnyWeights("F32", 4), "text_encoder": text, "vae": AnyWeights("BF16", 2)}
-    checkpoint: Any = SimpleNamespace(config=FULL.config, weights=parts.__getitem__, text_encoder=text)
-    policy = StoragePolicy(precision)
-    graphs = build_programs(FULL.config, policy, {})
-    sizes = {name: total_bytes(tensors) for name, tensors in plan_weights(checkpoint, graphs, policy, {}).items()}
-    return sizes | {"embeddings": total_bytes(plan_embeddings(checkpoint, policy))}
 
 
 @pytest.mark.parametrize(
@@ -50,6 +21,19 @@ def planned(precision: Precision) -> dict[str, int]:
     ],
 )
 def test_full_size_bundles(precision: Precision, most: dict[str, float]) -> None:
-    sizes = planned(precision)
+    files = {name: total_bytes(tensors) for name, tensors in planned_weights(precision).items()}
+    sizes = {
+        "transformer": files["transformer/weights.safetensors"],
+        "text_encoder": files["text_encoder/weights.safetensors"],
+        "embeddings": files["text_encoder/embeddings.safetensors"],
+    }
     for part, bound in most.items():
         assert 0.95 * bound < sizes[part] <= bound, (part, sizes[part])
+
+
+def test_an_outline_opens_as_a_bundle_and_occupies_no_disk(tmp_path: Path) -> None:
+    bundle = write_outline(tmp_path / "outline", Precision.FP16)
+    files = [path for path in bundle.root.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) > 20 * GB
+    assert sum(path.stat().st_blocks * 512 for path in files) < 50e6
+    assert Bundle.open(bundle.root).manifest == bundle.manifest

@@ -1,31 +1,23 @@
 """What an image takes of a GPU's memory with WebGPU: planned before anything is loaded, no less than was measured."""
 
 import json
-import math
 import re
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from facts import assert_facts, has_fact, raises_with
+from published_model import published
 from test_house import REPOSITORY
 
-from zimage_export.graphs import build_programs
-from zimage_export.storage.precision import StoragePolicy
 from zimage_export.synthetic.checkpoint import FULL
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import (
     WEBGPU,
     WEBGPU_FUSED,
-    Defaults,
-    Manifest,
-    Origin,
     Precision,
-    ProgramRecord,
 )
-from zimage_runtime.bundle.tensors import DType
 from zimage_runtime.errors import MemoryLimitError
 from zimage_runtime.executors.ort.device_plan import VramPlan
 from zimage_runtime.executors.ort.webgpu_adapters import Adapter
@@ -39,29 +31,6 @@ from zimage_runtime.model.query_blocks import MOST_SCORES, denoiser_scores
 GIB = 1 << 30
 FUSED = WebGpuCosts((WEBGPU_FUSED,))
 MEASURED = json.loads((REPOSITORY / "benchmarks" / "results" / "webgpu_block.json").read_text("utf-8"))
-
-
-@cache
-def published(precision: Precision) -> Manifest:
-    """A manifest of the published model, sized by the graphs themselves."""
-    policy = StoragePolicy(precision, DType.BF16)
-    programs: dict[Program, dict[str, ProgramRecord]] = {program: {} for program in Program}
-    for graph in build_programs(FULL.config, policy, {}):
-        if graph.executor in (WEBGPU, WEBGPU_FUSED):
-            size = sum(graph.types[name].size * math.prod(shape) for name, shape in graph.weights.items())
-            programs[graph.program][graph.executor] = ProgramRecord("x", size)
-    return Manifest(
-        precision=precision,
-        source=Origin("full"),
-        exporter="test",
-        config=FULL.config,
-        defaults=Defaults(1024, 1024, 8),
-        programs=programs,
-        weights={},
-        embeddings="",
-        tokenizer="",
-        files={},
-    )
 
 
 def work(width: int, height: int, **changes: Any) -> Work:

@@ -57,9 +57,14 @@ class MemoryPlan:
         return PROCESS.nbytes + self._beside + max(once, *self.programs.values())
 
     @property
+    def together(self) -> int:
+        """What is held where every program stays loaded."""
+        return PROCESS.nbytes + self._beside + sum(self.programs.values())
+
+    @property
     def keep_all(self) -> bool:
         """Whether every program may stay loaded."""
-        return PROCESS.nbytes + self._beside + sum(self.programs.values()) <= self.available
+        return self.together <= self.available
 
     @property
     def _beside(self) -> int:
@@ -73,12 +78,12 @@ class MemoryPlan:
 
     def lines(self) -> list[str]:
         """For people: the peak, then each program."""
-        together = "all programs stay loaded" if self.keep_all else "programs take turns"
+        turns = f"all programs stay loaded, {gib_needed(self.together, 2)}" if self.keep_all else "programs take turns"
         tiles = {Program.DECODER: self.tiled, Program.ENCODER: self.encodes_tiled}
         return [
             labelled(
                 "peak",
-                f"{gib_needed(self.peak, 2)} of memory, {gib(PROCESS.nbytes, 2)} of it before any program; {together}",
+                f"{gib_needed(self.peak, 2)} of memory, {gib(PROCESS.nbytes, 2)} of it before any program; {turns}",
             ),
             *(
                 labelled(program.value, gib_needed(size, 2) + (", in tiles" if tiles.get(program) else ""))
@@ -94,6 +99,7 @@ class MemoryPlan:
             "peak": self.peak,
             "available": self.available,
             "keep_all": self.keep_all,
+            "together": self.together,
             "low_memory": self.low_memory,
             "tiled": self.tiled,
             "lora": self.work.branches or 0,

@@ -39,10 +39,10 @@ demo-model: $(EXPORT_STAMP)
 demo-bundle: $(EXPORT_STAMP)
 	$(BIN)/zimage-export build tiny zimage_rt/demo_bundle --precision fp16 --force
 
-# Does it draw what it is asked for? The model card's figures, and the README's picture.
+# Does it generate what it is asked for? The model card's figures, and the README's image.
 demo-scores: $(STAMP)
 	PYTHONPATH=. $(BIN)/python benchmarks/demo_scores.py
-	$(BIN)/python benchmarks/contact_sheet.py docs/demo.png
+	PYTHONPATH=. $(BIN)/python benchmarks/contact_sheet.py docs/demo.png
 
 # Without a GPU, WebGPU computes on Mesa's software Vulkan driver, which is unpacked where the system has none.
 MESA := $(VENV)/mesa
@@ -73,7 +73,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/cpu_step.py --work $(WORK)
 
 bench-int8: $(STAMP)
-	$(BIN)/python benchmarks/int8_step.py --work $(WORK)
+	$(BIN)/python benchmarks/cpu_step.py --work $(WORK) --layers 8 --image-rounds 0 --name int8_step \
+	    --variants "ours fp32" "ours int8" "ours int4" "diffusers eager fp32" "diffusers compiled fp32"
 
 # The committed reports and the README's numbers; an hour of a quiet machine.
 bench-report: $(STAMP)
@@ -82,7 +83,7 @@ bench-report: $(STAMP)
 bench-full-size: $(STAMP)
 	$(BIN)/python benchmarks/full_size.py --work $(WORK)/full-size
 	$(BIN)/python benchmarks/full_size.py --work $(WORK)/full-size --precision int8 --export-only
-	$(BIN)/python benchmarks/full_size.py --work $(WORK)/full-size --precision int8 --draw-only --size 512x512 --steps 2 --limit 8
+	$(BIN)/python benchmarks/full_size.py --work $(WORK)/full-size --precision int8 --image-only --size 512x512 --steps 2 --limit 8
 
 # Beside stable-diffusion.cpp, which is built first: half an hour more, and 33 GB for its files.
 bench-full-size-systems: $(STAMP)

@@ -1,11 +1,12 @@
-"""The committed reports of `zimage-rt bench` on this CPU, and the README's numbers from them.
+"""The committed reports of `zimage-rt bench` on this CPU, and the documentation's tables from them.
 
-    python benchmarks/bench_report.py --work DIR [--only demo] [--quick]
+    python benchmarks/bench_report.py --work DIR [--only demo] [--trial]
 
-Two models: the demo model that ships, and a few blocks of the published width with weights of their own. Each is
-exported in every precision and drawn by zimage-rt and by diffusers on the same checkpoint. With `--only full-size`,
-the whole model with random weights in int8, beside stable-diffusion.cpp (which must be installed) in q8_0. Run it on
-a quiet machine; interrupted, it goes on where it was. `--readme` only writes the README's block again.
+The demo model that ships, and a few blocks of the published width with weights of their own: each is exported in
+every precision, and generates with zimage-rt and with diffusers on the same checkpoint. With `--only openvino`, the
+demo model beside OpenVINO GenAI; with `--only full-size`, the whole model with random weights in int8, beside
+stable-diffusion.cpp in q8_0 (both systems must be installed). Run it on a quiet machine; interrupted, it continues
+where it stopped. `--tables` only writes the tables again, between the marks of the README or of a page in docs.
 """
 
 import argparse
@@ -17,38 +18,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, cli_child, full_size_checkpoint, prepared_bundle
-from cpu_step import scale
-
+from zimage_rt.bench.children import cli_child
 from zimage_rt.bench.measure import median_step
 from zimage_rt.bench.plots import peak_bytes, total_median
 from zimage_rt.bench.results import NAME, read_rows
 from zimage_rt.bench.row_tables import accuracy_text
 from zimage_rt.bench.schema import OK, OURS, Row
+from zimage_rt.bench.script import RESULTS
+from zimage_rt.bench.synthetic import built, few_blocks, full_size_checkpoint, prepared
 from zimage_rt.bench.tables import gibibytes, markdown_table, seconds
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
 _BLOCK = re.compile(r"(<!-- made by make bench-report -->\n).*?(<!-- end -->)", re.S)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and what to draw with it."""
+    """A model, and what is generated with it."""
 
     name: str
-    title: str  # in the README
+    title: str  # above its table
     prompt: str
     sizes: tuple[str, ...]  # empty: the bundle's own
     repeat: int
     steps: int = 8
     precisions: tuple[str, ...] = ("fp32", "bf16", "int8")
     baselines: tuple[str, ...] = ("diffusers", "diffusers-bf16", "diffusers-compiled")
-    large: bool = False  # measured only when it is asked for
+    command: str = "make bench-report"
 
     @property
-    def made_by(self) -> str:
-        """The command that measures it."""
-        return "make bench-full-size-systems" if self.large else "make bench-report"
+    def asked_for(self) -> bool:
+        """Whether it is measured only when it is named: it takes long, or needs what is not in the extras."""
+        return self.command != Subject.command
 
 
 SUBJECTS = (
@@ -60,7 +61,17 @@ SUBJECTS = (
         ("128x128", "256x256"),
         repeat=3,
         steps=2,
-        baselines=("diffusers", "diffusers-compiled"),  # a picture in bf16 takes minutes on a CPU without it
+        baselines=("diffusers", "diffusers-compiled"),  # an image in bf16 takes minutes on a CPU without it
+    ),
+    Subject(
+        "openvino",
+        "the demo model, beside OpenVINO GenAI",
+        "a red circle left of a blue square",
+        (),
+        repeat=10,
+        precisions=("fp32", "int8"),
+        baselines=("diffusers", "openvino-genai", "openvino-genai-int8"),
+        command="make bench-openvino",
     ),
     Subject(
         "full-size",
@@ -71,66 +82,53 @@ SUBJECTS = (
         steps=1,
         precisions=("int8",),
         baselines=("stable-diffusion.cpp",),
-        large=True,
+        command="make bench-full-size-systems",
     ),
 )
 
 
-def prepare(subject: Subject, work: Path, quick: bool) -> tuple[Path, list[Path]]:
+def prepare(subject: Subject, work: Path, trial: bool) -> tuple[str, list[Path]]:
     """The subject's checkpoint and a bundle for each precision, made where they are missing."""
-    from zimage_export.source.checkpoint import DEMO
+    from zimage_export.synthetic.checkpoint import SMALL
 
-    work.mkdir(parents=True, exist_ok=True)
-    if quick:
-        checkpoint, _ = prepared_bundle(work, "quick", scale("tiny", 3))
-    elif subject.large:
-        work = work / "full-size"  # which full_size.py shares
-        checkpoint = full_size_checkpoint(work)
-    elif subject.name == "demo":
-        checkpoint = DEMO
-    else:
-        checkpoint, _ = prepared_bundle(work, "step-real-3", scale("real", 3))  # cpu_step has it too
-    kind = "quick" if quick else "bundle" if subject.large else subject.name
-    bundles = [work / f"{kind}-{precision}" for precision in subject.precisions]
-    for bundle, precision in zip(bundles, subject.precisions, strict=True):
-        if not bundle.exists():
-            _run("zimage_export.cli", "build", str(checkpoint), str(bundle), "--precision", precision, "--quiet")
-    return checkpoint, bundles
+    checkpoint, name = "tiny", "trial" if trial else subject.name
+    if trial:
+        checkpoint = str(prepared(work, name, SMALL)[0])
+    elif subject.name == "full-size":  # which full_size.py shares
+        work, name = work / "full-size", "bundle"
+        checkpoint = str(full_size_checkpoint(work))
+    elif subject.name == "blocks":  # which cpu_step.py shares
+        checkpoint = str(prepared(work, "step-3", few_blocks(3, text_layers=3))[0])
+    return checkpoint, [built(checkpoint, work / f"{name}-{precision}", precision) for precision in subject.precisions]
 
 
-def bench(subject: Subject, work: Path, out: Path, quick: bool) -> None:
-    """Runs `zimage-rt bench` into `out`, and takes away what a report does not need."""
-    checkpoint, bundles = prepare(subject, work, quick)
-    sizes = ("32x32",) if quick else subject.sizes
-    words = ["bench", *map(str, bundles), "--checkpoint", str(checkpoint), "--prompt", subject.prompt]
-    words += [word for size in sizes for word in ("--size", size)]
-    words += [word for name in subject.baselines[: 1 if quick else None] for word in ("--baseline", name)]
-    words += ["--repeat", "2" if quick else str(subject.repeat), "--out", str(out)]
-    words += ["--steps", "1" if quick else str(subject.steps)]
-    _run("zimage_rt.cli", *words, failure_allowed=True)  # a failed case is a finding, and the report says it
+def bench(subject: Subject, work: Path, out: Path, trial: bool) -> None:
+    """Runs `zimage-rt bench` into `out`, and removes what a report does not need."""
+    checkpoint, bundles = prepare(subject, work, trial)
+    words = ["bench", *map(str, bundles), "--checkpoint", checkpoint, "--prompt", subject.prompt, "--out", str(out)]
+    words += [word for size in (("32x32",) if trial else subject.sizes) for word in ("--size", size)]
+    words += [word for name in subject.baselines[: 1 if trial else None] for word in ("--baseline", name)]
+    words += ["--repeat", "2" if trial else str(subject.repeat), "--steps", "1" if trial else str(subject.steps)]
+    status = subprocess.run(cli_child("zimage_rt.cli", *words), check=False).returncode
+    if status not in (0, 1):  # a failed case is a finding, and the report says it
+        sys.exit(status)
     shutil.rmtree(out / "logs", ignore_errors=True)
 
 
-def _run(module: str, *arguments: str, failure_allowed: bool = False) -> None:
-    status = subprocess.run(cli_child(module, *arguments), check=False).returncode
-    if status and not (failure_allowed and status == 1):
-        sys.exit(status)
-
-
-def readme_block(results: Path = RESULTS) -> str:
-    """The README's table, from the rows that are committed; empty where there are none."""
+def tables(results: Path = RESULTS, up: str = "") -> str:
+    """The tables, from the rows that are committed; empty where there are none. `up` leads to the repository's root."""
     parts = []
     for subject in SUBJECTS:
         file = results / f"bench-{subject.name}" / NAME
         if file.exists():
-            link = f"benchmarks/results/bench-{subject.name}/report.md"
-            parts += [f"On {subject.title} ([report]({link}), `{subject.made_by}`):", "", _table(read_rows(file)), ""]
+            link = f"{up}benchmarks/results/bench-{subject.name}/report.md"
+            parts += [f"On {subject.title} ([report]({link}), `{subject.command}`):", "", _table(read_rows(file)), ""]
     return "\n".join(parts)
 
 
 def _table(rows: list[Row]) -> str:
     lines = [_line(row) for row in rows if row.times is not None]
-    return markdown_table(["system", "size", "a step", "a picture", "peak of its own memory", "against fp32"], lines)
+    return markdown_table(["system", "size", "a step", "an image", "peak of its own memory", "against fp32"], lines)
 
 
 def _line(row: Row) -> list[Any]:
@@ -145,19 +143,17 @@ def _line(row: Row) -> list[Any]:
     ]
 
 
-def write_readme(results: Path = RESULTS, readme: Path = README) -> None:
-    """Puts the block between its marks."""
-    text = readme.read_text("utf-8")
-    block = readme_block(results)
-    readme.write_text(_BLOCK.sub(lambda marks: f"{marks[1]}{block}{marks[2]}", text), "utf-8")
+def marked_pages(root: Path = ROOT) -> list[Path]:
+    """The README and the pages of docs that have the marks, which stand for where the tables go."""
+    return [
+        page for page in (root / "README.md", *(root / "docs").glob("*.md")) if _BLOCK.search(page.read_text("utf-8"))
+    ]
 
 
-def block_in(text: str) -> str:
-    """What stands between the marks. Raises `ValueError` where there are none."""
-    match = _BLOCK.search(text)
-    if not match:
-        raise ValueError("the README has no block that make bench-report writes")
-    return match[0].removeprefix(match[1]).removesuffix(match[2])
+def filled(page: Path, results: Path = RESULTS, root: Path = ROOT) -> str:
+    """A page's text with the tables between its marks."""
+    block = tables(results, "../" * len(page.relative_to(root).parent.parts))
+    return _BLOCK.sub(lambda marks: f"{marks[1]}{block}{marks[2]}", page.read_text("utf-8"))
 
 
 def main() -> None:
@@ -166,18 +162,19 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="where checkpoints and bundles are kept: 20 GB, 80 for full-size")
     parser.add_argument("--only", choices=[subject.name for subject in SUBJECTS])
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--readme", action="store_true", help="measure nothing")
-    parser.add_argument("--quick", action="store_true", help="tiny random models, to try the script; needs --out")
+    parser.add_argument("--tables", action="store_true", help="measure nothing")
+    parser.add_argument("--trial", action="store_true", help="tiny random models, to try the script; needs --out")
     options = parser.parse_args()
-    if options.quick and options.out == RESULTS:
-        parser.error("--quick is no measurement: give another folder with --out")
-    if not options.readme and options.work is None:
+    if options.trial and options.out == RESULTS:
+        parser.error("--trial is no measurement: give another folder with --out")
+    if not options.tables and options.work is None:
         parser.error("give --work")
     for subject in SUBJECTS:
-        if not options.readme and (options.only == subject.name or not (options.only or subject.large)):
-            bench(subject, options.work, options.out / f"bench-{subject.name}", options.quick)
-    if not options.quick:
-        write_readme(options.out)
+        if not options.tables and (options.only == subject.name or not (options.only or subject.asked_for)):
+            bench(subject, options.work, options.out / f"bench-{subject.name}", options.trial)
+    if not options.trial:
+        for page in marked_pages():
+            page.write_text(filled(page, options.out), "utf-8")
 
 
 if __name__ == "__main__":

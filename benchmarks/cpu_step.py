@@ -1,361 +1,260 @@
-"""One denoising step and one whole picture on the CPU: ours against diffusers, as ratios, with the error beside each.
+"""One denoising step and one whole image on the CPU: ours in fp32, int8 and int4 against diffusers, as ratios.
 
-The model has a few blocks of the published width, each with weights of its own, so that they do not fit in a cache.
-Variants take turns, A B C D A B C D, and a ratio is of two calls in the same round. Torch gets as many threads as we
-use: the physical cores. An output that is not finite, or further from diffusers in float32 than its type explains,
-marks its variant failed.
+The model has a few blocks of the published width, each with weights of its own (ONNX Runtime shares equal ones), so
+that they do not fit in a cache. Variants take turns, and a ratio is of two calls in the same round. Torch gets as many
+threads as we use. An output that is not finite, or further from diffusers in float32 than its type explains, marks its
+variant failed. Beside the step stands what its operations take at this processor's matrix rate, and for int8 where the
+rest of the time goes, by operator, from ONNX Runtime's profile.
 
     python benchmarks/cpu_step.py --work DIR
+    python benchmarks/cpu_step.py --work DIR --layers 8 --variants "ours fp32" "ours int8" "ours int4" --name int8_step
 """
 
-import argparse
-import json
 import statistics
-import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import (
-    RESULTS,
-    describe,
-    interleave,
-    machine,
-    markdown_table,
-    open_session,
-    physical_threads,
-    prepared_bundle,
-    ratio,
-    relative_error,
-    write_results,
-)
 
+from zimage_rt.bench.script import Document, Option, Run, Script
+from zimage_rt.bench.steps import PROMPT, SEED, Call, Calls, diffusers_pipelines, diffusers_steps, judged, our_step
+from zimage_rt.bench.steps import step_profile as profile
+from zimage_rt.bench.synthetic import few_blocks, prepared
+from zimage_rt.bench.tables import Column, column_table
+from zimage_rt.bench.timing import interleave, ratio
 from zimage_runtime.arrays import FloatArray
 
-OURS, EAGER, COMPILED, EAGER_BF16, COMPILED_BF16 = (
-    "ours fp32",
-    "diffusers eager fp32",
-    "diffusers compiled fp32",
-    "diffusers eager bf16",
-    "diffusers compiled bf16",
-)
-_BOUNDS = {OURS: 1e-4, COMPILED: 1e-4, EAGER_BF16: 0.1, COMPILED_BF16: 0.1}  # relative error that still counts
-_PROMPT = "a lighthouse on a cliff at dusk, oil painting"
-_SEED = 7
-_PACKAGES = ("numpy", "onnxruntime", "torch", "diffusers", "transformers")
+FP32, INT8, INT4 = "ours fp32", "ours int8", "ours int4"
+EAGER, COMPILED = "diffusers eager fp32", "diffusers compiled fp32"
+VARIANTS = (FP32, INT8, INT4, EAGER, COMPILED, "diffusers eager bf16", "diffusers compiled bf16")
+BOUNDS = {FP32: 1e-4, COMPILED: 1e-4, INT8: 0.2, INT4: 0.5} | dict.fromkeys(VARIANTS[5:], 0.1)
+"""The relative error that still counts."""
 
-Clock = Callable[[], float]
+_PRODUCTS = ("MatMulIntegerToFloat", "MatMulInteger")
+OPTIONS = {
+    "layers": Option(3, "main layers"),
+    "variants": Option([FP32, *VARIANTS[3:]], "all of them take 20 GB of memory", VARIANTS),
+    "image_rounds": Option(1, "of whole images of the first size"),
+    "steps": Option(8, "of whole images"),
+    "profile_runs": Option(3, "steps of int8 that are profiled; 0 for none"),
+}
 
 
-def scale(name: str, layers: int) -> Any:
-    """`real`: main layers and a refiner at the published width. `tiny`: to try the script on."""
-    from zimage_export.synthetic.checkpoint import SMALL, Scale
+def measure(run: Run) -> Document:
+    """Steps at each size, and whole images at the first."""
+    from zimage_runtime.bundle.bundle import Bundle
+    from zimage_runtime.machine.cores import thread_count
+    from zimage_runtime.machine.int8_products import activation_bits
+    from zimage_runtime.pipeline import Pipeline
 
-    small = SMALL.config
-    if name == "tiny":
-        return SMALL
-    text = replace(
-        small.text_encoder,
-        hidden_size=2560,
-        num_hidden_layers=3,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=128,
-        intermediate_size=9728,
+    from_torch = [name for name in run.options.variants if name.startswith("diffusers")]
+    bundles: dict[str, Path] = {}
+    checkpoint = run.work
+    scale = small_scale() if run.trial else few_blocks(run.options.layers, text_layers=3)
+    for name in (FP32, *run.options.variants):
+        if name.startswith("ours"):
+            kind = "step-trial" if run.trial else f"step-{run.options.layers}"
+            checkpoint, bundles[name] = prepared(run.work, kind, scale, name.split()[1])
+    transformer = Bundle.open(bundles[FP32]).manifest.config.transformer
+    parts: list[Document] = []
+    run.keep(
+        main_layers=transformer.n_layers,
+        refiners=transformer.n_refiner_layers,
+        dim=transformer.dim,
+        threads=thread_count(),
+        activation_bits=activation_bits(),
+        seconds_of="processor" if run.options.cpu_time else "wall clock",
+        parts=parts,
     )
-    transformer = replace(
-        small.transformer,
-        dim=3840,
-        n_layers=layers,
-        n_refiner_layers=1,
-        n_heads=30,
-        cap_feat_dim=2560,
-        axes_dims=(32, 48, 48),
-    )
-    vae = replace(small.vae, block_out_channels=(128, 256, 512, 512), layers_per_block=2, norm_num_groups=32)
-    return Scale(replace(small, text_encoder=text, transformer=transformer, vae=vae))
+    pipelines, transformers = diffusers_pipelines(checkpoint, from_torch) if from_torch else ({}, {})
+    for index, size in enumerate(run.sizes):
+        ours = {name: Pipeline.from_bundle(path, "cpu", keep_loaded=False) for name, path in bundles.items()}
+        steps = {name: our_step(pipeline, size) for name, pipeline in ours.items()}
+        calls: Calls = {name: step.call for name, step in steps.items() if name in run.options.variants}
+        calls |= diffusers_steps(transformers, steps[FP32])
+        part = timed(run, "step", size, calls, run.rounds)
+        parts.append(part | floors(bundles, size, steps[FP32].tokens, part, run))
+        calls.clear()
+        steps.clear()
+        run.keep()
+        if index == 0 and run.options.image_rounds:
+            ours = {name: Pipeline.from_bundle(path, "cpu") for name, path in bundles.items()}
+            images: Calls = {name: our_image(pipeline, size, run.options.steps) for name, pipeline in ours.items()}
+            for name, network in transformers.items():
+                images[name] = their_image(pipelines[name.split()[-1]], network, size, run.options.steps)
+            parts.append(timed(run, "image", size, images, run.options.image_rounds))
+            run.keep()
+    return {}
 
 
-@dataclass
-class Measurement:
-    """Seconds of every round by variant, errors against diffusers in float32, and what failed and why."""
+def small_scale() -> Any:
+    """The tests' small model."""
+    from zimage_export.synthetic.checkpoint import SMALL
 
-    size: str
-    what: str  # "step" or "picture"
-    seconds: dict[str, list[float]] = field(default_factory=dict)
-    errors: dict[str, float] = field(default_factory=dict)
-    failed: dict[str, str] = field(default_factory=dict)
-
-    def judge(self, outputs: dict[str, Any]) -> None:
-        """Fills in errors, and fails the variants whose error is out of range."""
-        for name, output in outputs.items():
-            self.errors[name] = relative_error(output, outputs[EAGER])
-            if name in _BOUNDS and not self.errors[name] <= _BOUNDS[name]:
-                self.failed[name] = f"error {self.errors[name]:.2g} is more than {_BOUNDS[name]:g}"
-
-    def rows(self) -> list[dict[str, Any]]:
-        """One entry a variant: median seconds, how many times faster ours is, error."""
-        rows = []
-        for name, seconds in self.seconds.items():
-            times = ratio(seconds, self.seconds[OURS])
-            rows.append(
-                {
-                    "what": self.what,
-                    "size": self.size,
-                    "variant": name,
-                    "rounds": len(seconds),
-                    "median_seconds": statistics.median(seconds),
-                    "least_seconds": min(seconds),
-                    "ours_faster_median": times.median,
-                    "ours_faster_least": times.least,
-                    "relative_error": self.errors.get(name),
-                    "failed": self.failed.get(name),
-                }
-            )
-        absent = [name for name in self.failed if name not in self.seconds]
-        rows += [{"what": self.what, "size": self.size, "variant": n, "failed": self.failed[n]} for n in absent]
-        return rows
+    return SMALL
 
 
-@dataclass(frozen=True)
-class Models:
-    """Everything that takes part, loaded."""
+def timed(run: Run, what: str, size: tuple[int, int], calls: Calls, rounds: int) -> Document:
+    """Runs each call once to judge its output, then all in turns: one row for each variant."""
+    errors, failed = judged(calls, (EAGER, FP32), BOUNDS if what == "step" else {})
+    seconds = interleave(calls, rounds, run.clock)
 
-    ours: Any  # zimage_runtime's Pipeline
-    diffusers: dict[str, Any]  # ZImagePipeline by type: float32 and bfloat16
-    transformers: dict[str, Any]  # transformer by variant
+    def row(name: str) -> Document:
+        taken = seconds[name]
+        over = {other: ratio(taken, seconds[other]) for other in (FP32, INT8) if other in seconds}
+        return {
+            "rounds": len(taken),
+            "median_seconds": statistics.median(taken),
+            "least_seconds": min(taken),
+            "over": {other: [each.least, each.median, each.most] for other, each in over.items()},
+            "relative_error": errors.get(name),
+        }
 
-    @classmethod
-    def load(cls, checkpoint: Path, bundle: Path, *, bf16: bool, compiled: bool) -> "Models":
-        """Loads diffusers from the checkpoint and ours from the bundle."""
-        import torch
-        from diffusers import ZImagePipeline
-
-        from zimage_runtime.pipeline import Pipeline
-
-        torch.set_num_threads(physical_threads())
-        types = {"fp32": torch.float32, **({"bf16": torch.bfloat16} if bf16 else {})}
-        pipelines, transformers = {}, {}
-        for short, dtype in types.items():
-            pipeline = ZImagePipeline.from_pretrained(str(checkpoint), dtype=dtype)
-            pipeline.set_progress_bar_config(disable=True)
-            pipelines[short] = pipeline
-            transformers[f"diffusers eager {short}"] = pipeline.transformer
-            if compiled:
-                transformers[f"diffusers compiled {short}"] = torch.compile(pipeline.transformer)
-        return cls(Pipeline.from_bundle(bundle), pipelines, transformers)
+    rows = [
+        {"variant": name, **(row(name) if name in seconds else {}), "failed": failed.get(name)}
+        for name in (*seconds, *(name for name in failed if name not in seconds))
+    ]
+    return {"what": what, "size": f"{size[0]}x{size[1]}", "rows": rows}
 
 
-def step_calls(models: Models, side: int) -> dict[str, Callable[[], FloatArray]]:
-    """For every variant a call that gives the velocity of the first step, [1, channels, side / 8, side / 8].
-
-    All take the same hidden states, which are ours. Refining the caption is part of diffusers' step, and not of ours.
-    """
-    import torch
-
-    from zimage_runtime.pipeline import Request
-
-    ours = models.ours
-    request = ours.prepare(Request(_PROMPT, size=(side, side), steps=8, seed=_SEED))
-    latents = ours.initial_latents(request.geometry, request.seeds)
-    session = open_session(request)
-    hidden_states = ours.hidden_states(session, request.ids)
-    denoiser = session.denoiser(ours.conditioning(request.geometry, request.schedule, hidden_states))
-    hidden = torch.from_numpy(hidden_states[0])
-    timestep = torch.from_numpy(request.schedule.timesteps[:1])
-
-    def with_torch(transformer: Any) -> Callable[[], FloatArray]:
-        dtype = next(transformer.parameters()).dtype
-        image = torch.from_numpy(latents).to(dtype).transpose(0, 1)  # [channels, 1, h, w]
-
-        def call() -> FloatArray:
-            with torch.no_grad():
-                (output,) = transformer([image], timestep, [hidden.to(dtype)], return_dict=False)[0]
-            velocity: FloatArray = (-output.transpose(0, 1)).float().numpy()
-            return velocity
-
-        return call
-
-    calls = {name: with_torch(transformer) for name, transformer in models.transformers.items()}
-    return {OURS: lambda: denoiser(latents, 0), **calls}
-
-
-def picture_calls(models: Models, side: int, steps: int) -> dict[str, Callable[[], FloatArray]]:
-    """For every variant a call that draws a whole picture and gives its pixels, 0 to 255."""
-    import torch
-
-    def ours() -> FloatArray:
-        result = models.ours.generate(_PROMPT, size=(side, side), steps=steps, seed=_SEED)
-        return np.asarray(result.images[0], np.float32)
-
-    def with_diffusers(pipeline: Any, transformer: Any) -> Callable[[], FloatArray]:
-        def call() -> FloatArray:
-            original, pipeline.transformer = pipeline.transformer, transformer
-            try:
-                images = pipeline(
-                    _PROMPT,
-                    width=side,
-                    height=side,
-                    num_inference_steps=steps,
-                    guidance_scale=0.0,
-                    generator=torch.Generator("cpu").manual_seed(_SEED),
-                ).images
-            finally:
-                pipeline.transformer = original
-            return np.asarray(images[0], np.float32)
-
-        return call
-
-    calls = {
-        name: with_diffusers(models.diffusers[name[-4:]], transformer)
-        for name, transformer in models.transformers.items()
-    }
-    return {OURS: ours, **calls}
-
-
-def measure(what: str, side: int, calls: dict[str, Callable[[], FloatArray]], rounds: int, clock: Clock) -> Measurement:
-    """Runs each call once to warm up and to judge its output, then all in turns."""
-    measurement = Measurement(f"{side}x{side}", what)
-    outputs = {}
-    for name, call in list(calls.items()):
-        start = time.perf_counter()
-        try:
-            outputs[name] = call()
-        except Exception as error:  # a compiler that fails, or a type that a kernel lacks
-            measurement.failed[name] = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            calls.pop(name)
-        print(f"{what} {side}: {name} first call {time.perf_counter() - start:.1f} s", file=sys.stderr)
-    measurement.judge(outputs)
-    measurement.seconds = interleave(calls, rounds, clock)
-    return measurement
-
-
-def step_flops(config: Any, side: int, caption_tokens: int) -> float:
-    """Multiplications and additions of one of our steps: matrix products and attention."""
-    from zimage_runtime.model.geometry import image_geometry
+def floors(bundles: dict[str, Path], size: tuple[int, int], tokens: int, part: Document, run: Run) -> Document:
+    """What a step's operations take at the rate of large matrix products, and of int8 the profile."""
+    from zimage_runtime.bundle.bundle import Bundle
+    from zimage_runtime.machine.matrix_rate import float_rate, integer_rate
+    from zimage_runtime.model.geometry import image_geometry, padded
     from zimage_runtime.model.operations import step_operations
 
-    return step_operations(config, image_geometry(side, side, config), caption_tokens).total
+    config = Bundle.open(bundles[FP32]).manifest.config
+    geometry = image_geometry(*size, config)
+    operations, rate = step_operations(config, geometry, tokens), float_rate(clock=run.clock)
+    found: Document = {
+        "tokens": geometry.image_tokens + padded(tokens),
+        "float_rate": rate,
+        "floor_seconds": operations.total / rate,
+    }
+    if INT8 not in bundles:
+        return found
+    rate = integer_rate(clock=run.clock)
+    floor, (taken,) = operations.linear / rate, [r["median_seconds"] for r in part["rows"] if r["variant"] == INT8]
+    found |= {"integer_rate": rate, "integer_floor_seconds": floor, "integer_floor_of_step": floor / taken}
+    if run.options.profile_runs:
+        by_operator = profile(bundles[INT8], size, run.options.profile_runs)
+        found["integer_floor_of_products"] = 1e3 * floor / sum(by_operator.get(name, 0.0) for name in _PRODUCTS)
+        found["profile_ms"] = dict(sorted(by_operator.items(), key=lambda item: -item[1]))
+    return found
 
 
-def matmul_rate(clock: Clock, side: int = 2048, repeats: int = 5) -> float:
-    """Floating-point operations a second of a large float32 matrix product, the best of a few."""
+def our_image(pipeline: Any, size: tuple[int, int], steps: int) -> Call:
+    """A call that generates a whole image and gives its pixels, 0 to 255."""
+
+    def call() -> FloatArray:
+        pipeline.forget_prompt()
+        return np.asarray(pipeline.generate(PROMPT, size=size, steps=steps, seed=SEED).images[0], np.float32)
+
+    return call
+
+
+def their_image(pipeline: Any, transformer: Any, size: tuple[int, int], steps: int) -> Call:
+    """The same by diffusers, with one of its transformers."""
     import torch
 
-    torch.set_num_threads(physical_threads())
-    a, b = torch.randn(side, side), torch.randn(side, side)
-    seconds = interleave({"matmul": lambda: a @ b}, repeats + 1, clock)["matmul"][1:]
-    return 2.0 * side * side * side / min(seconds)
+    def call() -> FloatArray:
+        pipeline.transformer, original = transformer, pipeline.transformer
+        try:
+            images = pipeline(
+                PROMPT,
+                width=size[0],
+                height=size[1],
+                num_inference_steps=steps,
+                guidance_scale=0.0,
+                generator=torch.Generator("cpu").manual_seed(SEED),
+            ).images
+        finally:
+            pipeline.transformer = original
+        return np.asarray(images[0], np.float32)
+
+    return call
 
 
-def to_markdown(document: dict[str, Any]) -> str:
-    """The results as a page."""
-    rows = []
-    for row in document["rows"]:
-        if "median_seconds" not in row:
-            rows.append((row["variant"], row["what"], row["size"], "-", "-", "-", f"failed: {row['failed']}"))
-            continue
-        error = f"{row['relative_error']:.1e}" + (f", failed: {row['failed']}" if row["failed"] else "")
-        faster = f"{row['ours_faster_median']:.2f} (least {row['ours_faster_least']:.2f})"
-        rows.append(
-            (row["variant"], row["what"], row["size"], row["rounds"], f"{row['median_seconds']:.2f}", faster, error)
+def page(document: Document) -> list[str]:
+    """A table for each size."""
+    parts = [
+        "A step and an image on the CPU, against diffusers",
+        f"Random weights, {document['main_layers']} main blocks and {document['refiners']} refiner of width "
+        f"{document['dim']}{bits(document)}; variants take turns; {document['threads']} threads; seconds of the "
+        f"{document['seconds_of']}.",
+        "The error is against diffusers eager fp32, or our fp32 where that took no part: of the first step's velocity, "
+        "or of an image's pixels. Seconds are of a machine that other work may share: compare ratios, which are "
+        "medians over the rounds, with the least in brackets.",
+    ]
+    for part in document["parts"]:
+        tokens = f": {part['tokens']} tokens" if "tokens" in part else ""
+        others = {name for row in part["rows"] for name in row.get("over", ())}
+        columns: dict[str, Column] = {"variant": "{variant}", "rounds": "{rounds}", "median, s": "{median_seconds:.3f}"}
+        columns |= {f"over {name}": over(name) for name in (FP32, INT8) if name in others}
+        parts += [f"## {part['what'].capitalize()} of {part['size']}{tokens}"]
+        parts += [column_table(columns | {"relative error": error}, part["rows"]), floor_text(part)]
+        if profiled := part.get("profile_ms"):
+            whole = sum(profiled.values())
+            shares = [{"name": n, "ms": ms, "share": 100 * ms / whole} for n, ms in profiled.items()]
+            shown = {"operator": "{name}", "ms per step": "{ms:.1f}", "%": "{share:.1f}"}
+            parts.append(column_table(shown, [share for share in shares if share["share"] > 0.2]))
+    return parts
+
+
+def bits(document: Document) -> str:
+    """Of int8's activations, where int8 took part."""
+    took_part = any(row["variant"] == INT8 for part in document["parts"] for row in part["rows"])
+    return f"; activations of int8 have {document['activation_bits']} bits" if took_part else ""
+
+
+def over(name: str) -> Column:
+    """The column of times over another variant's."""
+
+    def text(row: Document) -> str:
+        each = row.get("over", {}).get(name)
+        return f"{each[1]:.2f} ({each[0]:.2f})" if each and each[0] else f"{each[1]:.2f}" if each else "–"
+
+    return text
+
+
+def error(row: Document) -> str:
+    """A variant's error, or why it failed."""
+    found = [f"{row['relative_error']:.1e}"] if row.get("relative_error") is not None else []
+    return ", ".join([*found, *([f"failed: {row['failed']}"] if row["failed"] else [])])
+
+
+def floor_text(part: Document) -> str:
+    """How near the step is to what the matrix rates allow."""
+    text = []
+    if "float_rate" in part:
+        text.append(
+            f"A large product of float32 matrices reaches {part['float_rate'] / 1e9:.0f} GFLOP/s; at that rate the "
+            f"step takes {part['floor_seconds']:.2f} s."
         )
-    ceilings = ", ".join(f"{size}: {seconds:.2f} s" for size, seconds in document["ceiling_seconds"].items())
-    return "\n".join(
-        [
-            "# A step and a picture on the CPU, against diffusers",
-            "",
-            f"{describe(document['machine'])}.",
-            f"Random weights, scale `{document['scale']}` with {document['main_layers']} main layers; "
-            f"variants take turns; threads: {document['threads']}; seconds of the {document['seconds_of']}.",
-            f"A float32 matrix product of 2048x2048 reaches {document['matmul_rate'] / 1e9:.0f} GFLOP/s; at that rate "
-            f"one of our steps takes {ceilings}.",
-            "The error is against diffusers eager fp32: of the velocity for a step, of the pixels for a picture.",
-            "Seconds are of a machine that other work may share: compare ratios.",
-            f"Made by `{document['command']}`.",
-            "",
-            markdown_table(
-                ["variant", "of", "size", "rounds", "median, s", "times that ours is faster", "relative error"], rows
-            ),
-        ]
-    )
+    if "integer_rate" in part:
+        share = part.get("integer_floor_of_products")
+        text.append(
+            f"A large integer product reaches {part['integer_rate'] / 1e9:.0f} GOP/s; at that rate the step's integer "
+            f"products take {part['integer_floor_seconds']:.2f} s: {100 * part['integer_floor_of_step']:.0f} % of the "
+            f"step{f', {100 * share:.0f} % of the time in its integer products' if share else ''}."
+        )
+    return " ".join(text)
 
 
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Makes the models, measures, and gives the document; after each measurement it is written, too."""
-    options.work.mkdir(parents=True, exist_ok=True)
-    checkpoint, bundle = prepared_bundle(
-        options.work, f"step-{options.scale}-{options.layers}", scale(options.scale, options.layers)
-    )
-    clock = time.process_time if options.cpu_time else time.perf_counter
-    rate = matmul_rate(clock)
-    models = Models.load(checkpoint, bundle, bf16=not options.no_bf16, compiled=not options.no_compile)
-    config = models.ours.bundle.manifest.config
-    caption_tokens = -(-len(models.ours.token_ids(_PROMPT)) // 32) * 32
-    document: dict[str, Any] = {
-        "machine": machine(*_PACKAGES),
-        "command": _command(options),
-        "scale": options.scale,
-        "main_layers": config.transformer.n_layers,
-        "threads": physical_threads(),
-        "seconds_of": "processor" if options.cpu_time else "wall clock",
-        "matmul_rate": rate,
-        "ceiling_seconds": {f"{s}x{s}": step_flops(config, s, caption_tokens) / rate for s in options.sides},
-        "rows": [],
-    }
-    print(f"matrix products: {rate / 1e9:.0f} GFLOP/s; a step takes at least {document['ceiling_seconds']}")
-    for index, side in enumerate(options.sides):
-        rounds = options.rounds[min(index, len(options.rounds) - 1)]
-        document["rows"] += measure("step", side, step_calls(models, side), rounds, clock).rows()
-        _keep(document, options)
-        if index == 0 and options.picture_rounds:
-            calls = picture_calls(models, side, options.steps)
-            document["rows"] += measure("picture", side, calls, options.picture_rounds, clock).rows()
-            _keep(document, options)
-    return document
-
-
-def _command(options: argparse.Namespace) -> str:
-    """What was run, without this machine's paths."""
-    words = ["taskset -c 0"] if physical_threads() == 1 else []
-    words += ["python benchmarks/cpu_step.py --work DIR --layers", options.layers, "--sides", *options.sides]
-    words += ["--rounds", *options.rounds, "--picture-rounds", options.picture_rounds, "--steps", options.steps]
-    words += ["--name", options.name] if options.name != "cpu_step" else []
-    flags = {"--no-bf16": options.no_bf16, "--no-compile": options.no_compile, "--cpu-time": options.cpu_time}
-    return " ".join(str(word) for word in [*words, *(flag for flag, given in flags.items() if given)])
-
-
-def _keep(document: dict[str, Any], options: argparse.Namespace) -> None:
-    if options.scale == "real":
-        write_results(options.name, document, to_markdown(document), options.out)
-
-
-def main() -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="where checkpoint and bundle are kept: 12 GB")
-    parser.add_argument("--scale", choices=["real", "tiny"], default="real")
-    parser.add_argument("--sides", type=int, nargs="+", default=[256, 512], help="pixels; the picture has the first")
-    parser.add_argument("--rounds", type=int, nargs="+", default=[5, 3], help="of steps, for each side")
-    parser.add_argument("--picture-rounds", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--no-bf16", action="store_true")
-    parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--layers", type=int, default=3, help="main layers of scale real")
-    parser.add_argument(
-        "--cpu-time",
-        action="store_true",
-        help="processor seconds instead of the clock's, for a busy machine; right with one thread (`taskset -c 0`)",
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where results are written (scale real only)")
-    parser.add_argument("--name", default="cpu_step", help="of the results")
-    document = run(parser.parse_args())
-    print(to_markdown(document))
-    print(json.dumps(document))
-
+SCRIPT = Script(
+    __file__,
+    __doc__,
+    measure,
+    page,
+    packages=("numpy", "onnxruntime", "torch", "diffusers", "transformers"),
+    work="12 GB, 20 with int8 and int4",
+    rounds=5,
+    sizes=("256x256", "512x512"),
+    cpu_time=True,
+    trial=True,
+    options=OPTIONS,
+)
 
 if __name__ == "__main__":
-    main()
+    SCRIPT.main()

@@ -3,48 +3,35 @@
     PYTHONPATH=. python benchmarks/demo_int8_cuda.py --work DIR [--prompts 24] [--device cuda]
 
 CUDA's programs run on the CPU unless a GPU is named. One image says little: where a prompt is near a decision of the
-model, any perturbation changes what is drawn, so the table gives quantiles over many.
+model, any perturbation changes what is generated, so the table gives quantiles over many.
 """
 
-import argparse
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from common import RESULTS, describe, machine, markdown_table, relative_error, write_results
+from demo_images import demo_bundle_in, prompts, quantiles
 
-from demo_model.scoring import held_out_requests
-from zimage_export.build import BuildOptions, build
-from zimage_rt.bench.accuracy import psnr_db
+from zimage_rt.bench.accuracy import psnr_db, relative_error
+from zimage_rt.bench.script import Document, Option, Run, Script
+from zimage_rt.bench.tables import markdown_table
 from zimage_runtime.bundle.bundle import Bundle
-from zimage_runtime.bundle.manifest import CPU, CUDA, CUDA_WEIGHT_ONLY, Precision
-from zimage_runtime.command_line.progress import Progress
+from zimage_runtime.bundle.manifest import CPU, CUDA, CUDA_WEIGHT_ONLY
+from zimage_runtime.bundle.precision import Precision
 from zimage_runtime.executors.ort.cuda import cuda_executor
 from zimage_runtime.executors.ort.device import OrtDevice
 from zimage_runtime.machine.int8_products import activation_bits
 from zimage_runtime.pipeline import ImageEvent, Pipeline
 
-PLACES = (0.0, 0.1, 0.5, 0.9)
-"""Quantiles that the table gives."""
-
+PLACES = {"least": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9}
 WAYS = {"cpu": CPU, "cuda, int8 products": CUDA, "cuda, weight-only": CUDA_WEIGHT_ONLY}
 
 
-def pipelines(work: Path, device: str) -> tuple[Pipeline, dict[str, Pipeline]]:
-    """The float32 one, and an int8 one for each way to compute."""
-    bundles = {}
-    for precision in (Precision.FP32, Precision.INT8):
-        bundles[precision] = work / f"demo-{precision.value}"
-        build("tiny", bundles[precision], BuildOptions(precision=precision, force=True), Progress())
-    int8, ways = bundles[Precision.INT8], {}
-    for name, program in WAYS.items():
-        if program == CPU:
-            ways[name] = Pipeline.from_bundle(int8, CPU)
-            continue
-        opened = Bundle.open(int8)
-        made = cuda_executor(opened, budget=1 << 34, device=OrtDevice(device), denoiser=program)
-        ways[name] = Pipeline.on(opened, made)
-    return Pipeline.from_bundle(bundles[Precision.FP32], CPU), ways
+def pipeline_of(bundle: Path, program: str, device: str) -> Pipeline:
+    """An int8 bundle, computed in one of the ways."""
+    if program == CPU:
+        return Pipeline.from_bundle(bundle, CPU)
+    opened = Bundle.open(bundle)
+    return Pipeline.on(opened, cuda_executor(opened, budget=1 << 34, device=OrtDevice(device), denoiser=program))
 
 
 def generated(pipeline: Pipeline, prompt: str, seed: int) -> ImageEvent:
@@ -54,55 +41,50 @@ def generated(pipeline: Pipeline, prompt: str, seed: int) -> ImageEvent:
     return last
 
 
-def run(work: Path, prompts: int, device: str) -> dict[str, Any]:
+def measure(run: Run) -> Document:
     """PSNR and the error of the latents of each image, by the way that it was computed."""
-    reference, ways = pipelines(work, device)
+    device, int8 = run.options.device, demo_bundle_in(run.work, Precision.INT8)
+    reference = Pipeline.from_bundle(demo_bundle_in(run.work, Precision.FP32), CPU)
+    ways = {name: pipeline_of(int8, program, device) for name, program in WAYS.items()}
     psnr: dict[str, list[float]] = {name: [] for name in ways}
     latents: dict[str, list[float]] = {name: [] for name in ways}
-    for seed, (_, prompt) in enumerate(held_out_requests("en", prompts)):
+    for seed, prompt in enumerate(prompts(run.options.prompts, ["en"])):
         expected = generated(reference, prompt, seed)
         for name, pipeline in ways.items():
             found = generated(pipeline, prompt, seed)
             psnr[name].append(psnr_db(np.asarray(found.image), np.asarray(expected.image)))
             latents[name].append(relative_error(found.latents, expected.latents))
-    return {
-        "machine": machine("numpy", "onnxruntime", "onnxruntime-gpu"),
-        "device": device,
-        "activation_bits": activation_bits(),
-        "psnr_db": psnr,
-        "latents_error": latents,
-    }
+    return {"device": device, "activation_bits": activation_bits(), "psnr_db": psnr, "latents_error": latents}
 
 
-def report(document: dict[str, Any]) -> str:
-    """The table, and where it comes from."""
-    rows = []
-    for name, values in document["psnr_db"].items():
-        quantiles = [f"{np.quantile(values, place):.1f}" for place in PLACES]
-        rows.append([name, *quantiles, f"{np.median(document['latents_error'][name]):.4f}"])
-    head = ["programs", "least", "10 %", "median", "90 %", "latents, median relative error"]
+def page(document: Document) -> list[str]:
+    """One row for each way."""
+    rows = [
+        [name, *quantiles(values, list(PLACES.values())), f"{np.median(document['latents_error'][name]):.4f}"]
+        for name, values in document["psnr_db"].items()
+    ]
     where = "a GPU" if document["device"] == "cuda" else "the CPU"
-    count = len(next(iter(document["psnr_db"].values())))
-    return (
-        "# Demo model in int8: CUDA's programs beside the CPU's\n\n"
-        f"PSNR in dB of {count} images against the fp32 bundle's; CUDA's programs ran on {where}, the CPU's have "
-        f"activations of {document['activation_bits']} bits. {describe(document['machine'])}.\n"
-        "Made by `PYTHONPATH=. python benchmarks/demo_int8_cuda.py`.\n\n" + markdown_table(head, rows)
-    )
+    return [
+        "Demo model in int8: CUDA's programs beside the CPU's",
+        f"PSNR in dB of {len(next(iter(document['psnr_db'].values())))} images against the fp32 bundle's; CUDA's "
+        f"programs ran on {where}, the CPU's have activations of {document['activation_bits']} bits.",
+        markdown_table(["programs", *PLACES, "latents, median relative error"], rows),
+    ]
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="where the bundles are put")
-    parser.add_argument("--prompts", type=int, default=24)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args(arguments)
-    document = run(options.work, options.prompts, options.device)
-    write_results("demo_int8_cuda", document, report(document), options.out)
-    print(report(document))
-
+SCRIPT = Script(
+    __file__,
+    __doc__,
+    measure,
+    page,
+    packages=("numpy", "onnxruntime", "onnxruntime-gpu"),
+    work="100 MB",
+    path=".",
+    options={
+        "prompts": Option(24, "in English"),
+        "device": Option("cpu", "of CUDA's programs", ("cpu", "cuda")),
+    },
+)
 
 if __name__ == "__main__":
-    main()
+    SCRIPT.main()

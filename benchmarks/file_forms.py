@@ -9,33 +9,25 @@
    dequantization of the same tensors, in turns; both must give the same values.
 """
 
-import argparse
 import json
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import (
-    RESULTS,
-    cli_child,
-    describe,
-    interleave,
-    machine,
-    markdown_table,
-    measure_child,
-    ratio,
-    write_results,
-)
 from numpy.typing import NDArray
 
 from zimage_export.source.tensors import TensorSource
 from zimage_export.source.weights import Weights
 from zimage_export.storage.stored import row_chunks
-from zimage_export.synthetic.checkpoint import FULL, Scale, write_checkpoint
+from zimage_export.synthetic.checkpoint import FULL, write_checkpoint
+from zimage_rt.bench.children import cli_child, measure_child
+from zimage_rt.bench.script import Document, Run, Script
+from zimage_rt.bench.synthetic import few_blocks
+from zimage_rt.bench.tables import column_table
+from zimage_rt.bench.timing import interleave, ratio
 from zimage_runtime.model.config import ModelConfig
 from zimage_runtime.model.linears import layer_linears
 
@@ -52,21 +44,9 @@ Layout = dict[str, tuple[str, tuple[int, ...]]]
 """Type and shape by name."""
 
 
-def main() -> None:
-    """Measures both and writes the report; what it made is deleted."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="20 GB, freed again")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
-    report = {
-        "machine": machine("numpy", "gguf", "onnxruntime"),
-        "gguf": dequantized(options.work, options.rounds),
-        "convrot": streamed(options.work, options.rounds),
-    }
-    write_results("file_forms", report, to_markdown(report), options.out)
-    print(to_markdown(report))
+def measure(run: Run) -> Document:
+    """Both; what is made for them is deleted."""
+    return {"gguf": dequantized(run.work, run.rounds), "convrot": streamed(run.work, run.rounds)}
 
 
 def streamed(work: Path, rounds: int) -> dict[str, Any]:
@@ -108,17 +88,8 @@ def streamed(work: Path, rounds: int) -> dict[str, Any]:
 
 def small_rest(rest: Path) -> None:
     """A checkpoint whose transformer is but a configuration, of the published size, and whose text encoder is small."""
+    write_checkpoint(rest, few_blocks())
     config = FULL.config
-    write_checkpoint(
-        rest,
-        Scale(
-            replace(
-                config,
-                text_encoder=replace(config.text_encoder, num_hidden_layers=2, vocab_size=320),
-                transformer=replace(config.transformer, n_layers=1, n_refiner_layers=1),
-            )
-        ),
-    )
     described = rest / "transformer" / "config.json"
     sizes = {"n_layers": config.transformer.n_layers, "n_refiner_layers": config.transformer.n_refiner_layers}
     described.write_text(json.dumps(json.loads(described.read_text()) | sizes))
@@ -280,44 +251,44 @@ def check_equal(sources: Iterator[TensorSource], theirs: dict[str, Any]) -> None
             first += len(found)
 
 
-def to_markdown(report: dict[str, Any]) -> str:
+def page(report: Document) -> list[str]:
     """Both tables."""
     convrot = report["convrot"]
-    rows = [
-        [
-            f"{one['anonymous_bytes'] / 1e9:.2f}",
-            f"{one['seconds']:.0f}",
-            f"{one['weights_seconds']:.1f}",
-            f"{one['copy_seconds']:.1f}",
-            f"{one['weights_seconds'] / one['copy_seconds']:.2f}",
-        ]
-        for one in convrot["rounds"]
-    ]
-    header = ["own memory, GB", "whole build, s", "streaming and hashing, s", "plain copy of the file, s", "ratio"]
-    reads = [
-        [
-            f"{one['part']}, {one['type']}",
-            f"{one['parameters'] / 1e6:.0f}",
-            f"{np.median(one['seconds']['ours']):.2f}",
-            f"{np.median(one['seconds']['gguf']):.2f}",
-            "{1:.2f} ({0:.2f} to {2:.2f})".format(*one["ours_over_gguf"]),
-        ]
-        for one in report["gguf"]
-    ]
-    read_header = ["linears of a layer", "million values", "ours, s", "`gguf`, s", "ours over `gguf`"]
-    return (
-        "# Quantized files at full size\n\n"
-        f"ComfyUI's int8 ConvRot transformer of the published size and random values, "
+    builds = {
+        "own memory, GB": lambda row: f"{row['anonymous_bytes'] / 1e9:.2f}",
+        "whole build, s": "{seconds:.0f}",
+        "streaming and hashing, s": "{weights_seconds:.1f}",
+        "plain copy of the file, s": "{copy_seconds:.1f}",
+        "ratio": lambda row: f"{row['weights_seconds'] / row['copy_seconds']:.2f}",
+    }
+    reads = {
+        "linears of a layer": "{part}, {type}",
+        "million values": lambda row: f"{row['parameters'] / 1e6:.0f}",
+        "ours, s": lambda row: f"{np.median(row['seconds']['ours']):.2f}",
+        "`gguf`, s": lambda row: f"{np.median(row['seconds']['gguf']):.2f}",
+        "ours over `gguf`": "{ours_over_gguf[1]:.2f} ({ours_over_gguf[0]:.2f} to {ours_over_gguf[2]:.2f})",
+    }
+    return [
+        "Quantized files at full size",
+        "ComfyUI's int8 ConvRot transformer of the published size and random values, "
         f"{convrot['file_bytes'] / 1e9:.2f} GB, to an int8 bundle of {convrot['bundle_bytes'] / 1e9:.2f} GB; the text "
-        "encoder has two layers. Builds and copies take turns.\n\n"
-        f"{markdown_table(header, rows)}\n\n"
+        "encoder has two layers. Builds and copies take turns, on a machine that other work shared.",
+        column_table(builds, convrot["rounds"]),
         "GGUF, read as the exporter does, some rows at a time, and dequantized by the `gguf` package, a tensor at a "
-        "time: seconds of the processor, medians of calls in turns. The values are the same.\n\n"
-        f"{markdown_table(read_header, reads)}\n\n"
-        f"`python benchmarks/file_forms.py --work DIR --rounds {len(convrot['rounds'])}`; "
-        f"{describe(report['machine'])}; other work shared the machine\n"
-    )
+        "time: seconds of the processor, medians of calls in turns. The values are the same.",
+        column_table(reads, report["gguf"]),
+    ]
 
+
+SCRIPT = Script(
+    __file__,
+    __doc__,
+    measure,
+    page,
+    packages=("numpy", "gguf", "onnxruntime"),
+    work="20 GB, freed again",
+    rounds=3,
+)
 
 if __name__ == "__main__":
-    main()
+    SCRIPT.main()

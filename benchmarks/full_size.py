@@ -1,158 +1,94 @@
-"""The full-size model on an ordinary machine: made, exported, checked, and one picture drawn, with each one's memory.
+"""The full-size model on an ordinary machine: made, exported, checked, and one image generated, and each one's memory.
 
-    python benchmarks/full_size.py --work DIR [--precision bf16] [--scale full] [--size 256x256] [--limit 8]
+    python benchmarks/full_size.py --work DIR [--precision bf16] [--size 256x256] [--limit 8]
 
 Each phase is a process of its own, watched from outside. The checkpoint is made of random weights in the published
 shapes and types (33 GB; the bf16 bundle takes 21 GB more) and is kept in DIR for the next run. The time that
-streaming takes is held against a plain read of the same shards and a plain write of as many bytes as the bundle has.
-With `--limit`, the picture is drawn in a control group that has no more memory than that, page cache included.
+streaming takes is compared with a plain read of the same shards and a plain write of as many bytes as the bundle has.
+With `--limit`, the image is generated in a control group that has no more memory than that, page cache included.
 """
 
-import argparse
 import json
 import shutil
-import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import (
-    RESULTS,
-    Peak,
-    cli_child,
-    describe,
-    machine,
-    markdown_table,
-    measure_child,
-    synthesize_words,
-    write_results,
-)
 from memory_limit import Limit, memory_limit
 
+from zimage_rt.bench.children import Answer, cli_child, measure_child, script_child
+from zimage_rt.bench.script import Document, Option, Run, Script
+from zimage_rt.bench.synthetic import synthesize_words
+from zimage_rt.bench.tables import column_table
+
 _PIECE = 16 << 20
-_PACKAGES = ("onnxruntime", "onnx", "numpy")
+_SIZES = ("anonymous", "mapped", "resident", "read", "written")
 
 
-def main() -> None:
-    """Runs all phases and writes the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="where the checkpoint and the bundle are put")
-    parser.add_argument("--precision", default="bf16")
-    parser.add_argument("--scale", default="full", choices=["full", "small"])
-    parser.add_argument("--size", default="256x256")
-    parser.add_argument("--steps", default="8")
-    parser.add_argument("--limit", type=float, help="GB of memory that drawing may use")
-    parser.add_argument("--draw-only", action="store_true", help="a picture, from the bundle that an earlier run made")
-    parser.add_argument("--export-only", action="store_true", help="neither check hashes nor draw a picture")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--copy", type=Path, nargs=2, metavar=("CHECKPOINT", "BUNDLE"), help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.copy:
-        plain_copy(*options.copy)
-        return
-    picture = None if options.export_only else Picture(options.size, options.steps, options.limit)
-    if picture and options.draw_only:
-        report = draw(options.work, options.precision, picture)
-        write_results(f"full_size_{options.precision}_picture", report, to_markdown(report), options.out)
-        print(to_markdown(report))
-        return
-    report = measure(options.work, options.precision, options.scale, picture)
-    write_results(f"full_size_{options.precision}", report, to_markdown(report), options.out)
-    print(to_markdown(report))
-
-
-@dataclass(frozen=True)
-class Picture:
-    """What is drawn, and the GB that it may take."""
-
-    size: str
-    steps: str
-    limit: float | None = None
-
-
-def measure(work: Path, precision: str, scale: str, picture: Picture | None) -> dict[str, Any]:
-    """Every phase's seconds, memory and bytes."""
-    checkpoint, bundle = work / "checkpoint", work / f"bundle-{precision}"
-    work.mkdir(parents=True, exist_ok=True)
-    phases: dict[str, dict[str, Any]] = {}
-    if not checkpoint.exists():
-        phases["synthesize"] = _phase("zimage_export.cli", *synthesize_words(checkpoint, scale))[0]
-    _forget_cached_files()
-    phases["export"], text = _phase(
-        "zimage_export.cli", "build", str(checkpoint), str(bundle), "--precision", precision, "--force", "--json"
-    )
-    export = json.loads(text)
-    _forget_cached_files()
-    phases["plain read and write"] = _plain_copy_phase(work, checkpoint, bundle)
-    if picture:
-        phases["verify hashes"] = _phase("zimage_rt.cli", "info", str(bundle), "--verify")[0]
-        _forget_cached_files()
-        phases["picture"] = _picture_phase(bundle, work / "picture.png", picture)
-    return _described(bundle, precision, picture, phases) | {
-        "scale": scale,
-        "checkpoint_bytes": _folder_bytes(checkpoint),
-        "export_seconds": export["seconds"],
-        "streaming_over_plain_copy": round(export["seconds"]["weights"] / phases["plain read and write"]["seconds"], 2),
-    }
-
-
-def draw(work: Path, precision: str, picture: Picture) -> dict[str, Any]:
-    """A picture's seconds and memory, and nothing else."""
-    bundle = work / f"bundle-{precision}"
-    _forget_cached_files()
-    return _described(bundle, precision, picture, {"picture": _picture_phase(bundle, work / "picture.png", picture)})
-
-
-def _described(
-    bundle: Path, precision: str, picture: Picture | None, phases: dict[str, dict[str, Any]]
-) -> dict[str, Any]:
-    return {
-        "machine": machine(*_PACKAGES),
-        "precision": precision,
-        "picture": {"size": picture.size, "steps": int(picture.steps), "limit_gb": picture.limit} if picture else None,
-        "bundle_bytes": _folder_bytes(bundle),
+def measure(run: Run) -> Document:
+    """Every phase's seconds, memory and bytes, or those that were asked for."""
+    asked, phases = run.options, {}
+    scale = "small" if run.trial else "full"
+    checkpoint, bundle = run.work / "checkpoint", run.work / f"bundle-{asked.precision}"
+    found: Document = {}
+    if not asked.image_only:
+        if not checkpoint.exists():
+            phases["synthesize"] = phase(run, "zimage_export.cli", *synthesize_words(checkpoint, scale))[0]
+        forget_cached_files(run)
+        words = ["build", str(checkpoint), str(bundle), "--precision", asked.precision, "--force", "--json"]
+        phases["export"], text = phase(run, "zimage_export.cli", *words)
+        forget_cached_files(run)
+        copy = script_child(__file__, "copy", {"checkpoint": str(checkpoint), "bundle": str(bundle)})
+        phases["plain read and write"] = watched(run, copy)[0]
+        seconds = json.loads(text)["seconds"]
+        found |= {"scale": scale, "checkpoint_bytes": folder_bytes(checkpoint), "export_seconds": seconds}
+        found["streaming_over_plain_copy"] = round(seconds["weights"] / phases["plain read and write"]["seconds"], 2)
+    if not (asked.export_only or asked.image_only):
+        phases["verify hashes"] = phase(run, "zimage_rt.cli", "info", str(bundle), "--verify", quiet=False)[0]
+    image = None
+    if not asked.export_only:
+        forget_cached_files(run)
+        image = {"size": asked.size[0], "steps": asked.steps, "limit_gb": asked.limit}
+        phases["image"] = image_phase(run, bundle, image)
+    return found | {
+        "precision": asked.precision,
+        "image": image,
+        "bundle_bytes": folder_bytes(bundle),
         "weights_bytes": {str(f.relative_to(bundle)): f.stat().st_size for f in sorted(bundle.rglob("*.safetensors"))},
         "phases": phases,
     }
 
 
-def _picture_phase(bundle: Path, out: Path, picture: Picture) -> dict[str, Any]:
-    words = ["run", "a red fox in the snow", "-m", str(bundle), "--size", picture.size, "--steps", picture.steps]
-    words += ["--seed", "7", "--low-memory", "-o", str(out), "--json"]
-    if picture.limit is None:
-        return _phase("zimage_rt.cli", *words)[0]
-    with memory_limit(round(picture.limit * 1e9)) as limit:
-        row = _phase("zimage_rt.cli", *words, limit=limit)[0]
+def image_phase(run: Run, bundle: Path, image: Document) -> Document:
+    """One image, in a control group if there is a limit."""
+    words = ["run", "a red fox in the snow", "-m", str(bundle), "--size", image["size"], "--steps", str(image["steps"])]
+    words += ["--seed", "7", "--low-memory", "-o", str(run.work / "image.png"), "--json"]
+    if image["limit_gb"] is None:
+        return phase(run, "zimage_rt.cli", *words)[0]
+    with memory_limit(round(image["limit_gb"] * 1e9)) as limit:
+        row = phase(run, "zimage_rt.cli", *words, limit=limit)[0]
     return row | {"group": limit.usage}
 
 
-def _plain_copy_phase(work: Path, checkpoint: Path, bundle: Path) -> dict[str, Any]:
-    print(f"{time.strftime('%H:%M:%S')} plain read and write", file=sys.stderr, flush=True)
-    copy = [sys.executable, __file__, "--work", str(work), "--copy", str(checkpoint), str(bundle)]
-    return _row(measure_child(copy)[0])
+def phase(
+    run: Run, module: str, *words: str, quiet: bool = True, limit: Limit | None = None
+) -> tuple[dict[str, Any], str]:
+    """A command of ours."""
+    command = cli_child(module, *words, *(["--quiet"] if quiet else []))
+    return watched(run, limit.command(command) if limit else command)
 
 
-def _phase(module: str, *arguments: str, limit: Limit | None = None) -> tuple[dict[str, Any], str]:
-    print(f"{time.strftime('%H:%M:%S')} {' '.join(arguments[:2])}", file=sys.stderr, flush=True)
-    command = cli_child(module, *arguments, *([] if "info" in arguments else ["--quiet"]))
-    peak, text = measure_child(limit.command(command) if limit else command)
-    return _row(peak), text
+def watched(run: Run, command: list[str]) -> tuple[dict[str, Any], str]:
+    """What a command took, and what it printed."""
+    run.note(*command[3:5])
+    peak, text = measure_child(command)
+    sizes = (peak.anonymous, peak.file, peak.resident, peak.read, peak.written)
+    named = {f"{name}_bytes": size for name, size in zip(_SIZES, sizes, strict=True)}
+    return {"seconds": round(peak.seconds, 1), **named}, text
 
 
-def _row(peak: Peak) -> dict[str, Any]:
-    return {
-        "seconds": round(peak.seconds, 1),
-        "anonymous_bytes": peak.anonymous,
-        "mapped_bytes": peak.file,
-        "resident_bytes": peak.resident,
-        "read_bytes": peak.read,
-        "written_bytes": peak.written,
-    }
-
-
-def plain_copy(checkpoint: Path, bundle: Path) -> None:
+def plain_copy(options: Answer) -> None:
     """Reads every shard and writes as many bytes as the bundle's weights take, and does nothing else."""
+    checkpoint, bundle = Path(options["checkpoint"]), Path(options["bundle"])
     for path in sorted(checkpoint.rglob("*.safetensors")):
         with path.open("rb", buffering=0) as file:
             while file.read(_PIECE):
@@ -170,77 +106,82 @@ def plain_copy(checkpoint: Path, bundle: Path) -> None:
         shutil.rmtree(scratch)
 
 
-def _forget_cached_files() -> None:
-    """Lets the kernel drop the page cache, where it may be told to, so that every phase reads from the disk."""
+def forget_cached_files(run: Run) -> None:
+    """Drops the kernel's page cache, where that is allowed, so that every phase reads from the disk."""
     try:
         Path("/proc/sys/vm/drop_caches").write_text("3")
     except OSError:
-        print("the page cache could not be dropped: reads may come from memory", file=sys.stderr)
+        run.note("the page cache could not be dropped: reads may come from memory")
 
 
-def _folder_bytes(folder: Path) -> int:
+def folder_bytes(folder: Path) -> int:
+    """Of all files below a folder."""
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
-def to_markdown(report: dict[str, Any]) -> str:
-    """The report for people."""
-    rows = [
-        [name, row["seconds"], *(f"{row[key] / 1e9:.2f}" for key in _COLUMNS)] for name, row in report["phases"].items()
-    ]
+def page(report: Document) -> list[str]:
+    """The phases."""
+
+    def gigabytes(key: str) -> Any:
+        return lambda row: f"{row[key] / 1e9:.2f}"
+
+    shown = {"peak anonymous": "anonymous", "peak mapped": "mapped", "peak resident": "resident"}
+    shown |= {"read": "read", "written": "written"}
+    columns = {"phase": "{phase}", "seconds": "{seconds}"}
+    columns |= {title: gigabytes(f"{key}_bytes") for title, key in shown.items()}
     weights = ", ".join(f"{name} {size / 1e9:.3f}" for name, size in report.get("weights_bytes", {}).items())
-    parts = [
-        f"# Full size: {report['precision']}",
-        f"{_origin(report)}a bundle of {report['bundle_bytes'] / 1e9:.1f} GB{_drawn(report)}. Sizes in GB (10⁹); "
-        "seconds are of a machine that other work may share.",
-        f"Weights: {weights}.",
-        markdown_table(["phase", "seconds", *_COLUMNS.values()], rows),
-    ]
-    if export := report.get("export_seconds"):
-        parts.append(
-            f"The export spent {export['graphs']} s on graphs and {export['weights']} s on streaming and hashing, "
-            f"which is {report['streaming_over_plain_copy']} times a plain read and write of the same bytes."
+    export, origin = report.get("export_seconds"), "Random weights of the published shapes in "
+    if "checkpoint_bytes" in report:
+        origin = (
+            f"A {report['scale']}-scale checkpoint of random weights, {report['checkpoint_bytes'] / 1e9:.1f} GB "
+            "(transformer float32, the rest bf16) → "
         )
-    return "\n\n".join([*parts, f"Machine: {describe(report['machine'])}.", f"Made by `{_command(report)}`."])
+    return [
+        f"Full size: {report['precision']}",
+        f"{origin}a bundle of {report['bundle_bytes'] / 1e9:.1f} GB{image_text(report)}. Sizes in GB (10⁹); seconds "
+        "are of a machine that other work may share.",
+        f"Weights: {weights}." if weights else "",
+        column_table(columns, [{"phase": name, **row} for name, row in report["phases"].items()]),
+        f"The export spent {export['graphs']} s on graphs and {export['weights']} s on streaming and hashing, "
+        f"which is {report['streaming_over_plain_copy']} times a plain read and write of the same bytes."
+        if export
+        else "",
+    ]
 
 
-def _origin(report: dict[str, Any]) -> str:
-    if "checkpoint_bytes" not in report:
-        return "Random weights of the published shapes in "
-    return (
-        f"A {report['scale']}-scale checkpoint of random weights, {report['checkpoint_bytes'] / 1e9:.1f} GB "
-        "(transformer float32, the rest bf16) → "
-    )
-
-
-def _drawn(report: dict[str, Any]) -> str:
-    if (picture := report["picture"]) is None:
+def image_text(report: Document) -> str:
+    """What was generated, and in how much memory."""
+    if (image := report["image"]) is None:
         return ""
-    drawn = f"; one picture of {picture['size']}, {picture['steps']} steps, `--low-memory`, on the CPU"
-    if (limit := picture.get("limit_gb")) is None:
-        return drawn
-    most = report["phases"]["picture"]["group"].get("peak_bytes", 0) / 1e9
+    text = f"; one image of {image['size']}, {image['steps']} steps, `--low-memory`, on the CPU"
+    if (limit := image.get("limit_gb")) is None:
+        return text
+    most = report["phases"]["image"]["group"].get("peak_bytes", 0) / 1e9
     return (
-        f"{drawn}, in a control group of {limit:g} GB that counts heap, mapped files and page cache alike "
+        f"{text}, in a control group of {limit:g} GB that counts heap, mapped files and page cache alike "
         f"(its peak: {most:.2f} GB)"
     )
 
 
-def _command(report: dict[str, Any]) -> str:
-    words = f"python benchmarks/full_size.py --work DIR --precision {report['precision']}"
-    if (picture := report["picture"]) is None:
-        return f"{words} --export-only"
-    words += "" if "checkpoint_bytes" in report else " --draw-only"
-    words += f" --size {picture['size']} --steps {picture['steps']}"
-    return words if picture.get("limit_gb") is None else f"{words} --limit {picture['limit_gb']:g}"
-
-
-_COLUMNS = {
-    "anonymous_bytes": "peak anonymous",
-    "mapped_bytes": "peak mapped",
-    "resident_bytes": "peak resident",
-    "read_bytes": "read",
-    "written_bytes": "written",
-}
+SCRIPT = Script(
+    __file__,
+    __doc__,
+    measure,
+    page,
+    packages=("onnxruntime", "onnx", "numpy"),
+    work="55 GB",
+    sizes=("256x256",),
+    trial=True,
+    options={
+        "precision": Option("bf16", "of the bundle"),
+        "steps": Option(8, "of the image"),
+        "limit": Option(None, "GB of memory that generating may use", kind=float),
+        "image_only": Option(False, "an image, from the bundle that an earlier run made"),
+        "export_only": Option(False, "neither check hashes nor generate an image"),
+    },
+    children={"copy": plain_copy},
+    named=lambda options: f"full_size_{options.precision}{'_picture' if options.image_only else ''}",
+)
 
 if __name__ == "__main__":
-    main()
+    SCRIPT.main()

@@ -12,8 +12,6 @@ that bundle's images. The variants are tried here and are no part of the product
 - feedback: rounding errors of a weight are made up for by its other columns, see `error_feedback`.
 """
 
-import argparse
-import json
 import shutil
 import unittest.mock
 from collections.abc import Callable
@@ -25,16 +23,15 @@ from typing import Any
 
 import numpy as np
 from checkpoint_tools import with_loud_channels
-from common import RESULTS, describe, machine, markdown_table, write_results
+from demo_images import generated, prompts, psnrs, quantiles
 from error_feedback import Moments, int4_with_feedback, int8_with_feedback, measured_moments
 from numpy.typing import NDArray
 
 from demo_model.captions import caption
 from demo_model.scenes import random_scene
-from demo_model.scoring import held_out_requests
 from zimage_export.build import BuildOptions, build
 from zimage_export.measure.calibrate import measure_peaks
-from zimage_export.source.checkpoint import Checkpoint
+from zimage_export.source.checkpoint import DEMO, Checkpoint
 from zimage_export.source.forms.scaled import hadamard
 from zimage_export.source.tensors import TensorSource
 from zimage_export.storage.precision import Encoding, StoragePolicy
@@ -42,8 +39,8 @@ from zimage_export.storage.quantize import blocks4, blocks8, int8_rows, quantize
 from zimage_export.storage.stored import StoredTensor
 from zimage_export.weights.folding import blocks
 from zimage_export.weights.rebalance import Ranges, Rebalancing, measured_ranges
-from zimage_rt import Pipeline
-from zimage_rt.bench.accuracy import psnr_db
+from zimage_rt.bench.script import Document, Option, Run, Script
+from zimage_rt.bench.tables import markdown_table
 from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.manifest import Precision
 from zimage_runtime.bundle.rebalancing import PLACES, Factors
@@ -53,13 +50,10 @@ from zimage_runtime.machine.int8_products import activation_bits
 from zimage_runtime.model.config import ModelConfig
 from zimage_runtime.model.linears import LAYER_LINEARS, layer_linears
 
-DEMO = Path(__file__).parents[1] / "demo_model" / "tiny"
 QUIET = Progress(quiet=True)
 CALIBRATION = 8  # prompts of the training's kind in each language; none of them is held out
 _GROUP = 256
 WHOLE = 1 << 20  # inputs: more than any linear has
-
-Pictures = list[NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
@@ -80,39 +74,48 @@ class Variant:
 REFERENCE = Variant("fp32", Precision.FP32, product=True)
 INT8, INT4 = Variant("int8"), Variant("int4", Precision.INT4, rebalanced=False)
 BASELINES = tuple(replace(one, name=f"{one.name} (the product)", product=True) for one in (INT8, INT4))
+FEEDBACK = {"feedback": WHOLE, "feedback in groups of 256": 256, "feedback in groups of 64": 64}
+
+
+def varied(base: Variant, *changes: str) -> Variant:
+    """A variant by its name: what is changed, in words."""
+    rest = {change: size for change, size in FEEDBACK.items() if change in changes}
+    return replace(
+        base,
+        name=", ".join((base.name, *changes)),
+        calibrated="calibrated" in changes,
+        rebalanced=(base.rebalanced and "not rebalanced" not in changes)
+        or any(change.endswith("rebalanced") and not change.startswith("not") for change in changes),
+        rotated=any("rotated" in change for change in changes),
+        heads="heads" in changes,
+        only_loud="only loud channels rebalanced" in changes,
+        feedback=next(iter(rest.values()), 0),
+    )
+
+
 VARIANTS = (
     *BASELINES,
     *(replace(one, name=f"{one.name} with --calibrate", calibrated=True, product=True) for one in (INT8, INT4)),
-    replace(INT8, name="int8, calibrated", calibrated=True),
-    replace(INT8, name="int8, not rebalanced", rebalanced=False),
-    replace(INT8, name="int8, rotated, not rebalanced", rebalanced=False, rotated=True),
-    replace(INT8, name="int8, rebalanced, then rotated", rotated=True),
-    replace(INT8, name="int8, only loud channels rebalanced", only_loud=True),
-    replace(INT8, name="int8, only loud channels rebalanced, feedback in groups of 256", only_loud=True, feedback=256),
-    replace(INT8, name="int8, heads, not rebalanced", rebalanced=False, heads=True),
-    replace(INT8, name="int8, heads, then rebalanced", heads=True),
-    replace(INT8, name="int8, feedback", feedback=WHOLE),
-    replace(INT8, name="int8, feedback in groups of 256", feedback=256),
-    replace(INT8, name="int8, feedback in groups of 64", feedback=64),
-    replace(INT8, name="int8, calibrated, feedback", calibrated=True, feedback=WHOLE),
-    replace(INT8, name="int8, calibrated, feedback in groups of 256", calibrated=True, feedback=256),
-    replace(INT8, name="int8, feedback, not rebalanced", rebalanced=False, feedback=WHOLE),
-    replace(INT8, name="int8, heads, then rebalanced, feedback", heads=True, feedback=WHOLE),
-    replace(INT4, name="int4, feedback", feedback=WHOLE),
-    replace(INT4, name="int4, feedback in groups of 256", feedback=256),
-    replace(INT4, name="int4, feedback in groups of 64", feedback=64),
-    replace(INT4, name="int4, rebalanced", rebalanced=True),
-    replace(INT4, name="int4, rebalanced, feedback in groups of 256", rebalanced=True, feedback=256),
-    replace(INT4, name="int4, only loud channels rebalanced", rebalanced=True, only_loud=True),
-    replace(
-        INT4,
-        name="int4, only loud channels rebalanced, feedback in groups of 256",
-        rebalanced=True,
-        only_loud=True,
-        feedback=256,
-    ),
-    replace(INT4, name="int4, heads", heads=True),
-    replace(INT4, name="int4, heads, feedback", heads=True, feedback=WHOLE),
+    varied(INT8, "calibrated"),
+    varied(INT8, "not rebalanced"),
+    varied(INT8, "rotated", "not rebalanced"),
+    varied(INT8, "rebalanced", "then rotated"),
+    varied(INT8, "only loud channels rebalanced"),
+    varied(INT8, "only loud channels rebalanced", "feedback in groups of 256"),
+    varied(INT8, "heads", "not rebalanced"),
+    varied(INT8, "heads", "then rebalanced"),
+    *(varied(INT8, feedback) for feedback in FEEDBACK),
+    varied(INT8, "calibrated", "feedback"),
+    varied(INT8, "calibrated", "feedback in groups of 256"),
+    varied(INT8, "feedback", "not rebalanced"),
+    varied(INT8, "heads", "then rebalanced", "feedback"),
+    *(varied(INT4, feedback) for feedback in FEEDBACK),
+    varied(INT4, "rebalanced"),
+    varied(INT4, "rebalanced", "feedback in groups of 256"),
+    varied(INT4, "only loud channels rebalanced"),
+    varied(INT4, "only loud channels rebalanced", "feedback in groups of 256"),
+    varied(INT4, "heads"),
+    varied(INT4, "heads", "feedback"),
 )
 
 
@@ -127,36 +130,23 @@ class Untouched(Rebalancing):
         }
 
 
-def main() -> None:
-    """Builds, generates, and writes the report; variants that were measured before are kept."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="where checkpoints, bundles and what was measured lie")
-    parser.add_argument("--prompts", type=int, default=240, help="for each language")
-    parser.add_argument("--models", nargs="+", default=["demo", "demo with loud channels"])
-    parser.add_argument("--only", nargs="+", default=[one.name for one in VARIANTS])
-    parser.add_argument("--name", default="int8_variants", help="of the report")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
-    requests = [p for language in ("en", "zh") for _, p in held_out_requests(language, options.prompts)]
-    psnrs: dict[str, dict[str, list[float]]] = {}
-    for name in options.models:
-        model = Model(options.work / name.replace(" ", "-"), loud="loud" in name)
+def measure(run: Run) -> Document:
+    """Builds and generates; variants that were measured before are kept."""
+    texts, psnr_db = prompts(run.options.prompts), {}
+    for name in run.options.models:
+        model = Model(run, run.work / name.replace(" ", "-"), loud="loud" in name)
         for variant in VARIANTS:
-            if values := model.psnrs(variant, requests, measure=variant.name in options.only):
-                psnrs.setdefault(name, {})[variant.name] = values
-                print(f"{name}: {variant.name}: median {np.median(values):.2f} dB", flush=True)
-    report = {"machine": machine("numpy", "onnxruntime"), "activation_bits": activation_bits(), "psnr_db": psnrs}
-    text = to_markdown(report, options.prompts)
-    write_results(options.name, report, text, options.out)
-    print(text)
+            if values := model.psnrs(variant, texts):
+                psnr_db.setdefault(name, {})[variant.name] = values
+                run.note(f"{name}: {variant.name}: median {np.median(values):.2f} dB")
+    return {"activation_bits": activation_bits(), "prompts": run.options.prompts, "psnr_db": psnr_db}
 
 
 class Model:
     """A checkpoint and the bundles that are made of it, in a folder."""
 
-    def __init__(self, folder: Path, *, loud: bool) -> None:
-        self._folder = folder
+    def __init__(self, run: Run, folder: Path, *, loud: bool) -> None:
+        self._run, self._folder = run, folder
         folder.mkdir(exist_ok=True)
         self._plain = folder / "checkpoint" if loud else DEMO
         if loud and not self._plain.exists():
@@ -167,23 +157,24 @@ class Model:
         )
         self._moments = cache(lambda: measured_moments(self._plain, calibration_prompts()))
 
-    def psnrs(self, variant: Variant, prompts: list[str], *, measure: bool) -> list[float]:
+    def psnrs(self, variant: Variant, texts: list[str]) -> list[float]:
         """PSNR of each prompt's image, measured or as it was measured before; nothing where neither is so."""
-        kept = self._folder / f"{len(prompts)} {variant.name.replace('/', ' ')}.json"
-        if not kept.exists() and measure:
-            drawn, reference = self.images(variant, prompts), self._reference(prompts)
-            found = [psnr_db(one, other) for one, other in zip(drawn, reference, strict=True)]
-            kept.write_text(json.dumps([round(min(value, 99.0), 2) for value in found]))
-        return json.loads(kept.read_text()) if kept.exists() else []
+        kept = self._folder / f"{len(texts)} {variant.name.replace('/', ' ')}.json"
+        if not kept.exists() and variant.name not in self._run.options.only:
+            return []
 
-    def _reference(self, prompts: list[str]) -> Pictures:
-        kept = self._folder / f"{len(prompts)} fp32.npy"
-        if not kept.exists():
-            np.save(kept, np.stack(self.images(REFERENCE, prompts)))
-        return list(np.load(kept))
+        def measured() -> list[float]:
+            reference = self._folder / f"{len(texts)} fp32.npy"
+            if not reference.exists():
+                np.save(reference, np.stack(generated(self.bundle(REFERENCE), texts)))
+            found = psnrs(generated(self.bundle(variant), texts), list(np.load(reference)))
+            return [round(min(value, 99.0), 2) for value in found]
 
-    def images(self, variant: Variant, prompts: list[str]) -> Pictures:
-        """An image of each prompt, with its place as the seed."""
+        values: list[float] = self._run.once(kept, measured)
+        return values
+
+    def bundle(self, variant: Variant) -> Path:
+        """The bundle of a variant."""
         checkpoint = self._turned() if variant.heads else self._plain
         moments = self._moments() if variant.feedback else {}
         if variant.heads:
@@ -194,16 +185,12 @@ class Model:
         else:
             ranges = self._ranges(checkpoint) if variant.calibrated else {}
             built(checkpoint, bundle, variant, Measured(moments, ranges))
-        pipeline = Pipeline.from_bundle(bundle, "cpu")
-        try:
-            return [np.asarray(pipeline.generate(p, seed=seed).images[0]) for seed, p in enumerate(prompts)]
-        finally:
-            pipeline.release()
+        return bundle
 
     def _options(self, variant: Variant) -> BuildOptions:
-        prompts = self._folder / "prompts.txt"
-        prompts.write_text("\n".join(calibration_prompts()), encoding="utf-8")
-        return BuildOptions(variant.precision, force=True, calibrate=prompts if variant.calibrated else None)
+        texts = self._folder / "prompts.txt"
+        texts.write_text("\n".join(calibration_prompts()), encoding="utf-8")
+        return BuildOptions(variant.precision, force=True, calibrate=texts if variant.calibrated else None)
 
     def _with_turned_heads(self) -> Path:
         out = self._folder / "turned"
@@ -358,38 +345,44 @@ def _tail(name: str) -> str:
     return name.split(".", 2)[-1].removesuffix(".weight")
 
 
-def to_markdown(report: dict[str, Any], prompts: int) -> str:
+def page(report: Document) -> list[str]:
     """A table for each model."""
-    parts = ["# Ways to bring int8 and int4 nearer to float32\n"]
+    parts = ["Ways to bring int8 and int4 nearer to float32"]
     for model, by_variant in report["psnr_db"].items():
         rows = []
         for name, values in by_variant.items():
             base = next(one.name for one in BASELINES if one.name[:4] == name[:4])
             found, product = np.asarray(values), np.asarray(by_variant.get(base, values))
             spread = np.std(found - product) / np.sqrt(len(found))
-            rows.append(
-                [
-                    name,
-                    *(f"{np.quantile(found, q):.1f}" for q in (0, 0.1, 0.5, 0.9)),
-                    f"{np.median(found) - np.median(product):+.1f}",
-                    f"{np.mean(found - product):+.1f} ± {spread:.1f}",
-                ]
-            )
+            gained = f"{np.mean(found - product):+.1f} ± {spread:.1f}"
+            places = quantiles(values, (0, 0.1, 0.5, 0.9))
+            rows.append([name, *places, f"{np.median(found) - np.median(product):+.1f}", gained])
         header = ["variant", "least", "10 %", "median", "90 %", "median, gained", "mean, gained"]
-        parts.append(f"## {model}\n\n{markdown_table(header, rows)}\n")
-    return "\n".join(
-        [
-            *parts,
-            f"PSNR in dB of {prompts} held-out prompts in each language, against the fp32 bundle's image of the same "
-            f"prompt and seed. Rotations are in the largest groups of 4, 16, 64 or 256 that divide a width (the demo "
-            f"model's are 128, 192, 384 and 512), heads' values over their 32. Feedback is measured over {CALIBRATION} "
-            f"other prompts in each language.\n",
-            f"`PYTHONPATH=.:tests python benchmarks/int8_variants.py --work DIR --prompts {prompts}`, with `--only` "
-            f"for some of the variants at a time; integer products "
-            f"with activations of {report['activation_bits']} bits; {describe(report['machine'])}",
-        ]
-    )
+        parts += [f"## {model}", markdown_table(header, rows)]
+    return [
+        *parts,
+        f"PSNR in dB of {report['prompts']} held-out prompts in each language, against the fp32 bundle's image of the "
+        "same prompt and seed. Rotations are in the largest groups of 4, 16, 64 or 256 that divide a width (the demo "
+        "model's are 128, 192, 384 and 512), heads' values over their 32. Feedback is measured over "
+        f"{CALIBRATION} other prompts in each language. Integer products have activations of "
+        f"{report['activation_bits']} bits.",
+    ]
 
+
+SCRIPT = Script(
+    __file__,
+    __doc__,
+    measure,
+    page,
+    packages=("numpy", "onnxruntime"),
+    work="2 GB",
+    path=".:tests",
+    options={
+        "prompts": Option(240, "for each language"),
+        "models": Option(["demo", "demo with loud channels"], "checkpoints to quantize"),
+        "only": Option([one.name for one in VARIANTS], "measure only these variants"),
+    },
+)
 
 if __name__ == "__main__":
-    main()
+    SCRIPT.main()

@@ -1,33 +1,23 @@
 """How much memory each program takes, against what `zimage_runtime.executors.ort.cpu_plan` says it will take.
 
-Every point runs in a process of its own, twice over (pictures are encoded and decoded once), on a bundle of random
+Every point runs in a process of its own, twice over (images are encoded and decoded once), on a bundle of random
 weights whose activations dwarf its weights. What counts is anonymous memory: mapped weights are the page cache's,
 which yields.
 
     python benchmarks/memory_model.py --work out/benchmarks
 """
 
-import argparse
-import json
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import (
-    Peak,
-    describe,
-    machine,
-    markdown_table,
-    measure_child,
-    mib,
-    prepared_bundle,
-    python_child,
-    write_results,
-)
 
+from zimage_rt.bench.children import Answer, measure_child, script_child
+from zimage_rt.bench.script import Document, Option, Run, Script
+from zimage_rt.bench.synthetic import memory_scale, prepared
+from zimage_rt.bench.tables import column_table, mib
 from zimage_runtime.model.programs import SIGNATURES, Program
 
 _RUNS = 2  # the second run may allocate otherwise than the first
@@ -52,65 +42,34 @@ class Point:
         batch = f" batch {self.batch}" if self.batch > 1 else ""
         return f"{self.program}{size}{tokens}{batch}{' low-memory' if self.low_memory else ''}"
 
+    def work(self, config: Any) -> Any:
+        """The work of an image at this point, as plans take it."""
+        from zimage_runtime.executors.protocol import Work
+        from zimage_runtime.model.geometry import image_geometry
 
-def points(quick: bool, large: bool) -> Iterator[Point]:
-    """The points, from a bare process to the largest picture."""
+        geometry, encodes = image_geometry(self.width, self.height, config), self.program == Program.ENCODER
+        return Work(geometry=geometry, tokens=self.tokens, batch=self.batch, encodes=encodes)
+
+
+def points(trial: bool, large: bool) -> Iterator[Point]:
+    """The points, from a bare process to the largest image."""
     yield Point("base")
     for low_memory in (False, True):
         for tokens in (32, 512):
             yield Point("text_encoder", tokens=tokens, low_memory=low_memory)
             yield Point("caption", tokens=tokens, low_memory=low_memory)
         yield Point("modulation", low_memory=low_memory)
-        for side in (256,) if quick else (256, 512, 1024):
+        for side in (256,) if trial else (256, 512, 1024):
             yield Point("denoiser", side, side, 32, low_memory=low_memory)
-        for side in (128,) if quick else (256, 512):
+        for side in (128,) if trial else (256, 512):
             yield Point("decoder", side, side, low_memory=low_memory)
             yield Point("encoder", side, side, low_memory=low_memory)
-    if not quick:
+    if not trial:
         yield Point("denoiser", 512, 512, 512, batch=2)
     if large:
         yield Point("denoiser", 1536, 1024, 300)
         yield Point("decoder", 1024, 1024)
         yield Point("decoder", 1024, 1024, low_memory=True)
-
-
-def scale() -> Any:
-    """Wide enough for activations to show, shallow enough for weights not to; the VAE is the published one."""
-    from dataclasses import replace
-
-    from zimage_export.synthetic.checkpoint import SMALL, Scale
-
-    small = SMALL.config
-    return Scale(
-        replace(
-            small,
-            text_encoder=replace(
-                small.text_encoder,
-                hidden_size=512,
-                num_hidden_layers=3,
-                num_attention_heads=8,
-                num_key_value_heads=2,
-                head_dim=128,
-                intermediate_size=1536,
-            ),
-            transformer=replace(
-                small.transformer,
-                dim=768,
-                n_layers=2,
-                n_refiner_layers=1,
-                n_heads=6,
-                cap_feat_dim=512,
-                axes_dims=(32, 48, 48),
-            ),
-            vae=replace(
-                small.vae,
-                block_out_channels=(128, 256, 512, 512),
-                layers_per_block=2,
-                norm_num_groups=32,
-                sample_size=512,
-            ),
-        )
-    )
 
 
 def feeds(config: Any, point: Point) -> dict[str, np.ndarray[Any, np.dtype[np.float32]]]:
@@ -143,7 +102,7 @@ def feeds(config: Any, point: Point) -> dict[str, np.ndarray[Any, np.dtype[np.fl
     }
 
 
-def child(bundle_path: str, point: Point) -> None:
+def child(options: Answer) -> None:
     """What the measured process does: imports what `zimage-rt run` imports, loads one program and runs it."""
     import PIL.Image  # noqa: F401
 
@@ -151,7 +110,7 @@ def child(bundle_path: str, point: Point) -> None:
     from zimage_runtime.bundle.bundle import Bundle
     from zimage_runtime.executors.ort.host_programs import HostPrograms
 
-    bundle = Bundle.open(bundle_path)
+    bundle, point = Bundle.open(options["bundle"]), Point(**options["point"])
     if point.program == "base":
         import onnxruntime  # noqa: F401
 
@@ -165,89 +124,60 @@ def child(bundle_path: str, point: Point) -> None:
 def predicted(manifest: Any, point: Point) -> int:
     """What the plan says for the point's program alone: the base, weights and activations."""
     from zimage_runtime.executors.ort.cpu_plan import plan_memory
-    from zimage_runtime.executors.protocol import Work
-    from zimage_runtime.model.geometry import image_geometry
 
-    work = Work(
-        geometry=image_geometry(point.width, point.height, manifest.config),
-        tokens=point.tokens,
-        batch=point.batch,
-        encodes=point.program == Program.ENCODER,
-    )
+    work = point.work(manifest.config)
     plan = plan_memory(manifest, work, low_memory=point.low_memory, available=1 << 50)
     base = plan.peak - max(plan.programs.values())
     return base if point.program == "base" else base + plan.programs[Program(point.program)]
 
 
-def measure(bundle: Path, point: Point) -> Peak:
-    """Peak memory of a fresh process at a point."""
-    return measure_child(python_child(__file__, {"bundle": str(bundle), **asdict(point)}))[0]
-
-
-def report(rows: list[dict[str, Any]], description: dict[str, Any]) -> str:
-    """The results as a page."""
-    table = markdown_table(
-        ["program", "measured, MiB", "mapped files, MiB", "predicted, MiB", "predicted / measured"],
-        [(r["label"], mib(r["anonymous"]), mib(r["file"]), mib(r["predicted"]), f"{r['ratio']:.2f}") for r in rows],
-    )
-    return "\n".join(
-        [
-            "# Memory of each program: measured and predicted",
-            "",
-            describe(description) + ".",
-            "Random weights; transformer of width 768, text encoder of width 512, the published VAE.",
-            "Measured is the peak of anonymous memory of a fresh process that ran the program twice, "
-            "decoder and encoder once.",
-            "The base is for a tokenizer of the published size, which takes 102 MiB and is not loaded here.",
-            "Made by `python benchmarks/memory_model.py`.",
-            "",
-            table,
-        ]
-    )
-
-
-def run(work: Path, chosen: list[Point], bundle: Path | None, out: Path | None) -> None:
-    """Measures every point, then prints and writes the comparison."""
+def measure(run: Run) -> Document:
+    """Every point: its peak, and the plan's."""
     from zimage_runtime.bundle.bundle import Bundle
 
-    work.mkdir(parents=True, exist_ok=True)
-    path = bundle or prepared_bundle(work, "memory", scale())[1]
-    manifest = Bundle.open(path).manifest
-    rows = []
-    for point in chosen:
-        peak, expected = measure(path, point), predicted(manifest, point)
+    path = run.options.bundle or prepared(run.work, "memory", memory_scale())[1]
+    manifest, rows = Bundle.open(path).manifest, []
+    for point in points(run.trial, run.options.large):
+        peak, _ = measure_child(script_child(__file__, "point", {"bundle": str(path), "point": asdict(point)}))
+        expected = predicted(manifest, point)
         row = {"label": point.label, **asdict(point), **asdict(peak), "predicted": expected}
-        row["ratio"] = expected / peak.anonymous
-        rows.append(row)
-        print(f"{point.label}: {mib(peak.anonymous)} MiB, predicted {mib(expected)} MiB", file=sys.stderr)
-    description = machine("numpy", "onnxruntime")
-    page = report(rows, description)
-    print(page)
-    if out:
-        write_results("memory_model", {"machine": description, "points": rows}, page, out)
+        rows.append(row | {"ratio": expected / peak.anonymous})
+        run.note(f"{point.label}: {mib(peak.anonymous)} MiB, predicted {mib(expected)} MiB")
+    return {"points": rows}
 
 
-def main() -> None:
-    """The command line."""
-    from common import RESULTS
+def page(document: Document) -> list[str]:
+    """Measured beside predicted."""
+    columns = {
+        "program": "{label}",
+        "measured, MiB": lambda row: mib(row["anonymous"]),
+        "mapped files, MiB": lambda row: mib(row["file"]),
+        "predicted, MiB": lambda row: mib(row["predicted"]),
+        "predicted / measured": "{ratio:.2f}",
+    }
+    return [
+        "Memory of each program: measured and predicted",
+        "Random weights; transformer of width 768, text encoder of width 512, the published VAE. Measured is the peak "
+        "of anonymous memory of a fresh process that ran the program twice, decoder and encoder once. The base is for "
+        "a tokenizer of the published size, which takes 102 MiB and is not loaded here.",
+        column_table(columns, document["points"]),
+    ]
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument(
-        "--work", type=Path, default=Path("out/benchmarks"), help="where checkpoint and bundle are kept"
-    )
-    parser.add_argument("--bundle", type=Path, help="measure this bundle instead of a synthetic one")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where results are written")
-    parser.add_argument("--quick", action="store_true", help="fewer and smaller points; nothing is written")
-    parser.add_argument("--large", action="store_true", help="the largest points too: an hour on two old cores")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child:
-        data = json.loads(options.child)
-        child(data.pop("bundle"), Point(**data))
-    else:
-        chosen = list(points(options.quick, options.large))
-        run(options.work, chosen, options.bundle, None if options.quick else options.out)
 
+SCRIPT = Script(
+    __file__,
+    __doc__,
+    measure,
+    page,
+    packages=("numpy", "onnxruntime"),
+    work="1 GB",
+    trial=True,
+    options={
+        "bundle": Option(None, "measure this bundle instead of a synthetic one", kind=Path),
+        "large": Option(False, "the largest points too: an hour on two old cores"),
+    },
+    children={"point": child},
+)
 
 if __name__ == "__main__":
-    main()
+    SCRIPT.main()

@@ -1,11 +1,12 @@
 """The preview of every step beside the image that comes of it: the strip in the documentation.
 
-python benchmarks/preview_strip.py docs/previews.png
+PYTHONPATH=. python benchmarks/preview_strip.py docs/previews.png
 """
 
 import sys
 from pathlib import Path
 
+from demo_images import sheet
 from PIL import Image
 
 from zimage_rt import ImageEvent, Pipeline, StepEvent, demo_bundle
@@ -17,17 +18,13 @@ SEED, SIDE, GAP = 12, 96, 4
 def main(out: Path) -> None:
     """Generates with one seed; a row for each prompt, previews enlarged pixel by pixel."""
     with Pipeline.from_bundle(demo_bundle(), "cpu") as pipeline:
-        rows = [_row(pipeline, prompt) for prompt in PROMPTS]
-    columns = len(rows[0])
-    strip = Image.new("RGB", (columns * (SIDE + GAP) - GAP, len(rows) * (SIDE + GAP) - GAP), "white")
-    for down, row in enumerate(rows):
-        for across, image in enumerate(row):
-            strip.paste(image, (across * (SIDE + GAP), down * (SIDE + GAP)))
+        rows = [row(pipeline, prompt) for prompt in PROMPTS]
     out.parent.mkdir(parents=True, exist_ok=True)
-    strip.save(out, optimize=True)
+    sheet(rows, GAP).save(out, optimize=True)
 
 
-def _row(pipeline: Pipeline, prompt: str) -> list[Image.Image]:
+def row(pipeline: Pipeline, prompt: str) -> list[Image.Image]:
+    """The previews of an image, and the image."""
     found = []
     for event in pipeline.stream(prompt, seed=SEED):
         if isinstance(event, StepEvent):

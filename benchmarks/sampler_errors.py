@@ -5,14 +5,15 @@
 The solution is Heun's in 1000 steps. Only samplers that add no noise approach it. All take the model's own schedule.
 """
 
-import argparse
 import math
-from typing import Any
 
 import numpy as np
-from common import RESULTS, describe, machine, markdown_table, open_session, relative_error, write_results
 
 from zimage_rt import Pipeline, demo_bundle
+from zimage_rt.bench.accuracy import relative_error
+from zimage_rt.bench.script import Document, Option, Run, Script
+from zimage_rt.bench.steps import open_session
+from zimage_rt.bench.tables import markdown_table
 from zimage_runtime.arrays import FloatArray
 from zimage_runtime.model.config import SchedulerConfig
 from zimage_runtime.model.sampling_names import SamplerName
@@ -34,24 +35,17 @@ Errors = dict[SamplerName, dict[int, float]]
 """By sampler, then by steps."""
 
 
-def main() -> None:
-    """Solves, compares, and writes the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=len(PROMPTS), help="prompts, each with a seed of its own")
-    parser.add_argument("--steps", type=int, nargs="+", default=[4, 8, 16, 32, 64])
-    options = parser.parse_args()
+def measure(run: Run) -> Document:
+    """Solves and compares; errors of images lie factors apart, so their mean is geometric."""
     with Pipeline.from_bundle(demo_bundle(), "cpu") as pipeline:
-        requests = list(enumerate(PROMPTS[: options.images]))
-        images = [errors(pipeline, prompt, seed, options.steps) for seed, prompt in requests]
-    table = {name.value: {str(count): _mean(images, name, count) for count in options.steps} for name in SAMPLERS}
-    report = {
-        "machine": machine("zimage-rt", "onnxruntime", "numpy"),
-        "images": len(images),
-        "solution_steps": SOLUTION_STEPS,
-        "errors": table,
-    }
-    write_results("sampler_errors", report, to_markdown(report), RESULTS)
-    print(to_markdown(report))
+        requests = list(enumerate(PROMPTS[: run.options.images]))
+        images = [errors(pipeline, prompt, seed, run.options.steps) for seed, prompt in requests]
+
+    def mean(name: SamplerName, count: int) -> float:
+        return math.exp(sum(math.log(one[name][count]) for one in images) / len(images))
+
+    table = {name.value: {str(count): mean(name, count) for count in run.options.steps} for name in SAMPLERS}
+    return {"images": len(images), "solution_steps": SOLUTION_STEPS, "errors": table}
 
 
 def errors(pipeline: Pipeline, prompt: str, seed: int, steps: list[int]) -> Errors:
@@ -83,36 +77,37 @@ def _no_noise() -> FloatArray:
     raise AssertionError("a sampler that adds none asked for noise")
 
 
-def _mean(images: list[Errors], name: SamplerName, count: int) -> float:
-    """Geometric, since errors of images lie factors apart."""
-    return math.exp(sum(math.log(one[name][count]) for one in images) / len(images))
-
-
 def forwards(name: str, steps: int) -> int:
     """Of the transformer: Heun's method takes two for each step but the last."""
     return 2 * steps - 1 if name == SamplerName.HEUN else steps
 
 
-def to_markdown(report: dict[str, Any]) -> str:
+def page(report: Document) -> list[str]:
     """The table: samplers down, steps across, forwards in brackets."""
     steps = list(next(iter(report["errors"].values())))
     rows = [
         [f"`{name}`", *(f"{error:.2g} ({forwards(name, int(count))})" for count, error in found.items())]
         for name, found in report["errors"].items()
     ]
-    lines = [
-        "# Samplers on the demo model",
-        "",
-        f"Error of the latents against {report['solution_steps']} steps of Heun's method: norm of the difference over",
+    return [
+        "Samplers on the demo model",
+        f"Error of the latents against {report['solution_steps']} steps of Heun's method: norm of the difference over "
         f"the norm, geometric mean of {report['images']} images of 128x128. In brackets: forwards of the transformer.",
-        "",
         markdown_table(["sampler", *(f"{count} steps" for count in steps)], rows),
-        "",
-        describe(report["machine"]),
-        "",
     ]
-    return "\n".join(lines)
 
+
+SCRIPT = Script(
+    __file__,
+    __doc__,
+    measure,
+    page,
+    packages=("zimage-rt", "onnxruntime", "numpy"),
+    options={
+        "images": Option(len(PROMPTS), "prompts, each with a seed of its own"),
+        "steps": Option([4, 8, 16, 32, 64], "numbers of steps"),
+    },
+)
 
 if __name__ == "__main__":
-    main()
+    SCRIPT.main()

@@ -1,4 +1,4 @@
-"""The README's numbers are those of the committed results, and the script that makes them works."""
+"""The documentation's tables are those of the committed results, and the script that makes them works."""
 
 import sys
 from collections.abc import Iterator
@@ -21,27 +21,32 @@ def script() -> Iterator[ModuleType]:
         import bench_report
 
         yield bench_report
-        for name in ("bench_report", "common", "cpu_step"):
-            sys.modules.pop(name, None)
+        sys.modules.pop("bench_report", None)
 
 
-def test_the_readme_shows_what_was_committed(script: ModuleType) -> None:
-    found = script.block_in(script.README.read_text("utf-8"))
-    assert found == script.readme_block(), "run `python benchmarks/bench_report.py --readme`"
+def test_the_tables_show_what_was_committed(script: ModuleType) -> None:
+    pages = script.marked_pages()
+    assert pages, "no page has the marks between which the tables are"
+    wrong = [page.name for page in pages if page.read_text("utf-8") != script.filled(page)]
+    assert wrong == [], "run `python benchmarks/bench_report.py --tables`"
 
 
-def test_the_block_is_written_between_its_marks_and_nowhere_else(script: ModuleType, tmp_path: Path) -> None:
-    readme, folder = tmp_path / "README.md", tmp_path / "results" / "bench-demo"
-    text = "before\n<!-- made by make bench-report -->\nold\n<!-- end -->\nafter\n"
-    readme.write_text(text)
+@pytest.mark.parametrize(("name", "link"), [("README.md", "(benchmarks/results/"), ("docs/x.md", "(../benchmarks/")])
+def test_tables_are_written_between_their_marks_and_nowhere_else(
+    script: ModuleType, tmp_path: Path, name: str, link: str
+) -> None:
+    page, folder = tmp_path / name, tmp_path / "results" / "bench-demo"
+    page.parent.mkdir(exist_ok=True)
+    (tmp_path / "README.md").write_text("no marks")
+    page.write_text("before\n<!-- made by make bench-report -->\nold\n<!-- end -->\nafter\n")
     folder.mkdir(parents=True)
     append_row(folder / "results.jsonl", made_row("a"))
     append_row(folder / "results.jsonl", made_row("b", "tiny-bf16", precision="bf16", failure="wrong"))
-    script.write_readme(tmp_path / "results", readme)
-    written = readme.read_text()
+    assert script.marked_pages(tmp_path) == [page]
+    written = script.filled(page, tmp_path / "results", tmp_path)
     assert written.startswith("before\n")
     assert written.endswith("<!-- end -->\nafter\n")
     assert "| zimage-rt fp32 | 64x64 | 220 ms | 1.10 s | 3.00 GiB | 41.5 dB |" in written
     assert "| zimage-rt bf16 (failed) |" in written
+    assert link in written
     assert "old" not in written
-    assert script.block_in(written) == script.readme_block(tmp_path / "results")

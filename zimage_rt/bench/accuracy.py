@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,6 +89,14 @@ def psnr_db(pixels: Pixels, reference: Pixels) -> float:
     """Peak signal-to-noise ratio of 8-bit images; infinite for identical ones."""
     mean_square = float(np.mean((pixels.astype(np.float64) - reference) ** 2))
     return 10 * math.log10(255**2 / mean_square) if mean_square else math.inf
+
+
+def relative_error(values: Any, reference: Any) -> float:
+    """The norm of the difference over the reference's; infinite where a value is not finite."""
+    values, reference = np.asarray(values, np.float64), np.asarray(reference, np.float64)
+    if not np.isfinite(values).all():
+        return math.inf
+    return float(np.linalg.norm(values - reference) / np.linalg.norm(reference))
 
 
 def flip(pixels: Pixels, reference: Pixels) -> Reading:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zimage_runtime.command_line.progress import Progress
-from zimage_runtime.errors import ZImageRuntimeError
+from zimage_runtime.errors import RequestError, ZImageRuntimeError
 from zimage_runtime.pipeline import Pipeline
 
 from .generate import Generator, Outcome, Steps
@@ -115,15 +115,24 @@ class Batch:
         return summary
 
     def _records(self, store: Store, earlier: Mapping[str, Record]) -> dict[str, Record]:
-        """The records of the rows whose images are there, by key."""
-        loose = recorded_keys(store)
+        """The records of the rows whose images are there, by key.
+
+        Raises `RequestError` where an image would replace a file that is no batch's.
+        """
+        loose = (read_record(store, key) for key in recorded_keys(store))
+        known = {**earlier, **{record.key: record for record in loose if record is not None}}
         found = {}
         with self.progress.task("looking for images", len(self.items), unit="row") as advance:
             for item in self.items:
-                record = read_record(store, item.key) if item.key in loose else earlier.get(item.key)
+                record = known.get(item.key)
                 if record is not None and is_done(store, record):
                     found[item.key] = record
                 advance(1)
+        ours, there = {record.file for record in known.values()}, set(store.names(""))
+        for item in self.items:
+            if item.file in there and item.file not in ours:
+                where = store.location(item.file)
+                raise RequestError(f"{where}: is there, and no batch made it; remove it, or choose another folder")
         return found
 
     def _generate(

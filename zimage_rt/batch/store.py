@@ -39,7 +39,7 @@ class Store(Protocol):
         """Removes a file, if it is there."""
 
     def names(self, folder: str) -> list[str]:
-        """The names of all files in a folder, without those that are being written."""
+        """The names of all that is in a folder, "" for the whole, but for what is hidden or being written."""
 
     def holds(self, name: str, size: int, sha256: str) -> bool:
         """Whether a file is the one that was written: by its hash or, where reading it is a transfer, its size."""

@@ -12,6 +12,10 @@ from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.executors.registry import AUTO, EXECUTORS
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from ..batch.generate import Outcome
+    from ..batch.items import Item
     from ..batch.records import Record
 
 GROUPS = {
@@ -46,7 +50,7 @@ GROUPS = {
     metavar="[ADDRESS]",
     is_flag=False,
     flag_value="",
-    help="Generate on a Ray cluster: the one at ADDRESS, or one that is found or started here.",
+    help="Generate on the Ray cluster at ADDRESS.  [default: RAY_ADDRESS, or one that is started on this machine]",
 )
 @click.option("--workers", type=click.IntRange(1), help="With --ray.  [default: one per GPU, or per node without]")
 @click.option("--cpus-per-worker", type=click.IntRange(1), help="With --ray: generate on so many cores each.")
@@ -77,37 +81,66 @@ def batch(
     ID.png in the folder, which manifest.parquet lists. Stopped at any moment, the same command goes on where it was;
     rows that failed are tried again.
     """
+    from zimage_runtime.bundle.bundle import Bundle
     from zimage_runtime.bundle.hub import bundle_directory
+    from zimage_runtime.executors.choose import ExecutorChoice
     from zimage_runtime.pipeline import Pipeline
 
+    from ..batch import on_ray
     from ..batch.manifest import pyarrow_parquet
     from ..batch.run import Batch, BatchOptions, checked_items, in_groups, report
     from ..demo import demo_bundle
 
     if ray is None and (workers is not None or cpus_per_worker is not None):
         raise click.UsageError("--workers and --cpus-per-worker are for --ray")
-    pyarrow_parquet()  # which is missing now rather than at the end
+    if ray is not None and device:
+        raise click.UsageError("--device is for one machine; with --ray, each worker has a GPU of its own")
+    pyarrow_parquet()  # so that it is missing now rather than at the end
     progress = Progress(quiet)
     options = BatchOptions(prompts, output, not no_metadata, fail_fast)
-    bundle = bundle_directory(model, progress) if model is not None else demo_bundle()
+    directory = bundle_directory(model, progress) if model is not None else demo_bundle()
 
     def written(record: "Record", where: str) -> None:
         if not as_json:
             click.echo(where)
 
-    if ray is not None:
-        raise NotImplementedError
-    with Pipeline.from_bundle(
-        bundle,
-        executor,
-        vram,
-        device=device,
-        low_memory=low_memory,
-        trust_engines=trust_engines,
-        note=progress.note,
-    ) as pipeline:
-        items = checked_items(options, pipeline.prepare, progress)
-        summary = Batch(options, items, progress, written).run(in_groups(pipeline, options))
+    if ray is None:
+        with Pipeline.from_bundle(
+            directory,
+            executor,
+            vram,
+            device=device,
+            low_memory=low_memory,
+            trust_engines=trust_engines,
+            note=progress.note,
+        ) as pipeline:
+            items = checked_items(options, pipeline.prepare, progress)
+            summary = Batch(options, items, progress, written).run(in_groups(pipeline, options))
+    else:
+        bundle = Bundle.open(directory)  # no executor: this machine may be without a GPU
+        items = checked_items(options, Pipeline(bundle, ExecutorChoice(bundle)).check, progress)
+        each = on_ray.WorkerOptions(
+            bundle=_for_workers(model),
+            executor=executor,
+            output=output if "://" in output else str(Path(output).absolute()),
+            metadata=options.metadata,
+            vram=vram,
+            low_memory=low_memory,
+            trust_engines=trust_engines,
+        )
+
+        def generated(pending: "list[Item]") -> "Iterator[Outcome]":
+            with on_ray.Cluster(ray) as cluster:
+                pool = cluster.pool(workers, cpus_per_worker)
+                progress.note(f"{pool.workers} workers on Ray, each with {pool.gpus or pool.cpus} {pool.kind}")
+                yield from on_ray.on_ray(pending, each, pool)
+
+        summary = Batch(options, items, progress, written).run(generated)
     if as_json:
         click.echo(json.dumps(summary.document(), indent=2))
     report(summary, options, progress)
+
+
+def _for_workers(model: str | None) -> str | None:
+    """The bundle as another process, perhaps on another machine, opens it."""
+    return str(Path(model).absolute()) if model is not None and Path(model).exists() else model

@@ -23,7 +23,8 @@ HOMES = {
 FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {  # from the top; the rooms of one floor do not import each other
     "zimage_runtime": (
         ("pipeline",),
-        ("prepare",),
+        ("group",),
+        ("prepare", "stages"),
         ("job",),
         ("events", "sampling"),
         ("executors",),
@@ -45,7 +46,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {  # from the top; the rooms of
         ("output",),
         ("errors",),
     ),
-    "zimage_rt": (("cli",), ("commands",), ("bench",), ("demo",)),
+    "zimage_rt": (("cli",), ("commands",), ("bench", "batch"), ("demo",)),
 }
 
 PACKAGES = {  # which other packages each may import

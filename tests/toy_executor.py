@@ -42,6 +42,7 @@ class ToyPlan:
     peak: int
     group: int = 2
     notes: tuple[str, ...] = ()
+    how_tiled: str = ""
 
     def lines(self) -> list[str]:
         return [labelled("peak", f"{self.peak} bytes")]

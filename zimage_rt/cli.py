@@ -6,6 +6,7 @@ import click
 
 from zimage_runtime.command_line.console import run_command
 
+from .commands.batch import batch
 from .commands.bench import bench
 from .commands.doctor import doctor
 from .commands.info import info
@@ -20,6 +21,7 @@ def cli() -> None:
 
 
 cli.add_command(run)
+cli.add_command(batch)
 cli.add_command(bench)
 cli.add_command(info)
 cli.add_command(plan)

@@ -8,7 +8,7 @@ from .adapters.reader import WeightedAdapter
 from .bundle.manifest import Manifest
 from .events import NoticeEvent, Request
 from .executors.choose import Chosen
-from .executors.protocol import Computation, Executor, Plan
+from .executors.protocol import Computation, Executor, Plan, Work
 from .images.metadata import ImageInfo, LoraInfo
 from .images.source_image import SourceImage
 from .model.geometry import ImageGeometry
@@ -26,6 +26,25 @@ class Prompt:
     cut_tokens: int  # beyond what the model sees
 
 
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """A request that was checked against the bundle, its defaults filled in and its images read. Not yet planned."""
+
+    request: Request
+    positive: Prompt
+    negative: Prompt | None  # only where it has an effect
+    schedule: Schedule
+    seeds: tuple[int, ...]
+    variation: tuple[int, float] | None
+    source: SourceImage | None
+    first_step: int
+    guidance: Guidance
+    loras: tuple[WeightedAdapter, ...]  # those that have an effect
+    work: Work  # what it asks of an executor
+    info: ImageInfo  # of the first seed's image, without what computes it
+    default_steps: int  # the bundle's
+
+
 @dataclass(frozen=True)
 class Job:
     """A request that was checked against the bundle and planned: its defaults filled in, its images read."""
@@ -40,6 +59,7 @@ class Job:
     first_step: int  # of the schedule; a source image leaves out those before it
     executor: Executor
     plan: Plan
+    work: Work  # what the plan was made for
     notices: tuple[NoticeEvent, ...]  # what the user should know
     choice: str | None  # which executor `auto` chose, and why
     info: ImageInfo  # of the first seed's image
@@ -58,6 +78,11 @@ class Job:
     def ids(self) -> tuple[int, ...]:
         """The prompt's tokens."""
         return self.positive.ids
+
+    @property
+    def prompt_ids(self) -> tuple[tuple[int, ...], ...]:
+        """The tokens of all prompts that are encoded."""
+        return (self.positive.ids,) if self.negative is None else (self.positive.ids, self.negative.ids)
 
     def info_of(self, index: int) -> ImageInfo:
         """What decides the image of that index."""
@@ -82,11 +107,10 @@ def image_info(
     source: SourceImage | None,
     strength: float | None,
     scale: float | None,
-    executor: str,
-    computed: Computation,
     loras: Sequence[WeightedAdapter] = (),
 ) -> ImageInfo:
-    """What decides the image of a request whose defaults are filled in. `scale` is None where no step is guided."""
+    """What decides the image of a request whose defaults are filled in, but for what computes it. `scale` is None where
+    no step is guided."""
     guided = scale is not None
     variation_seed, variation_strength = request.variation or (None, None)
     return ImageInfo(
@@ -97,7 +121,7 @@ def image_info(
         steps=steps,
         model=manifest.name,
         fingerprint=manifest.fingerprint,
-        executor=executor,
+        executor="",
         strength=None if source is None or strength is None else float(strength),
         image=source.image_hash if source else None,
         mask=source.mask_hash if source else None,
@@ -111,10 +135,18 @@ def image_info(
         shift=None if request.shift is None else float(request.shift),
         variation_seed=None if variation_seed is None else int(variation_seed),
         variation_strength=None if variation_strength is None else float(variation_strength),
+        loras=tuple(LoraInfo(one.adapter.name, one.weight, one.adapter.hash) for one in loras),
+    )
+
+
+def computed_by(info: ImageInfo, executor: str, computed: Computation) -> ImageInfo:
+    """What decides an image, with what computes it."""
+    return replace(
+        info,
+        executor=executor,
         program=computed.program,
         activation_bits=computed.activation_bits,
         library=computed.library,
-        loras=tuple(LoraInfo(one.adapter.name, one.weight, one.adapter.hash) for one in loras),
     )
 
 

@@ -1,25 +1,20 @@
 """The way of an image, from request to pixels, as a generator.
 
 The caller gets an event after the caption, after each step and with each image, and so owns progress, previews, timing
-and cancelling. The latents live here, in float32 numpy, where a step is a line.
+and cancelling. `stages` has the stages; here is their order, for a request and for a group of them.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
-import numpy as np
-from numpy.typing import NDArray
-
-from .adapters.branches import Branches
-from .adapters.shelf import LoraShelf
 from .arrays import FloatArray
 from .bundle.bundle import Bundle
 from .bundle.hub import bundle_directory
-from .bundle.tensors import TensorFile, to_float32
-from .errors import BundleError, CancelledError, DeviceLostError, ExecutorError, RequestError
+from .errors import CancelledError, DeviceLostError, RequestError
 from .events import (
     MAX_COUNT,
     CaptionEvent,
@@ -33,26 +28,14 @@ from .events import (
     Timings,
 )
 from .executors.choose import ExecutorChoice
-from .executors.protocol import Conditioning, Denoiser, Executor, Options, Session
+from .executors.protocol import Executor, Options, Plan, Session
 from .executors.registry import AUTO
-from .images.img2img import Encoded, Start
+from .group import GroupEvent, JobGroup, group_events, plan_group
 from .images.pixels import to_image
-from .job import Job, Prompt
+from .job import Checked, Job
 from .keyword_fields import with_fields
-from .model.geometry import (
-    ImageGeometry,
-    Rotary,
-    caption_positions,
-    image_positions,
-    padded,
-    text_rotary,
-    transformer_rotary,
-)
-from .model.noise import BatchNoise, TorchGenerator, mixed
-from .model.schedule import Schedule
-from .model.tokenizer import PromptTokenizer
-from .prepare import prepare_job
-from .sampling.samplers import make_solver
+from .prepare import check_request, plan_job
+from .stages import Stages, caption_event
 
 __all__ = [
     "MAX_COUNT",
@@ -72,23 +55,12 @@ __all__ = [
 
 
 @dataclass
-class Pipeline:
+class Pipeline(Stages):
     """A bundle and what runs it. Make one with `from_bundle`; as a context manager, it closes itself."""
 
-    bundle: Bundle
     choice: ExecutorChoice
-    _tokenizer: PromptTokenizer = field(init=False, repr=False)
-    _embeddings: TensorFile = field(init=False, repr=False)
-    _encoded: dict[tuple[int, ...], FloatArray] = field(default_factory=dict, init=False, repr=False)
     _sessions: list[Session] = field(default_factory=list, init=False, repr=False)
-    _loras: LoraShelf = field(init=False, repr=False)
     _cancels: int = field(default=0, init=False, repr=False)  # how often `cancel` was called
-
-    def __post_init__(self) -> None:
-        manifest = self.bundle.manifest
-        self._tokenizer = PromptTokenizer(self.bundle.file(manifest.tokenizer))
-        self._embeddings = TensorFile(self.bundle.file(manifest.embeddings))
-        self._loras = LoraShelf(self.bundle)
 
     @classmethod
     def from_bundle(
@@ -177,37 +149,74 @@ class Pipeline:
         `keeps_images` says that the caller holds all images in memory until the end. Raises `RequestError`, or
         `MemoryLimitError` where no executor can hold the request.
         """
-        return prepare_job(
-            request,
-            self.bundle,
-            self.choice,
-            self._prompt,
-            self._loras,
-            cancels=self._cancels,
-            keeps_images=keeps_images,
-        )
+        return plan_job(self.check(request), self.choice, cancels=self._cancels, keeps_images=keeps_images)
+
+    def check(self, request: Request) -> Checked:
+        """Checks a request against the bundle and reads its images. What cannot be known without an executor, such as
+        whether it fits in memory, is left to `prepare`. Raises `RequestError`."""
+        return check_request(request, self.bundle, self._prompt, self._loras)
+
+    def group(self, jobs: Sequence[Job]) -> JobGroup:
+        """Plans jobs of one image each to run stage by stage in one session: as many of the first ones as have one size
+        and the same LoRA, and are computed together exactly as each would be alone.
+
+        Raises `RequestError`, or `MemoryLimitError` where no executor can hold the first job any more.
+        """
+        return plan_group(jobs, self.choice)
 
     def run(self, job: Job) -> Iterator[Event]:
         """Generates what was prepared. A stream that is closed early frees what it may not keep.
 
         Raises `RequestError` for a job whose executor was left for a later request's.
         """
-        self._check_open(job)
+        self._check_open(job.executor)
         return self._run(job)
 
-    def _check_open(self, job: Job) -> None:
-        if job.executor is not self.choice.current:
-            raise RequestError(f"the {job.executor.name} executor was closed since; prepare the request again")
+    def run_group(
+        self,
+        group: JobGroup,
+        *,
+        finished: Mapping[int, FloatArray] | None = None,
+        enough: Callable[[], bool] = lambda: False,
+    ) -> Iterator[GroupEvent]:
+        """Generates what was prepared as a group: source images and prompts are encoded, then steps are taken for one
+        job after another, then all latents are decoded. Each event says which job it is of, by its index.
+
+        `finished` has latents of jobs that need no more than decoding, by index: [channels, height / 8, width / 8].
+        Before each job's steps but the first, `enough` is asked; once it is true, the other jobs are left out. The
+        images are those of single runs, byte for byte.
+
+        Raises what `run` raises; an error that a job alone is to blame for comes as `JobError`, which names it.
+        """
+        self._check_open(group.executor)
+        return self._run_group(group, finished or {}, enough)
+
+    def _check_open(self, executor: Executor) -> None:
+        if executor is not self.choice.current:
+            raise RequestError(f"the {executor.name} executor was closed since; prepare the request again")
 
     def _run(self, job: Job) -> Iterator[Event]:
         yield from job.notices
-        self._check_open(job)  # again, for a stream may begin long after it was made
-        with job.executor.session(job.plan) as session:
+        with self._session(job.executor, job.plan, job.cancels) as session:
+            yield from self._events(job, session)
+
+    def _run_group(
+        self, group: JobGroup, finished: Mapping[int, FloatArray], enough: Callable[[], bool]
+    ) -> Iterator[GroupEvent]:
+        cancels = min(job.cancels for job in group.jobs)
+        with self._session(group.executor, group.plan, cancels) as session:
+            yield from group_events(self, group, session, finished, enough)
+
+    @contextmanager
+    def _session(self, executor: Executor, plan: Plan, cancels: int) -> Iterator[Session]:
+        """A session that `cancel` reaches, for what was prepared when there had been so many `cancels`."""
+        self._check_open(executor)  # again, for a stream may begin long after it was made
+        with executor.session(plan) as session:
             self._sessions.append(session)
             try:
-                if job.cancels != self._cancels:  # before the session was there to be cancelled
+                if cancels != self._cancels:  # before the session was there to be cancelled
                     raise CancelledError
-                yield from self._events(job, session)
+                yield session
             finally:
                 self._sessions.remove(session)
 
@@ -215,140 +224,18 @@ class Pipeline:
         encoded = None
         if job.source is not None:
             begin = time.perf_counter()
-            encoded = Encoded(*session.encode(job.source.pixels))
+            encoded = self.encoded_source(job, session)
             yield EncodeEvent(time.perf_counter() - begin)
         begin = time.perf_counter()
-        prompts = [prompt for prompt in (job.positive, job.negative) if prompt is not None]
-        denoisers = self._denoisers(job, session, [prompt.ids for prompt in prompts])
-        cut = [prompt.cut_tokens for prompt in prompts]
-        yield CaptionEvent(len(job.ids), cut[0], time.perf_counter() - begin, negative_cut_tokens=sum(cut[1:]))
-
-        estimate = np.empty(0, np.float32)
-
-        def velocity(latents: FloatArray, step: int) -> FloatArray:
-            nonlocal estimate
-            found = job.guidance.velocity(denoisers, latents, step)
-            estimate = job.schedule.image(latents, step, found)
-            return found
-
-        colours = self.bundle.manifest.preview
+        denoisers = self.denoisers(job, session, self.encoded_prompts(session, job.prompt_ids))
+        yield caption_event(job, time.perf_counter() - begin)
         whole_batches = max(job.plan.group // job.batch_size, 1) * job.batch_size
         for group in _parts(range(len(job.seeds)), whole_batches):
             finished: list[FloatArray] = []
             for batch in _parts(group, job.batch_size):
-                seeds = tuple(job.seeds[index] for index in batch)
-                noise = self._noise(job.geometry, seeds)
-                latents, start = self._start(job, noise, batch, encoded)
-                solver = make_solver(job.sampler, job.schedule, noise.draw)
-                for step in range(job.first_step, job.schedule.steps):
-                    begin = time.perf_counter()
-                    latents = solver.step(latents, step, velocity)
-                    if start is not None:
-                        latents = start.kept(latents, job.schedule.sigmas[step + 1])
-                        estimate = start.kept(estimate, job.schedule.sigmas[-1])
-                    if not np.isfinite(latents).all():
-                        cure = "give smaller weights to its LoRA" if job.loras else "verify the bundle"
-                        raise ExecutorError(f"step {step + 1} gave values that are not finite; {cure}")
-                    taken = step + 1 - job.first_step
-                    seconds = time.perf_counter() - begin
-                    yield StepEvent(seeds, taken, job.steps, latents, seconds, estimate, colours)
-                finished.extend(latents)
+                finished.extend((yield from self.denoised(job, denoisers, batch, encoded)))
             for index, one in zip(group, finished, strict=True):
-                begin = time.perf_counter()
-                image = to_image(session.decode(self.unscaled(one[None]))[0])
-                yield ImageEvent(job.seeds[index], image, one, time.perf_counter() - begin, job.info_of(index))
-
-    def _denoisers(self, job: Job, session: Session, prompts: list[tuple[int, ...]]) -> tuple[Denoiser, ...]:
-        """A denoiser for each prompt. All are encoded first: the text encoder and the transformer may take turns."""
-        found = [self.hidden_states(session, ids) for ids in prompts]
-        self._encoded = dict(zip(prompts, found, strict=True))  # the last request's alone are kept
-        branches = self._loras.branches(job.loras) if job.loras else None
-        each = [self.conditioning(job.geometry, job.schedule, hidden, branches) for hidden in found]
-        return tuple(session.denoiser(conditioning) for conditioning in each)
-
-    def hidden_states(self, session: Session, ids: tuple[int, ...]) -> FloatArray:
-        """The text encoder's hidden states of a prompt: [1, tokens, hidden_size]. The last request's are kept."""
-        kept = self._encoded  # which another thread may replace at any time
-        if ids not in kept:
-            rotary = text_rotary(len(ids), self.bundle.manifest.config.text_encoder)
-            kept[ids] = session.encode_text(self.embed(ids), rotary)
-        return kept[ids]
-
-    def forget_prompt(self) -> None:
-        """Drops what is kept of the last prompts: the next request encodes its own, even if they are the same."""
-        self._encoded = {}
-
-    def conditioning(
-        self,
-        geometry: ImageGeometry,
-        schedule: Schedule,
-        hidden_states: FloatArray,
-        branches: Branches | None = None,
-    ) -> Conditioning:
-        """What a denoiser is made from, for a prompt's hidden states [1, tokens, hidden_size]."""
-        caption_tokens = padded(hidden_states.shape[1])
-        return Conditioning(
-            hidden_states=hidden_states,
-            timesteps=schedule.timesteps,
-            image_rotary=self._rotary(image_positions(geometry, caption_tokens)),
-            caption_rotary=self._rotary(caption_positions(caption_tokens)),
-            branches=branches,
-        )
-
-    def _prompt(self, text: str) -> Prompt:
-        ids, cut = self._tokenizer.encode_counted(text)
-        return Prompt(text, tuple(ids), cut)
-
-    def token_ids(self, prompt: str) -> list[int]:
-        """The ids of a prompt in its template."""
-        return self._tokenizer.encode(prompt)
-
-    def _rotary(self, positions: NDArray[np.int64]) -> Rotary:
-        return transformer_rotary(positions, self.bundle.manifest.config.transformer)
-
-    def embed(self, ids: tuple[int, ...] | list[int]) -> FloatArray:
-        """Rows of the embedding table, of which no other row is read: [1, tokens, hidden_size]."""
-        name, config = "embed_tokens.weight", self.bundle.manifest.config.text_encoder
-        table, dtype = self._embeddings.array(name)
-        if table.shape != (config.vocab_size, config.hidden_size):
-            raise BundleError(
-                f"{self._embeddings.path}: {name} has shape {list(table.shape)}, the manifest says "
-                f"{[config.vocab_size, config.hidden_size]}; export or download the bundle again"
-            )
-        if max(ids) >= len(table):
-            raise BundleError(
-                f"{self.bundle.root}: its tokenizer gives token {max(ids)}, its text encoder has {len(table)} rows; "
-                "export or download the bundle again"
-            )
-        return to_float32(table[list(ids)], dtype)[None]
-
-    def initial_latents(self, geometry: ImageGeometry, seeds: tuple[int, ...]) -> FloatArray:
-        """The noise that each seed starts from: [seeds, channels, height / 8, width / 8]."""
-        return self._noise(geometry, seeds).draw()
-
-    def _noise(self, geometry: ImageGeometry, seeds: tuple[int, ...]) -> BatchNoise:
-        channels = self.bundle.manifest.config.vae.latent_channels
-        shape = (1, channels, geometry.latent_height, geometry.latent_width)
-        return BatchNoise(tuple(TorchGenerator(seed) for seed in seeds), shape)
-
-    def _start(
-        self, job: Job, noise: BatchNoise, batch: range, encoded: Encoded | None
-    ) -> tuple[FloatArray, Start | None]:
-        """A batch's first latents: noise, or an image with noise, which may be needed after each step."""
-        clean = None if encoded is None else encoded.sample(noise, self.bundle.manifest.config.vae)
-        first = noise.draw()
-        if job.variation is not None:
-            seed, share = job.variation
-            first = mixed(first, self.initial_latents(job.geometry, tuple(seed + index for index in batch)), share)
-        if clean is None or job.source is None:
-            return first, None
-        start = Start(clean, first, job.source.mask)
-        return start.at(job.schedule.sigmas[job.first_step]), start
-
-    def unscaled(self, latents: FloatArray) -> FloatArray:
-        """Latents as the decoder takes them."""
-        vae = self.bundle.manifest.config.vae
-        return latents / np.float32(vae.scaling_factor) + np.float32(vae.shift_factor)
+                yield self.decoded(job, session, index, one)
 
     def cancel(self) -> None:
         """Stops what was asked of this pipeline so far, from any thread: streams, those that have not begun included,

@@ -2,6 +2,7 @@
 
 import secrets
 from collections.abc import Callable
+from dataclasses import replace
 
 from .adapters.branches import branch_bytes
 from .adapters.given import given_loras
@@ -12,28 +13,15 @@ from .executors.choose import ExecutorChoice
 from .executors.protocol import Work
 from .images.img2img import DEFAULT_MASKED_STRENGTH, DEFAULT_STRENGTH, steps_skipped
 from .images.source_image import open_given
-from .job import Job, Prompt, image_info, lora_notices, notices_of
+from .job import Checked, Job, Prompt, computed_by, image_info, lora_notices, notices_of
 from .model.geometry import image_geometry
 from .model.sampling_names import SchedulerName
 from .model.schedule import make_schedule
 from .sampling.guidance import make_guidance
 
 
-def prepare_job(
-    request: Request,
-    bundle: Bundle,
-    choice: ExecutorChoice,
-    tokenized: Callable[[str], Prompt],
-    shelf: LoraShelf,
-    *,
-    cancels: int,
-    keeps_images: bool,
-) -> Job:
-    """Checks a request and plans it. Nothing large is loaded.
-
-    `cancels` counts those of the pipeline so far. `keeps_images` says that the caller holds all images in memory until
-    the end. Raises `RequestError`, or `MemoryLimitError` where no executor can hold the request.
-    """
+def check_request(request: Request, bundle: Bundle, tokenized: Callable[[str], Prompt], shelf: LoraShelf) -> Checked:
+    """Checks a request against the bundle. Nothing large is loaded, and no executor is asked. Raises `RequestError`."""
     manifest, config = bundle.manifest, bundle.manifest.config
     given = None if request.image is None else open_given(request.image, request.mask, request.mask_grow)
     size = request.size
@@ -54,26 +42,12 @@ def prepare_job(
     count = int(request.count)
     variation = None if request.variation is None else (int(request.variation[0]), float(request.variation[1]))
     first = secrets.randbelow(2**32 - count) if request.seed is None else int(request.seed)
-    batch = min(int(request.batch_size), count)
     scale = manifest.defaults.cfg_scale if request.cfg_scale is None else float(request.cfg_scale)
     normalize, truncation = request.cfg_normalization, float(request.cfg_truncation)
     guidance = make_guidance(scale, schedule, first_step, normalize=normalize, truncation=truncation)
     loras = shelf.open(given_loras(request.loras), allow_unused=request.lora_allow_unused)
     active = tuple(one for one in loras if one.weight)
     prompts = [tokenized(text) for text in (request.prompt, request.negative)[: 1 + guidance.guided]]
-    chosen = choice.plan(
-        Work(
-            geometry=geometry,
-            tokens=max(len(prompt.ids) for prompt in prompts),
-            guided=guidance.guided,
-            batch=batch,
-            count=count,
-            steps=schedule.steps,
-            encodes=source is not None,
-            held=3 * geometry.width * geometry.height * count if keeps_images else 0,
-            branches=branch_bytes(active) if active else None,
-        )
-    )
     info = image_info(
         request,
         manifest,
@@ -83,29 +57,63 @@ def prepare_job(
         source=source,
         strength=strength,
         scale=scale if guidance.guided else None,
-        executor=chosen.executor.name,
-        computed=chosen.executor.computation(chosen.plan),
         loras=loras,
     )
-    return Job(
+    return Checked(
+        request=request,
         positive=prompts[0],
         negative=prompts[1] if guidance.guided else None,
-        geometry=geometry,
         schedule=schedule,
         seeds=tuple(range(first, first + count)) if variation is None else (first,) * count,
         variation=variation,
-        sampler=info.sampler,
-        batch_size=batch,
         source=source,
         first_step=first_step,
-        executor=chosen.executor,
-        plan=chosen.plan,
-        notices=notices_of(
-            request, guidance, chosen, lora_notices(active, schedule.steps, guidance, manifest.defaults.steps)
-        ),
-        choice=chosen.why,
-        info=info,
-        cancels=cancels,
         guidance=guidance,
         loras=active,
+        work=Work(
+            geometry=geometry,
+            tokens=max(len(prompt.ids) for prompt in prompts),
+            guided=guidance.guided,
+            batch=min(int(request.batch_size), count),
+            count=count,
+            steps=schedule.steps,
+            encodes=source is not None,
+            branches=branch_bytes(active) if active else None,
+        ),
+        info=info,
+        default_steps=manifest.defaults.steps,
+    )
+
+
+def plan_job(checked: Checked, choice: ExecutorChoice, *, cancels: int, keeps_images: bool) -> Job:
+    """Plans a checked request on the executor that suits it. Nothing large is loaded.
+
+    `cancels` counts those of the pipeline so far. `keeps_images` says that the caller holds all images in memory until
+    the end. Raises `RequestError`, or `MemoryLimitError` where no executor can hold the request.
+    """
+    request, work, guidance = checked.request, checked.work, checked.guidance
+    if keeps_images:
+        work = replace(work, held=3 * work.geometry.width * work.geometry.height * work.count)
+    chosen = choice.plan(work)
+    more = lora_notices(checked.loras, checked.schedule.steps, guidance, checked.default_steps)
+    return Job(
+        positive=checked.positive,
+        negative=checked.negative,
+        geometry=work.geometry,
+        schedule=checked.schedule,
+        seeds=checked.seeds,
+        variation=checked.variation,
+        sampler=checked.info.sampler,
+        batch_size=work.batch,
+        source=checked.source,
+        first_step=checked.first_step,
+        executor=chosen.executor,
+        plan=chosen.plan,
+        notices=notices_of(request, guidance, chosen, more),
+        choice=chosen.why,
+        info=computed_by(checked.info, chosen.executor.name, chosen.executor.computation(chosen.plan)),
+        cancels=cancels,
+        guidance=guidance,
+        loras=checked.loras,
+        work=work,
     )

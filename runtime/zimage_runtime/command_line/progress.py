@@ -26,14 +26,14 @@ class Progress:
     quiet: bool = False
 
     @contextmanager
-    def task(self, label: str, total: int, *, in_bytes: bool = False) -> Iterator[Advance]:
-        """A task of `total` steps or bytes; the bar shows amount, rate and time left."""
+    def task(self, label: str, total: int, *, in_bytes: bool = False, unit: str = "step") -> Iterator[Advance]:
+        """A task of so many bytes, or of what `unit` says; the bar shows amount, rate and time left."""
         from tqdm import tqdm
 
         with tqdm(
             total=total,
             desc=label,
-            unit="B" if in_bytes else "step",
+            unit="B" if in_bytes else unit,
             unit_scale=in_bytes,
             unit_divisor=1000,
             disable=self.quiet,

@@ -29,11 +29,17 @@ class Work:
     encodes: bool = False  # whether there is a source image
     held: int = 0  # bytes of the host's memory that the caller keeps until the end: finished images
     branches: int | None = None  # bytes of LoRA's matrices; None where the programs need not take any
+    waiting: int = 1  # requests whose conditionings are kept at once: more than one for a group of them
 
     @property
     def conditionings(self) -> int:
         """Prompts that are encoded, and whose caption tokens are kept."""
         return 2 if self.guided else 1
+
+    @property
+    def kept_conditionings(self) -> int:
+        """Those that are kept at once."""
+        return self.conditionings * self.waiting
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,11 @@ class Plan(Protocol):
     @property
     def group(self) -> int:
         """Images that are denoised before the first of them is decoded: more than one where stages take turns."""
+
+    @property
+    def how_tiled(self) -> str:
+        """How the autoencoder's maps are cut where they do not fit as a whole; empty where they do. Where plans of one
+        executor differ in it, so may the last bits of an image."""
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -13,7 +13,8 @@ _TOPOLOGY = Path("/sys/devices/system/cpu")
 def thread_count() -> int:
     """Physical cores that this process may use: a second thread on a core slows matrix products down.
 
-    The process's affinity and the quota of processor time of its control groups limit which and how many.
+    The process's affinity and the quota of processor time of its control groups limit which and how many, and so does
+    OMP_NUM_THREADS, which schedulers of jobs set where several processes share a machine.
     """
     usable = _usable()
     cores = _cores(usable, _TOPOLOGY) if usable is not None else None
@@ -22,7 +23,9 @@ def thread_count() -> int:
 
         logical = len(usable) if usable is not None else os.cpu_count() or 1
         cores = min(psutil.cpu_count(logical=False) or logical, logical)
-    quota = processor_quota()
+    quota, threads = processor_quota(), os.environ.get("OMP_NUM_THREADS", "")
+    if threads.isdecimal() and int(threads):
+        cores = min(cores, int(threads))
     return max(1, cores if quota is None else min(cores, math.ceil(quota)))
 
 

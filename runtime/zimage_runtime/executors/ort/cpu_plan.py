@@ -76,6 +76,11 @@ class MemoryPlan:
         """Images that are denoised before any is decoded."""
         return self.work.batch if self.keep_all else self.group_size
 
+    @property
+    def how_tiled(self) -> str:
+        """Which of the autoencoder's halves run in tiles."""
+        return f"{'encoder ' * self.encodes_tiled}{'decoder' * self.tiled}"
+
     def lines(self) -> list[str]:
         """For people: the peak, then each program."""
         turns = f"all programs stay loaded, {gib_needed(self.together, 2)}" if self.keep_all else "programs take turns"
@@ -162,7 +167,7 @@ def _activations(program: Program, manifest: Manifest, work: Work) -> int:
         return int(_FLOAT * tokens * widths)
     if program is Program.DENOISER:
         sequence = work.batch * (geometry.image_tokens + padded(tokens))
-        second = (work.conditionings - 1) * conditioning_bytes(config.transformer, geometry, tokens)
+        second = (work.kept_conditionings - 1) * conditioning_bytes(config.transformer, geometry, tokens)
         return second + int(_FLOAT * sequence * _DENOISER_WIDTHS * config.transformer.dim)
     if program is Program.ENCODER:
         pixels = geometry.width * geometry.height

@@ -86,7 +86,7 @@ def _own_values(config: ModelConfig, work: Work) -> int:
     rows = 4 * (transformer.n_layers + transformer.n_refiner_layers) + 1
     table = FLOAT * work.steps * rows * transformer.dim
     latents = FLOAT * work.batch * config.vae.latent_channels * geometry.latent_width * geometry.latent_height
-    return work.conditionings * conditioning_bytes(transformer, geometry, work.tokens) + table + 2 * latents
+    return work.kept_conditionings * conditioning_bytes(transformer, geometry, work.tokens) + table + 2 * latents
 
 
 def plan_vram(

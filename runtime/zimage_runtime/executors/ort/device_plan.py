@@ -118,6 +118,12 @@ class VramPlan:
         return self.work.batch if self.keep_all else self.group_size
 
     @property
+    def how_tiled(self) -> str:
+        """Which of the autoencoder's halves run in tiles, and what a tile may take, which decides its size."""
+        halves = f"{'encoder ' * self.encodes_tiled}{'decoder ' * self.tiled}"
+        return f"{halves}in {self.room} bytes" if halves else ""
+
+    @property
     def notes(self) -> tuple[str, ...]:
         """What the user should know, one line each."""
         notes = [self.denoiser_note] if self.denoiser_note else []

@@ -66,7 +66,7 @@ class WebGpuCosts:
             return int(FLOAT * tokens * widths) + _widened(manifest, text.hidden_size * text.intermediate_size)
         transformer, extra = config.transformer, 0
         if program is Program.DENOISER:
-            extra = (work.conditionings - 1) * conditioning_bytes(transformer, geometry, tokens)
+            extra = (work.kept_conditionings - 1) * conditioning_bytes(transformer, geometry, tokens)
             sequence = work.batch * (geometry.image_tokens + padded(tokens))
             scores = 0 if denoiser == WEBGPU_FUSED else denoiser_scores(geometry, tokens, work.batch, config)
         else:

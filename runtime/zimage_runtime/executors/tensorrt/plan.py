@@ -102,6 +102,12 @@ class ResidencyPlan:
         return decoder is not None and bool(decoder.needs.tiles)
 
     @property
+    def how_tiled(self) -> str:
+        """How the image is decoded in tiles, and after how many blocks that run as a whole."""
+        decoder = self.stages.get(Program.DECODER)
+        return f"{self.how_decoded or ''}{'' if decoder is None else len(decoder.needs.blocks)}"
+
+    @property
     def how_decoded(self) -> str | None:
         """How the image is decoded, and what would change that; None where the device decodes it as a whole."""
         if Program.DECODER not in self.stages:

@@ -43,6 +43,7 @@ demo-bundle: $(EXPORT_STAMP)
 demo-scores: $(STAMP)
 	PYTHONPATH=. $(BIN)/python benchmarks/demo_scores.py
 	PYTHONPATH=. $(BIN)/python benchmarks/contact_sheet.py docs/demo.png
+	$(BIN)/python benchmarks/contact_sheet.py docs/four.png 4
 
 # Without a GPU, WebGPU computes on Mesa's software Vulkan driver, which is unpacked where the system has none.
 MESA := $(VENV)/mesa

@@ -1,20 +1,21 @@
 """Which memory is enough for the full-size model: what each executor's plan says, for common cards and machines.
 
+Fills in the README's table, too.
+
 Predicted, not measured: weights and programs have their true sizes, and nothing is computed. TensorRT's part needs its
 library (`zimage-rt[tensorrt]`), but no GPU.
 
     python benchmarks/what_fits.py --work out/what-fits
 """
 
-import argparse
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
-
-from common import describe, machine, markdown_table, write_results
 
 from zimage_export.engines.build import add_engines
 from zimage_export.synthetic.outline import write_outline
+from zimage_rt.bench.script import Document, Run, Script
+from zimage_rt.bench.tables import markdown_table
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import Precision
 from zimage_runtime.errors import MemoryLimitError
@@ -23,6 +24,9 @@ from zimage_runtime.executors.protocol import Hardware, Work
 from zimage_runtime.executors.registry import executor_kind
 from zimage_runtime.machine.gpu_targets import GpuTarget
 from zimage_runtime.model.geometry import image_geometry
+
+README = Path(__file__).parents[1] / "README.md"
+_MARKS = re.compile(r"(<!-- what fits: made by .*? -->\n).*?(<!-- end -->)", re.S)
 
 PRECISIONS = (Precision.FP16, Precision.INT8, Precision.INT4)
 """From the nearest to the original to the farthest. bf16 takes what fp16 takes."""
@@ -54,25 +58,15 @@ class Answer:
     together: bool  # whether everything stays loaded from one image to the next
 
 
-def main() -> None:
-    """Writes results/what_fits.{json,md}."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--work", type=Path, default=Path("out/what-fits"), help="where bundles are kept")
-    options = parser.parse_args()
-    options.work.mkdir(parents=True, exist_ok=True)
-    answers = [
-        answer for precision in PRECISIONS for answer in answers_for(outline(options.work / str(precision), precision))
-    ]
-    report = {
-        "machine": machine("zimage-rt", "onnxruntime", "tensorrt_rtx"),
+def measure(run: Run) -> Document:
+    """The plans of every executor for bundles in `--work`."""
+    bundles = [outline(run.work / str(precision), precision) for precision in PRECISIONS]
+    return {
         "tokens": TOKENS,
         "kept_of_a_card": CARD.nbytes,
         "kept_of_a_machine": SYSTEM,
-        "answers": [asdict(answer) for answer in answers],
+        "answers": [asdict(answer) for bundle in bundles for answer in answers_for(bundle)],
     }
-    text = to_markdown(report)
-    write_results("what_fits", report, text)
-    print(text)
 
 
 def outline(folder: Path, precision: Precision) -> Bundle:
@@ -109,7 +103,7 @@ def answer(bundle: Bundle, executor: str, side: int, memory_gb: int) -> Answer:
     return Answer(executor, precision, side, memory_gb, plan.peak, bool(plan.document()["keep_all"]))
 
 
-def table(report: dict[str, Any], side: int, executors: tuple[str, ...], memories: tuple[int, ...]) -> str:
+def table(report: Document, side: int, executors: tuple[str, ...], memories: tuple[int, ...]) -> str:
     """Executors down, memory across; each cell has the precisions that fit, bold where everything stays loaded."""
     found: dict[tuple[str, int], list[str]] = {}
     for one in report["answers"]:
@@ -123,26 +117,40 @@ def table(report: dict[str, Any], side: int, executors: tuple[str, ...], memorie
     return markdown_table(["", *(f"{memory} GB" for memory in memories)], rows)
 
 
-def to_markdown(report: dict[str, Any]) -> str:
-    """One pair of tables for each size."""
+def page(report: Document) -> list[str]:
+    """A pair of tables for each size."""
     gpus = tuple(name for name in EXECUTORS if name != "cpu")
-    lines = [
-        "# What fits",
-        "",
-        "Which bundles of the full-size model fit for an image of one size, by the memory of a GPU or, for the CPU, of",
+    card, system = report["kept_of_a_card"] / 2**30, report["kept_of_a_machine"] / 2**30
+    parts = [
+        "What fits",
+        "Which bundles of the full-size model fit for an image of one size, by the memory of a GPU or, for the CPU, of "
         "the machine. Predicted by each executor's own plan from the sizes of weights and programs, not measured.",
-        f"The driver and a desktop are left {report['kept_of_a_card'] / 2**30:.1f} GiB of a GPU's memory, the system",
-        f"{report['kept_of_a_machine'] / 2**30:.0f} GiB of the machine's. Bold: everything stays loaded from one image",
-        "to the next. Otherwise stages are loaded in turn or, with TensorRT, weights are streamed. bf16 takes what",
-        "fp16 takes. On the CPU, 16-bit weights are widened to float32; `--low-memory` takes less, and is slower.",
-        "Made by `python benchmarks/what_fits.py`.",
-        "",
+        f"The driver and a desktop are left {card:.1f} GiB of a GPU's memory, the system {system:.0f} GiB of the "
+        "machine's. Bold: everything stays loaded from one image to the next. Otherwise stages are loaded in turn or, "
+        "with TensorRT, weights are streamed. bf16 takes what fp16 takes. On the CPU, 16-bit weights are widened to "
+        "float32; `--low-memory` takes less, and is slower.",
     ]
     for side in SIDES:
-        lines += [f"## {side}x{side}", "", table(report, side, gpus, CARDS_GB), ""]
-        lines += [table(report, side, ("cpu",), MACHINES_GB), ""]
-    return "\n".join([*lines, describe(report["machine"]), ""])
+        gpu_table, cpu_table = table(report, side, gpus, CARDS_GB), table(report, side, ("cpu",), MACHINES_GB)
+        parts += [f"## {side}x{side}", gpu_table, cpu_table]
+    return parts
 
+
+def readme_tables(report: Document) -> str:
+    """The tables of the README: at 1024x1024."""
+    gpus = tuple(name for name in EXECUTORS if name != "cpu")
+    return "\n\n".join((table(report, 1024, gpus, CARDS_GB), table(report, 1024, ("cpu",), MACHINES_GB)))
+
+
+def filled(text: str, report: Document) -> str:
+    """A text with the tables between its marks."""
+    return _MARKS.sub(lambda marks: f"{marks[1]}{readme_tables(report)}\n{marks[2]}", text)
+
+
+SCRIPT = Script(
+    __file__, __doc__, measure, page, work="a few MB", packages=("zimage-rt", "onnxruntime", "tensorrt_rtx")
+)
 
 if __name__ == "__main__":
-    main()
+    if (document := SCRIPT.main()) is not None:
+        README.write_text(filled(README.read_text("utf-8"), document), "utf-8")

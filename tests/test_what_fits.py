@@ -25,8 +25,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     import what_fits
 
     yield what_fits
-    for name in ("what_fits", "common"):
-        sys.modules.pop(name, None)
+    sys.modules.pop("what_fits", None)
 
 
 @pytest.mark.parametrize("precision", [Precision.FP16, Precision.INT8, Precision.INT4])
@@ -47,3 +46,10 @@ def test_the_table_for_tensorrt_is_what_the_plans_say(script: ModuleType, tmp_pa
     assert [one | {"peak": None} for one in found] == [one | {"peak": None} for one in expected]
     for here, there in zip(found, expected, strict=True):  # scratch differs a little from one release to the next
         assert (here["peak"] or 0) == pytest.approx(there["peak"] or 0, rel=0.02)
+
+
+def test_the_readme_has_the_committed_table(script: ModuleType) -> None:
+    committed = json.loads((BENCHMARKS / "results" / "what_fits.json").read_text("utf-8"))
+    readme = script.README.read_text("utf-8")
+    assert script.readme_tables(committed) in readme
+    assert script.filled(readme, committed) == readme, "run `python benchmarks/what_fits.py --work DIR`"

@@ -10,11 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from zimage_export.measure.calibrate import generate_latents
-from zimage_export.measure.reference import reference_pipeline
 from zimage_export.source.checkpoint import Checkpoint
 from zimage_export.storage.precision import BLOCK_SIZE
 from zimage_export.storage.quantize import INT8_MOST, blocks4, int8_scales
@@ -32,9 +29,14 @@ _LAZY = 128  # columns after which the rest of a weight is corrected
 
 def measured_moments(checkpoint: Path, prompts: Sequence[str]) -> Moments:
     """What the linears of all blocks read while each prompt is generated once by diffusers."""
+    import torch
+
+    from zimage_export.measure.calibrate import generate_latents
+    from zimage_export.measure.reference import reference_pipeline
+
     opened = Checkpoint.open(checkpoint)
     pipeline = reference_pipeline(opened)
-    sums: dict[str, torch.Tensor] = {}
+    sums: dict[str, Any] = {}
     counts: dict[str, int] = {}
 
     def meter(name: str) -> Callable[[Any, Any], None]:

@@ -17,9 +17,7 @@ Every measurement is a process of its own, for no longer than --limit, and is in
 diffusers and torch are used where they are installed. Post the report's two files to share what a GPU did.
 """
 
-import argparse
-import json
-import sys
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -28,17 +26,23 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, machine, write_results
-from gpu_cuda import PACKAGES, TORCH_TYPES, child_parity, child_placement, child_steps, prepared, size_of, ways
-from gpu_images import Child, child_cycle, child_pictures, child_start
+from gpu_images import Child, child_cycle, child_parity, child_pictures, child_start
 from gpu_page import page
 from gpu_parts import child_attention, child_copies, child_layouts, child_provider
-from gpu_tools import answer_in_child, run_child
+from gpu_placement import child_placement
+from gpu_steps import child_steps
 from gpu_trt_settings import STRATEGIES, child_tensorrt
+
+from zimage_rt.bench.children import run_child
+from zimage_rt.bench.script import Document, Option, Run, Script
+from zimage_rt.bench.synthetic import built, few_blocks
+from zimage_runtime.bundle.precision import Precision
 
 SECTIONS = ("correctness", "memory", "speed", "parts", "tensorrt")
 EXECUTORS = ("cuda", "tensorrt", "webgpu")
 TENSORRT = ("tensorrt_rtx", "tensorrt")
+TORCH_TYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+BLOCKS = 4  # of the scale of that name
 PROVIDER: dict[str, dict[str, str]] = {"as it is set": {}, "maps [N, H, W, C]": {"prefer_nhwc": "1"}}
 """Settings of ONNX Runtime's CUDA provider to compare, in one step and the autoencoder."""
 
@@ -74,12 +78,17 @@ class Row:
 
 
 @dataclass
-class Run:
+class Cases:
     """What is measured, on which executors."""
 
-    given: argparse.Namespace
+    run: Run
     half: str  # the 16-bit precision of the GPU
     executors: dict[str, str | None]  # why it is not here; None where it is
+
+    @property
+    def given(self) -> Any:
+        """The command line's options."""
+        return self.run.options
 
     @property
     def device(self) -> str:
@@ -95,7 +104,7 @@ class Run:
             "precision": precision,
             "denoiser": None,
             "vram": None,
-            "size": given.size[-1],
+            "size": self.run.sizes[-1],
             "steps": given.steps,
             "repeat": given.repeat,
             "limit": given.limit,
@@ -133,7 +142,7 @@ class Run:
                     yield Row("correctness", "placement", name, one)
                 yield Row("correctness", "parity", name, one)
         first = self.options(executor, self.given.precision[0], self.given.scale)
-        cycle = {**first, "sizes": self.given.size, "images": self.given.images}
+        cycle = {**first, "sizes": self.run.sizes, "images": self.given.images}
         yield Row("correctness", "cycle", self.given.precision[0], cycle)
 
     def memory(self, executor: str) -> Iterator[Row]:
@@ -141,25 +150,27 @@ class Run:
         for precision in self.given.precision:
             for name, denoiser in self.named(executor, precision):
                 one = self.options(executor, precision, self.given.scale, denoiser=denoiser)
-                for size in self.given.size:
+                for size in self.run.sizes:
                     yield Row("memory", "pictures", name, {**one, "size": size})
                 for gib in self.given.vram:
                     budget = int(gib * 2**30)
-                    size = self.given.size[len(self.given.size) // 2]
+                    size = self.run.sizes[len(self.run.sizes) // 2]
                     yield Row("memory", "pictures", f"{name}, {gib:g} GiB", {**one, "size": size, "vram": budget})
 
     def speed(self, executor: str) -> Iterator[Row]:
-        """A step beside diffusers', for CUDA; for all, a first start and a second one."""
-        precision = self.half if self.half in self.given.precision else self.given.precision[0]
-        one = self.options(executor, precision, self.given.scale)
-        if executor == "cuda":
-            for size in self.given.size:
-                for compiled in (False, True):  # apart, for compiling may take longer than there is
-                    kind = "compiled" if compiled else "eager"
-                    if self.given.trial and compiled:
-                        continue
-                    more = {"size": size, "diffusers": find_spec("diffusers") is not None, "compiled": compiled}
-                    yield Row("speed", "steps", f"{precision}, {kind}", {**one, **more})
+        """A step of each precision, for CUDA, in 16 bits beside diffusers'; for all, a first start and a second one."""
+        own = self.half if self.half in self.given.precision else self.given.precision[0]
+        for precision in self.given.precision if executor == "cuda" else ():
+            for name, denoiser in self.named(executor, precision):
+                one = self.options(executor, precision, self.given.scale, denoiser=denoiser)
+                for size in self.run.sizes:
+                    for kind in ("eager", "compiled"):  # apart, for compiling may take longer than there is
+                        beside = precision == own and find_spec("diffusers") is not None
+                        if kind == "compiled" and (self.given.trial or not beside):
+                            continue
+                        more = {"size": size, "diffusers": beside, "compiled": kind == "compiled"}
+                        yield Row("speed", "steps", f"{name}, {kind}" if beside else name, {**one, **more})
+        one, precision = self.options(executor, own, self.given.scale), own
         with tempfile.TemporaryDirectory() as cache:
             for name in ("first start", "second start"):
                 yield Row("speed", "start", f"{precision}, {name}", one, Path(cache))
@@ -185,40 +196,63 @@ class Run:
                 for strategy in STRATEGIES:
                     yield Row("tensorrt", "tensorrt", f"{precision}, {strategy}", {**one, "strategy": strategy})
                 yield Row("tensorrt", "tensorrt", f"{precision}, no capture", {**one, "capture": False})
-            for size in (self.given.size[0], self.given.size[-1]):  # whether scratch is the shape's or the profile's
+            for size in (self.run.sizes[0], self.run.sizes[-1]):  # whether scratch is the shape's or the profile's
                 yield Row("tensorrt", "tensorrt", f"{precision}, scratch", {**one, "size": size})
 
 
-def measure(run: Run) -> Child:
+def ways(precision: str) -> list[tuple[str, str | None]]:
+    """What to call a precision and which denoiser to run: int8 has two."""
+    from zimage_runtime.bundle.manifest import CUDA, CUDA_WEIGHT_ONLY
+
+    return [("int8", CUDA), ("int8 weight-only", CUDA_WEIGHT_ONLY)] if precision == "int8" else [(precision, None)]
+
+
+def scale_of(name: str) -> Any:
+    """The dimensions to build: the published ones; those with few blocks; the tests' small ones; or "wide".
+
+    cuBLAS does not multiply int8 at a width of 64, which the small model has ("CUBLAS failure 15" on an H100); "wide"
+    has a block in each stage and linears as wide as the published ones, where it did, with 1 to 4224 rows.
+    """
+    from zimage_export.synthetic.checkpoint import SCALES
+
+    if name == "wide":
+        return few_blocks(small_vae=True)
+    return few_blocks(BLOCKS, text_layers=BLOCKS, whole=True) if name == "blocks" else SCALES[name]
+
+
+def prepared(work: Path, scale_name: str, precision: str, *, engines: bool = False) -> Path:
+    """The bundle of a precision and scale, made where it is missing; at full size, the only one that is kept."""
+    from zimage_export.synthetic.checkpoint import write_checkpoint
+    from zimage_runtime.bundle.tensors import DType
+    from zimage_runtime.command_line.progress import Progress
+
+    checkpoint, bundle = work / f"checkpoint-{scale_name}", work / f"bundle-{scale_name}-{precision}"
+    if engines:
+        bundle = bundle.with_name(f"{bundle.name}-engines")
+    if not checkpoint.exists():
+        write_checkpoint(checkpoint, scale_of(scale_name), transformer_type=DType.BF16, progress=Progress())
+    if scale_name == "full" and not bundle.exists():
+        for other in work.glob("bundle-full-*"):
+            shutil.rmtree(other)
+    return built(checkpoint, bundle, precision, engines=engines)
+
+
+def measure(run: Run) -> Document:
     """Makes every measurement; the report is written after each."""
-    given = run.given
-    document: Child = {
-        "machine": machine(*PACKAGES),
-        "gpu": gpu_values(),
-        "trial": given.trial,
-        "scale": given.scale,
-        "steps": given.steps,
-        "executors": run.executors,
-        "rows": [],
-    }
-    write_results(given.name, document, page(document), given.out)
-    for row in run.rows():
+    given, gpu = run.options, gpu_values()
+    half = "fp16" if gpu and tuple(gpu["capability"]) < (8, 0) else "bf16"
+    given.precision = given.precision or [half, "int8"]
+    executors = executors_here(given, given.precision[0])
+    rows: list[Child] = []
+    run.keep(gpu=gpu, trial=run.trial, scale=given.scale, steps=given.steps, executors=executors, rows=rows)
+    for row in Cases(run, half, executors).rows():
         environment = {} if row.cache is None else {"XDG_CACHE_HOME": str(row.cache), "LOCALAPPDATA": str(row.cache)}
-        options = {**row.options, "started": time.time()}
-        result = in_child(row.kind, options, **environment)
-        document["rows"].append(
-            {
-                "section": row.section,
-                "kind": row.kind,
-                "name": row.name,
-                "executor": "cuda" if row.options["executor"] == "cpu" else row.options["executor"],
-                "size": row.options["size"],
-                "vram": row.options["vram"],
-                "result": result,
-            }
-        )
-        write_results(given.name, document, page(document), given.out)
-    return document
+        result = in_child(row.kind, {**row.options, "started": time.time()}, **environment)
+        named = {"section": row.section, "kind": row.kind, "name": row.name, "executor": row.options["executor"]}
+        named["executor"] = "cuda" if named["executor"] == "cpu" else named["executor"]
+        rows.append({**named, "size": row.options["size"], "vram": row.options["vram"], "result": result})
+        run.keep()
+    return {}
 
 
 def gpu_values() -> Child | None:
@@ -232,7 +266,7 @@ def gpu_values() -> Child | None:
         return None
 
 
-def executors_here(given: argparse.Namespace, precision: str) -> dict[str, str | None]:
+def executors_here(given: Any, precision: str) -> dict[str, str | None]:
     """Why each executor is not here; None where it is. A trial has CUDA's programs, on the CPU."""
     from zimage_runtime.bundle.bundle import Bundle
     from zimage_runtime.executors.registry import executor_kind
@@ -250,33 +284,29 @@ def executors_here(given: argparse.Namespace, precision: str) -> dict[str, str |
     return found
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """The command line."""
-    words = sys.argv[1:] if arguments is None else arguments
-    if words[:1] == ["--child"]:
-        print(json.dumps(answer_in_child(CHILDREN, *words[1:])))
-        return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="where checkpoints and bundles are put")
-    parser.add_argument("--trial", action="store_true", help="on the CPU: shows that the benchmark runs, nothing else")
-    parser.add_argument("--executor", nargs="+", choices=EXECUTORS, default=list(EXECUTORS))
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--scale", choices=["full", "blocks", "small"], default="full")
-    parser.add_argument("--precision", nargs="+", choices=["fp32", "bf16", "fp16", "int8", "int4"])
-    parser.add_argument("--size", nargs="+", type=size_of, default=[(512, 512), (1024, 1024), (1536, 1536)])
-    parser.add_argument("--vram", nargs="*", type=float, metavar="GIB", default=[6.0, 8.0, 12.0])
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--images", type=int, default=20, help="in a row, whose sizes take turns")
-    parser.add_argument("--limit", type=float, default=1800, metavar="SECONDS", help="for each measurement")
-    parser.add_argument("--name", default="gpu", help="of the report's files")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    given = parser.parse_args(words)
-    gpu = gpu_values()
-    half = "fp16" if gpu and tuple(gpu["capability"]) < (8, 0) else "bf16"
-    given.precision = given.precision or [half, "int8"]
-    print(page(measure(Run(given, half, executors_here(given, given.precision[0])))))
-
+SCRIPT = Script(
+    __file__,
+    __doc__,
+    measure,
+    page,
+    packages=("onnxruntime-gpu", "onnxruntime", "torch", "diffusers", "numpy"),
+    work="41 GB at full size",
+    sizes=("512x512", "1024x1024", "1536x1536"),
+    trial=True,
+    options={
+        "executor": Option(list(EXECUTORS), "those to measure", EXECUTORS),
+        "only": Option(list(SECTIONS), "sections", SECTIONS),
+        "scale": Option("full", "of the model", ("full", "blocks", "small")),
+        "precision": Option([], "by default the GPU's 16 bits, and int8", tuple(Precision), str),
+        "vram": Option([6.0, 8.0, 12.0], "budgets in GiB, at one size"),
+        "steps": Option(8, "of an image"),
+        "repeat": Option(3, "times that each thing is measured"),
+        "images": Option(20, "in a row, whose sizes take turns"),
+        "limit": Option(1800.0, "seconds for each measurement"),
+    },
+    children=CHILDREN,
+)
+main = SCRIPT.main
 
 if __name__ == "__main__":
     main()

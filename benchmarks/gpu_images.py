@@ -1,19 +1,74 @@
 """Whole images on an executor. Each `child_` function is a measurement in a process of its own."""
 
 import os
+import threading
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
-from gpu_tools import VramWatch, spent_joules
 
+from zimage_rt.bench.accuracy import psnr_db, relative_error
+from zimage_runtime.machine.gpu_monitor import GpuMonitor, open_monitor
+from zimage_runtime.machine.nvml import Unmeasured
 from zimage_runtime.pipeline import ImageEvent, Pipeline, Request
 
 PROMPT = "a lighthouse on a cliff at dusk, waves breaking below, oil painting with visible brush strokes"
 SEED = 7
 
 Child = dict[str, Any]
+
+_MONITORS: list[GpuMonitor] = []
+
+
+def spent_joules() -> float:
+    """What the GPU has used since its driver was loaded, by its own counter; 0 where there is none."""
+    if not _MONITORS:
+        monitor = open_monitor()
+        if isinstance(monitor, Unmeasured):
+            return 0.0
+        _MONITORS.append(monitor)
+    joules = _MONITORS[0].energy()
+    return 0.0 if isinstance(joules, Unmeasured) else joules
+
+
+_INTERVAL = 0.005  # seconds between two looks at the memory
+
+
+@dataclass
+class VramWatch:
+    """The most GPU memory in use while it watches: what the device gained, and what this process held.
+
+    Zero where there is no GPU; None for a process that NVML does not list, as in some containers.
+    """
+
+    device: int = 0  # bytes more than when the watch began
+    process: int | None = None
+    _stop: threading.Event = field(default_factory=threading.Event, repr=False)
+    _thread: threading.Thread | None = field(default=None, repr=False)
+
+    def __enter__(self) -> Self:
+        monitor = open_monitor()
+        if not isinstance(monitor, Unmeasured):
+            self._thread = threading.Thread(target=self._watch, args=(monitor, monitor.used_memory()), daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        if self._thread:
+            self._thread.join()
+
+    def _watch(self, monitor: GpuMonitor, start: int | Unmeasured) -> None:
+        with monitor:
+            while not self._stop.is_set():
+                used, own = monitor.used_memory(), monitor.process_memory(os.getpid())
+                if not isinstance(used, Unmeasured) and not isinstance(start, Unmeasured):
+                    self.device = max(self.device, used - start)
+                if not isinstance(own, Unmeasured):
+                    self.process = max(self.process or 0, own)
+                time.sleep(_INTERVAL)
 
 
 def open_pipeline(
@@ -103,6 +158,17 @@ def child_cycle(options: Child) -> Child:
         "equal": equal,
         "growth_bytes": known[-1] - known[0] if known else None,
         "round_bytes": rounds,
+    }
+
+
+def child_parity(options: Child) -> Child:
+    """A reduced model on an executor against the CPU executor: latents after all steps, and the image."""
+    with open_any({**options, "vram": None}) as ours, Pipeline.from_bundle(options["bundle"], "cpu") as reference:
+        one, other = (last_event(pipeline, (256, 256), options["steps"]) for pipeline in (ours, reference))
+    psnr = psnr_db(np.asarray(one.image), np.asarray(other.image))
+    return {
+        "latents_error": relative_error(one.latents, other.latents),
+        "psnr": None if np.isinf(psnr) else psnr,
     }
 
 

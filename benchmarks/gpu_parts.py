@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from common import interleave
 from gpu_images import Child, child_pictures
 
+from zimage_rt.bench.timing import interleave
 from zimage_runtime.machine.tiny_onnx import Element, Node, Value, onnx_model
 
 TOKENS, WIDTH, HEADS, OUTPUTS = 4224, 3840, 30, (3840, 10240, 11520)

@@ -35,3 +35,29 @@ def where_nodes_ran(path: Path, feeds: Any, folder: Path, *, on_gpu: bool = True
 def copies(nodes: list[dict[str, Any]]) -> int:
     """How often values went between host and device in mid-program."""
     return sum(node["op_name"].startswith("Memcpy") for node in nodes)
+
+
+def child_placement(options: dict[str, Any]) -> dict[str, Any]:
+    """Where each node of a reduced model's programs ran."""
+    from zimage_export.measure.self_check import fixed_inputs
+    from zimage_runtime.bundle.bundle import Bundle
+    from zimage_runtime.bundle.manifest import CUDA
+    from zimage_runtime.model.programs import Program
+
+    bundle, on_gpu = Bundle.open(options["bundle"]), options["executor"] == "cuda"
+    wanted = "CUDAExecutionProvider" if on_gpu else "CPUExecutionProvider"
+    result: dict[str, Any] = {}
+    for program, feeds in fixed_inputs(bundle.manifest.config).items():
+        if program is Program.MODULATION:
+            continue
+        name = (options["denoiser"] if program is Program.DENOISER else None) or CUDA
+        nodes = where_nodes_ran(bundle.program(program, name), feeds, bundle.root.parent, on_gpu=on_gpu)
+        elsewhere = sorted({node["op_name"] for node in nodes if node["provider"] != wanted})
+        result[program.value] = {
+            "nodes": len(nodes),
+            "on_device": sum(node["provider"] == wanted for node in nodes),
+            "elsewhere": elsewhere,
+            "copies": copies(nodes),
+            "as_it_should_be": set(elsewhere) <= SHAPE_ARITHMETIC and not copies(nodes),
+        }
+    return result

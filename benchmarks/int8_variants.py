@@ -30,7 +30,6 @@ from numpy.typing import NDArray
 from demo_model.captions import caption
 from demo_model.scenes import random_scene
 from zimage_export.build import BuildOptions, build
-from zimage_export.measure.calibrate import measure_peaks
 from zimage_export.source.checkpoint import DEMO, Checkpoint
 from zimage_export.source.forms.scaled import hadamard
 from zimage_export.source.tensors import TensorSource
@@ -152,9 +151,7 @@ class Model:
         if loud and not self._plain.exists():
             with_loud_channels(DEMO, self._plain)
         self._turned = cache(self._with_turned_heads)
-        self._ranges = cache(
-            lambda checkpoint: measured_ranges(measure_peaks(Checkpoint.open(checkpoint), calibration_prompts(), QUIET))
-        )
+        self._ranges = cache(ranges_of)
         self._moments = cache(lambda: measured_moments(self._plain, calibration_prompts()))
 
     def psnrs(self, variant: Variant, texts: list[str]) -> list[float]:
@@ -196,6 +193,13 @@ class Model:
         out = self._folder / "turned"
         shutil.rmtree(out, ignore_errors=True)
         return with_turned_heads(self._plain, out)
+
+
+def ranges_of(checkpoint: Path) -> Ranges:
+    """What the product's calibration measures of a checkpoint."""
+    from zimage_export.measure.calibrate import measure_peaks
+
+    return measured_ranges(measure_peaks(Checkpoint.open(checkpoint), calibration_prompts(), QUIET))
 
 
 def calibration_prompts() -> list[str]:

@@ -146,8 +146,7 @@ def stand_in(gpu: ModuleType, bundle: Path, monkeypatch: pytest.MonkeyPatch) -> 
         device = StandInDevice(limit=vram, track=False)
         return Pipeline.on(opened, TensorRtExecutor(opened, device, OnnxEngines(device, programs, spec), spec, vram))
 
-    for module in ("gpu_images", "gpu_cuda"):
-        monkeypatch.setattr(importlib.import_module(module), "open_any", open_any)
+    monkeypatch.setattr(importlib.import_module("gpu_images"), "open_any", open_any)
     monkeypatch.setattr(StageDenoiser, "_replay", StageDenoiser._replay)  # so that it is restored
     common = {"executor": "tensorrt", "bundle": str(bundle), "vram": None, "size": [64, 64], "steps": 3, "repeat": 1}
     return {**common, "denoiser": None, "strategy": "EAGER", "capture": True}

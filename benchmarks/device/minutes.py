@@ -40,7 +40,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Model:
-    """A bundle to build: a scale of `gpu_cuda.py` and a precision."""
+    """A bundle to build: a scale of `gpu.py` and a precision."""
 
     scale: str
     precision: str
@@ -196,7 +196,7 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
 def build_models(work: Path, names: Sequence[str]) -> None:
     """Builds bundles one after the other, and marks each that is complete."""
     sys.path[:0] = [str(BENCHMARKS)]
-    from gpu_cuda import prepared
+    from gpu import prepared
 
     for name in names:
         scale, _, precision = name.partition("-")

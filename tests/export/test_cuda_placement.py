@@ -2,7 +2,7 @@
 between host and device in mid-program.
 
 Without a GPU this reads ONNX Runtime's own table of kernels; where there is one, the test at the end runs the
-programs and looks where each node ran. (`benchmarks/gpu_cuda.py` does the same and reports it.)
+programs and looks where each node ran. (`benchmarks/gpu.py` does the same and reports it.)
 """
 
 import shutil
@@ -14,11 +14,11 @@ from cuda_kernels import CONTRIB, KERNELS, OTHER_TYPES, SHAPE_INPUTS
 from onnx import TensorProto, helper
 
 from benchmarks.gpu_placement import SHAPE_ARITHMETIC, copies, where_nodes_ran
-from benchmarks.wide_scale import wide_scale
 from zimage_export.graphs import PROGRAM_SETS, Graph, Target, build_graphs, build_programs
 from zimage_export.graphs.builder import ONNX_TYPES
 from zimage_export.storage.precision import StoragePolicy
 from zimage_export.synthetic.checkpoint import SMALL, write_checkpoint
+from zimage_rt.bench.synthetic import few_blocks
 from zimage_runtime.bundle.manifest import CPU, CUDA, CUDA_WEIGHT_ONLY, Precision
 from zimage_runtime.bundle.tensors import DType, TensorEntry
 from zimage_runtime.model.programs import Program
@@ -154,7 +154,9 @@ def test_every_node_runs_on_cuda(checkpoint: Path, tmp_path: Path, precision: st
         pytest.skip(str(error))
     if precision == Precision.INT8:  # cuBLAS has no int8 products of the small model's widths
         checkpoint = tmp_path / "wide"
-        write_checkpoint(checkpoint, wide_scale(), transformer_type=DType.BF16, progress=Progress(quiet=True))
+        write_checkpoint(
+            checkpoint, few_blocks(small_vae=True), transformer_type=DType.BF16, progress=Progress(quiet=True)
+        )
     bundle = build(checkpoint, tmp_path / "bundle", BuildOptions(Precision(precision)), Progress(quiet=True))
     if unavailable := KIND.why_unavailable(bundle, 0):
         pytest.skip(unavailable.reason)

@@ -10,9 +10,10 @@
 
 Options that scripts share are asked for by name: ``work`` (``--work DIR``, with the disk that it takes), ``rounds``
 (``--rounds``) and ``sizes`` (``--size WxH ...``) with their defaults, ``cpu_time`` (``--cpu-time``), ``trial``
-(``--trial``: small models, nothing is written). `options` adds a script's own. Every script has ``--name`` and
-``--out`` for its two files, NAME.json and NAME.md, and ``--page``, which measures nothing and makes the Markdown again
-from the JSON. The document gets the machine and the command (without this machine's paths); the page ends with both.
+(``--trial``: small models, to try the script; its results are not written among the committed ones). `options` adds a
+script's own, and `children` what it measures in processes of their own. Every script has ``--name`` and ``--out`` for
+its two files, NAME.json and NAME.md, and ``--page``, which measures nothing and makes the Markdown again from the JSON.
+The document gets the machine and the command (without this machine's paths); the page ends with both.
 
 Around it: `timing` (calls in turns, ratios), `children` (processes of their own, peaks of memory), `synthetic`
 (checkpoints and bundles of random weights), `steps` (single steps of ours and of diffusers), `tables`.
@@ -59,7 +60,7 @@ class Option:
             return
         several = isinstance(self.default, list)
         one = self.default[0] if several and self.default else self.default
-        more: dict[str, Any] = {"nargs": "+"} if several else {}
+        more: dict[str, Any] = {"nargs": "*"} if several else {}
         more |= {"choices": list(self.choices)} if self.choices else {}
         parser.add_argument(
             flag, type=self.kind or (str if one is None else type(one)), default=self.default, help=help_text, **more
@@ -107,7 +108,7 @@ class Run:
     def keep(self, **values: Any) -> None:
         """Adds to the document and writes it, so that an interrupt costs only what comes after."""
         self.document |= values
-        if not self.trial:
+        if not self.trial or self.options.out != RESULTS:
             self.script.write(self.options.name, self.document, self.options.out)
 
     def once(self, path: Path, measure: Callable[[], Any]) -> Any:
@@ -177,7 +178,7 @@ class Script:
         if self.cpu_time:
             shared["cpu_time"] = Option(False, "seconds of the processor, for a busy machine")
         if self.trial:
-            shared["trial"] = Option(False, "small models, to try the script: nothing is written")
+            shared["trial"] = Option(False, "small models, to try the script: results go to another --out, or nowhere")
         ends = {
             "name": Option(None, "of the results' files, without their ends"),
             "out": Option(RESULTS, "the folder of the results", kind=Path),

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from zimage_runtime.bundle.precision import Precision
+from zimage_runtime.bundle.tensors import DType, encode_header
 from zimage_runtime.command_line.progress import Progress
+from zimage_runtime.model.branches import EXTENDED, branch_linears
+from zimage_runtime.model.config import ModelConfig
 
 from .children import cli_child
 
@@ -72,7 +75,6 @@ def prepared(
     `bf16` stores the transformer in bf16, which takes half the disk. `engines` adds TensorRT's.
     """
     from zimage_export.synthetic.checkpoint import write_checkpoint
-    from zimage_runtime.bundle.tensors import DType
 
     work.mkdir(parents=True, exist_ok=True)
     checkpoint, mark = work / f"{name}-checkpoint", work / f"{name}.json"
@@ -112,3 +114,24 @@ def full_size_checkpoint(work: Path) -> Path:
     if not checkpoint.exists():
         subprocess.run(cli_child("zimage_export.cli", *synthesize_words(checkpoint, "full")), check=True)
     return checkpoint
+
+
+def random_lora(path: Path, config: ModelConfig, rank: int, scale: float, *, half: bool = False) -> Path:
+    """A LoRA of random values on every linear of the transformer's blocks, in float32 or, with `half`, in float16.
+
+    `scale` is about the norm of a change over its weight's.
+    """
+    import numpy as np
+
+    rng, kind = np.random.default_rng(rank), DType.F16 if half else DType.F32
+    tensors = {}
+    for linear in (linear for program in EXTENDED for linear in branch_linears(program, config)):
+        name = f"diffusion_model.{linear.name}"
+        down = rng.standard_normal((rank, linear.in_width), np.float32) / linear.in_width**0.5
+        up = rng.standard_normal((linear.out_width, rank), np.float32) * scale / rank**0.5
+        tensors |= {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+    with path.open("wb") as file:
+        file.write(encode_header({name: (kind, value.shape) for name, value in tensors.items()}))
+        for value in tensors.values():
+            file.write(value.astype("<f2" if half else "<f4").tobytes())
+    return path

@@ -19,7 +19,7 @@ class _Cells(string.Formatter):
     def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         try:
             return super().get_field(field_name, args, kwargs)
-        except KeyError:
+        except (KeyError, TypeError):
             return None, field_name
 
     def format_field(self, value: Any, format_spec: str) -> str:

@@ -20,7 +20,7 @@ PROCESS = Overhead(
 ORT_CUDA = Overhead(
     700 << 20,
     "CUDA, cuBLAS and cuDNN, as ONNX Runtime loads them",
-    "reserved (626 MiB measured with benchmarks/gpu_cuda.py on an H100)",
+    "reserved (626 MiB measured with benchmarks/gpu.py on an H100)",
 )
 ORT_WEBGPU = Overhead(
     256 << 20, "the driver, compiled kernels and buffers for copying, with ONNX Runtime's WebGPU", "assumed"

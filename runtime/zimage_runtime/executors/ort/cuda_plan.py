@@ -1,7 +1,7 @@
 """What the programs for CUDA take of a GPU's memory.
 
 The factors are counted from the programs' operators and from the CPU's measured ones, at the element sizes of the GPU.
-What `benchmarks/gpu_cuda.py` measured on an H100 with bf16 weights of the published shapes set `_ALLOCATED`, `_ARENA`
+What `benchmarks/gpu.py` measured on an H100 with bf16 weights of the published shapes set `_ALLOCATED`, `_ARENA`
 and `_DECODER_MAPS`: `benchmarks/results/gpu_h100.md`.
 """
 

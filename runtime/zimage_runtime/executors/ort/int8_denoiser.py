@@ -20,7 +20,7 @@ Blocks of 8 bits (`MatMulNBits`) widen to fp16 too beyond 16 rows, so that they 
 need another layout on the disk, [out, in / 32, 32], and scales per block. int4 bundles have them for the layers that
 lose most at 4 bits.
 
-`benchmarks/gpu_cuda.py` measures both programs.
+`benchmarks/gpu.py` measures both programs.
 """
 
 from dataclasses import dataclass

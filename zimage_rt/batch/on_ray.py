@@ -141,26 +141,27 @@ class Cluster:
     address: str  # empty: what RAY_ADDRESS says, or else a cluster of this machine alone, which is started
 
     def __enter__(self) -> "Cluster":
+        address = self.address or os.environ.get("RAY_ADDRESS") or "local"
         os.environ.update(SILENT)
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # stderr is the command's own
+        if address == "local" and "RAY_AUTH_MODE" not in os.environ:  # as by default, but with no token in ~/.ray
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         try:
             import ray
             import ray.data
         except ImportError:
             raise RequestError("--ray needs Ray; install it with: pip install 'zimage-rt[ray]'") from None
-        address = self.address or os.environ.get("RAY_ADDRESS") or "local"
         new: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE}
-        if address == "local" and "RAY_AUTH_MODE" not in os.environ:  # as by default, but with no token in ~/.ray
-            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # stderr is the command's own
         handler = signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(
-                address=address,
-                log_to_driver=False,
-                logging_level="ERROR",
-                runtime_env={"env_vars": SILENT},
-                **(new if address == "local" else {}),
-            )
+            with _without_stderr():  # on which the level of its log is said
+                ray.init(
+                    address=address,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    runtime_env={"env_vars": SILENT},
+                    **(new if address == "local" else {}),
+                )
         except (ConnectionError, RuntimeError, ValueError) as error:
             text = " ".join(str(error).split())
             raise RayError(f"Ray cannot be used at {address}: {text[:300]}") from None
@@ -215,6 +216,19 @@ def on_ray(items: Sequence[Item], options: WorkerOptions, pool: Pool) -> Iterato
             yield _outcome(row["outcome"])
     except Failed as error:
         raise RayError(f"Ray ended the batch: {_cause(error)}") from None
+
+
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Sends what native code writes to stderr to nowhere while the block runs."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _outcome_text(outcome: Outcome) -> str:

@@ -7,16 +7,14 @@ all of CSV is, is read by its field's type.
 import hashlib
 import json
 import os
+import re
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-import click
-
 from zimage_runtime.adapters.given import LoraInput
-from zimage_runtime.command_line.console import SizeType, VariationType
 from zimage_runtime.errors import RequestError, ZImageRuntimeError
 from zimage_runtime.events import Request
 
@@ -29,6 +27,9 @@ MOST_CHARACTERS = 10_000
 _MOST_ID = 120  # bytes: file systems allow 255, and names for what is being written are longer
 _FORBIDDEN = set('/\\<>:"|?*')  # in file names, on one system or another
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
+
+_SIZE = re.compile(r"(\d{1,9})\s*[xX×]\s*(\d{1,9})", re.ASCII)
+_VARIATION = re.compile(r"(\d{1,20}):(\d{0,9}\.?\d{1,9})", re.ASCII)
 
 COLUMNS: dict[str, Any] = {
     one.name: one.type for one in fields(Request) if one.init and one.name not in ("count", "batch_size")
@@ -123,19 +124,16 @@ def _checked_id(value: object) -> str:
 def _value(name: str, value: Any, row: Row, folder: Path) -> Any:
     """A value as JSON holds it, which `RowRequest.request` and `Request` understand."""
     kind = COLUMNS[name]
-    try:
-        if kind == tuple[int, int] | None:
-            return _listed(value, lambda text: SizeType().convert(text, None, None))
-        if kind == tuple[int, float] | None:
-            return _listed(value, lambda text: VariationType().convert(text, None, None))
-        if kind == Iterable[LoraInput]:
-            return _loras(value, folder)
-        if _is_path(kind):
-            return _path(name, value, folder)
-        if row.textual:
-            return _from_text(name, value, kind)
-    except click.ClickException as error:
-        raise RequestError(f"{name}: {error.message}") from None
+    if kind == tuple[int, int] | None:
+        return _pair(name, value, _SIZE, "1024x768", int)
+    if kind == tuple[int, float] | None:
+        return _pair(name, value, _VARIATION, "5:0.2", float)
+    if kind == Iterable[LoraInput]:
+        return _loras(value, folder)
+    if _is_path(kind):
+        return _path(name, value, folder)
+    if row.textual:
+        return _from_text(name, value, kind)
     if isinstance(value, float) and value.is_integer() and kind in (int, int | None):
         return int(value)  # pandas writes a column of whole numbers with gaps as floating-point numbers
     if not isinstance(value, str | int | float):
@@ -158,12 +156,14 @@ def _from_text(name: str, text: str, kind: Any) -> Any:
     return text
 
 
-def _listed(value: Any, parse: Callable[[str], tuple[float, ...]]) -> list[float]:
-    """A size or a variation: as text, or as a list of its two numbers."""
-    found = parse(value) if isinstance(value, str) else value
-    if not isinstance(found, list | tuple):
-        raise RequestError(f"must be text or a list of two numbers, not {value!r}")
-    return list(found)
+def _pair(name: str, value: Any, form: re.Pattern[str], example: str, second: type[int] | type[float]) -> list[Any]:
+    """Two numbers: as text of a form, or as a list."""
+    if isinstance(value, list):
+        return value
+    match = form.fullmatch(value.strip()) if isinstance(value, str) else None
+    if match is None:
+        raise RequestError(f"{name} must be like {example!r}, not {str(value)[:40]!r}")
+    return [int(match[1]), second(match[2])]
 
 
 def _is_path(kind: Any) -> bool:

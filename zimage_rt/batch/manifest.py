@@ -8,19 +8,11 @@ from typing import Any
 from zimage_runtime.errors import RequestError
 
 from .items import Item
+from .parquet import pyarrow_parquet
 from .records import Record, recorded_keys, remove_records, write_record
 from .store import Store
 
 MANIFEST = "manifest.parquet"
-
-
-def pyarrow_parquet() -> Any:
-    """pyarrow's module for Parquet. Raises `RequestError` where it is not installed."""
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise RequestError("zimage-rt batch needs pyarrow; install it with: pip install 'zimage-rt[batch]'") from None
-    return parquet
 
 
 def read_manifest(store: Store) -> dict[str, Record]:

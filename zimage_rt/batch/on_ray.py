@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import secrets
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ from .fields import RowRequest
 from .generate import Failure, Generator, Outcome
 from .items import Item, Shape, groups
 from .records import Record, is_done, read_record
-from .store import open_store
+from .store import ATTEMPTS, open_store
 
 _OBJECT_STORE = 128 << 20
 """Bytes, of a cluster that is started here: rows and records pass through it, never images."""
@@ -28,8 +29,8 @@ _OBJECT_STORE = 128 << 20
 _TURNS = 4
 """Groups for each worker, so that none waits long for the last one."""
 
-_RETRIES = 3
-"""Of a group whose worker died: a row that kills each worker ends the batch."""
+_ATTEMPTS = 2
+"""Of a row alone, after a worker died of its group. A worker may also die of something else."""
 
 SILENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
 """The environment of the driver and of each worker."""
@@ -91,20 +92,46 @@ class Worker:
         outcomes: list[str] = []
         for text in batch["group"]:
             try:
-                outcomes += [_outcome_text(one) for one in self._outcomes(_items(str(text)))]
+                outcomes += [_outcome_text(one) for one in self.generate(_items(str(text)))]
             except OSError as error:  # nothing more can be written
                 outcomes.append(json.dumps({"stop": [error.errno, error.strerror or str(error), error.filename]}))
         return {"outcome": outcomes}
 
-    def _outcomes(self, items: Sequence[Item]) -> Iterator[Outcome]:
+    def generate(self, items: Sequence[Item]) -> Iterator[Outcome]:
+        """Generates a group, but for what a worker that died has made of it.
+
+        After such a death rows are generated one by one, so that it is known which of them a worker dies of.
+        """
         left = []
-        for item in items:  # a worker that died may have made some of them
+        for item in items:
             record = read_record(self._store, item.key)
             if record is not None and is_done(self._store, record):
                 yield record
             else:
                 left.append(item)
-        yield from (one for one in self._generator.run(left) if isinstance(one, Record | Failure))
+        group = f"group-{items[0].key}"
+        if not self._attempts(group):
+            self._begin(group)
+            yield from self._outcomes(left)
+        else:
+            for item in left:
+                if self._attempts(item.key) >= _ATTEMPTS:
+                    yield Failure(item.key, f"{_ATTEMPTS} workers died of it")
+                else:
+                    self._begin(item.key)
+                    yield from self._outcomes([item])
+                self._store.remove(f"{ATTEMPTS}/{item.key}")
+        self._store.remove(f"{ATTEMPTS}/{group}")
+
+    def _outcomes(self, items: Sequence[Item]) -> Iterator[Outcome]:
+        return (one for one in self._generator.run(items) if isinstance(one, Record | Failure))
+
+    def _attempts(self, name: str) -> int:
+        """How often something was begun and not ended."""
+        return len(self._store.read(f"{ATTEMPTS}/{name}") or b"")
+
+    def _begin(self, name: str) -> None:
+        self._store.write(f"{ATTEMPTS}/{name}", b"." * (self._attempts(name) + 1))
 
 
 @dataclass(frozen=True)
@@ -114,23 +141,27 @@ class Cluster:
     address: str  # empty: what RAY_ADDRESS says, or else a cluster of this machine alone, which is started
 
     def __enter__(self) -> "Cluster":
+        address = self.address or os.environ.get("RAY_ADDRESS") or "local"
         os.environ.update(SILENT)
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # stderr is the command's own
+        if address == "local" and "RAY_AUTH_MODE" not in os.environ:  # as by default, but with no token in ~/.ray
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         try:
             import ray
             import ray.data
         except ImportError:
             raise RequestError("--ray needs Ray; install it with: pip install 'zimage-rt[ray]'") from None
-        address = self.address or os.environ.get("RAY_ADDRESS") or "local"
         new: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE}
         handler = signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(
-                address=address,
-                log_to_driver=False,
-                logging_level="ERROR",
-                runtime_env={"env_vars": SILENT},
-                **(new if address == "local" else {}),
-            )
+            with _without_stderr():  # on which the level of its log is said
+                ray.init(
+                    address=address,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    runtime_env={"env_vars": SILENT},
+                    **(new if address == "local" else {}),
+                )
         except (ConnectionError, RuntimeError, ValueError) as error:
             text = " ".join(str(error).split())
             raise RayError(f"Ray cannot be used at {address}: {text[:300]}") from None
@@ -179,14 +210,25 @@ def on_ray(items: Sequence[Item], options: WorkerOptions, pool: Pool) -> Iterato
         fn_constructor_args=(options, pool.cpus),
         num_cpus=pool.cpus,
         num_gpus=pool.gpus,
-        max_restarts=_RETRIES,
-        max_task_retries=_RETRIES,
     )
     try:
         for row in dataset.iter_rows():
             yield _outcome(row["outcome"])
     except Failed as error:
         raise RayError(f"Ray ended the batch: {_cause(error)}") from None
+
+
+@contextlib.contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Sends what native code writes to stderr to nowhere while the block runs."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _outcome_text(outcome: Outcome) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 
 from zimage_runtime.errors import RequestError
 
+from .parquet import pyarrow_parquet
+
 MOST_CELL = 1 << 20
 """Characters of a CSV cell: far more than a row can use, so that a quote that is never closed ends somewhere."""
 
@@ -133,8 +135,6 @@ def _is_text(cell: str) -> bool:
 
 
 def _parquet(path: Path) -> Iterator[Read]:
-    from .manifest import pyarrow_parquet
-
     parquet = pyarrow_parquet()
     with path.open("rb") as file:
         try:

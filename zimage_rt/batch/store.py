@@ -1,7 +1,7 @@
 """Where a batch's files are: a folder, or a URL that fsspec knows. A file is there as a whole or not at all.
 
-Beside the images, the hidden folder `.zimage-batch` holds what is not finished: latents that wait for decoding, and a
-record of each image until the manifest has it.
+Beside the images, the hidden folder `.zimage-batch` holds what is not finished: latents that wait for decoding, a
+record of each image until the manifest has it, and what a worker on Ray has begun.
 """
 
 import contextlib
@@ -17,6 +17,7 @@ from zimage_runtime.errors import RequestError
 WORK = ".zimage-batch"
 RECORDS = f"{WORK}/records"
 LATENTS = f"{WORK}/latents"
+ATTEMPTS = f"{WORK}/attempts"
 
 _WHOLE = {"memory", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "r2"}
 """Protocols of stores where an object appears when it is complete."""
@@ -57,7 +58,7 @@ def open_store(where: str) -> Store:
         return _open_url(where)
     root = Path(where)
     try:
-        for folder in (RECORDS, LATENTS):
+        for folder in (RECORDS, LATENTS, ATTEMPTS):
             (root / folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RequestError(f"{root}: the folder cannot be used: {error.strerror or error}") from None
@@ -147,7 +148,7 @@ def _open_url(url: str) -> "UrlStore":
     protocol = url.partition("://")[0]
     store = UrlStore(url.rstrip("/"), system, root.rstrip("/"), whole=protocol in _WHOLE)
     try:
-        for folder in (RECORDS, LATENTS):
+        for folder in (RECORDS, LATENTS, ATTEMPTS):
             system.makedirs(f"{store.root}/{folder}", exist_ok=True)
     except OSError as error:
         raise RequestError(f"{url}: cannot be used: {error.strerror or error}") from None

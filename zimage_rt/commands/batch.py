@@ -87,7 +87,7 @@ def batch(
     from zimage_runtime.pipeline import Pipeline
 
     from ..batch import on_ray
-    from ..batch.manifest import pyarrow_parquet
+    from ..batch.parquet import pyarrow_parquet
     from ..batch.run import Batch, BatchOptions, checked_items, in_groups, report
     from ..demo import demo_bundle
 

@@ -143,11 +143,15 @@ class ExecutorChoice:
 
 
 def _planned(executor: Executor, work: Work) -> Plan:
-    """The executor's plan. Raises `RequestError` for LoRA where it runs no program that takes them."""
+    """The executor's plan. Raises `RequestError` for LoRA or control where it runs no program that takes them."""
     if work.branches is not None and not getattr(executor, "takes_lora", False):
         raise RequestError(
             f"the {executor.name} executor takes no LoRA at run time; use --executor cpu, or merge them into a bundle "
             "with `zimage-export build --lora`"
+        )
+    if work.control is not None and not getattr(executor, "takes_control", False):
+        raise RequestError(
+            f"the {executor.name} executor takes no ControlNet (control); use --executor cuda, webgpu or cpu"
         )
     return executor.plan(work)
 

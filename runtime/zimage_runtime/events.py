@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, SupportsIndex
 from .adapters.given import LoraInput, given_loras
 from .arrays import FloatArray
 from .errors import RequestError
-from .images.control_image import ControlType
 from .images.metadata import ImageInfo
 from .images.source_image import ImageInput
+from .model.control_type import ControlType
 from .model.noise import MAX_SEED
 from .model.preview_map import PreviewMap
 from .model.sampling_names import SamplerName, SchedulerName

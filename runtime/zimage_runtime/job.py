@@ -10,9 +10,10 @@ from .bundle.manifest import Manifest
 from .events import NoticeEvent, Request
 from .executors.choose import Chosen
 from .executors.protocol import Computation, Executor, Plan
-from .images.control_image import ControlImage, ControlType
+from .images.control_image import ControlImage
 from .images.metadata import ImageInfo, LoraInfo
 from .images.source_image import SourceImage
+from .model.control_type import ControlType
 from .model.geometry import ImageGeometry
 from .model.sampling_names import SamplerName, SchedulerName
 from .model.schedule import Schedule

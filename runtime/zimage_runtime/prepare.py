@@ -14,10 +14,11 @@ from .errors import RequestError
 from .events import Request
 from .executors.choose import ExecutorChoice
 from .executors.protocol import Work
-from .images.control_image import ControlType, make_control_image, open_control_image
+from .images.control_image import make_control_image, open_control_image
 from .images.img2img import DEFAULT_MASKED_STRENGTH, DEFAULT_STRENGTH, steps_skipped
 from .images.source_image import GivenImage, open_given
 from .job import Job, JobControl, Prompt, image_info, lora_notices, notices_of
+from .model.control_type import ControlType
 from .model.geometry import ImageGeometry, image_geometry
 from .model.sampling_names import SchedulerName
 from .model.schedule import make_schedule

@@ -197,5 +197,6 @@ class ExecutorKind:
     predict: Callable[[Bundle, Work, Hardware], Plan]
     """The plan for another machine. Raises `MemoryLimitError`, or `BundleError` where the bundle has no programs."""
     examine: Callable[[], Examination]
+    takes_control: bool = False  # runs steps under a ControlNet
     why_not_automatic: Callable[[int], Unavailable | None] = lambda device: None
     """Why `auto` does not choose it on a device of this machine, although it may run there when it is named."""

@@ -4,21 +4,14 @@ It is resized to the size that is generated as a source image is (Lanczos, as in
 """
 
 from dataclasses import dataclass
-from enum import StrEnum
 from importlib.util import find_spec
 
 import numpy as np
 
 from ..arrays import FloatArray
 from ..errors import RequestError
+from ..model.control_type import ControlType
 from .source_image import GivenImage, ImageInput, open_image, pixels_of
-
-
-class ControlType(StrEnum):
-    """What is made of a photograph before the ControlNet reads it."""
-
-    CANNY = "canny"  # edges, white on black
-
 
 _LOWER, _UPPER = 100, 200
 """The thresholds of Canny's edges: those of ControlNet's first examples and of VideoX-Fun's."""

@@ -23,9 +23,9 @@ from typing import Annotated, Any, Self, get_args, get_type_hints
 
 from ..checked_json import Fields
 from ..errors import ConfigError, RequestError
+from ..model.control_type import ControlType
 from ..model.noise import MAX_SEED
 from ..model.sampling_names import SamplerName, SchedulerName
-from .control_image import ControlType
 
 
 @dataclass(frozen=True)

@@ -204,6 +204,14 @@ SIGNATURES: dict[Program, Signature] = {
 }
 
 
+_HINT = "hint."
+
+
 def hint_name(index: int) -> str:
     """The name of a hint: as an input, by the block that it is added after; as an output, by its number."""
-    return f"hint.{index}"
+    return f"{_HINT}{index}"
+
+
+def is_hint(name: str) -> bool:
+    """Whether an input or output of a program is a hint."""
+    return name.startswith(_HINT)

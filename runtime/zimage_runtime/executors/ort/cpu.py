@@ -252,6 +252,7 @@ def _open(bundle: Bundle, options: Options) -> OrtCpuExecutor:
 def _predict(bundle: Bundle, work: Work, hardware: Hardware) -> MemoryPlan:
     if reason := _why_unavailable(bundle, 0):
         raise BundleError(reason.reason)
+    check_programs(bundle, work, CPU, CPU)
     return plan_memory(bundle.manifest, work, available=hardware.memory)
 
 
@@ -264,4 +265,6 @@ def _examine() -> Examination:
     return Examination(Verdict.NOTE, text, values)
 
 
-KIND = ExecutorKind(on_gpu=False, why_unavailable=_why_unavailable, open=_open, predict=_predict, examine=_examine)
+KIND = ExecutorKind(
+    on_gpu=False, why_unavailable=_why_unavailable, open=_open, predict=_predict, examine=_examine, takes_control=True
+)

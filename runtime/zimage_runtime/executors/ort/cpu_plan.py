@@ -26,6 +26,7 @@ _FLOAT = 4  # bytes
 
 # Live activations at a program's peak, in units of one token (or pixel) times the width named beside it
 _DENOISER_WIDTHS = 17.0  # x dim
+_EMBEDDED_WIDTHS = 4.0  # x dim, where tokens are only embedded
 _TEXT_WIDTHS = 15.0  # x intermediate_size / 3
 _TEXT_SCORES = 3.0  # x heads x tokens: causal attention holds its scores
 _DECODER_MAPS = 4.5  # x the widest feature map at full resolution
@@ -180,7 +181,8 @@ def _activations(program: Program, manifest: Manifest, work: Work) -> int:
         channels = config.vae.block_out_channels
         widest = max(channels[0], channels[min(1, len(channels) - 1)])  # the last upsampled map keeps the level's width
         return int(_FLOAT * geometry.width * geometry.height * widest * _DECODER_MAPS)
-    values = _DENOISER_WIDTHS * tokens_of(program, work) * config.transformer.dim
+    widths = _EMBEDDED_WIDTHS if program in (Program.TOKENS, Program.CONTROL_TOKENS) else _DENOISER_WIDTHS
+    values = widths * tokens_of(program, work) * config.transformer.dim
     # the library's own hints, beside the copies that are given to the denoiser
     return int(_FLOAT * values) + (hint_bytes(work) if program is Program.CONTROL_LAYERS else 0)
 

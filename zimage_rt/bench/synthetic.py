@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.precision import Precision
 from zimage_runtime.bundle.tensors import DType, encode_header
 from zimage_runtime.command_line.progress import Progress
@@ -124,7 +125,7 @@ def random_lora(path: Path, config: ModelConfig, rank: int, scale: float, *, hal
     import numpy as np
 
     rng, kind = np.random.default_rng(rank), DType.F16 if half else DType.F32
-    tensors = {}
+    tensors: dict[str, FloatArray] = {}
     for linear in (linear for program in EXTENDED for linear in branch_linears(program, config)):
         name = f"diffusion_model.{linear.name}"
         down = rng.standard_normal((rank, linear.in_width), np.float32) / linear.in_width**0.5

@@ -1,7 +1,7 @@
 """The ControlNet of the demo model, as diffusers builds it, and its batched pass.
 
 The layout is that of the published version 2.1: control blocks at every second layer, control blocks as refiners, and
-33 input channels, of which training sees the first 16 (the other 17 are zeros unless a picture is inpainted).
+33 input channels: a map's latents, and for inpainting 1 where the picture is kept, and its latents (otherwise zeros).
 """
 
 from typing import Any
@@ -60,7 +60,7 @@ class Controlled(nn.Module):
     def forward(
         self, latents: Tensor, times: Tensor, tokens: Tensor, lengths: Tensor, control: Tensor, scale: float
     ) -> Tensor:
-        """As `Generator.forward`, with the latents of a map [n, 16, h, w], whose hints are multiplied by `scale`."""
+        """As `Generator.forward`, with `control` [n, 33, h, w], whose hints are multiplied by `scale`."""
         with torch.no_grad():
             captions = encode_text(self.text_encoder, tokens)
             refined = refine(self.transformer, latents, times, captions, lengths)
@@ -69,8 +69,7 @@ class Controlled(nn.Module):
     def hints(self, refined: Refined, control: Tensor, scale: float) -> dict[int, Tensor]:
         """The batched pass of `ZImageControlNetModel`: place → hint for the tokens of image and caption."""
         net = self.controlnet
-        rest = control.new_zeros(len(control), CHANNELS - control.shape[1], *control.shape[2:])
-        c = net.control_all_x_embedder["2-1"](patches(torch.cat([control, rest], dim=1)))
+        c = net.control_all_x_embedder["2-1"](patches(control))
         c = padded_tokens(c, self.transformer.x_pad_token)
         # There is one noise refiner: the ControlNet's copy of the tokens is the transformer's own, and one hint more.
         (refiner,) = net.control_noise_refiner

@@ -12,6 +12,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from zimage_export.output import replaced_directory
@@ -19,55 +20,29 @@ from zimage_export.source.checkpoint import DEMO
 from zimage_runtime.model.tokenizer import PromptTokenizer
 
 from .captions import caption
+from .control_data import control_mask, control_scene, examples_of, write_examples
 from .control_layers import Controlled, copy_blocks, new_controlnet
 from .dataset import SIZES
-from .edges import placed_scene, random_edge_map
-from .scenes import Scene, draw, random_scene
 from .training import Course, train
 from .velocity import VelocityTask
 
-COURSE = Course(steps=1200, microbatches=4, matrix_rate=0.01, vector_rate=1e-3, decay=0.6)
+COURSE = Course(steps=2000, microbatches=4, matrix_rate=0.01, vector_rate=1e-3, decay=0.6)
 SMALL_COURSE = Course(steps=6, microbatches=2, matrix_rate=0.01, vector_rate=1e-3, warmup=2)
 SCENES = 6000
 SCALES = 0.65, 1.0
 """What hints are multiplied by in training: the range that users are advised to choose from."""
-
-
-def control_scene(size: tuple[int, int], index: int) -> Scene:
-    """The training scene behind a row: one in five is as the demo model knows them, with places in its captions."""
-    rng = np.random.default_rng([21, *size, index])
-    return random_scene(rng) if rng.random() < 0.2 else placed_scene(rng, size)
-
-
-def write_pairs(vae: Any, folder: Path, count: int) -> None:
-    """Writes latents of about `count` scenes and their maps, [rows, 2, 16, h, w] in float16, one file for each size."""
-    config = vae.config
-    for size, share in SIZES.items():
-        rows = max(1, round(count * share))
-        width, height = size
-        out = np.empty((rows, 2, 16, height // 8, width // 8), np.float16)
-        for row in range(rows):
-            scene = control_scene(size, row)
-            edges = random_edge_map(scene, size, np.random.default_rng([22, *size, row]))
-            pair = torch.from_numpy(np.stack([draw(scene, width, height), edges])).permute(0, 3, 1, 2).contiguous()
-            with torch.no_grad():
-                mean = vae.encoder(pair * 2 - 1)[:, :16]
-            out[row] = ((mean - config.shift_factor) * config.scaling_factor).numpy()
-        np.save(_file(folder, size), out)
-
-
-def _file(folder: Path, size: tuple[int, int]) -> Path:
-    return folder / f"pairs-{size[0]}x{size[1]}.npy"
+INPAINTING = 0.3
+"""The share of examples in which a part is painted and the rest is given."""
 
 
 class ControlTask:
     """The demo model's loss with a map beside the caption."""
 
-    def __init__(self, model: Controlled, pairs: Path, batch: int) -> None:
+    def __init__(self, model: Controlled, examples: Path, batch: int) -> None:
         self.model: Any = model
-        self.pairs, self.batch = pairs, batch
-        self._rows: dict[tuple[int, int], Any] = {}
-        self._words: Any = None
+        self.examples, self.batch = examples, batch
+        self._rows: dict[tuple[int, int], NDArray[np.float16]] = {}
+        self._words: PromptTokenizer | None = None
 
     def loss(self, step: int, index: int) -> Tensor:
         """As `workers.Task` has it."""
@@ -75,9 +50,10 @@ class ControlTask:
         sizes = list(SIZES)
         size = sizes[rng.choice(len(sizes), p=list(SIZES.values()))]
         if size not in self._rows:
-            self._rows[size] = np.load(_file(self.pairs, size), mmap_mode="r")
+            self._rows[size] = examples_of(self.examples, size)
         rows = rng.integers(len(self._rows[size]), size=self.batch)
-        clean, control = torch.from_numpy(self._rows[size][rows].astype(np.float32)).unbind(1)
+        clean, edges, rest = torch.from_numpy(self._rows[size][rows].astype(np.float32)).unbind(1)
+        control = torch.cat([edges, self._given(size, rows, rest, rng)], dim=1)
         tokens, lengths = self._captions(size, rows, rng)
         noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(step * 4096 + index))
         sigma = VelocityTask.sigmas(self.batch, rng)
@@ -85,7 +61,16 @@ class ControlTask:
         out = self.model(mixed, 1 - sigma, tokens, lengths, control, float(rng.uniform(*SCALES)))
         return torch.as_tensor((out - (clean - noise)).square().mean())
 
-    def _captions(self, size: tuple[int, int], rows: Any, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def _given(self, size: tuple[int, int], rows: NDArray[np.int64], rest: Tensor, rng: np.random.Generator) -> Tensor:
+        """The channels for inpainting [n, 17, h, w]: 1 where the picture is kept, and its latents; or zeros."""
+        kept = np.stack([~control_mask(size, int(row))[::8, ::8] for row in rows])  # as "nearest" picks pixels
+        given = torch.cat([torch.from_numpy(kept).float()[:, None], rest], dim=1)
+        chosen = torch.from_numpy(rng.random(self.batch) < INPAINTING)
+        return torch.where(chosen[:, None, None, None], given, 0.0)
+
+    def _captions(
+        self, size: tuple[int, int], rows: NDArray[np.int64], rng: np.random.Generator
+    ) -> tuple[Tensor, Tensor]:
         if self._words is None:
             self._words = PromptTokenizer(DEMO / "tokenizer" / "tokenizer.json")
         texts = [caption(control_scene(size, int(row)), "en" if rng.random() < 0.5 else "zh", rng) for row in rows]
@@ -98,24 +83,32 @@ class ControlTask:
 
 def train_controlnet(work: Path, *, quick: bool = False) -> None:
     """Runs every stage in `work`; the result is ``work/controlnet``. `quick` only shows that each stage runs."""
-    from diffusers import AutoencoderKL, ZImageTransformer2DModel
-    from transformers import Qwen3ForCausalLM
+    from diffusers import AutoencoderKL
 
     work.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
-    pairs = work / "pairs"
-    if not pairs.exists():
+    examples = work / "examples"
+    if not examples.exists():
         vae = AutoencoderKL.from_pretrained(DEMO / "vae").float().eval()
-        with replaced_directory(pairs) as folder:
-            write_pairs(vae, folder, 40 if quick else SCENES)
+        with replaced_directory(examples) as folder:
+            write_examples(vae, folder, 40 if quick else SCENES)
+    model = controlled_demo()
+    plain = [name for name, p in model.named_parameters() if p.ndim > 1 and ("embedder" in name or "adaLN" in name)]
+    course, every = (SMALL_COURSE, 2) if quick else (COURSE, 50)
+    train(ControlTask(model, examples, batch=8), course, plain, work / "controlnet.pt", every=every)
+    write_controlnet(model.controlnet, work / "controlnet")
+
+
+def controlled_demo() -> Controlled:
+    """The demo model as it ships, with a ControlNet that is about to learn."""
+    from diffusers import ZImageTransformer2DModel
+    from transformers import Qwen3ForCausalLM
+
     transformer = ZImageTransformer2DModel.from_pretrained(DEMO / "transformer").float()
     text_encoder = Qwen3ForCausalLM.from_pretrained(DEMO / "text_encoder").float()
     controlnet = new_controlnet()
     copy_blocks(controlnet, transformer)
-    model = Controlled(text_encoder, transformer, controlnet)
-    plain = [name for name, p in model.named_parameters() if p.ndim > 1 and ("embedder" in name or "adaLN" in name)]
-    train(ControlTask(model, pairs, batch=8), SMALL_COURSE if quick else COURSE, plain, work / "controlnet.pt", every=50)
-    write_controlnet(controlnet, work / "controlnet")
+    return Controlled(text_encoder, transformer, controlnet)
 
 
 def write_controlnet(controlnet: Any, out: Path) -> None:

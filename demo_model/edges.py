@@ -4,6 +4,7 @@ Captions name the objects and not their places, so that only the map tells where
 """
 
 from dataclasses import replace
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,11 +32,17 @@ def _placed(things: tuple[Thing, ...], rng: np.random.Generator, size: tuple[int
         for thing in things:
             radius = rng.uniform(0.13, most)
             x, y = (rng.uniform(reach, 1 - reach) for reach in (_REACH * radius * short / side for side in size))
-            word = "small" if radius < 0.16 and len(things) == 1 else "large" if radius > 0.29 else ""
-            word = word if rng.random() < 0.5 else ""
-            placed.append(Thing(thing.shape, thing.colour, x, y, radius, float(rng.uniform(-8, 8)), word))
+            angle = float(rng.uniform(-8, 8))
+            placed.append(replace(thing, x=x, y=y, radius=radius, angle=angle, size=_word(radius, len(things), rng)))
         if len(placed) == 1 or _apart(placed[0], placed[1], size):
             return tuple(placed)
+
+
+def _word(radius: float, count: int, rng: np.random.Generator) -> Literal["", "small", "large"]:
+    """What captions call the size: where it is clear, every second one does."""
+    if count > 1 or rng.random() < 0.5:
+        return ""
+    return "small" if radius < 0.16 else "large" if radius > 0.29 else ""
 
 
 def _apart(one: Thing, other: Thing, size: tuple[int, int]) -> bool:

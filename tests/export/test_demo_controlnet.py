@@ -6,7 +6,7 @@ import torch
 from diffusers import ZImageControlNetModel
 
 from demo_model.architecture import new_text_encoder, new_transformer
-from demo_model.control_layers import Controlled, copy_blocks, new_controlnet
+from demo_model.control_layers import Controlled, new_controlnet
 
 pytestmark = pytest.mark.deep
 
@@ -19,15 +19,15 @@ def test_the_batched_pass_is_that_of_diffusers(height: int, width: int, length: 
     model = Controlled(new_text_encoder(), new_transformer(), new_controlnet()).eval()
     for p in model.parameters():
         p.data += torch.randn_like(p) * 0.1  # away from their neutral values
-    latents, control, times = torch.randn(2, 16, height, width), torch.randn(2, 16, height, width), torch.tensor([0.3, 0.7])
+    latents, control = torch.randn(2, 16, height, width), torch.randn(2, 33, height, width)
+    times = torch.tensor([0.3, 0.7])
     tokens = torch.randint(0, 700, (2, padded))
     with torch.no_grad():
         ours = model(latents, times, tokens, torch.tensor([length, length]), control, 0.8)
         text = model.text_encoder.model(input_ids=tokens[:, :length], output_hidden_states=True).hidden_states[-2]
         theirs = ZImageControlNetModel.from_transformer(model.controlnet, model.transformer)
-        wide = torch.cat([control, torch.zeros(2, 17, height, width)], dim=1)[:, :, None]
         images = list(latents[:, :, None])
-        hints = theirs(images, times, list(text), list(wide), conditioning_scale=0.8)
+        hints = theirs(images, times, list(text), list(control[:, :, None]), conditioning_scale=0.8)
         out = model.transformer(images, times, list(text), controlnet_block_samples=hints, return_dict=False)[0]
         without = model.transformer(images, times, list(text), return_dict=False)[0]
     expected = torch.stack(out)[:, :, 0]

@@ -16,9 +16,17 @@ from .scenes import Scene, draw, random_scene
 
 
 def control_scene(size: tuple[int, int], index: int) -> Scene:
-    """The training scene behind a row: one in five is as the demo model knows them, with places in its captions."""
+    """The training scene behind a row: one in five is as the demo model knows them, with places in its captions.
+
+    Of the others, two in three have two objects: there the map must also decide which colour goes where.
+    """
     rng = np.random.default_rng([21, *size, index])
-    return random_scene(rng) if rng.random() < 0.2 else placed_scene(rng, size)
+    if rng.random() < 0.2:
+        return random_scene(rng)
+    wanted = 1 if rng.random() < 1 / 3 else 2
+    while len((scene := placed_scene(rng, size)).things) != wanted:
+        pass
+    return scene
 
 
 def control_mask(size: tuple[int, int], index: int) -> NDArray[np.bool_]:

@@ -52,6 +52,7 @@ def write_examples(vae: Any, folder: Path, count: int) -> None:
     A row is the latents of the scene, of its map, and of the scene in middle gray where the mask is.
     """
     config = vae.config
+    folder.mkdir(parents=True, exist_ok=True)
     for size, share in SIZES.items():
         rows = max(1, round(count * share))
         width, height = size

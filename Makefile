@@ -10,7 +10,7 @@ SYSTEM := $(shell uname -sm | tr ' ' -)
 EXTRAS := export,report,test,dev$(if $(filter Linux-x86_64,$(SYSTEM)),$(comma)tensorrt)
 EXTRAS := $(EXTRAS)$(if $(filter Linux-x86_64 Darwin-arm64,$(SYSTEM)),$(comma)webgpu)
 
-.PHONY: mesa demo demo-model demo-bundle demo-scores test test-fast test-slow check bench bench-int8 bench-report bench-full-size bench-full-size-systems bench-gpu install clean
+.PHONY: mesa demo demo-model demo-controlnet demo-bundle demo-scores control-places test test-fast test-slow check bench bench-int8 bench-report bench-full-size bench-full-size-systems bench-gpu install clean
 
 install: $(STAMP)
 
@@ -35,15 +35,25 @@ demo-model: $(EXPORT_STAMP)
 	MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_MMAP_THRESHOLD_=4000000000 OMP_WAIT_POLICY=PASSIVE \
 	    $(BIN)/python -m demo_model $(DEMO_WORK)
 
+# Trains the demo model's ControlNet, half an hour on two cores; interrupted, it goes on where it was.
+CONTROLNET_WORK ?= out/demo-controlnet
+demo-controlnet: $(EXPORT_STAMP)
+	MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_MMAP_THRESHOLD_=4000000000 OMP_WAIT_POLICY=PASSIVE \
+	    $(BIN)/python -m demo_model.controlnet $(CONTROLNET_WORK)
+
 # Renews the bundle that ships, after a change of the exporter or of the demo model.
 demo-bundle: $(EXPORT_STAMP)
 	$(BIN)/zimage-export build tiny zimage_rt/demo_bundle --precision fp16 --force
+
+# Do shapes land where a map of edges puts them?
+control-places: $(STAMP)
+	PYTHONPATH=. $(BIN)/python benchmarks/control_places.py
 
 # Does it generate what it is asked for? The model card's figures, and the README's image.
 demo-scores: $(STAMP)
 	PYTHONPATH=. $(BIN)/python benchmarks/demo_scores.py
 	PYTHONPATH=. $(BIN)/python benchmarks/contact_sheet.py docs/demo.png
-	$(BIN)/python benchmarks/contact_sheet.py docs/four.png 4
+	PYTHONPATH=. $(BIN)/python benchmarks/contact_sheet.py docs/four.png 4
 
 # Without a GPU, WebGPU computes on Mesa's software Vulkan driver, which is unpacked where the system has none.
 MESA := $(VENV)/mesa

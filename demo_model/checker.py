@@ -52,20 +52,28 @@ class Verdict:
 def see(picture: NDArray[np.uint8]) -> list[Seen]:
     """The saturated objects in an RGB picture [height, width, 3]."""
     height, width, _ = picture.shape
+    seen = []
+    for colour, area in coloured_areas(picture):
+        rows, columns = np.nonzero(area)
+        top, left = rows.min(), columns.min()
+        crop = area[top : rows.max() + 1, left : columns.max() + 1]
+        x, y = left + crop.shape[1] / 2, top + crop.shape[0] / 2
+        seen.append(Seen(colour, _nearest_shape(crop), float(x / width), float(y / height)))
+    return seen
+
+
+def coloured_areas(picture: NDArray[np.uint8]) -> list[tuple[Colour, NDArray[np.bool_]]]:
+    """The connected saturated areas [height, width] of an RGB picture [height, width, 3], specks left out."""
+    height, width, _ = picture.shape
     pixels = picture.astype(np.float32)
     chroma = pixels.max(axis=2) - pixels.min(axis=2)
     kinds = np.where(chroma > _CHROMA, _nearest_colour(pixels, chroma), -1)
-    seen = []
-    for kind, colour in enumerate(COLOURS):
-        for area in _connected(kinds == kind):
-            if area.sum() < _SMALLEST * width * height:
-                continue
-            rows, columns = np.nonzero(area)
-            top, left = rows.min(), columns.min()
-            crop = area[top : rows.max() + 1, left : columns.max() + 1]
-            x, y = left + crop.shape[1] / 2, top + crop.shape[0] / 2
-            seen.append(Seen(colour, _nearest_shape(crop), float(x / width), float(y / height)))
-    return seen
+    return [
+        (colour, area)
+        for kind, colour in enumerate(COLOURS)
+        for area in _connected(kinds == kind)
+        if area.sum() >= _SMALLEST * width * height
+    ]
 
 
 def judge(scene: Scene, seen: list[Seen]) -> Verdict:

@@ -4,6 +4,8 @@ The parameters live in transformers' and diffusers' own modules; their forwards 
 the batched passes here restate them. Tests compare both.
 """
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,32 +42,75 @@ def encode_text(text_encoder: Any, tokens: Tensor) -> Tensor:
     return torch.as_tensor(hidden)
 
 
+@dataclass(frozen=True)
+class Refined:
+    """What the layers start from: tokens [n, count, width] of image and caption, and what every block is given."""
+
+    embedded: Tensor  # the image's, before its refiners
+    image: Tensor
+    caption: Tensor
+    image_rope: Tensor
+    caption_rope: Tensor
+    time: Tensor
+    shape: torch.Size  # of the latents
+
+    @property
+    def rope(self) -> Tensor:
+        """Rotations of image and caption."""
+        return torch.cat([self.image_rope, self.caption_rope])
+
+
 def transform(model: Any, latents: Tensor, times: Tensor, captions: Tensor, lengths: Tensor) -> Tensor:
     """The batched pass of `ZImageTransformer2DModel`; shapes as in `Generator.forward`."""
-    count, channels, height, width = latents.shape
-    rows, columns = height // 2, width // 2
+    return finish(model, refine(model, latents, times, captions, lengths), {})
+
+
+def refine(model: Any, latents: Tensor, times: Tensor, captions: Tensor, lengths: Tensor) -> Refined:
+    """The first half of the pass: embeddings and refiners."""
+    rows, columns = latents.shape[2] // 2, latents.shape[3] // 2
     time = model.t_embedder(times * model.t_scale)
-    image = latents.reshape(count, channels, rows, 2, columns, 2).permute(0, 2, 4, 3, 5, 1)
-    image = model.all_x_embedder["2-1"](image.reshape(count, rows * columns, 4 * channels))
-    pads = -image.shape[1] % 32
-    image = torch.cat([image, model.x_pad_token.expand(count, pads, -1)], dim=1)
+    embedded = padded_tokens(model.all_x_embedder["2-1"](patches(latents)), model.x_pad_token)
     caption = model.cap_embedder(captions)
     padded = torch.arange(caption.shape[1])[None, :, None] >= lengths[:, None, None]
     caption = torch.where(padded, model.cap_pad_token, caption)
 
+    pads = embedded.shape[1] - rows * columns
     image_rope, caption_rope = _positions(model, rows, columns, pads, caption.shape[1])
+    image = embedded
     for block in model.noise_refiner:
-        image = _block(block, image, image_rope, time)
+        image = run_block(block, image, image_rope, time)
     for block in model.context_refiner:
-        caption = _block(block, caption, caption_rope, None)
-    both = torch.cat([image, caption], dim=1)
-    rope = torch.cat([image_rope, caption_rope])
-    for block in model.layers:
-        both = _block(block, both, rope, time)
+        caption = run_block(block, caption, caption_rope, None)
+    return Refined(embedded, image, caption, image_rope, caption_rope, time, latents.shape)
+
+
+def finish(model: Any, refined: Refined, hints: Mapping[int, Tensor]) -> Tensor:
+    """The second half: the layers, each with its hint [n, tokens, width] added if there is one, and the output."""
+    both = torch.cat([refined.image, refined.caption], dim=1)
+    rope = refined.rope
+    for index, block in enumerate(model.layers):
+        both = run_block(block, both, rope, refined.time)
+        if index in hints:
+            both = both + hints[index]
+    count, channels, height, width = refined.shape
+    rows, columns = height // 2, width // 2
     final = model.all_final_layer["2-1"]
-    out = final(both[:, : rows * columns], c=time)
+    out = final(both[:, : rows * columns], c=refined.time)
     out = out.reshape(count, rows, columns, 2, 2, channels).permute(0, 5, 1, 3, 2, 4)
-    return torch.as_tensor(out.reshape(latents.shape))
+    return torch.as_tensor(out.reshape(refined.shape))
+
+
+def patches(latents: Tensor) -> Tensor:
+    """Latents [n, channels, h, w] as [n, h / 2 x w / 2, 4 x channels], the channel last within a patch."""
+    count, channels, height, width = latents.shape
+    rows, columns = height // 2, width // 2
+    image = latents.reshape(count, channels, rows, 2, columns, 2).permute(0, 2, 4, 3, 5, 1)
+    return image.reshape(count, rows * columns, 4 * channels)
+
+
+def padded_tokens(tokens: Tensor, pad: Tensor) -> Tensor:
+    """Tokens [n, count, width] with `pad` [1, width] after them, up to a multiple of 32."""
+    return torch.cat([tokens, pad.expand(len(tokens), -tokens.shape[1] % 32, -1)], dim=1)
 
 
 def _positions(model: Any, rows: int, columns: int, pads: int, caption: int) -> tuple[Tensor, Tensor]:
@@ -76,7 +121,8 @@ def _positions(model: Any, rows: int, columns: int, pads: int, caption: int) -> 
     return torch.view_as_real(model.rope_embedder(image)), torch.view_as_real(model.rope_embedder(text))
 
 
-def _block(block: Any, x: Tensor, rope: Tensor, time: Tensor | None) -> Tensor:
+def run_block(block: Any, x: Tensor, rope: Tensor, time: Tensor | None) -> Tensor:
+    """A transformer block on [n, tokens, width]; without `time` it is a context refiner's, which has no modulation."""
     if time is None:
         x = x + block.attention_norm2(_attention(block.attention, block.attention_norm1(x), rope))
         return torch.as_tensor(x + block.ffn_norm2(_gated(block.feed_forward, block.ffn_norm1(x))))

@@ -46,7 +46,7 @@ class VelocityTask:
         clean, tokens, lengths = self._examples(rng)
         generator = torch.Generator().manual_seed(step * 4096 + index)
         noise = torch.randn(clean.shape, generator=generator)
-        sigma = self._sigmas(len(clean), rng)
+        sigma = self.sigmas(len(clean), rng)
         mixed = torch.lerp(clean, noise, sigma[:, None, None, None])
         out = self.model(mixed, 1 - sigma, tokens, lengths)
         return torch.as_tensor((out - (clean - noise)).square().mean())
@@ -81,7 +81,7 @@ class VelocityTask:
         return rng.choice(count, size=self.batch, p=self._shares[size])
 
     @staticmethod
-    def _sigmas(count: int, rng: np.random.Generator) -> Tensor:
+    def sigmas(count: int, rng: np.random.Generator) -> Tensor:
         """Half from the schedule that a picture takes, half from all of (0, 1]; both shifted as it is."""
         place = 1 - rng.random(count)
         place = np.where(rng.random(count) < 0.5, np.ceil(place * DEFAULT_STEPS) / DEFAULT_STEPS, place)

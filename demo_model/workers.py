@@ -42,7 +42,9 @@ class Gradients:
         self.todo: Any = context.Queue()
         self.done: Any = context.Queue()
         self.processes = [
-            context.Process(target=_work, args=(task, self.slots, self.losses, self.todo, self.done), daemon=True)
+            context.Process(
+                target=_work, args=(os.getpid(), task, self.slots, self.losses, self.todo, self.done), daemon=True
+            )
             for _ in range(processes)
         ]
         for process in self.processes:
@@ -82,15 +84,14 @@ def gradient_workers(task: Task, microbatches: int, processes: int | None = None
         gradients.close()
 
 
-def _work(task: Task, slots: Tensor, losses: Tensor, todo: Any, done: Any) -> None:
+def _work(trainer: int, task: Task, slots: Tensor, losses: Tensor, todo: Any, done: Any) -> None:
     torch.set_num_threads(1)
     parameters = [p for p in task.model.parameters() if p.requires_grad]
-    trainer = os.getppid()
     while True:
         try:
             job = todo.get(timeout=5)
         except queue.Empty:
-            if os.getppid() != trainer:  # it was killed
+            if os.getppid() != trainer:  # it was killed, maybe before this process had started
                 return
             continue
         if job is None:

@@ -40,6 +40,10 @@ def _handle_errors(app: FastAPI) -> None:
     async def gone(request: Request, error: ClientGoneError) -> Response:
         return Response(status_code=499)  # nginx's; nobody reads it
 
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        return plain_error(request.url.path, 500, "internal_error", "the server failed; its log says more")
+
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]

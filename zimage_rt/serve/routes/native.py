@@ -97,7 +97,7 @@ def router(service: Service) -> APIRouter:
         service.supervisor.cancel(found)
         return job_document(found)
 
-    @api.get("/jobs/{id}/events", response_class=EventStream)
+    @api.get("/jobs/{id}/events", responses={200: {"content": {"text/event-stream": {}}}})
     async def events(id: str, last_event_id: Annotated[str | None, Header()] = None) -> Response:
         """A job's events from its beginning, or from `Last-Event-ID` on."""
         after = int(last_event_id) if last_event_id and last_event_id.isascii() and last_event_id.isdigit() else 0

@@ -66,14 +66,17 @@ class Server:
             self.process.wait()
 
 
-def start_server(folder: Path, *arguments: object) -> Server:
-    """Starts a server whose images go to `folder`/images, and waits until it is ready."""
+def start_server(folder: Path, *arguments: object, before: str = "") -> Server:
+    """Starts a server whose images go to `folder`/images, and waits until it is ready.
+
+    `before` is code that its process runs first.
+    """
     log = folder / "server.log"
     words = ["serve", "--port", "0", "--output-dir", folder / "images", *arguments]
     environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     with log.open("a") as errors:
         process = subprocess.Popen(
-            [sys.executable, "-c", _ENTRY, *map(str, words)],
+            [sys.executable, "-c", f"{before}\n{_ENTRY}", *map(str, words)],
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
@@ -88,9 +91,9 @@ def start_server(folder: Path, *arguments: object) -> Server:
 
 
 @contextlib.contextmanager
-def serving(folder: Path, *arguments: object) -> Iterator[Server]:
+def serving(folder: Path, *arguments: object, before: str = "") -> Iterator[Server]:
     """A server while the block runs."""
-    server = start_server(folder, *arguments)
+    server = start_server(folder, *arguments, before=before)
     try:
         yield server
     finally:

@@ -46,7 +46,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {  # from the top; the rooms of
         ("output",),
         ("errors",),
     ),
-    "zimage_rt": (("cli",), ("commands",), ("bench", "batch"), ("demo",)),
+    "zimage_rt": (("cli",), ("commands",), ("bench", "batch", "serve"), ("demo",)),
 }
 
 PACKAGES = {  # which other packages each may import

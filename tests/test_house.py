@@ -45,7 +45,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {  # from the top; the rooms of
         ("output",),
         ("errors",),
     ),
-    "zimage_rt": (("cli",), ("commands",), ("bench",), ("demo",)),
+    "zimage_rt": (("cli",), ("commands",), ("bench", "serve"), ("demo",)),
 }
 
 PACKAGES = {  # which other packages each may import

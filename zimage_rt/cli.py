@@ -11,6 +11,7 @@ from .commands.doctor import doctor
 from .commands.info import info
 from .commands.plan import plan
 from .commands.run import run
+from .commands.serve import serve
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -20,6 +21,7 @@ def cli() -> None:
 
 
 cli.add_command(run)
+cli.add_command(serve)
 cli.add_command(bench)
 cli.add_command(info)
 cli.add_command(plan)

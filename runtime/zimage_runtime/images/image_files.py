@@ -27,22 +27,24 @@ _EXIF_USER_COMMENT = 0x9286
 _EXIF_IFD = 0x8769
 _UNICODE = b"UNICODE\0"
 _MAX_TEXT = 1 << 20
+_QUALITY = 95
 _MAX_SEGMENT = 65_000  # bytes that fit in one JPEG segment beside its name and length
 
 
-def encode_image(image: Image.Image, kind: ImageFormat, info: ImageInfo | None) -> bytes:
-    """The bytes of an image file, with its metadata unless `info` is None.
+def encode_image(image: Image.Image, kind: ImageFormat, info: ImageInfo | None, quality: int | None = None) -> bytes:
+    """The bytes of an image file, with its metadata unless `info` is None. A JPEG's or WebP's `quality` is 0 to 100.
 
     Raises `RequestError` for a prompt that is too long for the format's metadata.
     """
     buffer = io.BytesIO()
+    quality = _QUALITY if quality is None else quality
     match kind:
         case ImageFormat.PNG:
             image.save(buffer, "PNG", pnginfo=_png_chunks(info) if info else None)
         case ImageFormat.JPEG:
-            image.save(buffer, "JPEG", quality=95, subsampling=0, **_exif_and_xmp(info))
+            image.save(buffer, "JPEG", quality=quality, subsampling=0, **_exif_and_xmp(info))
         case ImageFormat.WEBP:
-            image.save(buffer, "WEBP", quality=95, method=4, **_exif_and_xmp(info))
+            image.save(buffer, "WEBP", quality=quality, method=4, **_exif_and_xmp(info))
     return buffer.getvalue()
 
 

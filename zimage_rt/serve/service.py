@@ -166,11 +166,16 @@ def client_of(request: Request) -> str:
 
 def job_document(job: Job) -> dict[str, Any]:
     """A job as the API lists it."""
+    wanted = job.order.wanted
+    width, height = wanted.size or (None, None)
     return {
         "id": job.id,
         "state": job.state.value,
         "position": job.position,
-        "prompt": job.order.wanted.prompt,
+        "prompt": wanted.prompt,
+        "width": width,
+        "height": height,
+        "count": wanted.count,
         "step": job.step,
         "steps": job.steps,
         "error": job.error,

@@ -64,8 +64,8 @@ function parsed(block) {
 }
 
 // A quote inside a JSON string is escaped, so neither pattern can match in a prompt.
-const fromJson = (text) => JSON.parse(text.replace(/("seed"\s*:\s*)(\d{16,})/g, '$1"$2"'));
-const toJson = (body) => JSON.stringify(body).replace(/("seed":)"(\d+)"/g, "$1$2");
+const fromJson = (text) => JSON.parse(text.replace(/("(?:variation_)?seed"\s*:\s*)(\d{16,})/g, '$1"$2"'));
+const toJson = (body) => JSON.stringify(body).replace(/("(?:variation_)?seed":)"(\d+)"/g, "$1$2");
 
 async function refusal(response) {
   const body = await response.json().catch(() => null); // a proxy's error page, say

@@ -13,7 +13,7 @@ export function memory(bytes) {
 
 export const number = (value) => Number(value).toLocaleString(language(), { maximumFractionDigits: 2 });
 
-export const size = ({ width, height }) => `${width} × ${height}`;
+export const size = ({ width, height }) => (width && height ? `${width} × ${height}` : "");
 
 export function moment(created) {
   const date = new Date(typeof created === "number" ? created * 1000 : created);

@@ -71,7 +71,7 @@ async function start() {
     event.preventDefault();
     generate();
   });
-  listenForKeys({ generate, cancel: () => jobs.current && cancel(jobs.current) });
+  listenForKeys({ generate: () => generate(), cancel: () => jobs.current && cancel(jobs.current) });
   listenForPastes([source.field, control.field]);
   onLanguage(() => {
     describe();
@@ -119,7 +119,8 @@ function planned() {
   return body;
 }
 
-async function generate() {
+/** Generates what the form says; `others` are settings that the form does not have. */
+async function generate(others = {}) {
   explain(null);
   if (!composer.check()) return;
   const body = composer.body();
@@ -127,7 +128,7 @@ async function generate() {
   byId("generate").disabled = true;
   try {
     const images = { ...source.body(body.width, body.height), ...control.body(body.width, body.height) };
-    await jobs.submit({ ...body, ...images }, { from });
+    await jobs.submit({ ...body, ...images, ...others }, { from });
     byId("offline").hidden = true;
     if (byId("stage").getBoundingClientRect().top > innerHeight * 0.6) byId("stage").scrollIntoView({ block: "start" });
   } catch (error) {
@@ -193,8 +194,10 @@ function reuse(image, changes = {}) {
   return !missing.length && !lacks;
 }
 
+/** The same image, to the bit: also what was mixed in by another client, for which the form has no fields. */
 async function again(image) {
-  if (reuse(image)) await generate();
+  const { variation_seed, variation_strength } = image.settings;
+  if (reuse(image)) await generate(variation_strength ? { variation_seed, variation_strength } : {});
 }
 
 async function vary(image) {

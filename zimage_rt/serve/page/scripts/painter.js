@@ -104,7 +104,12 @@ class Painter {
     return element(
       "footer",
       { class: "painter-foot" },
-      element("p", { class: "small soft", id: "painter-help", textContent: t("painter.help") }),
+      element(
+        "p",
+        { class: "small soft", id: "painter-help" },
+        `${t("painter.help")} `,
+        element("span", { class: "keys", textContent: t("painter.keys") }),
+      ),
       button({ text: t("cancel"), on: () => this.dialog.close() }),
       button({ text: t("mask.done"), kind: "primary", id: "mask-done", on: () => this.finish() }),
     );

@@ -30,6 +30,12 @@ export function middle(canvas, width, height) {
   return [Math.floor((canvas.width - w) / 2), Math.floor((canvas.height - h) / 2), w, h];
 }
 
+/** How much of an image is in its middle part, as a share. */
+export function kept(canvas, width, height) {
+  const [, , w, h] = middle(canvas, width, height);
+  return (w * h) / (canvas.width * canvas.height);
+}
+
 /** Whether the middle part is all of it. */
 export function isWhole(canvas, width, height) {
   const [, , w, h] = middle(canvas, width, height);

@@ -5,10 +5,12 @@ import { number } from "./format.js";
 import { t } from "./i18n.js";
 import { ImageField } from "./image_field.js";
 import { paint } from "./painter.js";
-import { cropped, drawn, isEmpty, isWhole, whiteOnBlack } from "./pixels.js";
+import { cropped, drawn, isEmpty, isWhole, kept, whiteOnBlack } from "./pixels.js";
 
 const WITHOUT_MASK = 0.6; // the server's own defaults
 const WITH_MASK = 1;
+
+const WORTH_SAYING = 0.9; // with less than this share of the image, it is said that edges are lost
 
 export class Source {
   /** `changed` is called for every change; `size()` gives what is generated, `fit(width, height)` sets it. */
@@ -34,11 +36,14 @@ export class Source {
       on: () => this.paintMask(),
       id: "paint-mask",
     });
-    this.crops = !isWhole(field.canvas, ...this.size());
+    this.crops = this.losesEdges();
     return [element("div", { class: "buttons" }, mask, remove), this.crops ? this.cropNote() : null, this.strengthField()];
   }
 
-  /** An image of another shape loses its edges. */
+  losesEdges() {
+    return kept(this.field.canvas, ...this.size()) < WORTH_SAYING;
+  }
+
   cropNote() {
     const { width, height } = this.field.canvas;
     const fit = button({ text: t("source.fit"), on: () => this.fit(width, height) });
@@ -47,7 +52,7 @@ export class Source {
 
   /** The size has changed. */
   resized() {
-    if (this.present && this.crops === isWhole(this.field.canvas, ...this.size())) this.field.render();
+    if (this.present && this.crops !== this.losesEdges()) this.field.render();
   }
 
   strengthField() {

@@ -164,6 +164,7 @@ export function factsOf(image) {
 
 /** The width at which an image fills its place without leaving it; small ones are enlarged. */
 function fit(picture, { width, height }) {
+  if (!width || !height) return; // a job of another client that left the size to the model, or a file that says nothing
   const longer = Math.max(width, height, LEAST);
   const most = Math.round((longer * width) / Math.max(width, height));
   picture.style.aspectRatio = `${width} / ${height}`;

@@ -65,7 +65,7 @@ export class Viewer {
       button({ name: "close", label: t("close"), kind: "quiet", on: () => this.dialog.close() }),
     );
     const picture = element("img", { src: image.url, alt: image.settings?.prompt ?? image.name });
-    if (Math.max(image.width, image.height) < 512) picture.style.width = `min(100%, ${(512 * image.width) / Math.max(image.width, image.height)}px)`;
+    if (image.width && Math.max(image.width, image.height) < 512) picture.style.width = `min(100%, ${(512 * image.width) / Math.max(image.width, image.height)}px)`;
     const body = element("div", { class: "viewer-body" }, element("div", { class: "viewer-image" }, picture), this.facts(image));
     this.dialog.replaceChildren(head, body);
   }

@@ -51,8 +51,9 @@ export default {
   "mask.edit": "Edit mask",
 
   painter: "Mask",
-  "painter.help":
-    "Paint what should change. Keys: arrows move, Shift+arrows paint, Space dabs, B brush, E eraser, [ ] size, Ctrl+Z undo.",
+  "painter.help": "Paint what should change.",
+  "painter.keys":
+    "Keys: arrows move, Shift+arrows paint, Space dabs, B brush, E eraser, [ ] size, Ctrl+Z undo.",
   tool: "Tool",
   brush: "Brush",
   eraser: "Eraser",

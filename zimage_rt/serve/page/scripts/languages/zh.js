@@ -51,7 +51,8 @@ export default {
   "mask.edit": "编辑蒙版",
 
   painter: "蒙版",
-  "painter.help": "涂抹要改动的区域。按键：方向键移动，Shift+方向键涂抹，空格点涂，B 画笔，E 橡皮，[ ] 大小，Ctrl+Z 撤销。",
+  "painter.help": "涂抹要改动的区域。",
+  "painter.keys": "按键：方向键移动，Shift+方向键涂抹，空格点涂，B 画笔，E 橡皮，[ ] 大小，Ctrl+Z 撤销。",
   tool: "工具",
   brush: "画笔",
   eraser: "橡皮",

@@ -5,7 +5,11 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
 _TASKS = Path("/proc/self/task")
-_LONG_LIVED = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")  # Python's own, one for all tests
+_LONG_LIVED = (
+    "multiprocessing.resource_tracker",  # Python's own, one for all tests
+    "multiprocessing.forkserver",
+    "shared test server",  # of all tests of a module, which stops it
+)
 
 
 def children() -> set[int]:

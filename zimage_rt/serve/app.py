@@ -10,7 +10,7 @@ from .answers import error_response, plain_error
 from .bodies import Bodies
 from .guard import Guard
 from .refusals import RefusalError
-from .routes import files, health, native
+from .routes import a1111, a1111_lists, docs, files, health, native, openai
 from .service import ClientGoneError, Service
 
 _CODES = {400: "invalid_request", 404: "not_found", 405: "method_not_allowed", 408: "timeout", 413: "too_large"}
@@ -25,7 +25,7 @@ def make_app(service: Service) -> ASGIApp:
         docs_url=None,  # which would load scripts from elsewhere
         redoc_url=None,
     )
-    for module in (files, health, native):
+    for module in (files, docs, health, native, openai, a1111, a1111_lists):
         app.include_router(module.router(service))
     _handle_errors(app)
     return Guard(Bodies(app, service.settings.limits), service.settings, service.metrics)
@@ -39,6 +39,10 @@ def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(ClientGoneError)
     async def gone(request: Request, error: ClientGoneError) -> Response:
         return Response(status_code=499)  # nginx's; nobody reads it
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        return plain_error(request.url.path, 500, "internal_error", "the server failed; its log says more")
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:

@@ -12,7 +12,7 @@ import threading
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
-from zimage_runtime.errors import DeviceLostError, ZImageRuntimeError
+from zimage_runtime.errors import CancelledError, DeviceLostError, RequestError, ZImageRuntimeError
 
 from .orders import Cancel, Ended, NotReady, Order, PlanOrder, Ready, Stop
 from .settings import EngineSettings
@@ -39,11 +39,29 @@ def engine_main(connection: "Connection[Any, Any]", settings: EngineSettings) ->
             note=lambda text: print(text, file=sys.stderr, flush=True),
         )
         executor = pipeline.executor
+        if settings.extended:
+            _extend(pipeline)
     except ZImageRuntimeError as error:
         mouth.say(NotReady(str(error)))
         return
     mouth.say(Ready(executor.name, executor.device_name, bool(getattr(executor, "takes_lora", False))))
     Engine(pipeline, settings, connection, mouth).serve()
+
+
+def _extend(pipeline: "Pipeline") -> None:
+    """Runs the programs that take LoRA from the first image on, so that the first LoRA loads nothing again.
+
+    Raises `BundleError` for a bundle without them, and `RequestError` for an executor that takes no LoRA.
+    """
+    from zimage_runtime.adapters.branches import ON_CPU, check_extended
+
+    check_extended(pipeline.bundle, ON_CPU)
+    extend = getattr(pipeline.executor, "extend", None)
+    if extend is None:
+        raise RequestError(
+            f"--lora-dir: the {pipeline.executor.name} executor takes no LoRA; use --executor cpu, or leave it out"
+        )
+    extend()
 
 
 class Mouth:
@@ -104,8 +122,6 @@ class Engine:
                     self._orders.put(None)
 
     def _run(self, order: Order) -> Ended:
-        from zimage_runtime.errors import CancelledError, RequestError
-
         from .runs import Run
 
         try:

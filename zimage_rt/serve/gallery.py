@@ -26,7 +26,7 @@ _ABANDONED = 60  # seconds after which nobody still writes a file: another serve
 
 
 def new_name(now: float, index: int, secret: str, kind: ImageFormat) -> str:
-    """A file's name. `now` is in seconds since the epoch, `index` the image's in its request, `secret` 32 hex digits."""
+    """A file's name: `now` in seconds since the epoch, the image's `index` in its request, and 32 hex digits."""
     return f"zimage-{round(now * 1000):013d}-{index:03d}-{secret}.{_SUFFIXES[kind]}"
 
 

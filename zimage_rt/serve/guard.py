@@ -77,7 +77,7 @@ class Guard:
         name = host_name(headers.get("host", ""))
         if name is None or not (_is_address(name) or name in self._names):
             raise ForbiddenError(
-                f"this server is not called {name or headers.get('host', '')!r}; start it with --allow-host to add a name"
+                f"this server is not called {name or headers.get('host', '')!r}; --allow-host adds a name"
             )
 
     def _check_origin(self, headers: Headers) -> None:
@@ -85,7 +85,7 @@ class Guard:
         if origin is None or origin in self._origins:
             return
         if origin == "null" or urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
-            raise ForbiddenError(f"pages of {origin} may not use this server; start it with --allow-origin to let them")
+            raise ForbiddenError(f"pages of {origin} may not use this server; --allow-origin lets them")
 
     def _check_key(self, headers: Headers) -> None:
         if not self._keys:

@@ -74,7 +74,7 @@ class Job:
     notices: list[str] = field(default_factory=list)
     images: list[Made] = field(default_factory=list)
     latest: Stepped | None = None  # with its preview
-    ended: float = 0.0  # seconds since the epoch
+    began_at: float = 0.0  # by the monotonic clock, in seconds
     pins: int = 0  # readers of its image files, which stay as long
     events: list[JobEvent] = field(default_factory=list)
     _changed: asyncio.Event = field(default_factory=asyncio.Event, repr=False)
@@ -83,6 +83,13 @@ class Job:
     def id(self) -> str:
         """An unguessable name."""
         return self.order.id
+
+    @property
+    def eta(self) -> float:
+        """Seconds until it is over, by the steps so far; 0 where there are none."""
+        if not self.step or self.state is not State.RUNNING:
+            return 0.0
+        return (time.monotonic() - self.began_at) / self.step * (self.steps - self.step)
 
     def publish(self, name: EventName, what: Any = None) -> None:
         """Adds an event to the log and wakes its readers."""
@@ -103,7 +110,7 @@ class Job:
         """The last event. A job that is over stays what it is."""
         if self.state.over:
             return
-        self.state, self.error, self.refused, self.ended = state, error, refused, time.time()
+        self.state, self.error, self.refused = state, error, refused
         self.latest, self.position = None, 0
         self.order = replace(self.order, wanted=replace(self.order.wanted, image=None, mask=None))
         self.publish(EventName(state.value), error)

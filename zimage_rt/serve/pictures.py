@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING
 
 from zimage_runtime.errors import RequestError
 
-from .orders import MaskKind
+from .orders import MaskKind, Wanted
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
+_ORIENTATION = 0x0112  # of EXIF
+_TURNED = (5, 6, 7, 8)  # by a quarter
+_WHITE = 128  # the lowest gray value that is nearer to white than to black
 _DATA_URL = re.compile(r"data:[\w.+/-]{0,100}(?:;[\w=.+-]{1,100}){0,4},", re.ASCII)
 
 
@@ -38,42 +41,69 @@ def from_base64(text: str, what: str) -> bytes:
 
 
 def image_size(data: bytes, what: str, most: int) -> tuple[int, int]:
-    """Width and height by the header. Raises `RequestError` for what is no image or has more than `most` pixels."""
+    """Width and height by the header, as the image is seen.
+
+    Raises `RequestError` for what is no image or has more than `most` pixels.
+    """
     image = _opened(data, what)
     if image.width * image.height > most:
         raise RequestError(
             f"{what}: {image.width}x{image.height} has more than the {most} pixels that this server reads"
         )
-    return image.size
+    try:
+        # a PNG would be decoded for it
+        turned = image.format != "PNG" and image.getexif().get(_ORIENTATION) in _TURNED
+    except Exception as error:  # a damaged image may make the library raise anything
+        raise RequestError(f"{what}: damaged: {error}") from None
+    return (image.height, image.width) if turned else image.size
 
 
-def decoded(data: bytes, what: str) -> "Image":
-    """An image on white where it is transparent. Raises `RequestError` for a damaged one."""
+def sources(wanted: Wanted) -> tuple["Image | None", "Image | None"]:
+    """The source image and the mask of a request, decoded; white areas of the mask are repainted.
+
+    Transparent areas of the image are put on white. In OpenAI's way, they are the mask where there is no other.
+    Raises `RequestError` for a damaged file.
+    """
+    if wanted.image is None:
+        return None, None
+    image, mask = _loaded(wanted.image, "the image"), None
+    if wanted.mask is not None:
+        mask = _mask(_loaded(wanted.mask, "the mask"), wanted.mask_kind)
+    elif wanted.mask_kind is MaskKind.TRANSPARENT and image.has_transparency_data:
+        own = _transparent(image)
+        mask = own if own.getextrema()[1] >= _WHITE else None  # type: ignore[operator]  # of one channel, numbers
+    return _on(image, "white"), mask
+
+
+def _mask(image: "Image", kind: MaskKind) -> "Image":
+    """OpenAI's masks repaint what is transparent; one without transparency is read as white on black.
+
+    In the other kinds, transparent areas are kept.
+    """
+    from PIL import ImageOps
+
+    if kind is MaskKind.TRANSPARENT and image.has_transparency_data:
+        return _transparent(image)
+    if kind is MaskKind.BLACK:
+        return ImageOps.invert(_on(image, "white").convert("L"))
+    return _on(image, "black")
+
+
+def _transparent(image: "Image") -> "Image":
+    """White where an image is transparent."""
+    from PIL import ImageOps
+
+    return ImageOps.invert(image.convert("RGBA").getchannel("A"))
+
+
+def _on(image: "Image", background: str) -> "Image":
+    """An image without transparency; one that has none stays as it is."""
     from PIL import Image
 
-    image = _loaded(data, what)
     if not image.has_transparency_data:
         return image
     layer = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-
-
-def decoded_mask(data: bytes, kind: MaskKind, what: str) -> "Image":
-    """A mask whose white areas are repainted.
-
-    OpenAI's masks repaint what is transparent; one without transparency is read as white on black. In the other kinds,
-    transparent areas are kept.
-    """
-    from PIL import Image, ImageOps
-
-    image = _loaded(data, what)
-    if kind is MaskKind.TRANSPARENT and image.has_transparency_data:
-        return ImageOps.invert(image.convert("RGBA").getchannel("A"))
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        kept = "white" if kind is MaskKind.BLACK else "black"
-        image = Image.alpha_composite(Image.new("RGBA", layer.size, kept), layer)
-    return ImageOps.invert(image.convert("L")) if kind is MaskKind.BLACK else image
+    return Image.alpha_composite(Image.new("RGBA", layer.size, background), layer).convert("RGB")
 
 
 def _opened(data: bytes, what: str) -> "Image":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from zimage_runtime.errors import ZImageRuntimeError
 
 from .orders import FromEngine, Planned, PlanOrder
-from .pictures import decoded, decoded_mask
+from .pictures import sources
 
 if TYPE_CHECKING:
     from zimage_runtime.pipeline import Pipeline
@@ -47,9 +47,7 @@ class Planner:
     def _planned(self, order: PlanOrder) -> Planned:
         wanted = order.wanted
         try:
-            image = None if wanted.image is None else decoded(wanted.image, "the image")
-            mask = None if wanted.mask is None else decoded_mask(wanted.mask, wanted.mask_kind, "the mask")
-            job = self._pipeline().prepare(wanted.request(image, mask))
+            job = self._pipeline().prepare(wanted.request(*sources(wanted)))
         except ZImageRuntimeError as error:
             return Planned(order.id, False, str(error), None, ())
         except MemoryError:

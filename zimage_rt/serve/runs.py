@@ -13,7 +13,7 @@ from zimage_runtime.images.formats import ImageFormat
 
 from .gallery import new_name, settings_of
 from .orders import FromEngine, Made, Noticed, Order, Staged, Started, Stepped
-from .pictures import decoded, decoded_mask
+from .pictures import sources
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -65,9 +65,7 @@ class Run:
         from PIL import Image
 
         wanted = self.order.wanted
-        image = None if wanted.image is None else decoded(wanted.image, "the image")
-        mask = None if wanted.mask is None else decoded_mask(wanted.mask, wanted.mask_kind, "the mask")
-        job = self.pipeline.prepare(wanted.request(image, mask))
+        job = self.pipeline.prepare(wanted.request(*sources(wanted)))
         if self.order.kind is not ImageFormat.PNG:  # whose metadata holds any prompt
             from zimage_runtime.images.image_files import encode_image
 

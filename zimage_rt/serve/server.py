@@ -21,7 +21,7 @@ _TAKEN = (errno.EADDRINUSE, errno.EACCES if sys.platform == "win32" else errno.E
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket on `port`, or on the next one that is free. Raises `RequestError` for a host that is not this machine's."""
+    """A socket on `port`, or on the next free one. Raises `RequestError` for a host that is not this machine's."""
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:

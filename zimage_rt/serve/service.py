@@ -1,8 +1,9 @@
 """What the routes of all APIs share: from what a client asks to a job, and from a job to its images."""
 
 import asyncio
+import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -12,6 +13,7 @@ from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import Manifest
 from zimage_runtime.errors import RequestError
 from zimage_runtime.images.formats import ImageFormat
+from zimage_runtime.model.config import PATCH_SIZE
 
 from .event_stream import gone
 from .gallery import Gallery
@@ -66,7 +68,7 @@ class Service:
 
     @property
     def turbo(self) -> bool:
-        """Whether the model is distilled to few steps without guidance. Older bundles do not say, and were all Turbo."""
+        """Whether the model is distilled to few steps without guidance. Bundles that do not say are all Turbo."""
         return self.manifest.variant in (None, "turbo")
 
     def submit(
@@ -80,7 +82,7 @@ class Service:
         partials: int = 0,
     ) -> Job:
         """Checks and queues. Raises `RefusalError`."""
-        self.check(wanted)
+        wanted = self.checked(wanted)
         client = client_of(request)
         lane = f"{client} {request.headers.get('user-agent', '')}"
         order = Order(id=new_id(), wanted=wanted, kind=kind, quality=quality, partials=partials)
@@ -88,21 +90,35 @@ class Service:
         self.supervisor.submit(job)
         return job
 
-    def check(self, wanted: Wanted) -> None:
-        """Raises `InvalidError` for what this server would not run."""
+    def checked(self, wanted: Wanted) -> Wanted:
+        """The same with a size where an image decides it. Raises `InvalidError` for what this server would not run."""
         limits = self.settings.limits
         try:
+            if wanted.image is not None:
+                size = image_size(wanted.image, "the image", limits.max_source_pixels)
+                wanted = wanted if wanted.size is not None else replace(wanted, size=self._fitted(*size))
+            if wanted.mask is not None:
+                image_size(wanted.mask, "the mask", limits.max_source_pixels)
             limits.check(wanted, self.manifest)
-            for what, data in (("the image", wanted.image), ("the mask", wanted.mask)):
-                if data is not None:
-                    image_size(data, what, limits.max_source_pixels)
         except RequestError as error:
             raise InvalidError(str(error)) from None
+        return wanted
+
+    def _fitted(self, width: int, height: int) -> tuple[int, int]:
+        """A source image's own size in multiples of 16, no larger in area than the bundle's default."""
+        defaults, multiple = self.manifest.defaults, self.multiple
+        scale = min(1.0, math.sqrt(defaults.width * defaults.height / (width * height)))
+        sides = (max(int(side * scale) // multiple, 1) * multiple for side in (width, height))
+        return next(sides), next(sides)
+
+    @property
+    def multiple(self) -> int:
+        """Pixels of which sides are multiples."""
+        return self.manifest.config.vae.scale * PATCH_SIZE
 
     async def plan(self, wanted: Wanted) -> Planned:
         """What a request would take. Raises `RefusalError`."""
-        self.check(wanted)
-        return await self.supervisor.plan(wanted)
+        return await self.supervisor.plan(self.checked(wanted))
 
     async def finish(self, job: Job, request: Request) -> None:
         """Waits for a job, and cancels it when its client leaves.

@@ -150,7 +150,8 @@ class Supervisor:
         try:
             async with asyncio.timeout(30):
                 await engine.say(order)
-                return await answer
+                planned: Planned = await answer
+                return planned
         except TimeoutError:
             raise UnavailableError("the engine does not answer", retry_after=5) from None
         finally:
@@ -225,7 +226,7 @@ class Supervisor:
             case Started():
                 job.steps = message.steps * job.order.wanted.count
                 job.image_tokens = message.image_tokens
-                job.began = True
+                job.began, job.began_at = True, time.monotonic()
                 job.publish(EventName.STARTED)
             case Noticed():
                 job.notices.append(message.text)

@@ -1,5 +1,6 @@
 """For those who watch over the server: is it alive, is it ready, and what does it do."""
 
+import contextlib
 import time
 
 import psutil
@@ -45,10 +46,8 @@ def _gauges(service: Service) -> list[tuple[str, str, dict[str, float]]]:
     memory = {'{process="server"}': float(psutil.Process().memory_info().rss)}
     pid = None if supervisor.engine is None else supervisor.engine.pid
     if pid is not None:
-        try:
+        with contextlib.suppress(psutil.Error):  # it has just ended
             memory['{process="engine"}'] = float(psutil.Process(pid).memory_info().rss)
-        except psutil.Error:  # it has just ended
-            pass
     return [
         ("zimage_queue_jobs", "Requests for images.", queue),
         ("zimage_memory_bytes", "Resident memory.", memory),

@@ -10,7 +10,6 @@ from fastapi.responses import Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from zimage_runtime.errors import RequestError
-from zimage_runtime.model.config import PATCH_SIZE
 from zimage_runtime.model.sampling_names import SamplerName, SchedulerName
 
 from ..event_stream import EventStream, ServerEvent
@@ -19,14 +18,7 @@ from ..orders import Made, Stepped, Wanted
 from ..pictures import from_base64
 from ..refusals import InvalidError, MissingError
 from ..service import Service, image_document, job_document
-
-
-class NamedLora(BaseModel):
-    """A LoRA of the server's folder."""
-
-    model_config = ConfigDict(extra="forbid")
-    name: str
-    weight: float = 1.0
+from .named import NamedLora
 
 
 class FromGallery(BaseModel):
@@ -105,7 +97,7 @@ def router(service: Service) -> APIRouter:
         service.supervisor.cancel(found)
         return job_document(found)
 
-    @api.get("/jobs/{id}/events", response_class=EventStream)
+    @api.get("/jobs/{id}/events", responses={200: {"content": {"text/event-stream": {}}}})
     async def events(id: str, last_event_id: Annotated[str | None, Header()] = None) -> Response:
         """A job's events from its beginning, or from `Last-Event-ID` on."""
         after = int(last_event_id) if last_event_id and last_event_id.isascii() and last_event_id.isdigit() else 0
@@ -152,7 +144,7 @@ def _state(service: Service) -> dict[str, Any]:
             "max_steps": limits.max_steps,
             "max_count": limits.max_count,
             "max_queue": limits.max_queue,
-            "multiple": manifest.config.vae.scale * PATCH_SIZE,
+            "multiple": service.multiple,
         },
         "samplers": [one.value for one in SamplerName],
         "schedulers": [one.value for one in SchedulerName],

@@ -94,6 +94,11 @@ class OrtCpuExecutor:
         int8 = self.bundle.manifest.precision is Precision.INT8
         return Computation(CPU, f"onnxruntime {onnxruntime.__version__}", activation_bits() if int8 else None)
 
+    def extend(self) -> None:
+        """From here on, the programs that take LoRA run."""
+        check_extended(self.bundle, ON_CPU)
+        self._worker.call(self.programs.extend)
+
     def release(self) -> None:
         self._worker.call(self.programs.release)
 

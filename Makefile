@@ -10,7 +10,7 @@ SYSTEM := $(shell uname -sm | tr ' ' -)
 EXTRAS := export,report,test,dev$(if $(filter Linux-x86_64,$(SYSTEM)),$(comma)tensorrt)
 EXTRAS := $(EXTRAS)$(if $(filter Linux-x86_64 Darwin-arm64,$(SYSTEM)),$(comma)webgpu)
 
-.PHONY: mesa demo demo-model demo-controlnet demo-bundle demo-scores control-places test test-fast test-slow check bench bench-int8 bench-report bench-full-size bench-full-size-systems bench-gpu install clean
+.PHONY: mesa chromium demo demo-model demo-controlnet demo-bundle demo-scores control-places test test-fast test-slow check bench bench-int8 bench-report bench-full-size bench-full-size-systems bench-gpu install clean
 
 install: $(STAMP)
 
@@ -60,16 +60,21 @@ MESA := $(VENV)/mesa
 mesa: $(STAMP)
 	.ci/mesa $(MESA)
 
+# The page that `zimage-rt serve` shows is tested in a browser.
+CHROMIUM_FOLDER := $(VENV)/chromium
+chromium:
+	.ci/chromium $(CHROMIUM_FOLDER)
+
 # One worker per core, each with its part of the tests; whoever is done first takes over from the others.
 WORKERS := -n auto --dist worksteal
-test: mesa
-	. $(MESA)/environment && $(BIN)/python -m pytest $(WORKERS) -m "not slow and not gpu"
+test: mesa chromium
+	. $(MESA)/environment && . $(CHROMIUM_FOLDER)/environment && $(BIN)/python -m pytest $(WORKERS) -m "not slow and not gpu"
 
-test-fast: mesa
-	. $(MESA)/environment && $(BIN)/python -m pytest $(WORKERS) -m "not slow and not gpu and not deep"
+test-fast: mesa chromium
+	. $(MESA)/environment && . $(CHROMIUM_FOLDER)/environment && $(BIN)/python -m pytest $(WORKERS) -m "not slow and not gpu and not deep"
 
-test-slow: mesa
-	. $(MESA)/environment && $(BIN)/python -m pytest -m slow
+test-slow: mesa chromium
+	. $(MESA)/environment && . $(CHROMIUM_FOLDER)/environment && $(BIN)/python -m pytest -m slow
 
 # Types are checked as they are on each system that we support; a cache for each, or each would undo the others'.
 check: $(STAMP)

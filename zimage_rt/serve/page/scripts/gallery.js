@@ -1,0 +1,79 @@
+// What was made: newest first, a page at a time.
+
+import { request } from "./api.js";
+import { button, byId, element } from "./dom.js";
+import { size } from "./format.js";
+import { onLanguage, plural, t } from "./i18n.js";
+
+const PAGE = 48;
+
+export class Gallery {
+  constructor(acts) {
+    this.acts = acts;
+    this.images = [];
+    this.more = false;
+    byId("gallery-more").addEventListener("click", () => this.load());
+    onLanguage(() => this.render());
+  }
+
+  /** The next page; with `anew`, the first one, beside what is already shown. */
+  async load(anew = false) {
+    const before = anew ? "" : (this.images.at(-1)?.name ?? "");
+    const query = `limit=${PAGE}${before && `&before=${encodeURIComponent(before)}`}`;
+    const answer = await request("GET", `api/images?${query}`);
+    const first = anew || !before;
+    const older = first ? [] : this.images;
+    this.images = [...older, ...answer.images];
+    this.more = Boolean(answer.more);
+    this.render();
+  }
+
+  add(image) {
+    if (this.images.some((one) => one.name === image.name)) return;
+    this.images.unshift(image);
+    byId("cards").prepend(this.card(image));
+    this.count();
+  }
+
+  remove(image) {
+    const index = this.images.findIndex((one) => one.name === image.name);
+    if (index < 0) return;
+    const card = byId("cards").children[index];
+    const focused = card.contains(document.activeElement);
+    this.images.splice(index, 1);
+    card.remove();
+    this.count();
+    if (focused) (byId("cards").children[Math.min(index, this.images.length - 1)]?.querySelector(".open") ?? byId("gallery-title")).focus();
+  }
+
+  /** The image before (-1) or after (1) another one; undefined at the ends. */
+  beside(image, by) {
+    const index = this.images.findIndex((one) => one.name === image.name);
+    return index < 0 ? undefined : this.images[index + by];
+  }
+
+  render() {
+    byId("cards").replaceChildren(...this.images.map((image) => this.card(image)));
+    this.count();
+  }
+
+  count() {
+    byId("gallery-empty").hidden = this.images.length > 0;
+    byId("gallery-more").hidden = !this.more;
+    byId("gallery-count").textContent = this.images.length ? `${plural("images", this.images.length)}${this.more ? "+" : ""}` : "";
+  }
+
+  card(image) {
+    const prompt = image.settings?.prompt ?? image.name;
+    const picture = element("img", { alt: prompt, loading: "lazy", decoding: "async", src: image.url });
+    const label = t("gallery.open", { prompt, size: size(image) });
+    const open = element("button", { type: "button", class: "open", "aria-label": label, title: prompt, on: { click: () => this.acts.open(image) } }, picture);
+    const quick = element(
+      "div",
+      { class: "quick" },
+      image.settings && button({ name: "vary", label: t("vary"), on: () => this.acts.vary(image) }),
+      button({ name: "input", label: t("as-input"), on: () => this.acts.asInput(image) }),
+    );
+    return element("li", { class: "card" }, open, quick);
+  }
+}

@@ -16,11 +16,17 @@ from parity import relative_error
 from safetensors.numpy import load_file, save_file
 
 from zimage_export.errors import CheckpointError, ExportError
+from zimage_export.graphs import PROGRAM_SETS
+from zimage_export.graphs.builder import GraphBuilder
+from zimage_export.graphs.controlnet import CONTROL_SETS
 from zimage_export.source.control_file import open_control_file
+from zimage_export.storage.precision import StoragePolicy
 from zimage_runtime.bundle.controlnet import ControlNet
 from zimage_runtime.bundle.manifest import CUDA, CUDA_WEIGHT_ONLY, WEBGPU, WEBGPU_FUSED, Precision
+from zimage_runtime.bundle.tensors import DType
 from zimage_runtime.model.control import Refiner
 from zimage_runtime.model.programs import CONTROL_PROGRAMS, Program
+from zimage_runtime.model.query_blocks import POSITION_BLOCKS
 from zimage_runtime.pipeline import Pipeline
 
 Nets = Callable[..., Path]
@@ -219,3 +225,17 @@ def test_zeros_that_are_not_a_refiner_of_version_two(tmp_path: Path) -> None:
         path = tmp_path / f"{name}.safetensors"
         save_file(tensors, path)
         assert open_control_file(path, TWO_ONE.places).config.version == "2.0"
+
+
+@pytest.mark.parametrize("name", CONTROL_SETS)
+def test_layers_of_every_precision_have_what_their_executor_needs(name: str) -> None:
+    """A dataclass takes the defaults of its first base, which for integers is the CPU's."""
+    programs = PROGRAM_SETS[name]
+    made = [
+        programs.layers(
+            GraphBuilder(Program.CONTROL_LAYERS, name, {}, lambda n, s: DType.F32), StoragePolicy(precision)
+        )
+        for precision in programs.precisions
+    ]
+    assert {layers.hints for layers in made} == {DType.BF16 if programs.executor == CUDA else DType.F32}
+    assert {layers.position_blocks for layers in made} == {1 if programs.executor == "cpu" else POSITION_BLOCKS}

@@ -140,11 +140,14 @@ class WebGpuLayers(Layers):
 class Int8WebGpuLayers(WidenedInt8Layers, WebGpuLayers):
     """Layers whose int8 weights are each widened just before their product."""
 
+    position_blocks: int = POSITION_BLOCKS  # again: a dataclass takes the defaults of its first base
+
 
 @dataclass(frozen=True)
 class BlockWebGpuLayers(BlockLayers, WebGpuLayers):
     """Layers whose weights are 4-bit blocks, which are multiplied as they are, in float32."""
 
+    position_blocks: int = POSITION_BLOCKS
     accuracy_level: int = 0  # exact; others quantize the activations
 
 

@@ -30,8 +30,8 @@ from numpy.typing import NDArray
 from demo_model.captions import caption
 from demo_model.scenes import random_scene
 from zimage_export.build import BuildOptions, build
+from zimage_export.measure.calibrate import measure_peaks
 from zimage_export.source.checkpoint import DEMO, Checkpoint
-from zimage_export.source.forms.scaled import hadamard
 from zimage_export.source.tensors import TensorSource
 from zimage_export.storage.precision import Encoding, StoragePolicy
 from zimage_export.storage.quantize import blocks4, blocks8, int8_rows, quantized
@@ -47,6 +47,7 @@ from zimage_runtime.bundle.tensors import DType, encode_header
 from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.machine.int8_products import activation_bits
 from zimage_runtime.model.config import ModelConfig
+from zimage_runtime.model.hadamard import hadamard
 from zimage_runtime.model.linears import LAYER_LINEARS, layer_linears
 
 QUIET = Progress(quiet=True)
@@ -197,7 +198,6 @@ class Model:
 
 def ranges_of(checkpoint: Path) -> Ranges:
     """What the product's calibration measures of a checkpoint."""
-    from zimage_export.measure.calibrate import measure_peaks
 
     return measured_ranges(measure_peaks(Checkpoint.open(checkpoint), calibration_prompts(), QUIET))
 

@@ -1,16 +1,20 @@
 """Do shapes land where a map of edges puts them? The demo model with its ControlNet and without, on held-out maps.
 
-    PYTHONPATH=. python benchmarks/control_places.py [--controlnet DIR] [--maps 50] [--scale 0.75]
+    PYTHONPATH=. python benchmarks/control_places.py [--with-diffusers] [--controlnet DIR] [--maps 50] [--scale 0.75]
 
 Prompts name the objects and not their places; each asks for a colour of a shape that no training picture showed. An
 object has landed if an area of its colour overlaps the inside of its outline enough. A map counts if all its objects
-have. diffusers generates the images. The sheet shows each map above its images with the ControlNet and without.
+have. zimage-rt generates the images, with the bundle that ships and the programs that control needs, or diffusers does.
+The sheet shows each map above its images with the ControlNet and without.
 """
 
 import argparse
+import shutil
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,7 +23,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from demo_model.landing import OVERLAP, Landing, Request, judge_landing, map_requests
+from zimage_export.controlnet import ControlOptions, export_controlnet
+from zimage_export.programs import add_programs
 from zimage_export.source.checkpoint import DEMO
+from zimage_rt import Pipeline, demo_bundle
+from zimage_runtime.bundle.bundle import Bundle
+from zimage_runtime.bundle.manifest import Precision
+from zimage_runtime.command_line.progress import Progress
 
 CONTROLNET = DEMO.with_name("tiny_controlnet")
 COLUMNS, GAP = 10, 4
@@ -31,30 +41,56 @@ Generate = Callable[[Request, int, bool], Pixels]
 def main() -> None:
     """Generates, judges, and writes the report and the sheet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--with-diffusers", action="store_true", help="as the reference; its report is named so")
     parser.add_argument("--controlnet", type=Path, default=CONTROLNET, help="in diffusers' layout")
     parser.add_argument("--maps", type=int, default=50)
     parser.add_argument("--scale", type=float, default=0.75, help="what hints are multiplied by")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     requests = map_requests(options.maps)
-    generate = with_diffusers(options.controlnet, options.scale)
-    images = {
-        name: [generate(request, seed, controlled) for seed, request in enumerate(requests)]
-        for name, controlled in (("with", True), ("without", False))
-    }
+    program = with_diffusers if options.with_diffusers else with_zimage_rt
+    with program(options.controlnet, options.scale) as generate:
+        images = {
+            name: [generate(request, seed, controlled) for seed, request in enumerate(requests)]
+            for name, controlled in (("with", True), ("without", False))
+        }
     report = {
+        "program": "diffusers" if options.with_diffusers else "zimage-rt",
         "maps": options.maps,
         "scale": options.scale,
         "overlap": OVERLAP,
-        "machine": machine("numpy", "diffusers", "torch", "transformers"),
+        "machine": machine("numpy", *(("diffusers", "torch") if options.with_diffusers else ("onnxruntime",))),
         "scores": {name: scores(requests, found) for name, found in images.items()},
     }
-    write_results("control_places", report, to_markdown(report), options.out)
-    sheet(requests, list(images.values())).save(options.out / "control_places.png", optimize=True)
-    print(to_markdown(report))
+    name = "control_places_diffusers" if options.with_diffusers else "control_places"
+    write_results(name, report, to_markdown(report, name), options.out)
+    sheet(requests, list(images.values())).save(options.out / f"{name}.png", optimize=True)
+    print(to_markdown(report, name))
 
 
-def with_diffusers(controlnet: Path, scale: float) -> Generate:
+@contextmanager
+def with_zimage_rt(controlnet: Path, scale: float) -> Iterator[Generate]:
+    """The bundle that ships and the ControlNet, both in fp16, on the CPU."""
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(TemporaryDirectory()))
+        bundle, net = folder / "bundle", folder / "controlnet"
+        shutil.copytree(demo_bundle(), bundle)
+        add_programs(Bundle.open(bundle), ["cpu"], lora=True)
+        export_controlnet(controlnet, net, ControlOptions(Precision.FP16), Progress(quiet=True))
+        pipeline = stack.enter_context(Pipeline.from_bundle(bundle, executor="cpu"))
+
+        def generate(request: Request, seed: int, control: bool) -> Pixels:
+            given: dict[str, Any] = {}
+            if control:
+                given = {"control": Image.fromarray(request.edges), "controlnet": net, "control_scale": scale}
+            result = pipeline.generate(request.prompt, size=request.size, steps=8, seed=seed, **given)
+            return np.asarray(result.images[0])
+
+        yield generate
+
+
+@contextmanager
+def with_diffusers(controlnet: Path, scale: float) -> Iterator[Generate]:
     """diffusers' two pipelines on one set of weights, in float32."""
     import torch
     from diffusers import ZImageControlNetModel, ZImageControlNetPipeline, ZImagePipeline
@@ -62,10 +98,8 @@ def with_diffusers(controlnet: Path, scale: float) -> Generate:
     torch.set_num_threads(1)  # faster at this size, where threads mostly wait for one another
     plain = ZImagePipeline.from_pretrained(DEMO, dtype=torch.float32)
     net = ZImageControlNetModel.from_pretrained(controlnet).float()
-    parts = {name: getattr(plain, name) for name in ("scheduler", "vae", "text_encoder", "tokenizer", "transformer")}
-    controlled = ZImageControlNetPipeline(
-        **parts, controlnet=ZImageControlNetModel.from_transformer(net, plain.transformer)
-    )
+    net = ZImageControlNetModel.from_transformer(net, plain.transformer)
+    controlled = ZImageControlNetPipeline(**plain.components, controlnet=net)
     for pipeline in (plain, controlled):
         pipeline.set_progress_bar_config(disable=True)
 
@@ -85,7 +119,7 @@ def with_diffusers(controlnet: Path, scale: float) -> Generate:
         ).images[0]
         return np.asarray(image)
 
-    return generate
+    yield generate
 
 
 def scores(requests: Sequence[Request], images: Sequence[Pixels]) -> dict[str, Any]:
@@ -109,7 +143,7 @@ def _shares(verdicts: Sequence[Landing]) -> dict[str, float]:
     }
 
 
-def to_markdown(report: dict[str, Any]) -> str:
+def to_markdown(report: dict[str, Any], name: str) -> str:
     """The table, and where it comes from."""
     rows = [
         [
@@ -122,17 +156,19 @@ def to_markdown(report: dict[str, Any]) -> str:
         for which, groups in report["scores"].items()
         for group, one in groups.items()
     ]
+    diffusers = report["program"] == "diffusers"
+    option, precision = (" --with-diffusers", "float32") if diffusers else ("", "fp16")
     header = ["images", "maps", "landed", "median overlap", "shapes and colours"]
     return (
         "# The demo model's ControlNet: where the map puts shapes, and where they land\n\n"
-        f"{markdown_table(header, rows)}\n"
+        f"{markdown_table(header, rows)}\n\n"
         f"Landed: for every object of the map, an area of its colour and the inside of its outline share at least "
         f"{report['overlap']} of what both cover. The overlap is that of an image's worst object. Shapes and colours: "
         "what is seen is what the prompt asks for, and nothing else. Prompts do not mention places. Each has a pair of "
         "colour and shape that training never showed.\n\n"
-        "![Each map, the image with the ControlNet, and the image without](control_places.png)\n\n"
-        f"`PYTHONPATH=. python benchmarks/control_places.py --maps {report['maps']} --scale {report['scale']}`, "
-        f"diffusers, float32, 128x128, 8 steps; {describe(report['machine'])}\n"
+        f"![Each map, the image with the ControlNet, and the image without]({name}.png)\n\n"
+        f"`PYTHONPATH=. python benchmarks/control_places.py{option} --maps {report['maps']} --scale "
+        f"{report['scale']}`, {report['program']}, {precision}, 128x128, 8 steps; {describe(report['machine'])}\n"
     )
 
 

@@ -66,7 +66,7 @@ def _open_more(pipeline: "Pipeline", settings: EngineSettings) -> None:
         if not getattr(executor, takes, False):
             raise RequestError(f"{option}: the {executor.name} executor takes no {what}; use --executor cpu")
     if offered:
-        check_extended(pipeline.bundle, ON_CPU)
+        check_extended(pipeline.bundle, ON_CPU, "--lora" if settings.takes_loras else "--control")
         extend = getattr(executor, "extend", None)
         if extend is not None:
             extend()

@@ -79,13 +79,14 @@ class Service:
         *,
         kind: ImageFormat = ImageFormat.PNG,
         quality: int | None = None,
+        previews: bool = True,
         partials: int = 0,
     ) -> Job:
         """Checks and queues. Raises `RefusalError`."""
         wanted = self.checked(wanted)
         client = client_of(request)
         lane = f"{client} {request.headers.get('user-agent', '')}"
-        order = Order(id=new_id(), wanted=wanted, kind=kind, quality=quality, partials=partials)
+        order = Order(id=new_id(), wanted=wanted, kind=kind, quality=quality, previews=previews, partials=partials)
         job = Job(order, client, lane, route)
         self.supervisor.submit(job)
         return job
@@ -97,8 +98,9 @@ class Service:
             if wanted.image is not None:
                 size = image_size(wanted.image, "the image", limits.max_source_pixels)
                 wanted = wanted if wanted.size is not None else replace(wanted, size=self._fitted(*size))
-            if wanted.mask is not None:
-                image_size(wanted.mask, "the mask", limits.max_source_pixels)
+            for what, data in (("the mask", wanted.mask), ("the control image", wanted.control)):
+                if data is not None:
+                    image_size(data, what, limits.max_source_pixels)
             limits.check(wanted, self.manifest)
         except RequestError as error:
             raise InvalidError(str(error)) from None

@@ -100,7 +100,6 @@ class OrtCpuExecutor:
 
     def extend(self) -> None:
         """From here on, the programs that take LoRA run."""
-        check_extended(self.bundle, ON_CPU)
         self._worker.call(self.programs.extend)
 
     def release(self) -> None:

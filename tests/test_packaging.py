@@ -73,8 +73,10 @@ def test_the_wheel_carries_the_packages_and_nothing_else(wheel: Path) -> None:
     expected = modules | typed | {OPTIMUM_COMMAND}
     assert expected <= set(carried)
     others = [name for name in carried if name not in expected]
-    bundle = REPOSITORY / "zimage_rt" / "demo_bundle"
-    data = {str(path.relative_to(REPOSITORY).as_posix()) for path in bundle.rglob("*") if path.is_file()}
+    folders = (REPOSITORY / "zimage_rt" / "demo_bundle", REPOSITORY / "zimage_rt" / "serve" / "page")
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    data = {path.relative_to(REPOSITORY).as_posix() for path in files}
+    assert "zimage_rt/serve/page/index.html" in data
     assert set(others) == data
 
 

@@ -58,9 +58,8 @@ class Server:
         return sorted(self.folder.glob("zimage-*.png"))
 
     def stop(self) -> None:
-        """Ends it, without grace for what runs."""
-        for _ in range(2):
-            self.process.terminate()
+        """Kills it, and waits until its engine has noticed."""
+        self.process.kill()
         self.process.communicate(timeout=60)
 
 
@@ -108,8 +107,12 @@ def opened(browser: "Browser", server: Server, width: int = 1280, height: int = 
     noted: list[str] = []
     _PROBLEMS[page] = noted
     page.on("pageerror", lambda error: noted.append(f"error in a script: {error}"))
-    page.on("console", lambda message: noted.append(message.text) if "Content Security Policy" in message.text else None)
-    page.on("request", lambda request: None if _is_own(request.url, server) else noted.append(f"asked for {request.url}"))
+    page.on(
+        "console", lambda message: noted.append(message.text) if "Content Security Policy" in message.text else None
+    )
+    page.on(
+        "request", lambda request: None if _is_own(request.url, server) else noted.append(f"asked for {request.url}")
+    )
     page.goto(server.address)
     page.wait_for_selector("html[data-ready]")
     return page

@@ -58,7 +58,15 @@ def test_everything_is_done_by_keyboard_in_chinese(server: Server, browser: "Bro
     until(page, lambda: focused(page) == "paint-mask", "the focus on the mask")
     page.keyboard.press("Enter")
     assert focused(page) == "mask-canvas"
-    for key in ("Space", "Shift+ArrowRight", "Shift+ArrowRight", "Control+z", "Control+Shift+z", "]", "Shift+ArrowDown"):
+    for key in (
+        "Space",
+        "Shift+ArrowRight",
+        "Shift+ArrowRight",
+        "Control+z",
+        "Control+Shift+z",
+        "]",
+        "Shift+ArrowDown",
+    ):
         page.keyboard.press(key)
     page.keyboard.press("Control+Enter")
     assert focused(page) == "paint-mask"

@@ -33,7 +33,7 @@ from .events import (
     Timings,
 )
 from .executors.choose import ExecutorChoice
-from .executors.protocol import Conditioning, Denoiser, Executor, Options, Session
+from .executors.protocol import Conditioning, Control, Denoiser, Executor, Options, Session
 from .executors.registry import AUTO
 from .images.img2img import Encoded, Start
 from .images.pixels import to_image
@@ -213,13 +213,15 @@ class Pipeline:
 
     def _events(self, job: Job, session: Session) -> Iterator[Event]:
         encoded = None
-        if job.source is not None:
-            begin = time.perf_counter()
+        begin = time.perf_counter()
+        if job.source is not None and (job.first_step or not job.inpaints_by_control):
             encoded = Encoded(*session.encode(job.source.pixels))
+        control = self._control(job, session)
+        if encoded is not None or control is not None:
             yield EncodeEvent(time.perf_counter() - begin)
         begin = time.perf_counter()
         prompts = [prompt for prompt in (job.positive, job.negative) if prompt is not None]
-        denoisers = self._denoisers(job, session, [prompt.ids for prompt in prompts])
+        denoisers = self._denoisers(job, session, [prompt.ids for prompt in prompts], control)
         cut = [prompt.cut_tokens for prompt in prompts]
         yield CaptionEvent(len(job.ids), cut[0], time.perf_counter() - begin, negative_cut_tokens=sum(cut[1:]))
 
@@ -258,12 +260,35 @@ class Pipeline:
                 image = to_image(session.decode(self.unscaled(one[None]))[0])
                 yield ImageEvent(job.seeds[index], image, one, time.perf_counter() - begin, job.info_of(index))
 
-    def _denoisers(self, job: Job, session: Session, prompts: list[tuple[int, ...]]) -> tuple[Denoiser, ...]:
+    def _control(self, job: Job, session: Session) -> Control | None:
+        """What a job's ControlNet reads: the control image's latents, and those of what is kept of a source image."""
+        if job.control is None:
+            return None
+        manifest, net = self.bundle.manifest, job.control.net
+        shape = net.manifest.config.channels, job.geometry.latent_height, job.geometry.latent_width
+        channels, latents = manifest.config.vae.latent_channels, np.zeros((1, *shape), np.float32)
+        latents[:, :channels] = self._mode(session, job.control.image.pixels)
+        if job.source is not None and job.source.mask is not None:
+            latents[:, channels] = np.float32(1) - job.source.mask[:, 0]
+            latents[:, channels + 1 :] = self._mode(session, job.source.kept_pixels)
+        weights = TensorFile(self.bundle.file(manifest.weights["transformer"]))
+        pad_token = to_float32(*weights.array("x_pad_token"))
+        return Control(net, latents, pad_token, job.control.scale, job.control.steps)
+
+    def _mode(self, session: Session, pixels: FloatArray) -> FloatArray:
+        """The most likely latents of an image, as the transformer sees them."""
+        vae = self.bundle.manifest.config.vae
+        mean, _ = session.encode(pixels)
+        return (mean - np.float32(vae.shift_factor)) * np.float32(vae.scaling_factor)
+
+    def _denoisers(
+        self, job: Job, session: Session, prompts: list[tuple[int, ...]], control: Control | None
+    ) -> tuple[Denoiser, ...]:
         """A denoiser for each prompt. All are encoded first: the text encoder and the transformer may take turns."""
         found = [self.hidden_states(session, ids) for ids in prompts]
         self._encoded = dict(zip(prompts, found, strict=True))  # the last request's alone are kept
         branches = self._loras.branches(job.loras) if job.loras else None
-        each = [self.conditioning(job.geometry, job.schedule, hidden, branches) for hidden in found]
+        each = [self.conditioning(job.geometry, job.schedule, hidden, branches, control) for hidden in found]
         return tuple(session.denoiser(conditioning) for conditioning in each)
 
     def hidden_states(self, session: Session, ids: tuple[int, ...]) -> FloatArray:
@@ -284,6 +309,7 @@ class Pipeline:
         schedule: Schedule,
         hidden_states: FloatArray,
         branches: Branches | None = None,
+        control: Control | None = None,
     ) -> Conditioning:
         """What a denoiser is made from, for a prompt's hidden states [1, tokens, hidden_size]."""
         caption_tokens = padded(hidden_states.shape[1])
@@ -293,6 +319,7 @@ class Pipeline:
             image_rotary=self._rotary(image_positions(geometry, caption_tokens)),
             caption_rotary=self._rotary(caption_positions(caption_tokens)),
             branches=branches,
+            control=control,
         )
 
     def _prompt(self, text: str) -> Prompt:
@@ -342,7 +369,7 @@ class Pipeline:
             first = mixed(first, self.initial_latents(job.geometry, tuple(seed + index for index in batch)), share)
         if clean is None or job.source is None:
             return first, None
-        start = Start(clean, first, job.source.mask)
+        start = Start(clean, first, None if job.inpaints_by_control else job.source.mask)
         return start.at(job.schedule.sigmas[job.first_step]), start
 
     def unscaled(self, latents: FloatArray) -> FloatArray:

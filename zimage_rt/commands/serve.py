@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..serve.settings import Keep
 
 GROUPS = {
-    "Common options": ("model", "host", "port", "output_dir", "keep", "lora_dir"),
+    "Common options": ("model", "host", "port", "output_dir", "keep", "lora_dir", "controlnet"),
     "Access": ("api_key_file", "allow_host", "allow_origin"),
     "Limits": ("max_queue", "max_pixels", "max_steps", "as_asked"),
     "Execution": ("executor", "device", "vram", "low_memory", "trust_engines"),
@@ -55,6 +55,11 @@ GROUPS = {
     "--lora-dir",
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="A folder of LoRA that requests may name.",
+)
+@click.option(
+    "--controlnet",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="A ControlNet that requests may use: its folder, which `zimage-export controlnet` makes.",
 )
 @click.option(
     "--api-key-file",
@@ -94,6 +99,7 @@ def serve(
     output_dir: Path | None,
     keep: "Keep | None",
     lora_dir: Path | None,
+    controlnet: Path | None,
     api_key_file: Path | None,
     allow_host: tuple[str, ...],
     allow_origin: tuple[str, ...],
@@ -144,7 +150,8 @@ def serve(
                 vram=vram,
                 low_memory=low_memory,
                 trust_engines=trust_engines,
-                extended=lora_dir is not None,
+                takes_loras=lora_dir is not None,
+                controlnet=None if controlnet is None else controlnet.absolute(),
             ),
             limits=limits,
             keep=keep or (Keep() if output_dir is not None else Keep(count=200)),

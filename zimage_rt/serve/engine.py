@@ -39,8 +39,7 @@ def engine_main(connection: "Connection[Any, Any]", settings: EngineSettings) ->
             note=lambda text: print(text, file=sys.stderr, flush=True),
         )
         executor = pipeline.executor
-        if settings.extended:
-            _extend(pipeline)
+        _open_more(pipeline, settings)
     except ZImageRuntimeError as error:
         mouth.say(NotReady(str(error)))
         return
@@ -48,20 +47,29 @@ def engine_main(connection: "Connection[Any, Any]", settings: EngineSettings) ->
     Engine(pipeline, settings, connection, mouth).serve()
 
 
-def _extend(pipeline: "Pipeline") -> None:
-    """Runs the programs that take LoRA from the first image on, so that the first LoRA loads nothing again.
+def _open_more(pipeline: "Pipeline", settings: EngineSettings) -> None:
+    """Where LoRA or a ControlNet are offered, runs the programs that take them from the first image on.
 
-    Raises `BundleError` for a bundle without them, and `RequestError` for an executor that takes no LoRA.
+    So the first request for one loads nothing again. Raises `ZImageRuntimeError` where it would be refused.
     """
     from zimage_runtime.adapters.branches import ON_CPU, check_extended
+    from zimage_runtime.bundle.controlnet import ControlNet
 
-    check_extended(pipeline.bundle, ON_CPU)
-    extend = getattr(pipeline.executor, "extend", None)
-    if extend is None:
-        raise RequestError(
-            f"--lora-dir: the {pipeline.executor.name} executor takes no LoRA; use --executor cpu, or leave it out"
-        )
-    extend()
+    executor, offered = pipeline.executor, []
+    if settings.takes_loras:
+        offered.append(("--lora-dir", "takes_lora", "LoRA"))
+    if settings.controlnet is not None:
+        net = ControlNet.open(settings.controlnet)
+        net.manifest.config.check_fits(pipeline.bundle.manifest.config.transformer, net.root)
+        offered.append(("--controlnet", "takes_control", "ControlNet"))
+    for option, takes, what in offered:
+        if not getattr(executor, takes, False):
+            raise RequestError(f"{option}: the {executor.name} executor takes no {what}; use --executor cpu")
+    if offered:
+        check_extended(pipeline.bundle, ON_CPU, "--lora" if settings.takes_loras else "--control")
+        extend = getattr(executor, "extend", None)
+        if extend is not None:
+            extend()
 
 
 class Mouth:

@@ -52,10 +52,21 @@ def settings_of(info: ImageInfo) -> dict[str, Any]:
         "variation_seed": info.variation_seed,
         "variation_strength": info.variation_strength,
         "loras": [{"name": one.name, "weight": one.weight} for one in info.loras],
+        "control": None if info.controlnet is None else _control(info),
         "from_image": info.image is not None,
         "masked": info.mask is not None,
         "model": info.model,
         "executor": info.executor,
+    }
+
+
+def _control(info: ImageInfo) -> dict[str, Any]:
+    return {
+        "name": info.controlnet,
+        "type": info.control_type,
+        "scale": info.control_scale,
+        "start": info.control_start,
+        "end": info.control_end,
     }
 
 

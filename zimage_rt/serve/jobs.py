@@ -112,7 +112,7 @@ class Job:
             return
         self.state, self.error, self.refused = state, error, refused
         self.latest, self.position = None, 0
-        self.order = replace(self.order, wanted=replace(self.order.wanted, image=None, mask=None))
+        self.order = replace(self.order, wanted=self.order.wanted.without_sources())
         self.publish(EventName(state.value), error)
 
     async def follow(self, after: int = 0) -> AsyncIterator[JobEvent]:

@@ -29,7 +29,8 @@ class Limits:
 
     def check(self, wanted: Wanted, manifest: Manifest) -> None:
         """Raises `RequestError` for what is out of bounds or not valid, by the rules of `zimage-rt run`."""
-        wanted.request("the image" if wanted.image else None, "the mask" if wanted.mask else None)
+        images = {"the image": wanted.image, "the mask": wanted.mask, "the control image": wanted.control}
+        wanted.request(*(name if data else None for name, data in images.items()))  # which are decoded later
         for name, text in (("prompt", wanted.prompt), ("negative prompt", wanted.negative)):
             if len(text) > MAX_PROMPT:
                 raise RequestError(f"the {name} has {len(text)} characters; at most {MAX_PROMPT} are allowed")

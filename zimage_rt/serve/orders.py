@@ -1,6 +1,6 @@
 """What crosses the pipe between the web process and the engine, in both directions: frozen values that are pickled."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -38,15 +38,25 @@ class Wanted:
     mask_kind: MaskKind = MaskKind.WHITE
     mask_grow: int = 0
     strength: float | None = None
+    control: bytes | None = None  # what a ControlNet reads
+    controlnet: str | None = None  # its folder
+    control_type: str | None = None
+    control_scale: float | None = None
+    control_start: float = 0.0
+    control_end: float = 1.0
 
     @property
     def source_bytes(self) -> int:
         """Of the image files that came with it."""
-        return len(self.image or b"") + len(self.mask or b"")
+        return len(self.image or b"") + len(self.mask or b"") + len(self.control or b"")
 
-    def request(self, image: ImageInput | None, mask: ImageInput | None) -> Request:
-        """The same as the pipeline takes it, with these as source image and mask. Raises `RequestError`."""
-        named = {"sampler": self.sampler, "scheduler": self.scheduler}
+    def without_sources(self) -> "Wanted":
+        """The same without image files, which may take megabytes."""
+        return replace(self, image=None, mask=None, control=None)
+
+    def request(self, image: ImageInput | None, mask: ImageInput | None, control: ImageInput | None) -> Request:
+        """The same as the pipeline takes it, with these as its images. Raises `RequestError`."""
+        named = {"sampler": self.sampler, "scheduler": self.scheduler, "control_scale": self.control_scale}
         return Request(
             self.prompt,
             negative=self.negative,
@@ -62,6 +72,11 @@ class Wanted:
             mask=mask,
             mask_grow=self.mask_grow,
             strength=self.strength,
+            control=control,
+            controlnet=self.controlnet,
+            control_type=self.control_type,
+            control_start=self.control_start,
+            control_end=self.control_end,
             **{name: value for name, value in named.items() if value is not None},  # type: ignore[arg-type]
         )
 

@@ -58,12 +58,17 @@ def image_size(data: bytes, what: str, most: int) -> tuple[int, int]:
     return (image.height, image.width) if turned else image.size
 
 
-def sources(wanted: Wanted) -> tuple["Image | None", "Image | None"]:
-    """The source image and the mask of a request, decoded; white areas of the mask are repainted.
+def sources(wanted: Wanted) -> tuple["Image | None", "Image | None", "Image | None"]:
+    """The source image, the mask and the control image of a request, decoded. Raises `RequestError` for a damaged file.
 
-    Transparent areas of the image are put on white. In OpenAI's way, they are the mask where there is no other.
-    Raises `RequestError` for a damaged file.
+    White areas of the mask are repainted. Transparent areas of the image are put on white; in OpenAI's way, they are
+    the mask where there is no other.
     """
+    control = None if wanted.control is None else _on(_loaded(wanted.control, "the control image"), "black")
+    return *_source_and_mask(wanted), control
+
+
+def _source_and_mask(wanted: Wanted) -> tuple["Image | None", "Image | None"]:
     if wanted.image is None:
         return None, None
     image, mask = _loaded(wanted.image, "the image"), None

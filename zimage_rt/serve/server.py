@@ -72,6 +72,8 @@ def serve(settings: Settings, bound: socket.socket, ready: Callable[[], object])
         await service.supervisor.start()
         ready()
         await server.serve(sockets=[bound])
+        if server.force_exit:
+            raise KeyboardInterrupt
 
     asyncio.run(run())
 
@@ -88,8 +90,9 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal stops gracefully, the second at once."""
-        self.force_exit = self.should_exit
-        self.should_exit = True
+        self.force_exit, self.should_exit = self.should_exit, True
+        if self.force_exit:
+            asyncio.get_running_loop().call_soon_threadsafe(self._service.supervisor.hurry)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Returns what waits, lets the job at work finish, and then closes."""

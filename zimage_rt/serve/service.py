@@ -97,8 +97,9 @@ class Service:
             if wanted.image is not None:
                 size = image_size(wanted.image, "the image", limits.max_source_pixels)
                 wanted = wanted if wanted.size is not None else replace(wanted, size=self._fitted(*size))
-            if wanted.mask is not None:
-                image_size(wanted.mask, "the mask", limits.max_source_pixels)
+            for what, data in (("the mask", wanted.mask), ("the control image", wanted.control)):
+                if data is not None:
+                    image_size(data, what, limits.max_source_pixels)
             limits.check(wanted, self.manifest)
         except RequestError as error:
             raise InvalidError(str(error)) from None

@@ -17,7 +17,8 @@ class EngineSettings:
     vram: int | None = None  # bytes
     low_memory: bool = False
     trust_engines: bool = False
-    extended: bool = False  # the programs that take LoRA run from the first image on
+    takes_loras: bool = False  # the programs that take LoRA run from the first image on
+    controlnet: Path | None = None  # a ControlNet's folder
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ class Supervisor:
         self._was_ready = False  # the engine that there is, or was last
         self._first_start: asyncio.Future[None] | None = None
         self._wake = asyncio.Event()
+        self._hurry = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._typical = 5.0  # seconds of a job, for Retry-After
 
@@ -293,18 +294,25 @@ class Supervisor:
             self._queue.remove(job)
             self._end(job, State.FAILED, why)
 
+    def hurry(self) -> None:
+        """The job at work gets no more time."""
+        self._hurry.set()
+
     async def stop(self) -> None:
         """Lets the job at work finish in its time, then ends the engine."""
         self.refuse_more()
-        if self.running is not None:
-            job = self.running
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self.settings.grace):
-                    await job.over()
-            if not job.state.over:
+        job, hurry = self.running, self._hurry
+        if job is not None:
+            waits = [asyncio.ensure_future(job.over()), asyncio.ensure_future(hurry.wait())]
+            await asyncio.wait(waits, timeout=self.settings.grace, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
+            if not job.state.over and not hurry.is_set():
                 await self._cancel_running(job)
         engine = self.engine
-        if engine is not None:
+        if engine is not None and hurry.is_set():
+            engine.kill()
+        elif engine is not None:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(OBEYS_WITHIN):
                     await engine.say(Stop())

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from ..adapters.branches import Branches
 from ..arrays import FloatArray
 from ..bundle.bundle import Bundle
+from ..bundle.controlnet import ControlNet
 from ..model.geometry import ImageGeometry, Rotary
 from .examination import Examination
 
@@ -29,11 +30,23 @@ class Work:
     encodes: bool = False  # whether there is a source image
     held: int = 0  # bytes of the host's memory that the caller keeps until the end: finished images
     branches: int | None = None  # bytes of LoRA's matrices; None where the programs need not take any
+    control: ControlNet | None = None  # whose hints are added in some steps
 
     @property
     def conditionings(self) -> int:
         """Prompts that are encoded, and whose caption tokens are kept."""
         return 2 if self.guided else 1
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a ControlNet adds, for one image and schedule."""
+
+    net: ControlNet
+    latents: FloatArray  # [1, channels, height / 8, width / 8] of the control image and what is inpainted
+    pad_token: FloatArray  # [1, dim]: the model's
+    scale: float  # that hints are multiplied by
+    steps: frozenset[int]  # of the schedule, in which hints are added
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,7 @@ class Conditioning:
     image_rotary: Rotary  # [1, image_tokens, head_dim / 2]
     caption_rotary: Rotary  # [1, caption_tokens, head_dim / 2]
     branches: Branches | None = None  # LoRA; None runs programs that take none
+    control: Control | None = None
 
 
 class Plan(Protocol):
@@ -183,5 +197,6 @@ class ExecutorKind:
     predict: Callable[[Bundle, Work, Hardware], Plan]
     """The plan for another machine. Raises `MemoryLimitError`, or `BundleError` where the bundle has no programs."""
     examine: Callable[[], Examination]
+    takes_control: bool = False  # runs steps under a ControlNet
     why_not_automatic: Callable[[int], Unavailable | None] = lambda device: None
     """Why `auto` does not choose it on a device of this machine, although it may run there when it is named."""

@@ -28,6 +28,17 @@ class FromGallery(BaseModel):
     gallery: str = Field(description="The image's name.")
 
 
+class ControlBody(BaseModel):
+    """What the server's ControlNet reads."""
+
+    model_config = ConfigDict(extra="forbid")
+    image: str | FromGallery = Field(description="Edges, depth, a pose: base64, a data URL, or a gallery's.")
+    type: str | None = Field(None, description="canny: edges are made of the image first.")
+    scale: float | None = Field(None, description="How much control there is; 0 is none.")
+    start: float = Field(0.0, description="Share of the steps before which there is none.")
+    end: float = Field(1.0, description="Share of the steps after which there is none.")
+
+
 class JobBody(BaseModel):
     """What to generate. What is left out or null gets the bundle's default."""
 
@@ -50,6 +61,7 @@ class JobBody(BaseModel):
     mask: str | FromGallery | None = Field(None, description="White areas are repainted.")
     mask_grow: int = 0
     strength: float | None = None
+    control: ControlBody | None = None
 
 
 def router(service: Service) -> APIRouter:
@@ -149,7 +161,7 @@ def _state(service: Service) -> dict[str, Any]:
         "samplers": [one.value for one in SamplerName],
         "schedulers": [one.value for one in SchedulerName],
         "loras": [{"name": name} for name in service.loras.files()],
-        "control": False,
+        "control": settings.engine.controlnet is not None,
         "previews": manifest.preview is not None,
         "queue": {"running": int(supervisor.running is not None), "waiting": len(supervisor.waiting)},
         "version": service.version,
@@ -183,7 +195,24 @@ async def _wanted(service: Service, body: JobBody) -> Wanted:
         mask=await _image(service, body.mask, "the mask"),
         mask_grow=body.mask_grow,
         strength=body.strength,
+        **(await _control(service, body.control)),
     )
+
+
+async def _control(service: Service, body: ControlBody | None) -> dict[str, Any]:
+    if body is None:
+        return {}
+    folder = service.settings.engine.controlnet
+    if folder is None:
+        raise InvalidError("control: the server was started without --controlnet")
+    return {
+        "control": await _image(service, body.image, "the control image"),
+        "controlnet": str(folder),
+        "control_type": body.type,
+        "control_scale": body.scale,
+        "control_start": body.start,
+        "control_end": body.end,
+    }
 
 
 async def _image(service: Service, given: str | FromGallery | None, what: str) -> bytes | None:

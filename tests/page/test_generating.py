@@ -12,7 +12,7 @@ from PIL import Image
 from zimage_runtime.images.image_files import read_image_info
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Locator, Page
+    from playwright.sync_api import Browser, Locator, Page, Request
 
 pytestmark = pytest.mark.deep
 
@@ -97,12 +97,16 @@ def test_a_prompt_becomes_images_that_are_found_again(server: Server, browser: "
     assert problems_of(page) == []
 
 
+def body_of(job: "Request") -> dict[str, Any]:
+    return json.loads(job.post_data or "")
+
+
 TRANSFER = """([bytes, how]) => {
     const data = new DataTransfer();
     data.items.add(new File([new Uint8Array(bytes)], "photograph.png", {type: "image/png"}));
     const options = {dataTransfer: data, clipboardData: data, bubbles: true, cancelable: true};
-    const [Kind, target] = how === "drop" ? [DragEvent, document.getElementById("source")] : [ClipboardEvent, document.body];
-    target.dispatchEvent(new Kind(how, options));
+    if (how === "drop") document.getElementById("source").dispatchEvent(new DragEvent(how, options));
+    else document.body.dispatchEvent(new ClipboardEvent(how, options));
 }"""
 
 
@@ -110,10 +114,8 @@ def test_an_image_is_the_beginning_of_another(server: Server, browser: "Browser"
     photograph = tmp_path / "photograph.png"
     Image.new("RGB", (600, 200), "blue").save(photograph)
     page = opened(browser, server)
-    bodies: list[dict[str, Any]] = []
-    page.on(
-        "request", lambda sent: bodies.append(json.loads(sent.post_data or "")) if sent.url.endswith("/jobs") else None
-    )
+    jobs: list[Request] = []
+    page.on("request", lambda sent: jobs.append(sent) if sent.url.endswith("/jobs") and sent.method == "POST" else None)
 
     # chosen, dropped, pasted; what is no image is refused in words
     remove = page.locator("#source").get_by_role("button", name="Remove")
@@ -139,7 +141,7 @@ def test_an_image_is_the_beginning_of_another(server: Server, browser: "Browser"
     first = server.images()[0]
     info = read_image_info(first)
     assert info.image is not None
-    assert (info.width, info.height, info.strength, bodies[0]["strength"]) == (128, 128, 0.3, 0.3)
+    assert (info.width, info.height, info.strength, body_of(jobs[0])["strength"]) == (128, 128, 0.3, 0.3)
     assert pixels(first)[:, :, 2].mean() > 2 * pixels(first)[:, :, 0].mean(), "it is blue no longer"
 
     # the result as input, named instead of sent; what is painted changes, the rest stays
@@ -156,7 +158,7 @@ def test_an_image_is_the_beginning_of_another(server: Server, browser: "Browser"
     page.fill("#strength", "1")
     generate(page, prompt="a yellow star on a white background", seed=5)
     finished(page, 2)
-    assert bodies[1]["image"] == {"gallery": first.name}
+    assert body_of(jobs[1])["image"] == {"gallery": first.name}
     assert read_image_info(server.images()[1]).mask is not None
     change = np.abs(pixels(first).astype(int) - pixels(server.images()[1])).mean(axis=2)
     kept, repainted = change[:, :64].mean(), change[40:88, 92:100].mean()

@@ -75,7 +75,8 @@ def test_the_wheel_carries_the_packages_and_nothing_else(wheel: Path) -> None:
     others = [name for name in carried if name not in expected]
     folders = (REPOSITORY / "zimage_rt" / "demo_bundle", REPOSITORY / "zimage_rt" / "serve" / "page")
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
-    data = {str(path.relative_to(REPOSITORY).as_posix()) for path in files}
+    data = {path.relative_to(REPOSITORY).as_posix() for path in files}
+    assert "zimage_rt/serve/page/index.html" in data
     assert set(others) == data
 
 

@@ -1,7 +1,7 @@
 """The server and a browser, for tests of the page: both end with the block that started them.
 
-Needs a Chromium, at /usr/bin/chromium or named by the environment's CHROMIUM. Where there is none a test is skipped with
-the reason, and fails if the environment says `CI=true`.
+Needs a Chromium, at /usr/bin/chromium or named by the environment's CHROMIUM. Where there is none a test is skipped
+with the reason, and fails if the environment says `CI=true`.
 """
 
 import contextlib
@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import pytest
 from cli_tools import start
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Browser, Page
+    from playwright.sync_api import Browser, ConsoleMessage, Page, Request
 
 CHROMIUM = Path(os.environ.get("CHROMIUM", "/usr/bin/chromium"))
 ARGUMENTS = [
@@ -58,9 +59,8 @@ class Server:
         return sorted(self.folder.glob("zimage-*.png"))
 
     def stop(self) -> None:
-        """Ends it, without grace for what runs."""
-        for _ in range(2):
-            self.process.terminate()
+        """Kills it, and waits until its engine has noticed."""
+        self.process.kill()
         self.process.communicate(timeout=60)
 
 
@@ -100,35 +100,36 @@ def browsing() -> Iterator["Browser"]:
 def opened(browser: "Browser", server: Server, width: int = 1280, height: int = 900, **options: Any) -> "Page":
     """The page in a context of its own, once it is ready.
 
-    Whatever the page asks of another address is refused, and noted with the errors of its scripts in `problems_of`.
+    Errors of its scripts, and whatever it asks of another address, are in `problems_of`.
     """
     context = browser.new_context(**{"viewport": {"width": width, "height": height}, "locale": "en-US", **options})
     context.set_default_timeout(PATIENCE * 1000)
     page = context.new_page()
     noted: list[str] = []
     _PROBLEMS[page] = noted
+
+    def note_refusal(message: "ConsoleMessage") -> None:
+        if "Content Security Policy" in message.text:
+            noted.append(message.text)
+
+    def note_address(request: "Request") -> None:
+        if not request.url.startswith((server.address, "data:", "blob:")):
+            noted.append(f"asked for {request.url}")
+
     page.on("pageerror", lambda error: noted.append(f"error in a script: {error}"))
-    page.on(
-        "console", lambda message: noted.append(message.text) if "Content Security Policy" in message.text else None
-    )
-    page.on(
-        "request", lambda request: None if _is_own(request.url, server) else noted.append(f"asked for {request.url}")
-    )
+    page.on("console", note_refusal)
+    page.on("request", note_address)
     page.goto(server.address)
     page.wait_for_selector("html[data-ready]")
     return page
 
 
-_PROBLEMS: "dict[Page, list[str]]" = {}
+_PROBLEMS: "WeakKeyDictionary[Page, list[str]]" = WeakKeyDictionary()
 
 
 def problems_of(page: "Page") -> list[str]:
     """Errors of scripts, what the policy refused, and addresses elsewhere that the page asked for, so far."""
     return _PROBLEMS[page]
-
-
-def _is_own(url: str, server: Server) -> bool:
-    return url.startswith((server.address, "data:", "blob:"))
 
 
 def until(page: "Page", holds: Callable[[], object], what: str) -> None:

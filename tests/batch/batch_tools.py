@@ -1,11 +1,12 @@
 """What the tests of `zimage-rt batch` share: files of rows, the command, and what a folder holds."""
 
 import json
+import subprocess
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from cli_tools import Capture, Outcome, call_rt
+from cli_tools import Capture, Outcome, call_rt, finish
 
 from zimage_rt.batch.store import ATTEMPTS, LATENTS, RECORDS
 
@@ -31,6 +32,14 @@ def write_rows(path: Path, rows: Rows) -> Path:
 def call_batch(capture: Capture, bundle: Path, rows: Path, out: object, *options: object) -> Outcome:
     """Runs `zimage-rt batch` on the CPU, here."""
     return call_rt(capture, "batch", rows, "-m", bundle, "-o", out, "--executor", "cpu", "--quiet", *options)
+
+
+def finished(process: "subprocess.Popen[str]") -> Outcome:
+    """Waits for a batch, which may take minutes where others compute, too."""
+    try:
+        return finish(process, timeout=1800)
+    finally:
+        process.kill()
 
 
 def images_in(folder: Path) -> dict[str, bytes]:

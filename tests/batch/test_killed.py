@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 import pytest
-from batch_tools import images_in, manifest_in, rows_of, unfinished, without_seconds, write_rows
-from cli_tools import finish, start
+from batch_tools import finished, images_in, manifest_in, rows_of, unfinished, without_seconds, write_rows
+from cli_tools import start
 
 from zimage_rt import demo_bundle
 from zimage_rt.batch.store import LATENTS, RECORDS
@@ -32,18 +32,18 @@ def kill_after(rows: Path, out: Path, more: int) -> bool:
         assert time.monotonic() < deadline, "nothing comes of it"
         time.sleep(0.002)
     process.kill()
-    return finish(process).status == -signal.SIGKILL
+    return finished(process).status == -signal.SIGKILL
 
 
 def check(folder: Path, number: int, kills: int, **values: object) -> None:
     rows = write_rows(folder / "rows.jsonl", rows_of(number, **values))
     out, reference = folder / "out", folder / "reference"
-    assert finish(start("zimage-rt", *words(rows, reference))).status == 0
+    assert finished(start("zimage-rt", *words(rows, reference))).status == 0
     chance = random.Random(number)
     for _ in range(kills):
         assert kill_after(rows, out, chance.randint(1, 2 * number // kills)), "ended before it was killed"
     assert not (out / "manifest.parquet").exists()
-    outcome = finish(start("zimage-rt", *words(rows, out)))
+    outcome = finished(start("zimage-rt", *words(rows, out)))
     assert outcome.status == 0, outcome.err
     assert images_in(out) == images_in(reference)
     assert len(images_in(out)) == number

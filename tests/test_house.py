@@ -36,7 +36,7 @@ FLOORS: dict[str, tuple[tuple[str, ...], ...]] = {  # from the top; the rooms of
     ),
     "zimage_export": (
         ("cli",),
-        ("build", "programs"),
+        ("build", "programs", "controlnet"),
         ("measure",),
         ("engines", "synthetic"),
         ("weights",),

@@ -131,7 +131,8 @@ def build_reported(model: str | Path, out: str | Path, options: BuildOptions, pr
     streams = {f"{component}/weights.safetensors": tensors for component, tensors in weights.items()}
     streams["text_encoder/embeddings.safetensors"] = embeddings
     if policy.rebalanced:  # a LoRA needs them; they are chosen with the weights, so written after them
-        streams |= {_rebalancing_file(component): balance.stored(component) for component in PLACES}
+        names = blocks(checkpoint.config)
+        streams |= {_rebalancing_file(component): balance.stored(component, names[component]) for component in PLACES}
     needed = sum(total_bytes(tensors) for tensors in streams.values())
     check_disk(target, needed)
     progress.note(

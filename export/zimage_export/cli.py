@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from zimage_runtime.bundle.manifest import Precision
-from zimage_runtime.command_line.console import SizeType, run_command
+from zimage_runtime.command_line.console import LayersType, SizeType, run_command
 from zimage_runtime.command_line.progress import Progress
 
 from .errors import require_extra, require_onnx
@@ -207,10 +207,16 @@ def engines(bundle: Path, gpus: tuple[str, ...], as_json: bool, quiet: bool) -> 
     multiple=True,
     help="Executor to add programs for; may be given again.  [default: all that the bundle's precision is for]",
 )
-@click.option("--lora", is_flag=True, help="Also add those that take LoRA, which `zimage-rt run --lora` needs.")
+@click.option(
+    "--lora",
+    "--control",
+    "extended",
+    is_flag=True,
+    help="Also add those that take LoRA and a ControlNet, which `zimage-rt run` needs for either.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the path.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
-def programs(bundle: Path, executors: tuple[str, ...], lora: bool, as_json: bool, quiet: bool) -> None:
+def programs(bundle: Path, executors: tuple[str, ...], extended: bool, as_json: bool, quiet: bool) -> None:
     """Add the programs that BUNDLE lacks, such as those of an executor that is newer than the bundle.
 
     A program takes 2 MB at most. Weights are neither needed in memory nor rewritten, and images that the bundle has
@@ -222,7 +228,7 @@ def programs(bundle: Path, executors: tuple[str, ...], lora: bool, as_json: bool
     from .programs import add_programs
 
     progress = Progress(quiet)
-    report = add_programs(Bundle.open(bundle), executors, progress, lora=lora)
+    report = add_programs(Bundle.open(bundle), executors, progress, lora=extended)
     manifest = report.bundle.manifest
     added = [
         {"program": program.value, "name": name, "path": record.path, "bytes": manifest.files[record.path].size}
@@ -232,6 +238,61 @@ def programs(bundle: Path, executors: tuple[str, ...], lora: bool, as_json: bool
         progress.note(f"{bundle} already has every program")
     document = {"path": str(bundle), "added": added, "executors": sorted(manifest.executors)}
     _report({**document, "fingerprint": manifest.fingerprint}, as_json, str(bundle))
+
+
+@cli.command(short_help="Export a ControlNet.")
+@click.argument("file", type=_FILE)
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--precision",
+    type=click.Choice([p.value for p in Precision]),
+    default=Precision.FP32.value,
+    show_default=True,
+    help="How weights are stored and computed with; it need not be the bundle's.",
+)
+@click.option(
+    "--places",
+    type=LayersType(),
+    help="The model's layers after which hints are added, like 0,2,4.  [default: from the file and its size]",
+)
+@click.option("--verify", "measure", is_flag=True, help="Then measure its programs against FILE.")
+@click.option("--force", is_flag=True, help="Replace the ControlNet at OUT, if there is one.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the path.")
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+def controlnet(
+    file: Path,
+    out: Path,
+    precision: str,
+    places: tuple[int, ...] | None,
+    measure: bool,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Export the ControlNet in FILE to a folder at OUT, which `zimage-rt run --controlnet OUT` takes.
+
+    FILE is one of the published Fun Controlnet Union or Tile files (versions 1.0 to 2.1, lite), or a folder that
+    diffusers saved. The bundle that it is used with is not needed.
+    """
+    require_extra()
+    from .controlnet import ControlOptions, export_controlnet
+
+    options = ControlOptions(Precision(precision), places, measure, force)
+    opened = export_controlnet(file, out, options, Progress(quiet))
+    manifest = opened.manifest
+    _report(
+        {
+            "path": str(out),
+            "version": manifest.config.version,
+            "precision": manifest.precision.value,
+            "bytes": sum(record.size for record in manifest.files.values()),
+            "fingerprint": manifest.fingerprint,
+            "self_check": dict(manifest.self_check),
+            "parity": manifest.parity,
+        },
+        as_json,
+        str(out),
+    )
 
 
 @cli.command(short_help="Measure a bundle against its checkpoint.")

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from zimage_runtime.bundle.manifest import FORMAT, MANIFEST_NAME
+from zimage_runtime.bundle.manifest import CONTROL_FORMAT, FORMAT, MANIFEST_NAME
 
 from .errors import ExportError
 
@@ -46,11 +46,12 @@ def check_target(target: Path, force: bool) -> None:
 
 
 def _is_bundle(path: Path) -> bool:
+    """Whether a folder is a bundle or a ControlNet."""
     try:
         data = json.loads((path / MANIFEST_NAME).read_bytes())
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(data, dict) and data.get("format") == FORMAT
+    return isinstance(data, dict) and data.get("format") in (FORMAT, CONTROL_FORMAT)
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ def add_programs(
 ) -> AddedPrograms:
     """Adds the programs that a bundle lacks: for some executors, or for all that its precision has programs for.
 
-    With `lora`, also those that take LoRA.
+    With `lora`, also those that take LoRA and a ControlNet's hints, of which older ones are replaced.
 
     The manifest is replaced last: a killed run leaves the bundle as it was, and the next one completes it. Raises
     `ExportError` if an executor has no programs for the precision, or if the weights lack what a program needs, and
@@ -47,26 +47,43 @@ def add_programs(
         build_graph(program, bundle.manifest.config, Target(programs.name, policy, folds))
         for programs in wanted
         for program in programs.of(bundle.manifest.precision)
-        if bundle.manifest.record(program, programs.name) is None
+        if bundle.manifest.record(program, programs.name) is None or programs.extended
     ]
+    graphs = [graph for graph in graphs if _is_lacking(bundle, graph)]
     for graph in graphs:  # all of them, before anything is written
         _check_weights(bundle, policy, graph)
     if not graphs:
         return AddedPrograms(bundle, ())
     records = {program: dict(of) for program, of in bundle.manifest.programs.items()}
-    files, added = dict(bundle.manifest.files), []
+    files, added, replaced = dict(bundle.manifest.files), [], []
     try:
         with (progress or Progress(quiet=True)).task("programs", len(graphs)) as advance:
             for graph in graphs:
                 record, file = _write(bundle, graph)
+                if earlier := bundle.manifest.record(graph.program, graph.executor):
+                    replaced.append(earlier.path)
+                    del files[earlier.path]
                 records.setdefault(graph.program, {})[graph.executor] = record
                 files[record.path] = file
                 added.append((graph.program, graph.executor, record))
                 advance(1)
         write_manifest(bundle.root, bundle.manifest.with_programs(records, files))
+        for path in replaced:
+            bundle.file(path).unlink(missing_ok=True)
     except OSError as error:  # which would name a temporary file, or nothing
         raise OSError(error.errno, error.strerror or str(error), str(bundle.root)) from None
     return AddedPrograms(Bundle.open(bundle.root), tuple(added))
+
+
+def _is_lacking(bundle: Bundle, graph: Graph) -> bool:
+    """Whether a bundle has no such program, or an extended one of an earlier version, with other inputs."""
+    import onnx
+
+    record = bundle.manifest.record(graph.program, graph.executor)
+    if record is None:
+        return True
+    model = onnx.load(str(bundle.file(record.path)), load_external_data=False)
+    return {value.name for value in model.graph.input} != graph.input_names
 
 
 def _wanted(bundle: Bundle, executors: Sequence[str]) -> list[ProgramSet]:

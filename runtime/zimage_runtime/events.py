@@ -15,6 +15,7 @@ from .arrays import FloatArray
 from .errors import RequestError
 from .images.metadata import ImageInfo
 from .images.source_image import ImageInput
+from .model.control_type import ControlType
 from .model.noise import MAX_SEED
 from .model.preview_map import PreviewMap
 from .model.sampling_names import SamplerName, SchedulerName
@@ -27,6 +28,11 @@ NO_PREVIEWS = "the bundle was made before there were previews; export it again"
 
 MAX_COUNT = 10_000
 """Images of one request."""
+
+DEFAULT_CONTROL_SCALE = 0.75
+"""diffusers' default; the published files are made for 0.65 to 1."""
+
+MOST_CONTROL_SCALE = 10.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,12 @@ class Request:
 
     loras: Iterable[LoraInput] = ()  # files, each with or without a weight: "a.safetensors", ("b.safetensors", 0.8)
     lora_allow_unused: bool = False  # leave out tensors of theirs that belong to nothing in the model
+    control: ImageInput | None = None  # what a ControlNet reads: edges, depth, a pose, …
+    controlnet: str | os.PathLike[str] | None = None  # the ControlNet's folder, which `zimage-export controlnet` makes
+    control_type: str | None = None  # a name from `ControlType`: what is made of the control image first
+    control_scale: float = DEFAULT_CONTROL_SCALE  # that the ControlNet's hints are multiplied by; 0 is none
+    control_start: float = 0.0  # the share of the steps before which, …
+    control_end: float = 1.0  # … and after which, they are not added
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "loras", given_loras(self.loras))
@@ -100,8 +112,9 @@ class Request:
             raise RequestError("strength and mask need a source image; give one as image")
         if self.mask is None and self.mask_grow:
             raise RequestError("mask_grow widens a mask; give one as mask")
-        for name in ("image", "mask"):
+        for name in ("image", "mask", "control"):
             _check_image(name, getattr(self, name))
+        _check_control(self)
 
 
 def _check_size(size: object) -> None:
@@ -118,6 +131,25 @@ def _check_image(name: str, value: object) -> None:
 
     if not isinstance(value, Image.Image):
         raise RequestError(f"{name} must be a file's path or a Pillow image, not {type(value).__name__}")
+
+
+def _check_control(request: Request) -> None:
+    if (request.control is None) != (request.controlnet is None):
+        raise RequestError("control and controlnet go together: give the image and the ControlNet's folder")
+    if not isinstance(request.controlnet, str | os.PathLike | None):
+        raise RequestError(f"controlnet must be a folder's path, not {type(request.controlnet).__name__}")
+    if request.control_type is not None:
+        _check_name("control_type", request.control_type, ControlType)
+    if not (_is_real(request.control_scale) and 0 <= request.control_scale <= MOST_CONTROL_SCALE):
+        raise RequestError(
+            f"control_scale must be a number from 0 to {MOST_CONTROL_SCALE:g}, not {request.control_scale!r}"
+        )
+    start, end = request.control_start, request.control_end
+    if not (_is_real(start) and _is_real(end) and 0 <= start < end <= 1):
+        raise RequestError(f"control_start must be less than control_end, both from 0 to 1, not {start!r} and {end!r}")
+    settings = (request.control_type, request.control_scale, start, end)
+    if request.control is None and settings != (None, DEFAULT_CONTROL_SCALE, 0, 1):
+        raise RequestError("control_type, control_scale, control_start and control_end need a control image")
 
 
 def _check_name(name: str, value: object, known: type[StrEnum]) -> None:
@@ -157,7 +189,7 @@ class NoticeEvent:
 
 @dataclass(frozen=True)
 class EncodeEvent:
-    """The source image is encoded; only where there is one."""
+    """The source image is encoded, and the control image; only where there is one."""
 
     seconds: float  # that encoding took
 

@@ -14,12 +14,12 @@ from .arrays import FloatArray
 from .errors import DeviceLostError, ExecutorError, MemoryLimitError, RequestError, ZImageRuntimeError
 from .events import EncodeEvent, Event
 from .executors.choose import Chosen, ExecutorChoice
-from .executors.protocol import Denoiser, Executor, Plan, Session
+from .executors.protocol import Control, Denoiser, Executor, Plan, Session
 from .images.img2img import Encoded
 from .job import Job, computed_by
 from .stages import Stages, TokenIds, caption_event
 
-_Key = tuple[tuple[TokenIds, ...], bytes]
+_Key = tuple[object, ...]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,8 @@ def plan_group(jobs: Sequence[Job], choice: ExecutorChoice) -> JobGroup:
 
 def _shared(job: Job) -> tuple[object, ...]:
     loras = tuple((one.adapter.hash, one.weight) for one in job.loras)
-    return job.executor.name, job.geometry, loras, job.work.branches
+    net = None if job.control is None else job.control.net.manifest.fingerprint
+    return job.executor.name, job.geometry, loras, job.work.branches, net
 
 
 def _planned(jobs: Sequence[Job], choice: ExecutorChoice) -> Chosen:
@@ -101,7 +102,10 @@ def _same(chosen: Chosen, job: Job) -> bool:
 
 def _key(job: Job) -> _Key:
     """What decides a job's denoisers, in a group."""
-    return job.prompt_ids, job.schedule.timesteps.tobytes()
+    info, control = job.info, job.control
+    seen = () if control is None else (info.control, info.control_type, control.scale, control.steps)
+    kept = (info.image, info.mask, info.mask_grow) if job.inpaints_by_control else ()
+    return job.prompt_ids, job.schedule.timesteps.tobytes(), seen, kept
 
 
 def group_events(
@@ -115,11 +119,12 @@ def group_events(
     latents = dict(finished)
     waiting = {index: job for index, job in enumerate(group.jobs) if index not in latents}
     sources: dict[int, Encoded | None] = {}
+    controls: dict[int, Control | None] = {}
     for index, job in waiting.items():
         begin = time.perf_counter()
         with _blaming(index):
-            sources[index] = stages.encoded_source(job, session)
-        if job.source is not None:
+            sources[index], controls[index] = stages.encoded_source(job, session), stages.control(job, session)
+        if sources[index] is not None or controls[index] is not None:
             yield GroupEvent(index, EncodeEvent(time.perf_counter() - begin))
     encoded: dict[TokenIds, FloatArray] = {}
     for index, job in waiting.items():
@@ -135,13 +140,13 @@ def group_events(
         for index, job in waiting.items():
             with _blaming(index):
                 if _key(job) not in denoisers:
-                    denoisers[_key(job)] = stages.denoisers(job, session, encoded)
+                    denoisers[_key(job)] = stages.denoisers(job, session, encoded, controls[index])
     for number, (index, job) in enumerate(waiting.items()):
         if number and enough():
             break
         with _blaming(index):
             if _key(job) not in denoisers:  # where all of them are made before, this is not reached
-                denoisers = {_key(job): stages.denoisers(job, session, encoded)}
+                denoisers = {_key(job): stages.denoisers(job, session, encoded, controls[index])}
             steps = stages.denoised(job, denoisers[_key(job)], range(1), sources[index])
         while True:
             with _blaming(index):

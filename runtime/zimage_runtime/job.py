@@ -5,12 +5,15 @@ from dataclasses import dataclass, field, replace
 
 from .adapters.distilled import misfit
 from .adapters.reader import WeightedAdapter
+from .bundle.controlnet import ControlNet
 from .bundle.manifest import Manifest
 from .events import NoticeEvent, Request
 from .executors.choose import Chosen
 from .executors.protocol import Computation, Executor, Plan, Work
+from .images.control_image import ControlImage
 from .images.metadata import ImageInfo, LoraInfo
 from .images.source_image import SourceImage
+from .model.control_type import ControlType
 from .model.geometry import ImageGeometry
 from .model.sampling_names import SamplerName, SchedulerName
 from .model.schedule import Schedule
@@ -24,6 +27,21 @@ class Prompt:
     text: str
     ids: tuple[int, ...]
     cut_tokens: int  # beyond what the model sees
+
+
+@dataclass(frozen=True)
+class JobControl:
+    """What a ControlNet adds to a request's images."""
+
+    net: ControlNet
+    image: ControlImage
+    scale: float
+    steps: frozenset[int]  # of the schedule
+
+    @property
+    def has_effect(self) -> bool:
+        """Whether it changes anything; without a scale or steps, the request is one without control."""
+        return bool(self.scale and self.steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +58,7 @@ class Checked:
     first_step: int
     guidance: Guidance
     loras: tuple[WeightedAdapter, ...]  # those that have an effect
+    control: JobControl | None  # that has an effect
     work: Work  # what it asks of an executor
     info: ImageInfo  # of the first seed's image, without what computes it
     default_steps: int  # the bundle's
@@ -68,6 +87,12 @@ class Job:
     sampler: SamplerName = SamplerName.EULER
     guidance: Guidance = field(default_factory=NoGuidance)
     loras: tuple[WeightedAdapter, ...] = ()  # those that have an effect
+    control: JobControl | None = None  # that has an effect
+
+    @property
+    def inpaints_by_control(self) -> bool:
+        """Whether the ControlNet sees what is kept: then nothing else restores it, as in diffusers."""
+        return self.control is not None and self.source is not None and self.source.mask is not None
 
     @property
     def prompt(self) -> str:
@@ -108,11 +133,13 @@ def image_info(
     strength: float | None,
     scale: float | None,
     loras: Sequence[WeightedAdapter] = (),
+    control: JobControl | None = None,
 ) -> ImageInfo:
     """What decides the image of a request whose defaults are filled in, but for what computes it. `scale` is None where
     no step is guided."""
     guided = scale is not None
     variation_seed, variation_strength = request.variation or (None, None)
+    net = None if control is None else control.net.manifest
     return ImageInfo(
         prompt=request.prompt,
         seed=seed,
@@ -136,6 +163,13 @@ def image_info(
         variation_seed=None if variation_seed is None else int(variation_seed),
         variation_strength=None if variation_strength is None else float(variation_strength),
         loras=tuple(LoraInfo(one.adapter.name, one.weight, one.adapter.hash) for one in loras),
+        control=None if control is None else control.image.image_hash,
+        controlnet=None if net is None else net.name,
+        controlnet_hash=None if net is None else net.fingerprint,
+        control_type=None if request.control_type is None else ControlType(request.control_type).value,
+        control_scale=None if control is None else control.scale,
+        control_start=float(request.control_start),
+        control_end=float(request.control_end),
     )
 
 

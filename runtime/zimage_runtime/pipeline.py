@@ -221,13 +221,12 @@ class Pipeline(Stages):
                 self._sessions.remove(session)
 
     def _events(self, job: Job, session: Session) -> Iterator[Event]:
-        encoded = None
-        if job.source is not None:
-            begin = time.perf_counter()
-            encoded = self.encoded_source(job, session)
+        begin = time.perf_counter()
+        encoded, control = self.encoded_source(job, session), self.control(job, session)
+        if encoded is not None or control is not None:
             yield EncodeEvent(time.perf_counter() - begin)
         begin = time.perf_counter()
-        denoisers = self.denoisers(job, session, self.encoded_prompts(session, job.prompt_ids))
+        denoisers = self.denoisers(job, session, self.encoded_prompts(session, job.prompt_ids), control)
         yield caption_event(job, time.perf_counter() - begin)
         whole_batches = max(job.plan.group // job.batch_size, 1) * job.batch_size
         for group in _parts(range(len(job.seeds)), whole_batches):

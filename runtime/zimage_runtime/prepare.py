@@ -3,18 +3,24 @@
 import secrets
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from .adapters.branches import branch_bytes
 from .adapters.given import given_loras
 from .adapters.shelf import LoraShelf
 from .bundle.bundle import Bundle
+from .bundle.controlnet import ControlNet
+from .bundle.manifest import Manifest
+from .errors import RequestError
 from .events import Request
 from .executors.choose import ExecutorChoice
 from .executors.protocol import Work
+from .images.control_image import make_control_image, open_control_image
 from .images.img2img import DEFAULT_MASKED_STRENGTH, DEFAULT_STRENGTH, steps_skipped
-from .images.source_image import open_given
-from .job import Checked, Job, Prompt, computed_by, image_info, lora_notices, notices_of
-from .model.geometry import image_geometry
+from .images.source_image import GivenImage, open_given
+from .job import Checked, Job, JobControl, Prompt, computed_by, image_info, lora_notices, notices_of
+from .model.control_type import ControlType
+from .model.geometry import ImageGeometry, image_geometry
 from .model.sampling_names import SchedulerName
 from .model.schedule import make_schedule
 from .sampling.guidance import make_guidance
@@ -24,10 +30,10 @@ def check_request(request: Request, bundle: Bundle, tokenized: Callable[[str], P
     """Checks a request against the bundle. Nothing large is loaded, and no executor is asked. Raises `RequestError`."""
     manifest, config = bundle.manifest, bundle.manifest.config
     given = None if request.image is None else open_given(request.image, request.mask, request.mask_grow)
-    size = request.size
+    given_control = None if request.control is None else open_control_image(request.control)
+    size, own = request.size, given or given_control
     if size is None:
-        defaults = (manifest.defaults.width, manifest.defaults.height)
-        size = defaults if given is None else given.own_size(config.vae)
+        size = (manifest.defaults.width, manifest.defaults.height) if own is None else own.own_size(config.vae)
     geometry = image_geometry(int(size[0]), int(size[1]), config)
     steps, shift = int(request.steps or manifest.defaults.steps), request.shift
     schedule = make_schedule(
@@ -39,6 +45,15 @@ def check_request(request: Request, bundle: Bundle, tokenized: Callable[[str], P
             strength = DEFAULT_STRENGTH if request.mask is None else DEFAULT_MASKED_STRENGTH
         first_step = steps_skipped(schedule.steps, strength)
         source = given.resized(geometry.width, geometry.height, config.vae)
+    control = None
+    if given_control is not None:
+        control = _control(request, manifest, given_control, geometry, range(first_step, schedule.steps))
+        if source is not None and source.mask is not None and not control.net.manifest.config.inpaints:
+            raise RequestError(
+                f"{control.net.root}: is a ControlNet of version {control.net.manifest.config.version}, which takes no "
+                "mask; use one from version 2.0 on, or leave out the mask"
+            )
+    active_control = control if control is not None and control.has_effect else None
     count = int(request.count)
     variation = None if request.variation is None else (int(request.variation[0]), float(request.variation[1]))
     first = secrets.randbelow(2**32 - count) if request.seed is None else int(request.seed)
@@ -58,6 +73,7 @@ def check_request(request: Request, bundle: Bundle, tokenized: Callable[[str], P
         strength=strength,
         scale=scale if guidance.guided else None,
         loras=loras,
+        control=control,
     )
     return Checked(
         request=request,
@@ -70,6 +86,7 @@ def check_request(request: Request, bundle: Bundle, tokenized: Callable[[str], P
         first_step=first_step,
         guidance=guidance,
         loras=active,
+        control=active_control,
         work=Work(
             geometry=geometry,
             tokens=max(len(prompt.ids) for prompt in prompts),
@@ -77,8 +94,9 @@ def check_request(request: Request, bundle: Bundle, tokenized: Callable[[str], P
             batch=min(int(request.batch_size), count),
             count=count,
             steps=schedule.steps,
-            encodes=source is not None,
+            encodes=source is not None or active_control is not None,
             branches=branch_bytes(active) if active else None,
+            control=None if active_control is None else active_control.net,
         ),
         info=info,
         default_steps=manifest.defaults.steps,
@@ -115,5 +133,24 @@ def plan_job(checked: Checked, choice: ExecutorChoice, *, cancels: int, keeps_im
         cancels=cancels,
         guidance=guidance,
         loras=checked.loras,
+        control=checked.control,
         work=work,
     )
+
+
+def _control(
+    request: Request, manifest: Manifest, given: GivenImage, geometry: ImageGeometry, taken: range
+) -> JobControl:
+    """The ControlNet of a request, opened, and its image; `taken` are the schedule's steps that are taken.
+
+    Raises `BundleError` for a folder that is no ControlNet, `RequestError` for one of another model.
+    """
+    assert request.controlnet is not None
+    net = ControlNet.open(Path(request.controlnet))
+    net.manifest.config.check_fits(manifest.config.transformer, net.root)
+    kind = None if request.control_type is None else ControlType(request.control_type)
+    start, end, count = float(request.control_start), float(request.control_end), len(taken)
+    # as diffusers' pipelines with ControlNets decide it
+    kept = (step for index, step in enumerate(taken) if index / count >= start and (index + 1) / count <= end)
+    image = make_control_image(given, geometry.width, geometry.height, kind)
+    return JobControl(net, image, float(request.control_scale), frozenset(kept))

@@ -18,7 +18,7 @@ from .bundle.bundle import Bundle
 from .bundle.tensors import TensorFile, to_float32
 from .errors import BundleError, ExecutorError
 from .events import CaptionEvent, ImageEvent, StepEvent
-from .executors.protocol import Conditioning, Denoiser, Session
+from .executors.protocol import Conditioning, Control, Denoiser, Session
 from .images.img2img import Encoded, Start
 from .images.pixels import to_image
 from .job import Job, Prompt
@@ -56,8 +56,31 @@ class Stages:
         self._loras = LoraShelf(self.bundle)
 
     def encoded_source(self, job: Job, session: Session) -> Encoded | None:
-        """A job's source image as latents; None where it has none."""
-        return None if job.source is None else Encoded(*session.encode(job.source.pixels))
+        """A job's source image as latents; None where it has none, or only its ControlNet sees it."""
+        if job.source is None or (job.inpaints_by_control and not job.first_step):
+            return None
+        return Encoded(*session.encode(job.source.pixels))
+
+    def control(self, job: Job, session: Session) -> Control | None:
+        """What a job's ControlNet reads: the control image's latents, and those of what is kept of a source image."""
+        if job.control is None:
+            return None
+        manifest, net = self.bundle.manifest, job.control.net
+        shape = net.manifest.config.channels, job.geometry.latent_height, job.geometry.latent_width
+        channels, latents = manifest.config.vae.latent_channels, np.zeros((1, *shape), np.float32)
+        latents[:, :channels] = self._mode(session, job.control.image.pixels)
+        if job.source is not None and job.source.mask is not None:
+            latents[:, channels] = np.float32(1) - job.source.mask[:, 0]
+            latents[:, channels + 1 :] = self._mode(session, job.source.kept_pixels)
+        weights = TensorFile(self.bundle.file(manifest.weights["transformer"]))
+        pad_token = to_float32(*weights.array("x_pad_token"))
+        return Control(net, latents, pad_token, job.control.scale, job.control.steps)
+
+    def _mode(self, session: Session, pixels: FloatArray) -> FloatArray:
+        """The most likely latents of an image, as the transformer sees them."""
+        vae = self.bundle.manifest.config.vae
+        mean, _ = session.encode(pixels)
+        return (mean - np.float32(vae.shift_factor)) * np.float32(vae.scaling_factor)
 
     def encoded_prompts(self, session: Session, prompts: Iterable[TokenIds]) -> dict[TokenIds, FloatArray]:
         """The hidden states of prompts, [1, tokens, hidden_size] each. Those of the last call alone are kept."""
@@ -69,11 +92,14 @@ class Stages:
         """Keeps the hidden states of these prompts, and of no others, for the next request."""
         self._encoded = dict(encoded)
 
-    def denoisers(self, job: Job, session: Session, encoded: Mapping[TokenIds, FloatArray]) -> tuple[Denoiser, ...]:
+    def denoisers(
+        self, job: Job, session: Session, encoded: Mapping[TokenIds, FloatArray], control: Control | None
+    ) -> tuple[Denoiser, ...]:
         """A denoiser for each prompt of a job, all of which are encoded: the text encoder and the transformer may
         take turns."""
         branches = self._loras.branches(job.loras) if job.loras else None
-        each = [self.conditioning(job.geometry, job.schedule, encoded[ids], branches) for ids in job.prompt_ids]
+        prompts = (encoded[ids] for ids in job.prompt_ids)
+        each = [self.conditioning(job.geometry, job.schedule, states, branches, control) for states in prompts]
         return tuple(session.denoiser(conditioning) for conditioning in each)
 
     def denoised(
@@ -132,6 +158,7 @@ class Stages:
         schedule: Schedule,
         hidden_states: FloatArray,
         branches: Branches | None = None,
+        control: Control | None = None,
     ) -> Conditioning:
         """What a denoiser is made from, for a prompt's hidden states [1, tokens, hidden_size]."""
         caption_tokens = padded(hidden_states.shape[1])
@@ -141,6 +168,7 @@ class Stages:
             image_rotary=self._rotary(image_positions(geometry, caption_tokens)),
             caption_rotary=self._rotary(caption_positions(caption_tokens)),
             branches=branches,
+            control=control,
         )
 
     def _prompt(self, text: str) -> Prompt:
@@ -190,7 +218,7 @@ class Stages:
             first = mixed(first, self.initial_latents(job.geometry, tuple(seed + index for index in batch)), share)
         if clean is None or job.source is None:
             return first, None
-        start = Start(clean, first, job.source.mask)
+        start = Start(clean, first, None if job.inpaints_by_control else job.source.mask)
         return start.at(job.schedule.sigmas[job.first_step]), start
 
     def unscaled(self, latents: FloatArray) -> FloatArray:

@@ -253,7 +253,7 @@ def group_items(text: str) -> list[Item]:
     found = []
     for values in json.loads(text):
         shape = values["shape"]
-        values["shape"] = Shape(shape["width"], shape["height"], tuple(tuple(one) for one in shape["loras"]))
+        values["shape"] = Shape(**{**shape, "loras": tuple(tuple(one) for one in shape["loras"])})
         values["request"] = RowRequest(**values["request"])
         values["prompts"] = tuple(values["prompts"])
         found.append(Item(**values))

@@ -1,6 +1,7 @@
 """`zimage-rt plan`: what an image will take of the memory, and what will be where, without loading anything."""
 
 import json
+from pathlib import Path
 
 import click
 
@@ -17,6 +18,7 @@ _GPUS = ("sm75", "sm80", "sm86", "sm89", "sm120", "portable")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Images in one step.")
 @click.option("--tokens", type=click.IntRange(1, 512), default=128, show_default=True, help="Of the prompt.")
 @click.option("--guided", is_flag=True, help="With guidance: a negative prompt of as many tokens.")
+@click.option("--controlnet", type=click.Path(path_type=Path), help="With a ControlNet: its folder.")
 @click.option(
     "--executor",
     type=click.Choice([*EXECUTORS]),
@@ -31,6 +33,7 @@ def plan(
     batch: int,
     tokens: int,
     guided: bool,
+    controlnet: Path | None,
     executor: str | None,
     gpu: str,
     as_json: bool,
@@ -43,26 +46,32 @@ def plan(
     would take.
     """
     from zimage_runtime.bundle.bundle import Bundle
+    from zimage_runtime.bundle.controlnet import ControlNet
     from zimage_runtime.bundle.hub import bundle_directory
+    from zimage_runtime.executors.choose import predicted
     from zimage_runtime.executors.plan_lines import labelled
     from zimage_runtime.executors.protocol import UNLIMITED, Hardware, Work
-    from zimage_runtime.executors.registry import executor_kind
     from zimage_runtime.model.geometry import image_geometry
     from zimage_runtime.units import gib
 
     opened = Bundle.open(bundle_directory(bundle))
     manifest = opened.manifest
     width, height = size or (manifest.defaults.width, manifest.defaults.height)
+    net = None if controlnet is None else ControlNet.open(controlnet)
+    if net is not None:
+        net.manifest.config.check_fits(manifest.config.transformer, net.root)
     work = Work(
         geometry=image_geometry(width, height, manifest.config),
         tokens=tokens,
         guided=guided,
         batch=batch,
         steps=manifest.defaults.steps,
+        encodes=net is not None,
+        control=net,
     )
-    chosen = executor or ("cuda" if manifest.engines is None else "tensorrt")
+    chosen = executor or ("cuda" if manifest.engines is None or net is not None else "tensorrt")
     hardware = Hardware(memory=UNLIMITED if vram is None else vram, gpu=gpu)
-    planned = executor_kind(chosen).predict(opened, work, hardware)
+    planned = predicted(chosen, opened, work, hardware)
     if as_json:
         click.echo(json.dumps({"executor": chosen, "budget": vram, **planned.document()}, indent=2))
         return

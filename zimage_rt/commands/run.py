@@ -14,6 +14,7 @@ from zimage_runtime.command_line.option_groups import GroupedCommand
 from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.errors import RequestError
 from zimage_runtime.executors.registry import AUTO, EXECUTORS
+from zimage_runtime.model.control_type import ControlType
 from zimage_runtime.model.sampling_names import SamplerName, SchedulerName
 
 from .run_options import GROUPS, RunOptions
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from zimage_runtime.images.metadata import ImageInfo
     from zimage_runtime.pipeline import Event, Job, Pipeline
 
+CONTROL_TYPES = [kind.value for kind in ControlType]
 SAMPLERS, SCHEDULERS = ([name.value for name in names] for names in (SamplerName, SchedulerName))
 
 
@@ -76,6 +78,18 @@ SAMPLERS, SCHEDULERS = ([name.value for name in names] for names in (SamplerName
     help="A LoRA, times WEIGHT of any sign; may be given again.  [default weight: 1]",
 )
 @click.option("--lora-allow-unused", is_flag=True, help="Leave out what of a LoRA belongs to nothing in the model.")
+@click.option(
+    "--control",
+    type=click.Path(path_type=Path),
+    help="What a ControlNet reads: edges, depth, a pose, …  [default size: its own, cut to multiples of 16]",
+)
+@click.option(
+    "--controlnet", type=click.Path(path_type=Path), help="Its folder, which `zimage-export controlnet` makes."
+)
+@click.option("--control-type", type=click.Choice(CONTROL_TYPES), help="Make this of a photograph first.")
+@click.option("--control-scale", type=float, help="How much control there is; 0 is none.  [default: 0.75]")
+@click.option("--control-start", type=float, help="Share of the steps before which there is none.  [default: 0]")
+@click.option("--control-end", type=float, help="Share of the steps after which there is none.  [default: 1]")
 @click.option("--sampler", type=click.Choice(SAMPLERS), help="How steps are taken.  [default: euler]")
 @click.option(
     "--scheduler",
@@ -176,11 +190,20 @@ def _compare(recorded: "ImageInfo", job: "Job", options: RunOptions, progress: P
     """Refuses other sources, and says what else may make the image another one."""
     from zimage_runtime.images.metadata import differences
 
-    pairs = ((options.image, recorded.image, job.info.image), (options.mask, recorded.mask, job.info.mask))
+    pairs = (
+        (options.image, recorded.image, job.info.image),
+        (options.mask, recorded.mask, job.info.mask),
+        (options.control, recorded.control, job.info.control),
+    )
     for given, wanted, found in pairs:
         if wanted != found:
             raise RequestError(f"{given}: is not the image that {options.replay} was generated from; its pixels differ")
     options.check_loras(recorded, job.info)
+    if recorded.controlnet_hash != job.info.controlnet_hash:
+        raise RequestError(
+            f"{options.controlnet}: is {job.info.controlnet}, and {options.replay} was generated with "
+            f"{recorded.controlnet} ({(recorded.controlnet_hash or '')[:12]})"
+        )
     for line in differences(recorded, job.info):
         progress.warn(line)
 

@@ -18,6 +18,7 @@ GROUPS = {
     "Image to image": ("image", "strength", "mask", "mask_grow"),
     "Guidance": ("negative", "cfg_scale", "cfg_normalization", "cfg_truncation"),
     "LoRA": ("lora", "lora_allow_unused"),
+    "Control": ("control", "controlnet", "control_type", "control_scale", "control_start", "control_end"),
     "Sampling": ("sampler", "scheduler", "shift", "variation"),
     "Execution": ("executor", "device", "vram", "low_memory", "trust_engines"),
     "Output": ("preview", "no_metadata", "as_json", "quiet"),
@@ -47,6 +48,12 @@ class RunOptions:
     cfg_truncation: float | None
     lora: tuple[str, ...]
     lora_allow_unused: bool
+    control: Path | None
+    controlnet: Path | None
+    control_type: str | None
+    control_scale: float | None
+    control_start: float | None
+    control_end: float | None
     sampler: str | None
     scheduler: str | None
     shift: float | None
@@ -75,6 +82,11 @@ class RunOptions:
             raise click.UsageError("--strength and --mask need a source image: give it with --image")
         if self.mask is None and self.mask_grow:
             raise click.UsageError("--mask-grow widens a mask: give one with --mask")
+        if self.replay is None and (self.control is None) != (self.controlnet is None):
+            raise click.UsageError("--control and --controlnet go together: give an image and a ControlNet's folder")
+        settings = (self.control_type, self.control_scale, self.control_start, self.control_end)
+        if self.replay is None and self.control is None and any(value is not None for value in settings):
+            raise click.UsageError("--control-type, --control-scale, --control-start and --control-end need --control")
 
     def _recorded(self) -> tuple[tuple[str, Any], ...]:
         """What an image file holds, by option, and whether it was given."""
@@ -93,6 +105,10 @@ class RunOptions:
             ("--scheduler", self.scheduler is not None),
             ("--shift", self.shift is not None),
             ("--variation", self.variation is not None),
+            ("--control-type", self.control_type is not None),
+            ("--control-scale", self.control_scale is not None),
+            ("--control-start", self.control_start is not None),
+            ("--control-end", self.control_end is not None),
         )
 
     def given_loras(self) -> "list[GivenLora]":
@@ -112,6 +128,9 @@ class RunOptions:
             "scheduler": self.scheduler,
             "negative": self.negative,
             "cfg_truncation": self.cfg_truncation,
+            "control_scale": self.control_scale,
+            "control_start": self.control_start,
+            "control_end": self.control_end,
         }
         return Request(
             self.prompt or "",
@@ -129,18 +148,29 @@ class RunOptions:
             variation=self.variation,
             loras=self.lora,
             lora_allow_unused=self.lora_allow_unused,
+            control=self.control,
+            controlnet=self.controlnet,
+            control_type=self.control_type,
             **{name: value for name, value in settings.items() if value is not None},  # type: ignore[arg-type]
         )
 
     def check_sources(self, recorded: "ImageInfo") -> None:
         """An image file holds only the hashes of the images that it was generated from. Raises `RequestError`."""
-        for option, given, wanted in (("--image", self.image, recorded.image), ("--mask", self.mask, recorded.mask)):
+        for option, given, wanted in (
+            ("--image", self.image, recorded.image),
+            ("--mask", self.mask, recorded.mask),
+            ("--control", self.control, recorded.control),
+        ):
             if wanted and given is None:
                 raise RequestError(
                     f"{self.replay}: was generated from another image, which is needed again; give it with {option}"
                 )
             if given is not None and not wanted:
                 raise RequestError(f"{self.replay}: was generated without {option}; leave it out")
+        if recorded.controlnet is not None and self.controlnet is None:
+            raise RequestError(
+                f"{self.replay}: was generated with the ControlNet {recorded.controlnet}; give it with --controlnet"
+            )
         names = ", ".join(f"{one.name} ({one.hash[:12]})" for one in recorded.loras)
         if len(self.lora) != len(recorded.loras):
             needed = (
@@ -165,7 +195,7 @@ class RunOptions:
 
 def _replayed(recorded: "ImageInfo", options: RunOptions) -> "Request":
     """The request of an image's metadata. Weights of LoRA are the image's, whatever was given."""
-    from zimage_runtime.events import Request
+    from zimage_runtime.events import DEFAULT_CONTROL_SCALE, Request
 
     given = [one.file for one in options.given_loras()]
     seed, strength = recorded.variation_seed, recorded.variation_strength
@@ -188,4 +218,10 @@ def _replayed(recorded: "ImageInfo", options: RunOptions) -> "Request":
         variation=None if seed is None or strength is None else (seed, strength),
         loras=[(file, one.weight) for file, one in zip(given, recorded.loras, strict=True)],
         lora_allow_unused=options.lora_allow_unused,
+        control=options.control,
+        controlnet=options.controlnet,
+        control_type=recorded.control_type,
+        control_scale=DEFAULT_CONTROL_SCALE if recorded.control_scale is None else recorded.control_scale,
+        control_start=recorded.control_start,
+        control_end=recorded.control_end,
     )

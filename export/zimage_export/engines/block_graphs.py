@@ -18,7 +18,8 @@ from ..graphs.builder import Graph, GraphBuilder
 from ..graphs.target import Target
 from ..graphs.tensorrt_layers import TensorRtLayers
 from ..graphs.text_encoder import TextEncoderGraph
-from ..graphs.transformer import Tables, TransformerGraphs
+from ..graphs.transformer import TransformerGraphs
+from ..graphs.transformer_block import BlockGraphs, Tables
 from ..graphs.vae import VaeGraphs
 from ..storage.folds import Folds
 from .types import EngineTypes
@@ -98,7 +99,7 @@ def _text_layer(place: BlockPlace, config: ModelConfig, target: Target, b: Graph
 
 
 def _transformer_block(place: BlockPlace, config: ModelConfig, target: Target, b: GraphBuilder) -> None:
-    graph = TransformerGraphs(config, target)
+    graph = BlockGraphs(config.transformer, target)
     shape, fold = b.integers(0, 0, config.transformer.dim), target.fold("transformer", place.name)
     b.output(graph.block(target.layers(b), "x", shape, graph.norms(b), Tables("cos", "sin"), fold), "y")
 

@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 
 from zimage_runtime.model.config import ModelConfig
-from zimage_runtime.model.programs import Program
+from zimage_runtime.model.programs import MODEL_PROGRAMS, Program
 
 from ..storage.folds import Folds
 from ..storage.precision import StoragePolicy
 from .builder import Graph
+from .controlled import ControlledGraphs
 from .target import PROGRAM_SETS, Target
 from .text_encoder import TextEncoderGraph
 from .transformer import TransformerGraphs
@@ -31,10 +32,18 @@ def build_graph(program: Program, config: ModelConfig, target: Target) -> Graph:
             return VaeGraphs(config, target).decoder()
         case Program.ENCODER:
             return VaeGraphs(config, target).encoder()
+        case Program.TIMESTEP:
+            return ControlledGraphs(config, target).timestep()
+        case Program.TOKENS:
+            return ControlledGraphs(config, target).tokens()
+        case Program.REFINERS:
+            return ControlledGraphs(config, target).refiners()
+        case _:
+            raise ValueError(f"{program} is no program of a model")
 
 
 def build_graphs(
-    config: ModelConfig, target: Target | None = None, programs: Sequence[Program] = tuple(Program)
+    config: ModelConfig, target: Target | None = None, programs: Sequence[Program] = MODEL_PROGRAMS
 ) -> list[Graph]:
     """Programs of a model for one target: all of them, in float32 on the CPU, unless others are given."""
     return [build_graph(program, config, target or Target()) for program in programs]

@@ -49,6 +49,12 @@ class Graph:
     scalars: Mapping[str, float] = field(default_factory=dict)  # float32 inputs of one element, with the values to feed
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of weights that several tensors make up
     branches: Mapping[str, Shape] = field(default_factory=dict)  # inputs of an extended program, after its signature's
+    outputs: Mapping[str, Shape] = field(default_factory=dict)  # that come before its signature's
+
+    @property
+    def input_names(self) -> set[str]:
+        """The inputs of the program, without weights."""
+        return {*SIGNATURES[self.program].inputs, *self.branches, *self.settings}
 
     def to_model(self, weights_file: str, entries: Mapping[str, TensorEntry]) -> onnx.ModelProto:
         """The ONNX model, whose initializers point into a safetensors file beside it.
@@ -65,7 +71,7 @@ class Graph:
                 # an input with an initializer is optional, and by default has its value
                 *(helper.make_tensor_value_info(name, TensorProto.FLOAT, []) for name in self.settings),
             ],
-            [self._value(name, shape) for name, shape in signature.outputs.items()],
+            [self._value(name, shape) for name, shape in {**self.outputs, **signature.outputs}.items()],
             initializer=[*self.constants, *initializers],
         )
         return self._model(graph)
@@ -127,6 +133,7 @@ class GraphBuilder:
     _scope: list[str] = field(default_factory=list)
     _settings: list[str] = field(default_factory=list)
     _branches: dict[str, Shape] = field(default_factory=dict)
+    _outputs: dict[str, Shape] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -282,6 +289,11 @@ class GraphBuilder:
         self._nodes.append(helper.make_node("Identity", [self.cast(value, dtype)], [name], name=name))
         self._types[name] = dtype
 
+    def extra_output(self, value: str, name: str, shape: Shape, dtype: DType) -> None:
+        """Makes a value an output that the program's signature does not have."""
+        self._outputs[name] = shape
+        self.output(value, name, dtype)
+
     def build(self) -> Graph:
         """The finished graph."""
         # ONNX Runtime walks back from the outputs and runs, of a node's inputs, the one that stands later in the file
@@ -300,4 +312,5 @@ class GraphBuilder:
             self._scalars,
             self._parts,
             self._branches,
+            self._outputs,
         )

@@ -3,7 +3,7 @@
 from zimage_runtime.bundle.manifest import CPU, Precision, extended
 from zimage_runtime.bundle.tensors import DType
 from zimage_runtime.model.branches import EXTENDED
-from zimage_runtime.model.programs import Program
+from zimage_runtime.model.programs import MODEL_PROGRAMS
 
 from ..storage.precision import StoragePolicy
 from .builder import GraphBuilder
@@ -28,7 +28,7 @@ def _extended_layers(b: GraphBuilder, policy: TypePolicy) -> Layers:
 
 _WIDENED = frozenset({DType.BF16, DType.F16})
 
-CPU_PROGRAMS = ProgramSet(CPU, _layers, tuple(Program), widened=_WIDENED, standard=False)
+CPU_PROGRAMS = ProgramSet(CPU, _layers, MODEL_PROGRAMS, widened=_WIDENED, standard=False)
 CPU_EXTENDED = ProgramSet(
     extended(CPU), _extended_layers, EXTENDED, widened=_WIDENED, variant_of=CPU, extended=True, standard=False
 )

@@ -34,6 +34,7 @@ class CudaLayers(Layers):
     """
 
     position_blocks: int = POSITION_BLOCKS
+    hints: DType = DType.BF16  # whose range is float32's: hints are as large as the residual stream may get
 
     def attention(self, q: str, k: str, v: str, heads: int, head_dim: int, name: str = "scores") -> str:
         """Full attention of [batch, tokens, heads * head_dim]."""
@@ -130,7 +131,7 @@ CUDA_EXTENDED = ProgramSet(extended(CUDA), _extended_layers, EXTENDED_ON_DEVICE,
 WEIGHT_ONLY_EXTENDED = ProgramSet(
     extended(CUDA_WEIGHT_ONLY),
     _extended_weight_only,
-    (Program.DENOISER,),
+    (Program.DENOISER, Program.REFINERS),
     (Precision.INT8,),
     variant_of=CUDA,
     extended=True,

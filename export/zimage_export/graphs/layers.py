@@ -34,6 +34,7 @@ class Layers:
     compute: DType = DType.F32
     position_blocks: int = 1  # of queries of the autoencoder's attention, where the operator stores scores
     extended: bool = False  # linears have low-rank branches, whose matrices are inputs (see `model.branches`)
+    hints: DType = DType.F32  # the type of what a ControlNet adds to the residual stream
 
     def weight(self, name: str, shape: tuple[int, ...], dtype: DType = DType.F32) -> str:
         """A tensor of the weights file, cast to an element type."""
@@ -240,6 +241,11 @@ class Layers:
         gate_out = self.scaled(self.silu(next(values), f"{gate.name}.silu"), exponent, "range")
         product = self.b.op("Mul", gate_out, next(values), name="product")
         return self.linear(product, down)
+
+    def hint(self, x: str, name: str) -> str:
+        """Adds a ControlNet's hint, an input of [batch, tokens, dim] or of [1, 1, dim], to the residual stream."""
+        shape = (f"{name}.batch", f"{name}.tokens", self.b.dims["dim"])
+        return self.residual(x, self.b.input(self.b.branch_input(name, shape), self.hints), f"{name}.added")
 
     def residual(self, x: str, update: str, name: str) -> str:
         """Adds a branch to the residual stream, which is float32."""

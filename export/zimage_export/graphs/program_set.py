@@ -7,7 +7,7 @@ from typing import Protocol
 from zimage_runtime.bundle.manifest import Precision
 from zimage_runtime.bundle.tensors import DType
 from zimage_runtime.model.branches import EXTENDED
-from zimage_runtime.model.programs import Program
+from zimage_runtime.model.programs import MODEL_PROGRAMS, Program
 
 from .builder import GraphBuilder
 from .layers import Layers
@@ -23,11 +23,14 @@ class TypePolicy(Protocol):
         """The element type in which a GPU's programs of a component multiply."""
 
 
-ON_DEVICE = tuple(program for program in Program if program is not Program.MODULATION)
-"""The programs that a device runs; the modulation table is always computed on the CPU."""
+ON_HOST = (Program.MODULATION, Program.TIMESTEP)
+"""The programs that always run on the CPU: what is computed once for a schedule."""
 
-EXTENDED_ON_DEVICE = tuple(program for program in EXTENDED if program in ON_DEVICE)
-"""Those of them that also take LoRA."""
+ON_DEVICE = tuple(program for program in MODEL_PROGRAMS if program not in ON_HOST)
+"""The programs that a device runs."""
+
+EXTENDED_ON_DEVICE = tuple(program for program in EXTENDED if program not in ON_HOST)
+"""Those that also take LoRA and hints, and those for a ControlNet."""
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class WebGpuLayers(Layers):
         b = self.b
         q = self._heads(self._scaled(q, head_dim, name), heads, [0, 2, 1, 3])
         k, v = self._heads(k, heads, [0, 2, 3, 1]), self._heads(v, heads, [0, 2, 1, 3])
-        h = self._grouped(q, k, v, heads, name) if b.program is Program.DENOISER else self._attended(q, k, v, name)
+        h = self._attended(q, k, v, name) if b.program is Program.CAPTION else self._grouped(q, k, v, heads, name)
         h = b.op("Transpose", h, name=f"{name}.tokens", perm=[0, 2, 1, 3])
         return b.op("Reshape", h, b.integers(0, 0, heads * head_dim), name=name)
 
@@ -182,7 +182,7 @@ WEBGPU_EXTENDED = ProgramSet(
 FUSED_EXTENDED = ProgramSet(
     extended(WEBGPU_FUSED),
     _extended_fused_layers,
-    (Program.DENOISER,),
+    (Program.DENOISER, Program.REFINERS),
     _PRECISIONS,
     _WIDENED,
     variant_of=WEBGPU,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from zimage_runtime.bundle.rebalancing import SharedHeads
 from zimage_runtime.bundle.tensors import DType
 from zimage_runtime.errors import ConfigError
 from zimage_runtime.model.config import PARTS, ModelConfig
@@ -112,6 +113,10 @@ class Checkpoint:
     def timestep_type(self) -> DType:
         """The element type that the timestep embedder is published in."""
         return self.transformer.get("t_embedder.mlp.0.weight").dtype
+
+    def heads(self, component: str) -> SharedHeads:
+        """Which heads of a component share keys and values."""
+        return SharedHeads.of(self.config, component)
 
     def weights(self, component: str) -> Weights:
         """The tensors of `text_encoder`, `transformer` or `vae`."""

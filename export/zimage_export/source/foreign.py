@@ -49,14 +49,28 @@ _LARGE = 1024  # a model of this width was trained by someone; a smaller one is 
 def refuse_adapters(tensors: Mapping[str, object], path: Path, title: str) -> None:
     """Raises `CheckpointError` for a LoRA in any spelling and for a ControlNet, which change a model and are none."""
     for name in tensors:
-        if _LORA.search(name):
+        if is_lora(name):
             raise CheckpointError(
                 f"{path}: is a LoRA, not a model (it contains {name}); use --lora to merge it into the {title}"
             )
         if _CONTROL.search(name):
             raise CheckpointError(
-                f"{path}: is a ControlNet, not a model (it contains {name}); give the {title} that it was trained for"
+                f"{path}: is a ControlNet, not a model (it contains {name}); `zimage-export controlnet` exports it; "
+                f"give the {title} that it was trained for"
             )
+
+
+def is_lora(name: str) -> bool:
+    """Whether a tensor's name is one that a LoRA has, in any spelling."""
+    return _LORA.search(name) is not None
+
+
+def other_model(tensors: Mapping[str, object]) -> tuple[str, str] | None:
+    """What other model a file is of, and the tensor that shows it; None where that is unknown."""
+    for pattern, what in _OTHERS:
+        if name := next((name for name in tensors if pattern.search(name)), None):
+            return what, name
+    return None
 
 
 def wrong_component(part: str, tensors: Tensors, path: Path) -> CheckpointError:
@@ -72,9 +86,9 @@ def wrong_component(part: str, tensors: Tensors, path: Path) -> CheckpointError:
             f"{path}: is no Z-Image transformer, but has its names: {_relative(width)}; it lacks x_pad_token or "
             f"cap_pad_token; use {wanted.good}"
         )
-    for pattern, what in _OTHERS:
-        if name := next((name for name in tensors if pattern.search(name)), None):
-            return CheckpointError(f"{path}: is {what} (it contains {name}); expected a {wanted.title} ({wanted.good})")
+    if found := other_model(tensors):
+        what, name = found
+        return CheckpointError(f"{path}: is {what} (it contains {name}); expected a {wanted.title} ({wanted.good})")
     markers = ", ".join(wanted.markers[0])
     return CheckpointError(
         f"{path}: contains no {wanted.title} ({wanted.good}), which would have the tensors {markers}"

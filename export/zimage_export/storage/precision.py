@@ -6,7 +6,7 @@ whose range it exceeds (white or black images); it keeps the checkpoint's own ty
 bundle the CPU's programs widen the weights to float32, the CUDA programs multiply in 16 bits.
 
 In an int8 or int4 bundle the linears of the blocks are integers with float32 scales, modulation is bf16, and everything
-else is float32.
+else is float32. A ControlNet's projections are bf16 there, too.
 """
 
 from collections.abc import Mapping
@@ -15,12 +15,18 @@ from enum import StrEnum
 
 from zimage_runtime.bundle.manifest import Precision
 from zimage_runtime.bundle.tensors import DType
+from zimage_runtime.model.control import AFTER, BEFORE, COMPONENT
 from zimage_runtime.model.linears import LAYER_LINEARS
 
 _HALF = {Precision.BF16: DType.BF16, Precision.FP16: DType.F16}
 
-FLOAT32_LINEARS = ("t_embedder.", "cap_embedder.", "all_x_embedder.", "all_final_layer.")
-"""Linears at the transformer's ends: a thousandth of its parameters, and every token passes through them."""
+FLOAT32_LINEARS = ("t_embedder.", "cap_embedder.", "all_x_embedder.", "all_final_layer.", "control_all_x_embedder.")
+"""Linears at the ends of the transformer and of a ControlNet: a thousandth of the parameters, and every token passes
+through them."""
+
+_PROJECTIONS = (f".{BEFORE}.weight", f".{AFTER}.weight")
+"""A ControlNet's linears between its tokens and the model's. They read what no norm has evened out, of which integers
+with a scale for each token would keep little."""
 
 
 class Encoding(StrEnum):
@@ -89,13 +95,13 @@ class StoragePolicy:
     def storage(self, component: str, name: str, shape: tuple[int, ...]) -> DType:
         """The stored type of a tensor that is not quantized, by its name in the component and its shape."""
         if self.precision in (Precision.INT8, Precision.INT4):
-            return DType.BF16 if len(shape) == 2 and _is_modulation(name) else DType.F32
+            return DType.BF16 if len(shape) == 2 and _in_sixteen_bits(name) else DType.F32
         half = _HALF.get(self.precision)
         if half is None or len(shape) < 2 or name.endswith("_pad_token"):
             return DType.F32
         if component == "vae":
             return DType.BF16 if self.precision is Precision.BF16 or self.vae_type is DType.BF16 else DType.F32
-        if component == "transformer" and name.startswith(FLOAT32_LINEARS):
+        if component in ("transformer", COMPONENT) and name.startswith(FLOAT32_LINEARS):
             # the timestep is embedded on the CPU, in float32: what has 16 bits already loses nothing in them
             return self.timestep_type if name.startswith("t_embedder.") else DType.F32
         return half
@@ -107,5 +113,6 @@ class StoragePolicy:
         return _HALF.get(self.precision, DType.F32)
 
 
-def _is_modulation(name: str) -> bool:
-    return ".adaLN_modulation." in name and not name.startswith(FLOAT32_LINEARS)
+def _in_sixteen_bits(name: str) -> bool:
+    """Whether a matrix of an int8 or int4 bundle has 16 bits: of modulation, or between a ControlNet and the model."""
+    return name.endswith(_PROJECTIONS) or (".adaLN_modulation." in name and not name.startswith(FLOAT32_LINEARS))

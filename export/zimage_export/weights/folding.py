@@ -6,7 +6,7 @@ most 2**6. Where measured activations need more than that, the rest is divided o
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,6 +70,11 @@ def choose_folds(checkpoint: Checkpoint, peaks: Peaks | None = None) -> dict[str
         }
         for component, names in blocks(checkpoint.config).items()
     }
+
+
+def free_folds(weights: Weights, names: Iterable[str]) -> Folds:
+    """The folds of blocks like the transformer's, from the weights alone."""
+    return {block: _choose(weights, "transformer", block, None) for block in names}
 
 
 def _choose(weights: Weights, component: str, block: str, peak: BlockPeak | None) -> BlockFold:

@@ -13,7 +13,8 @@ choices. `a` is the range of each channel: measured by `calibrate`, or estimated
 """
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +23,12 @@ from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.rebalancing import ATTENTION_VALUES, PLACES, Factors, SharedHeads, block_factors
 from zimage_runtime.bundle.tensors import DType
 
-from ..source.checkpoint import Checkpoint
 from ..source.tensors import TensorSource, check_finite
 from ..source.weights import Weights
 from ..storage.feedback import Moments
 from ..storage.folds import block_of
 from ..storage.stored import LazyFactors, StoredTensor, row_chunks
-from .folding import ActivationRange, Peaks, blocks
+from .folding import ActivationRange, Peaks
 
 _STRENGTHS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _SAMPLE_ROWS = 192  # of each weight that reads a channel
@@ -61,12 +61,22 @@ def measured_moments(peaks: Peaks | None, component: str, name: str) -> Moments 
     return found.places[place.readers[0]].moments
 
 
+class Rebalanced(Protocol):
+    """What has blocks to rebalance: a checkpoint, or a ControlNet."""
+
+    def weights(self, component: str) -> Weights:
+        """The tensors of a component."""
+
+    def heads(self, component: str) -> SharedHeads:
+        """Which heads of a component share keys and values."""
+
+
 class Rebalancing:
     """The factors of every tensor of a checkpoint. A block is examined when its first tensor is requested."""
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: Rebalanced,
         ranges: Ranges | None = None,
         carried: Collection[str] = frozenset(),
         *,
@@ -95,15 +105,15 @@ class Rebalancing:
 
     def ranges(self, component: str, block: str) -> dict[str, ActivationRange]:
         """The activation ranges of each place of a block, by its first reader."""
-        weights, heads = self._checkpoint.weights(component), SharedHeads.of(self._checkpoint.config, component)
+        weights, heads = self._checkpoint.weights(component), self._checkpoint.heads(component)
         measured = self._measured.get(component, {}).get(block, {})
         places = [place.readers[0] for place in PLACES[component]]
         if all(place in measured for place in places):
             return dict(measured)
         return {**_estimate(weights, component, block, heads), **measured}
 
-    def stored(self, component: str) -> list[StoredTensor]:
-        """The factors of every place of a component, as the bundle keeps them (see `bundle.rebalancing`)."""
+    def stored(self, component: str, names: Iterable[str]) -> list[StoredTensor]:
+        """The factors of every place of a component's blocks, as the bundle keeps them (see `bundle.rebalancing`)."""
         weights = self._checkpoint.weights(component)
 
         def tensor(block: str, maker: str) -> StoredTensor:
@@ -111,7 +121,6 @@ class Rebalancing:
             width = weights.get(name).shape[0]
             return StoredTensor(name, DType.F32, (width,), lambda: iter([self._chosen(component, block)[maker]]))
 
-        names = blocks(self._checkpoint.config)[component]
         return [tensor(block, place.maker) for block in names for place in PLACES[component]]
 
     def _choose_block(self, component: str, block: str) -> dict[str, FloatArray]:
@@ -120,7 +129,7 @@ class Rebalancing:
         if f"{component}/{block}" in self._left_alone:
             widths = {place.maker: weights.get(f"{block}.{place.maker}").shape[0] for place in PLACES[component]}
             return {maker: np.ones(width, np.float32) for maker, width in widths.items()}
-        heads = SharedHeads.of(self._checkpoint.config, component)
+        heads = self._checkpoint.heads(component)
         ranges = self.ranges(component, block)
         chosen: dict[str, FloatArray] = {}
         for index, place in enumerate(PLACES[component]):
@@ -131,7 +140,7 @@ class Rebalancing:
         return chosen
 
     def _factors_of_block(self, component: str, block: str) -> dict[str, Factors]:
-        heads = SharedHeads.of(self._checkpoint.config, component)
+        heads = self._checkpoint.heads(component)
         return block_factors(component, self._chosen(component, block), heads)
 
 

@@ -22,8 +22,10 @@ from zimage_runtime.model.programs import COMPONENTS
 from ..graphs import Graph
 from ..source.checkpoint import Checkpoint
 from ..source.tensors import TensorSource
+from ..source.weights import Weights
 from ..storage.carried import carried
 from ..storage.casts import encode
+from ..storage.feedback import Moments
 from ..storage.folds import Folds, block_of, weight_exponent
 from ..storage.precision import SCALE_SUFFIX, Encoding, StoragePolicy, linear_shape
 from ..storage.quantize import quantized
@@ -86,24 +88,41 @@ def plan_weights(
         weights, exponents = checkpoint.weights(component), folds.get(component, {})
         for stored, shape in graph.weights.items():
             name = stored.removesuffix(SCALE_SUFFIX)
-            encoding, exponent = policy.encoding(component, name), weight_exponent(exponents, name)
             if name in plan[component]:
                 continue
             factors = balance.factors(component, name) if balance else None
-            if encoding is Encoding.INT8 and policy.rotation(component, name):
-                tensors = carried(weights.get(name, linear_shape(shape, encoding)), exponent)
-            elif encoding is Encoding.FLOAT:
-                source = weights.get(name, shape)
-                tensors = [converted(source, policy.storage(component, name, shape), exponent, factors)]
-            else:
-                source = weights.get(name, linear_shape(shape, encoding))
-                moments = measured_moments(peaks, component, name)
-                tensors = quantized(source, encoding, factors, exponent, moments)
+            moments = measured_moments(peaks, component, name)
+            exponent = weight_exponent(exponents, name)
+            tensors = stored_tensors(weights, policy, component, name, shape, exponent, factors, moments)
             plan[component].update({tensor.name: tensor for tensor in tensors})
-    return {component: _by_block(tensors) for component, tensors in plan.items()}
+    return {component: by_block(tensors) for component, tensors in plan.items()}
 
 
-def _by_block(tensors: Mapping[str, StoredTensor]) -> list[StoredTensor]:
+def stored_tensors(
+    weights: Weights,
+    policy: StoragePolicy,
+    component: str,
+    name: str,
+    shape: tuple[int, ...],
+    exponent: int = 0,
+    factors: LazyFactors | None = None,
+    moments: Moments | None = None,
+) -> list[StoredTensor]:
+    """A tensor of a component times 2**exponent and its factors, as its policy stores it. `shape` is the stored one.
+
+    Raises `CheckpointError` for one that is missing or has another shape.
+    """
+    encoding = policy.encoding(component, name)
+    if encoding is Encoding.INT8 and policy.rotation(component, name):
+        return carried(weights.get(name, linear_shape(shape, encoding)), exponent)
+    if encoding is Encoding.FLOAT:
+        source = weights.get(name, shape)
+        return [converted(source, policy.storage(component, name, shape), exponent, factors)]
+    source = weights.get(name, linear_shape(shape, encoding))
+    return quantized(source, encoding, factors, exponent, moments)
+
+
+def by_block(tensors: Mapping[str, StoredTensor]) -> list[StoredTensor]:
     """In the order of the programs, with a block's tensors together, as they are read together."""
     places: dict[str, int] = {}
     for name in tensors:

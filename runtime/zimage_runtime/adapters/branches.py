@@ -208,10 +208,13 @@ def _fold(bundle: Bundle, linear: str) -> float:
     return float(2.0 ** -folds.get(kind, 0)) if kind else 1.0
 
 
-def check_extended(bundle: Bundle, names: Mapping[Program, str]) -> None:
-    """Raises `BundleError` where a bundle lacks programs that take LoRA. `names` are those of what they extend."""
+def check_extended(bundle: Bundle, names: Mapping[Program, str], option: str = "--lora") -> None:
+    """Raises `BundleError` where a bundle lacks programs that take LoRA and hints, or has only some of them, of an
+    earlier form. `names` are those of what they extend."""
     manifest = bundle.manifest
     if any(manifest.record(program, extended(name)) is None for program, name in names.items()):
+        what = {"--lora": "LoRA", "--control": "a ControlNet's hints"}[option]
         raise BundleError(
-            f"{bundle.root}: has no programs that take LoRA; `zimage-export programs {bundle.root} --lora` adds them"
+            f"{bundle.root}: has no programs that take {what}, or older ones; "
+            f"`zimage-export programs {bundle.root} {option}` adds them"
         )

@@ -24,6 +24,8 @@ from .files import atomic_write
 from .precision import Precision as Precision
 
 FORMAT = "zimage-bundle"
+CONTROL_FORMAT = "zimage-controlnet"
+"""Of a ControlNet's folder: see `controlnet`."""
 SCHEMA_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
@@ -239,6 +241,8 @@ class Manifest:
     @classmethod
     def _read(cls, fields: Fields) -> Self:
         where = fields.where
+        if fields.raw("format") == CONTROL_FORMAT:
+            raise BundleError(f"{where}: this is a ControlNet, which goes with a bundle; give it with --controlnet")
         if fields.raw("format") != FORMAT:
             raise BundleError(f"{where}: this is not the manifest of a zimage bundle")
         version = fields.integer("schema_version")
@@ -250,7 +254,7 @@ class Manifest:
         if precision not in list(Precision):
             raise BundleError(f"{where}: precision {precision!r} is unknown to this version; upgrade zimage-rt")
         files = {
-            checked_path(path, where): _file_record(fields.object("files").object(path))
+            checked_path(path, where): file_record(fields.object("files").object(path))
             for path in fields.object("files").names()
         }
 
@@ -275,16 +279,16 @@ class Manifest:
                 Program(name): records
                 for name in programs.names()
                 if name in list(Program)  # others are for a later version
-                if (records := _program_records(programs.object(name), listed))
+                if (records := program_records(programs.object(name), listed))
             },
             weights={component: listed(weights.text(component)) for component in COMPONENTS},
             embeddings=listed(fields.text("embeddings")),
             tokenizer=listed(fields.text("tokenizer")),
             files=files,
-            folds=_plain_object(fields, "folds") or {},
+            folds=plain_object(fields, "folds") or {},
             rotations=_rotations(fields),
-            self_check=_plain_object(fields, "self_check") or {},
-            parity=_plain_object(fields, "parity"),
+            self_check=plain_object(fields, "self_check") or {},
+            parity=plain_object(fields, "parity"),
             engines=listed(fields.text("engines")) if "engines" in fields else None,
             rebalancing=_rebalancing(fields, listed),
             preview=_preview(fields),
@@ -315,14 +319,16 @@ def _defaults(fields: Fields) -> Defaults:
     return Defaults(fields.integer("width"), fields.integer("height"), fields.integer("steps"), scale)
 
 
-def _file_record(fields: Fields) -> FileRecord:
+def file_record(fields: Fields) -> FileRecord:
+    """Size and hash of a file."""
     sha256 = fields.text("sha256")
     if not _SHA256.fullmatch(sha256):
         raise fields.fail("sha256", "64 hexadecimal digits")
     return FileRecord(fields.integer("size", minimum=0), sha256)
 
 
-def _program_records(fields: Fields, listed: Callable[[str], str]) -> dict[str, ProgramRecord]:
+def program_records(fields: Fields, listed: Callable[[str], str]) -> dict[str, ProgramRecord]:
+    """A program's files by executor. `listed` checks that a path is among the files."""
     records = {}
     for executor in fields.names():
         record = fields.object(executor)
@@ -359,7 +365,8 @@ def _preview(fields: Fields) -> PreviewMap | None:
     return from_document(PreviewMap, fields.raw("preview"), f"{fields.where}: preview")
 
 
-def _plain_object(fields: Fields, key: str) -> dict[str, Any] | None:
+def plain_object(fields: Fields, key: str) -> dict[str, Any] | None:
+    """A JSON object as it is; None where there is none."""
     if key not in fields:
         return None
     value = fields.raw(key)

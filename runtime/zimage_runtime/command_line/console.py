@@ -176,14 +176,16 @@ _MEMORY = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)\s*(|[KMGT]i?)B?", re.IGNORECASE)
 _UNITS = " KMGT"
 _SIZE = re.compile(r"(-?\d+)[xX×](-?\d+)")
 _VARIATION = re.compile(r"(\d{1,20}):(\d{1,9}(?:\.\d{1,9})?|\.\d{1,9})", re.ASCII)
+_LAYERS = re.compile(r"\d{1,4}(,\d{1,4}){0,99}", re.ASCII)
 
 
 if TYPE_CHECKING:
     _SizeParam = click.ParamType[tuple[int, int]]
     _MemoryParam = click.ParamType[int]
     _VariationParam = click.ParamType[tuple[int, float]]
+    _LayersParam = click.ParamType[tuple[int, ...]]
 else:  # generic since click 8.4 only
-    _SizeParam = _MemoryParam = _VariationParam = click.ParamType
+    _SizeParam = _MemoryParam = _VariationParam = _LayersParam = click.ParamType
 
 
 class SizeType(_SizeParam):
@@ -210,6 +212,18 @@ class VariationType(_VariationParam):
         if not match:
             self.fail(f"{value[:40]!r} is no variation; write it like 5:0.2", param, ctx)
         return int(match[1]), float(match[2])
+
+
+class LayersType(_LayersParam):
+    """Numbers of layers: 0,2,4."""
+
+    name = "LAYERS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Parses the text; what the numbers may be depends on the model."""
+        if not _LAYERS.fullmatch(value):
+            self.fail(f"{value[:40]!r} is no list of layers; write it like 0,2,4", param, ctx)
+        return tuple(int(number) for number in value.split(","))
 
 
 class MemoryType(_MemoryParam):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from ..bundle.bundle import Bundle
 from ..errors import ExecutorError, MemoryLimitError, RequestError, ZImageRuntimeError
-from .protocol import Executor, Options, Plan, Unavailable, Work
+from .protocol import Executor, Hardware, Options, Plan, Unavailable, Work
 from .registry import AUTO, CPU, EXECUTORS, executor_kind
 
 _HINT = "; `zimage-rt doctor` shows how to get what is missing, and --executor cpu works everywhere"
@@ -143,13 +143,27 @@ class ExecutorChoice:
 
 
 def _planned(executor: Executor, work: Work) -> Plan:
-    """The executor's plan. Raises `RequestError` for LoRA where it runs no program that takes them."""
+    """The executor's plan. Raises `RequestError` for LoRA or control where it runs no program that takes them."""
     if work.branches is not None and not getattr(executor, "takes_lora", False):
         raise RequestError(
             f"the {executor.name} executor takes no LoRA at run time; use --executor cpu, or merge them into a bundle "
             "with `zimage-export build --lora`"
         )
+    if work.control is not None and not getattr(executor, "takes_control", False):
+        raise _takes_no_control(executor.name)
     return executor.plan(work)
+
+
+def predicted(name: str, bundle: Bundle, work: Work, hardware: Hardware) -> Plan:
+    """The plan of an executor for another machine. Raises `RequestError` for control where it takes none."""
+    kind = executor_kind(name)
+    if work.control is not None and not kind.takes_control:
+        raise _takes_no_control(name)
+    return kind.predict(bundle, work, hardware)
+
+
+def _takes_no_control(name: str) -> RequestError:
+    return RequestError(f"the {name} executor takes no ControlNet (control); use --executor cuda, webgpu or cpu")
 
 
 def _said(executor: Executor, why: str) -> str:

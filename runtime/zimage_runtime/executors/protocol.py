@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from ..adapters.branches import Branches
 from ..arrays import FloatArray
 from ..bundle.bundle import Bundle
+from ..bundle.controlnet import ControlNet
 from ..model.geometry import ImageGeometry, Rotary
 from .examination import Examination
 
@@ -30,6 +31,7 @@ class Work:
     held: int = 0  # bytes of the host's memory that the caller keeps until the end: finished images
     branches: int | None = None  # bytes of LoRA's matrices; None where the programs need not take any
     waiting: int = 1  # requests whose conditionings are kept at once: more than one for a group of them
+    control: ControlNet | None = None  # whose hints are added in some steps
 
     @property
     def conditionings(self) -> int:
@@ -43,6 +45,17 @@ class Work:
 
 
 @dataclass(frozen=True)
+class Control:
+    """What a ControlNet adds, for one image and schedule."""
+
+    net: ControlNet
+    latents: FloatArray  # [1, channels, height / 8, width / 8] of the control image and what is inpainted
+    pad_token: FloatArray  # [1, dim]: the model's
+    scale: float  # that hints are multiplied by
+    steps: frozenset[int]  # of the schedule, in which hints are added
+
+
+@dataclass(frozen=True)
 class Conditioning:
     """All that one prompt, size and schedule fix, before the first step."""
 
@@ -51,6 +64,7 @@ class Conditioning:
     image_rotary: Rotary  # [1, image_tokens, head_dim / 2]
     caption_rotary: Rotary  # [1, caption_tokens, head_dim / 2]
     branches: Branches | None = None  # LoRA; None runs programs that take none
+    control: Control | None = None
 
 
 class Plan(Protocol):
@@ -194,5 +208,6 @@ class ExecutorKind:
     predict: Callable[[Bundle, Work, Hardware], Plan]
     """The plan for another machine. Raises `MemoryLimitError`, or `BundleError` where the bundle has no programs."""
     examine: Callable[[], Examination]
+    takes_control: bool = False  # runs steps under a ControlNet
     why_not_automatic: Callable[[int], Unavailable | None] = lambda device: None
     """Why `auto` does not choose it on a device of this machine, although it may run there when it is named."""

@@ -1,6 +1,6 @@
 """Which stages stay loaded beside the one that runs, and how many images are denoised before any is decoded."""
 
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -12,7 +12,12 @@ from ..model.programs import Program
 _MOST_IMAGES = 16
 _MOST_BYTES = 256 << 20
 
-_ONCE = frozenset({Program.CAPTION, Program.MODULATION})  # small, and run one after the other
+_ONCE = frozenset(  # small, and run one after the other
+    {Program.CAPTION, Program.MODULATION, Program.TIMESTEP, Program.CONTROL_TOKENS, Program.CONTROL_MODULATION}
+)
+_STEP = frozenset(  # which run one after the other in each step
+    {Program.DENOISER, Program.TOKENS, Program.REFINERS, Program.CONTROL_REFINER, Program.CONTROL_LAYERS}
+)
 _BEFORE_STEPS = frozenset({Program.ENCODER, Program.TEXT_ENCODER}) | _ONCE
 
 
@@ -29,6 +34,15 @@ def group_size(manifest: Manifest, geometry: ImageGeometry) -> int:
     return max(min(_MOST_IMAGES, _MOST_BYTES // latents), 1)
 
 
+def together(programs: Iterable[Program]) -> list[list[Program]]:
+    """Programs in groups that stay loaded beside each other even where stages take turns."""
+    groups: dict[frozenset[Program], list[Program]] = {}
+    for program in programs:
+        own = next((group for group in (_ONCE, _STEP) if program in group), frozenset({program}))
+        groups.setdefault(own, []).append(program)
+    return list(groups.values())
+
+
 def leaving(entering: Program, loaded: Set[Program], *, keep_all: bool, keep_loaded: bool) -> set[Program]:
     """What is freed before `entering` is loaded.
 
@@ -36,7 +50,8 @@ def leaving(entering: Program, loaded: Set[Program], *, keep_all: bool, keep_loa
     """
     if keep_all and keep_loaded:
         return set()
-    others = {program for program in loaded if program is not entering and not {program, entering} <= _ONCE}
+    beside = next((group for group in (_ONCE, _STEP) if entering in group), {entering})
+    others = {program for program in loaded if program not in beside}
     if keep_all:  # steps and decoding alternate, so both stay; what runs before the first step is not needed again
         return others & _BEFORE_STEPS
     return others

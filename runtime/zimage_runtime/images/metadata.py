@@ -10,6 +10,7 @@ refuse unknown versions, so an older release replays whatever it can replay exac
 3. an image from another image, with a mask that was grown
 4. an image with guidance, another sampler, schedule or shift, or a variation
 5. an image with LoRA
+6. an image with a ControlNet
 
 To record one more setting, add a field here, and a row to `_SETTINGS` if A1111 has a name for it.
 """
@@ -22,6 +23,7 @@ from typing import Annotated, Any, Self, get_args, get_type_hints
 
 from ..checked_json import Fields
 from ..errors import ConfigError, RequestError
+from ..model.control_type import ControlType
 from ..model.noise import MAX_SEED
 from ..model.sampling_names import SamplerName, SchedulerName
 
@@ -52,6 +54,10 @@ def _sampler(document: Fields, key: str) -> SamplerName:
 
 def _scheduler(document: Fields, key: str) -> SchedulerName:
     return SchedulerName(_name(document, key, SchedulerName))
+
+
+def _control_type(document: Fields, key: str) -> str:
+    return _name(document, key, ControlType)
 
 
 def _name(document: Fields, key: str, known: type[StrEnum]) -> str:
@@ -115,6 +121,14 @@ class ImageInfo:
     variation_seed: Annotated[int | None, Recorded(_seed, since=4)] = None  # whose noise was mixed in
     variation_strength: Annotated[float | None, Recorded(Fields.number, since=4)] = None
     loras: Annotated[tuple[LoraInfo, ...], Recorded(_loras, since=5)] = ()
+    # what a ControlNet added
+    control: Annotated[str | None, Recorded(Fields.text, since=6)] = None  # SHA-256 of the control image's pixels
+    controlnet: Annotated[str | None, Recorded(Fields.text, since=6)] = None  # its name, precision included
+    controlnet_hash: Annotated[str | None, Recorded(Fields.text, since=6)] = None  # its fingerprint
+    control_type: Annotated[str | None, Recorded(_control_type, since=6)] = None
+    control_scale: Annotated[float | None, Recorded(_share, since=6)] = None
+    control_start: Annotated[float, Recorded(_share, since=6)] = 0.0
+    control_end: Annotated[float, Recorded(_share, since=6)] = 1.0
     # how it was computed; None where that is unknown, as in images of older versions, or does not apply
     program: Annotated[str | None, Recorded(Fields.text)] = None  # the denoiser's, like "cuda-weight-only"
     activation_bits: Annotated[int | None, Recorded(Fields.integer)] = None  # of int8 bundles on the CPU: 7 or 8
@@ -172,6 +186,17 @@ def _number(value: float | None) -> str | None:
 
 _SHORT_HASH = 12  # of A1111
 
+
+def _control_unit(info: ImageInfo) -> str | None:
+    """As A1111's extension for ControlNet writes a unit."""
+    if info.control_scale is None or info.controlnet is None:
+        return None
+    return (
+        f"Module: {info.control_type or 'none'}, Model: {info.controlnet}, Weight: {info.control_scale:g}, "
+        f"Guidance Start: {info.control_start:g}, Guidance End: {info.control_end:g}"
+    )
+
+
 _SETTINGS: tuple[tuple[str, Callable[[ImageInfo], object]], ...] = (
     ("Steps", lambda info: info.steps),
     ("Sampler", lambda info: info.sampler.label),
@@ -184,6 +209,7 @@ _SETTINGS: tuple[tuple[str, Callable[[ImageInfo], object]], ...] = (
     ("Variation seed strength", lambda info: _number(info.variation_strength)),
     ("Denoising strength", lambda info: _number(info.strength)),
     ("Shift", lambda info: _number(info.shift)),
+    ("ControlNet 0", lambda info: _control_unit(info)),
     ("Lora hashes", lambda info: ", ".join(f"{one.name}: {one.hash[:_SHORT_HASH]}" for one in info.loras) or None),
 )
 """A1111's names and our values, in A1111's order; None is left out."""

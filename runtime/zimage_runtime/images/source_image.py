@@ -71,17 +71,22 @@ class GivenImage:
         """
         from PIL.Image import Resampling
 
-        image = self.image.resize((width, height), Resampling.LANCZOS)
-        pixels = np.asarray(image, np.float32).transpose(2, 0, 1)[None] / np.float32(255)
+        mask = None if self.mask is None else self._pixel_mask(self.mask, width, height, config.scale)
         return SourceImage(
-            pixels=np.float32(2) * pixels - np.float32(1),
-            mask=None if self.mask is None else self._latent_mask(self.mask, width, height, config.scale),
-            image_hash=_hash(self.image),
+            pixels=pixels_of(self.image.resize((width, height), Resampling.LANCZOS)),
+            mask=None if mask is None else mask[:: config.scale, :: config.scale].astype(np.float32)[None, None],
+            pixel_mask=mask,
+            image_hash=self.image_hash,
             mask_hash=_hash(self.mask) if self.mask else None,
             mask_grow=self.mask_grow,
         )
 
-    def _latent_mask(self, given: "Image", width: int, height: int, scale: int) -> FloatArray:
+    @property
+    def image_hash(self) -> str:
+        """SHA-256 of the image's pixels."""
+        return _hash(self.image)
+
+    def _pixel_mask(self, given: "Image", width: int, height: int, scale: int) -> Mask:
         if given.size not in (self.image.size, (width, height)):
             raise RequestError(
                 f"{self.mask_name}: is {_size(given)}, the image {_size(self.image)}; a mask must have the image's size"
@@ -89,10 +94,9 @@ class GivenImage:
         mask = _mask(given, width, height)
         if self.mask_grow:
             mask = _grown(mask | _touched(given, width, height), self.mask_grow)
-        sampled = mask[::scale, ::scale]
-        if not sampled.any():
+        if not mask[::scale, ::scale].any():
             raise self._repaints_nothing(given, width, height, scale)
-        return sampled.astype(np.float32)[None, None]
+        return mask
 
     def _repaints_nothing(self, given: "Image", width: int, height: int, scale: int) -> RequestError:
         touched = _touched(given, width, height)
@@ -118,6 +122,26 @@ class SourceImage:
     image_hash: str  # SHA-256 of the image's pixels as they were given
     mask_hash: str | None  # the same of the mask, before it was grown
     mask_grow: int = 0
+    pixel_mask: Mask | None = None  # of which `mask` is every eighth pixel
+
+    @property
+    def kept_pixels(self) -> FloatArray:
+        """The image with gray, 0, where it is repainted."""
+        if self.pixel_mask is None:
+            return self.pixels
+        return self.pixels * ~self.pixel_mask
+
+
+def pixels_of(image: "Image") -> FloatArray:
+    """An RGB image as [1, 3, height, width] in -1 to 1, with diffusers' arithmetic."""
+    pixels = np.asarray(image, np.float32).transpose(2, 0, 1)[None] / np.float32(255)
+    return np.float32(2) * pixels - np.float32(1)
+
+
+def open_image(image: ImageInput, what: str) -> GivenImage:
+    """Reads an image as `open_given` does. `what` it is, is for messages. Raises `RequestError`."""
+    opened, name = _opened(image, what)
+    return GivenImage(opened.convert("RGB"), None, name)
 
 
 def open_given(image: ImageInput, mask: ImageInput | None, mask_grow: int = 0) -> GivenImage:
@@ -133,13 +157,13 @@ def open_given(image: ImageInput, mask: ImageInput | None, mask_grow: int = 0) -
         raise RequestError(f"mask_grow must be a number of pixels from 0 to {MAX_MASK_GROW}, not {mask_grow!r}")
     if mask_grow and mask is None:
         raise RequestError("mask_grow is for a mask, which is missing")
-    opened, name = _opened(image, "the image")
+    given = open_image(image, "the image")
     if mask is None:
-        return GivenImage(opened.convert("RGB"), None, name)
+        return given
     opened_mask, mask_name = _opened(mask, "the mask")
     if opened_mask.mode not in _MASK_MODES:
         opened_mask = opened_mask.convert("RGB")
-    return GivenImage(opened.convert("RGB"), opened_mask, name, mask_name, mask_grow)
+    return GivenImage(given.image, opened_mask, given.image_name, mask_name, mask_grow)
 
 
 def _mask(given: "Image", width: int, height: int) -> Mask:

@@ -16,6 +16,9 @@ from .cuda_driver import cuda_devices
 from .host_memory import available_memory
 from .nvml import NOT_LISTED, Unmeasured, nvml_session, process_memory
 
+BF16_SINCE = (8, 0)
+"""The first compute capability that multiplies in bfloat16."""
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -33,7 +36,7 @@ class Gpu:
     @property
     def has_bf16(self) -> bool:
         """Whether it multiplies in bfloat16."""
-        return self.capability >= (8, 0)
+        return self.capability >= BF16_SINCE
 
     def used_by(self, pid: int) -> int | Unmeasured:
         """Bytes that a process uses on it now, with its CUDA context."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from .config import ModelConfig, VaeConfig
-from .programs import Program
+from .programs import MODEL_PROGRAMS, Program
 
 
 class BlockKind(StrEnum):
@@ -260,7 +260,7 @@ def program_blocks(program: Program, config: ModelConfig) -> list[BlockPlace]:
 
 def all_blocks(config: ModelConfig) -> Iterator[BlockPlace]:
     """Every block of a model, then the tiles of the decoder's blocks."""
-    for program in Program:
+    for program in MODEL_PROGRAMS:
         places = program_blocks(program, config)
         yield from places
         if program is Program.DECODER:

@@ -4,17 +4,20 @@ A linear layer W [out, in] with its branches gives x Wᵀ + (x downᵀ) upᵀ + 
 second is low-rank, the third a Kronecker product: outer [a, b] and inner [d, c] with a c = out and b d = in are small,
 and rows and columns are one factor for each channel, or one for all. All are inputs, in float32. With a rank of 0 or
 zeros, and an outer and inner of a single zero, an extended program gives the bits of the one that it extends.
+
+An extended denoiser also has an input for each layer, a *hint* that a ControlNet adds after it: [batch, tokens, dim],
+or [1, 1, dim] of zeros. What a bundle computes for a ControlNet besides comes extended only.
 """
 
 from dataclasses import replace
 
-from .blocks import program_blocks
+from .blocks import IMAGE_EMBEDDER, noise_blocks, program_blocks
 from .config import ModelConfig
 from .linears import Linear, block_linears, modulation_linears
-from .programs import Program
+from .programs import CONTROLLED_PROGRAMS, Program
 
-EXTENDED = (Program.CAPTION, Program.MODULATION, Program.DENOISER)
-"""The programs that come extended, too: those of the transformer."""
+EXTENDED = (Program.CAPTION, Program.MODULATION, Program.DENOISER, *CONTROLLED_PROGRAMS)
+"""The programs that come extended, too, or alone: those of the transformer."""
 
 
 def down_input(linear: str) -> str:
@@ -49,9 +52,17 @@ def rows_input(linear: str) -> str:
 
 def branch_linears(program: Program, config: ModelConfig) -> list[Linear]:
     """The linear layers of an extended program, under their names in the component."""
-    if program is Program.MODULATION:
-        found = modulation_linears(config)
-        return [found.hidden, found.embedding, *found.blocks, found.final]
-    places = program_blocks(program, config)
+    found = modulation_linears(config)
+    match program:
+        case Program.MODULATION:
+            return [found.hidden, found.embedding, *found.blocks, found.final]
+        case Program.TIMESTEP:
+            return [found.hidden, found.embedding]
+        case Program.TOKENS:
+            places = [IMAGE_EMBEDDER]
+        case Program.REFINERS:
+            places = noise_blocks(config)
+        case _:
+            places = program_blocks(program, config)
     pairs = [(place, linear) for place in places for linear in block_linears(place, config)]
     return [replace(linear, name=place.tensor(linear.name)) for place, linear in pairs]

@@ -9,7 +9,7 @@ Sources: the published configurations; ``transformer_z_image.py`` and ``autoenco
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from ..checked_json import Fields
 from ..errors import ConfigError
@@ -17,7 +17,8 @@ from ..errors import ConfigError
 PATCH_SIZE = 2
 """Latent rows and columns that make one image token."""
 
-_ADALN_WIDTH = 256
+ADALN_WIDTH = 256
+"""Of the timestep embedding, unless the model is narrower."""
 
 # Far more than any model has; building for a damaged file with more would take hours
 _MOST_LAYERS = 1024
@@ -27,6 +28,39 @@ _MOST_POSITIONS = 1 << 16
 def _require(condition: bool, where: str, message: str) -> None:
     if not condition:
         raise ConfigError(f"{where}: {message}")
+
+
+def ffn_width(dim: int) -> int:
+    """Width of the SwiGLU layer of a transformer's block."""
+    return int(dim / 3 * 8)
+
+
+class BlockDims(Protocol):
+    """What decides the shapes of a transformer's block: of the model's own, or of a ControlNet's."""
+
+    @property
+    def dim(self) -> int:
+        """Width of the residual stream."""
+
+    @property
+    def n_heads(self) -> int:
+        """Attention heads."""
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+
+    @property
+    def ffn_dim(self) -> int:
+        """Width of the SwiGLU layer."""
+
+    @property
+    def adaln_dim(self) -> int:
+        """Width of the timestep embedding."""
+
+    @property
+    def norm_eps(self) -> float:
+        """Of the block's four norms."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +87,12 @@ class TransformerConfig:
     @property
     def ffn_dim(self) -> int:
         """Width of the SwiGLU layer."""
-        return int(self.dim / 3 * 8)
+        return ffn_width(self.dim)
 
     @property
     def adaln_dim(self) -> int:
         """Width of the timestep embedding."""
-        return min(self.dim, _ADALN_WIDTH)
+        return min(self.dim, ADALN_WIDTH)
 
     @property
     def patch_dim(self) -> int:

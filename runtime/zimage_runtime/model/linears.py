@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
 from .blocks import BlockKind, BlockPlace, modulated_blocks
-from .config import PATCH_SIZE, ModelConfig
+from .config import PATCH_SIZE, BlockDims, ModelConfig
 
 T = TypeVar("T")
 
@@ -90,13 +90,19 @@ LAYER_LINEARS = {
 
 def layer_linears(component: str, config: ModelConfig) -> LayerRoles[Linear]:
     """The linears of one layer of `text_encoder` or `transformer`, of which all layers of the component consist."""
-    text, transformer, names = config.text_encoder, config.transformer, LAYER_LINEARS[component]
-    if component == "text_encoder":
-        width, inner = text.hidden_size, text.intermediate_size
-        heads, shared = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
-    else:
-        width, inner = transformer.dim, transformer.ffn_dim
-        heads = shared = width
+    if component == "transformer":
+        return transformer_linears(config.transformer)
+    text = config.text_encoder
+    heads, shared = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
+    return _roles(LAYER_LINEARS[component], text.hidden_size, text.intermediate_size, heads, shared)
+
+
+def transformer_linears(dims: BlockDims) -> LayerRoles[Linear]:
+    """The linears of a block of the transformer, or of a ControlNet."""
+    return _roles(LAYER_LINEARS["transformer"], dims.dim, dims.ffn_dim, dims.dim, dims.dim)
+
+
+def _roles(names: LayerRoles[str], width: int, inner: int, heads: int, shared: int) -> LayerRoles[Linear]:
     return LayerRoles(
         query=Linear(names.query, heads, width),
         key=Linear(names.key, shared, width),

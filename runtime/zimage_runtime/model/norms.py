@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from .blocks import NORM_BEFORE, NORMS, BlockKind, BlockPlace, convolutions
-from .config import ModelConfig
+from .config import BlockDims, ModelConfig
 from .linears import PATCH
 
 _HEAD_EPSILON = 1e-5  # of the transformer's queries and keys; fixed in diffusers, independent of norm_eps
@@ -58,14 +58,18 @@ FFN_NORM = {"text_encoder": "post_attention_layernorm", "transformer": NORMS[2]}
 
 def layer_norms(component: str, config: ModelConfig) -> LayerNorms:
     """The norms of one layer of `text_encoder` or `transformer`."""
-    text, transformer = config.text_encoder, config.transformer
-    attention, ffn = ATTENTION_NORM[component], FFN_NORM[component]
-    if component == "text_encoder":
-        width, epsilon = text.hidden_size, text.rms_norm_eps
-        query, key = (Norm(f"self_attn.{kind}_norm", text.head_dim, epsilon) for kind in "qk")
-        return LayerNorms(Norm(attention, width, epsilon), query, key, Norm(ffn, width, epsilon))
-    width, epsilon = transformer.dim, transformer.norm_eps
-    query, key = (Norm(f"attention.norm_{kind}", transformer.head_dim, _HEAD_EPSILON) for kind in "qk")
+    if component == "transformer":
+        return transformer_norms(config.transformer)
+    text = config.text_encoder
+    attention, ffn, width, epsilon = ATTENTION_NORM[component], FFN_NORM[component], text.hidden_size, text.rms_norm_eps
+    query, key = (Norm(f"self_attn.{kind}_norm", text.head_dim, epsilon) for kind in "qk")
+    return LayerNorms(Norm(attention, width, epsilon), query, key, Norm(ffn, width, epsilon))
+
+
+def transformer_norms(dims: BlockDims) -> LayerNorms:
+    """The norms of a block of the transformer, or of a ControlNet."""
+    attention, ffn, width, epsilon = NORMS[0], NORMS[2], dims.dim, dims.norm_eps
+    query, key = (Norm(f"attention.norm_{kind}", dims.head_dim, _HEAD_EPSILON) for kind in "qk")
     branches = tuple(Norm(name, width, epsilon) for name in (NORMS[1], NORMS[3]))
     return LayerNorms(Norm(attention, width, epsilon), query, key, Norm(ffn, width, epsilon), branches)
 

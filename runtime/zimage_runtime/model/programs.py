@@ -21,6 +21,15 @@ class Program(StrEnum):
     DENOISER = "denoiser"  # latents → velocity, once per step
     DECODER = "decoder"  # latents → image
     ENCODER = "encoder"  # image → latent distribution (for img2img)
+    # for a ControlNet, of the model: these come extended only (see `model.branches`)
+    TIMESTEP = "timestep"  # timesteps → their embeddings, once per schedule
+    TOKENS = "tokens"  # latents → image tokens, once per step
+    REFINERS = "refiners"  # image tokens and hints → refined tokens of image and caption, once per step
+    # of a ControlNet's own folder (see `model.control`)
+    CONTROL_TOKENS = "control_tokens"  # latents of the control image → its tokens, once per image
+    CONTROL_MODULATION = "control_modulation"  # embeddings of timesteps → modulation table, once per schedule
+    CONTROL_REFINER = "control_refiner"  # control tokens → hints for the refiners, once per step
+    CONTROL_LAYERS = "control_layers"  # control tokens → hints for the layers, once per step
 
     @property
     def component(self) -> str:
@@ -35,7 +44,35 @@ _COMPONENTS = {
     Program.DENOISER: "transformer",
     Program.DECODER: "vae",
     Program.ENCODER: "vae",
+    Program.TIMESTEP: "transformer",
+    Program.TOKENS: "transformer",
+    Program.REFINERS: "transformer",
+    Program.CONTROL_TOKENS: "controlnet",
+    Program.CONTROL_MODULATION: "controlnet",
+    Program.CONTROL_REFINER: "controlnet",
+    Program.CONTROL_LAYERS: "controlnet",
 }
+
+MODEL_PROGRAMS = (
+    Program.TEXT_ENCODER,
+    Program.CAPTION,
+    Program.MODULATION,
+    Program.DENOISER,
+    Program.DECODER,
+    Program.ENCODER,
+)
+"""What a bundle generates images with."""
+
+CONTROLLED_PROGRAMS = (Program.TIMESTEP, Program.TOKENS, Program.REFINERS)
+"""What a bundle computes for a ControlNet: the ControlNet's own copy of the tokens."""
+
+CONTROL_PROGRAMS = (
+    Program.CONTROL_TOKENS,
+    Program.CONTROL_MODULATION,
+    Program.CONTROL_REFINER,
+    Program.CONTROL_LAYERS,
+)
+"""What a ControlNet's folder may have. Version 2.0 has no refiner of its own."""
 
 COMPONENTS = ("text_encoder", "transformer", "vae")
 """The parts of a bundle that have weights."""
@@ -101,4 +138,80 @@ SIGNATURES: dict[Program, Signature] = {
             "logvar": ("batch", "latent_channels", "latent_h", "latent_w"),
         },
     ),
+    Program.TIMESTEP: Signature(
+        inputs={"timesteps": ("steps",)},
+        outputs={"embedding": ("steps", "adaln_dim")},
+    ),
+    Program.TOKENS: Signature(
+        inputs={
+            "latents": ("batch", "in_channels", "latent_h", "latent_w"),
+            "image_cos": (1, "image_tokens", "half_head"),
+        },
+        outputs={"image": ("batch", "image_tokens", "dim")},
+    ),
+    # The hints of a control refiner follow (`hint_name`). The control tokens pass through: the caption is joined to
+    # them as to the image tokens, and joining takes a program where values are on a device.
+    Program.REFINERS: Signature(
+        inputs={
+            "tokens": ("batch", "image_tokens", "dim"),
+            "control": ("control_batch", "image_tokens", "dim"),
+            "caption": (1, "caption_tokens", "dim"),
+            "modulation": ("blocks", 4, "dim"),
+            "image_cos": (1, "image_tokens", "half_head"),
+            "image_sin": (1, "image_tokens", "half_head"),
+        },
+        outputs={
+            "unified_tokens": ("batch", "all_tokens", "dim"),
+            "unified_control": ("control_batch", "all_tokens", "dim"),
+        },
+    ),
+    Program.CONTROL_TOKENS: Signature(
+        inputs={
+            "latents": (1, "control_channels", "latent_h", "latent_w"),
+            "pad_token": (1, "dim"),  # the model's
+            "image_cos": (1, "image_tokens", "half_head"),
+        },
+        outputs={"control": (1, "image_tokens", "dim")},
+    ),
+    Program.CONTROL_MODULATION: Signature(
+        inputs={"embedding": ("steps", "adaln_dim")},
+        outputs={"modulation": ("steps", "control_blocks", 4, "dim")},  # the refiner's blocks first
+    ),
+    # Of image tokens or of all: rotary tables are theirs. Outputs are the hints, times the scale, then the control
+    # tokens as they left the last block.
+    Program.CONTROL_REFINER: Signature(
+        inputs={
+            "control": ("control_batch", "tokens", "dim"),
+            "tokens": ("batch", "tokens", "dim"),
+            "modulation": ("refiner_blocks", 4, "dim"),
+            "cos": (1, "tokens", "half_head"),
+            "sin": (1, "tokens", "half_head"),
+            "scale": (1,),
+        },
+        outputs={"control_out": ("batch", "tokens", "dim")},
+    ),
+    Program.CONTROL_LAYERS: Signature(
+        inputs={
+            "control": ("control_batch", "tokens", "dim"),
+            "tokens": ("batch", "tokens", "dim"),
+            "modulation": ("layer_blocks", 4, "dim"),
+            "cos": (1, "tokens", "half_head"),
+            "sin": (1, "tokens", "half_head"),
+            "scale": (1,),
+        },
+        outputs={"control_out": ("batch", "tokens", "dim")},
+    ),
 }
+
+
+_HINT = "hint."
+
+
+def hint_name(index: int) -> str:
+    """The name of a hint: as an input, by the block that it is added after; as an output, by its number."""
+    return f"{_HINT}{index}"
+
+
+def is_hint(name: str) -> bool:
+    """Whether an input or output of a program is a hint."""
+    return name.startswith(_HINT)

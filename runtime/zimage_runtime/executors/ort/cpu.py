@@ -1,11 +1,13 @@
 """The `cpu` executor: ONNX Runtime on whole-component programs. It is the reference, and always works."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar, cast
 
-from ...adapters.branches import NO_BRANCHES, ON_CPU, Branches, check_extended
+import numpy as np
+
+from ...adapters.branches import NO_BRANCHES, Branches
 from ...arrays import FloatArray
 from ...bundle.bundle import Bundle
 from ...bundle.manifest import CPU, Precision
@@ -30,6 +32,8 @@ from ..protocol import (
 )
 from ..turns import leaving, scope
 from ..worker import Stop, Worker
+from .control import ControlledSteps, controlled_steps, no_hints
+from .control_programs import check_programs
 from .cpu_plan import MemoryPlan, plan_memory
 from .host_programs import HostPrograms
 from .slow_step import slow_step_notes
@@ -55,6 +59,7 @@ class OrtCpuExecutor:
     name = CPU
     device_name = "CPU"
     takes_lora = True
+    takes_control = True
 
     @property
     def loaded(self) -> set[Program]:
@@ -63,8 +68,7 @@ class OrtCpuExecutor:
 
     def plan(self, work: Work) -> MemoryPlan:
         manifest = self.bundle.manifest
-        if work.branches is not None:
-            check_extended(self.bundle, ON_CPU)
+        check_programs(self.bundle, work, CPU, CPU)
         plan = plan_memory(manifest, work, low_memory=self.low_memory, reusable=self._reusable())
         return replace(plan, notes=slow_step_notes(manifest, work))
 
@@ -112,12 +116,14 @@ class CpuSession:
     stop: Stop = field(default_factory=Stop)
     _tables: dict[bytes, dict[str, FloatArray]] = field(default_factory=dict, repr=False)
 
-    def run(self, program: Program, feeds: dict[str, FloatArray]) -> dict[str, FloatArray]:
-        """Runs a program on the executor's thread."""
+    def run(
+        self, program: Program, feeds: Mapping[str, FloatArray], outputs: Sequence[str] | None = None
+    ) -> dict[str, FloatArray]:
+        """Runs a program on the executor's thread. Without `outputs`, it gives all."""
 
         def task() -> dict[str, FloatArray]:
             self.executor.enter(program, self.plan)
-            return self.executor.programs.run(program, feeds, self.stop)
+            return self.executor.programs.run(program, feeds, self.stop, outputs)
 
         return self.worker.call(task, self.stop)
 
@@ -126,23 +132,50 @@ class CpuSession:
         return self.run(Program.TEXT_ENCODER, feeds)["hidden_states"]
 
     def denoiser(self, conditioning: Conditioning) -> "_CpuDenoiser":
-        rotary, branches = conditioning.caption_rotary, conditioning.branches
-        if branches is not None:
-            self.worker.call(self.executor.programs.extend, self.stop)
-        elif self.executor.programs.extended:  # which stay, so that nothing is loaded again
-            branches = NO_BRANCHES
+        rotary, branches, control = conditioning.caption_rotary, conditioning.branches, conditioning.control
+        programs, model = self.executor.programs, self.executor.bundle.manifest.config
+        if control is not None:
+            net = control.net
+            self.worker.call(lambda: programs.use_control(net), self.stop)
+        if branches is not None or control is not None:
+            self.worker.call(programs.extend, self.stop)
+        if programs.extended:  # which they stay, so that nothing is loaded again
+            branches = branches or NO_BRANCHES
         feeds = {"hidden_states": conditioning.hidden_states, "cos": rotary.cos, "sin": rotary.sin}
         caption = self.run(Program.CAPTION, feeds | self._inputs(branches, Program.CAPTION))["caption"]
         table = self._modulation(conditioning.timesteps, branches)
+        steps = controlled_steps(
+            self,
+            conditioning,
+            model,
+            caption,
+            {program: self._inputs(branches, program) for program in (Program.TOKENS, Program.REFINERS)},
+            self._inputs(branches, Program.TIMESTEP),
+        )
         fixed = {
             **self._inputs(branches, Program.DENOISER),
+            **(no_hints(self.no_hint(), model) if programs.extended else {}),
             "caption": caption,
             "image_cos": conditioning.image_rotary.cos,
             "image_sin": conditioning.image_rotary.sin,
             "caption_cos": rotary.cos,
             "caption_sin": rotary.sin,
         }
-        return _CpuDenoiser(self, fixed, table["modulation"], table["final_scale"])
+        return _CpuDenoiser(self, fixed, table["modulation"], table["final_scale"], steps)
+
+    def upload(self, values: FloatArray) -> FloatArray:
+        return values
+
+    def no_hint(self) -> FloatArray:
+        return np.zeros((1, 1, self.executor.bundle.manifest.config.transformer.dim), np.float32)
+
+    def run_host(self, program: Program, feeds: dict[str, FloatArray]) -> dict[str, FloatArray]:
+        return self.run(program, feeds)
+
+    def run_step(
+        self, program: Program, inputs: Mapping[str, FloatArray], outputs: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, FloatArray]:
+        return self.run(program, inputs, list(outputs))
 
     def _inputs(self, branches: Branches | None, program: Program) -> dict[str, FloatArray]:
         return {} if branches is None else branches.inputs(program, self.executor.bundle.manifest)
@@ -188,6 +221,7 @@ class _CpuDenoiser:
     fixed: dict[str, FloatArray]  # caption tokens, rotary tables, LoRA's matrices
     modulation: FloatArray  # [steps, blocks, 4, dim]
     final_scale: FloatArray  # [steps, dim]
+    controlled: ControlledSteps[FloatArray] | None
 
     def __call__(self, latents: FloatArray, step: int) -> FloatArray:
         feeds = {
@@ -196,6 +230,8 @@ class _CpuDenoiser:
             "final_scale": self.final_scale[step],
             **self.fixed,
         }
+        if self.controlled is not None:
+            feeds |= self.controlled.hints(latents, len(latents), step, feeds["modulation"])
         return self.session.run(Program.DENOISER, feeds)["velocity"]
 
 
@@ -216,6 +252,7 @@ def _open(bundle: Bundle, options: Options) -> OrtCpuExecutor:
 def _predict(bundle: Bundle, work: Work, hardware: Hardware) -> MemoryPlan:
     if reason := _why_unavailable(bundle, 0):
         raise BundleError(reason.reason)
+    check_programs(bundle, work, CPU, CPU)
     return plan_memory(bundle.manifest, work, available=hardware.memory)
 
 
@@ -228,4 +265,6 @@ def _examine() -> Examination:
     return Examination(Verdict.NOTE, text, values)
 
 
-KIND = ExecutorKind(on_gpu=False, why_unavailable=_why_unavailable, open=_open, predict=_predict, examine=_examine)
+KIND = ExecutorKind(
+    on_gpu=False, why_unavailable=_why_unavailable, open=_open, predict=_predict, examine=_examine, takes_control=True
+)

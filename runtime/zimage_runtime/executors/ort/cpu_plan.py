@@ -9,22 +9,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ...bundle.manifest import CPU, Manifest, Precision
+from ...bundle.manifest import Manifest, Precision
 from ...errors import MemoryLimitError, RequestError
 from ...machine.host_memory import available_memory
 from ...model.geometry import conditioning_bytes, image_geometry, padded
-from ...model.programs import Program
+from ...model.programs import CONTROL_PROGRAMS, Program
 from ...tiles.tiling import tiled_bytes, tiled_encoder_bytes
 from ...units import gib, gib_free, gib_needed
 from ..overheads import PROCESS
 from ..plan_lines import labelled
 from ..protocol import Work
-from ..turns import group_size
+from ..turns import group_size, together
+from .control_memory import hint_bytes, kept_bytes, programs_of, tokens_of, weight_bytes
 
 _FLOAT = 4  # bytes
 
 # Live activations at a program's peak, in units of one token (or pixel) times the width named beside it
 _DENOISER_WIDTHS = 17.0  # x dim
+_EMBEDDED_WIDTHS = 4.0  # x dim, where tokens are only embedded
 _TEXT_WIDTHS = 15.0  # x intermediate_size / 3
 _TEXT_SCORES = 3.0  # x heads x tokens: causal attention holds its scores
 _DECODER_MAPS = 4.5  # x the widest feature map at full resolution
@@ -33,6 +35,11 @@ _ENCODER_MAPS = 4.5  # x the feature map at full resolution
 # Copies of the weights that ONNX Runtime makes at load, low memory or not: convolutions get another layout
 _DECODER_WEIGHTS = 1.75
 _ENCODER_WEIGHTS = 1.25
+
+_WITH_BLOCKS = (
+    *(Program.DENOISER, Program.CAPTION, Program.REFINERS),
+    *(Program.CONTROL_REFINER, Program.CONTROL_LAYERS),
+)
 
 _WIDENED = (Precision.BF16, Precision.FP16, Precision.INT4)  # what is computed in float32 where it is not packed
 
@@ -53,8 +60,8 @@ class MemoryPlan:
     @property
     def peak(self) -> int:
         """The most that is held at once when each stage is freed before the next is loaded."""
-        once = self.programs[Program.CAPTION] + self.programs[Program.MODULATION]  # which are held together
-        return PROCESS.nbytes + self._beside + max(once, *self.programs.values())
+        groups = (sum(self.programs[program] for program in group) for group in together(self.programs))
+        return PROCESS.nbytes + self._beside + max(groups)
 
     @property
     def keep_all(self) -> bool:
@@ -63,8 +70,13 @@ class MemoryPlan:
 
     @property
     def _beside(self) -> int:
-        """What is held beside any program: finished images, and LoRA's matrices."""
-        return self.work.held + (self.work.branches or 0)
+        """What is held beside any program: finished images, LoRA's matrices, and what a ControlNet gives."""
+        return _beside(self.work)
+
+    @property
+    def hints(self) -> int:
+        """Bytes that a ControlNet adds to the tokens in a step, and what it keeps for all steps."""
+        return hint_bytes(self.work) + kept_bytes(self.work)
 
     @property
     def group(self) -> int:
@@ -90,6 +102,7 @@ class MemoryPlan:
                 for program, size in self.programs.items()
             ),
             *([labelled("lora", gib_needed(self.work.branches, 2))] if self.work.branches else []),
+            *([labelled("hints", gib_needed(self.hints, 2))] if self.hints else []),
             *(labelled("note", note) for note in self.notes),
         ]
 
@@ -102,6 +115,7 @@ class MemoryPlan:
             "low_memory": self.low_memory,
             "tiled": self.tiled,
             "lora": self.work.branches or 0,
+            "hints": self.hints,
             "stages": {program.value: {"bytes": size} for program, size in self.programs.items()},
         }
 
@@ -123,24 +137,26 @@ def plan_memory(
 
 def _plan(manifest: Manifest, work: Work, low_memory: bool, limit: int) -> MemoryPlan:
     programs = {}
-    for program in Program:
-        if program is Program.ENCODER and not work.encodes:
-            continue
+    for program in programs_of(work):
         # packed copies are what a program cannot do without; mapped weights are the page cache's, which yields
-        record = manifest.record(program, CPU)
         copies = {Program.DECODER: _DECODER_WEIGHTS, Program.ENCODER: _ENCODER_WEIGHTS}.get(program, not low_memory)
-        programs[program] = int((record.weight_bytes if record else 0) * copies) + _activations(program, manifest, work)
-        if low_memory and manifest.precision in _WIDENED:
+        programs[program] = int(weight_bytes(program, manifest, work) * copies) + _activations(program, manifest, work)
+        owner = work.control.manifest if work.control and program in CONTROL_PROGRAMS else manifest
+        if low_memory and owner.precision in _WIDENED:
             programs[program] += _widened_bytes(program, manifest)
     tiled = set()
     for program, size in ((Program.DECODER, tiled_bytes), (Program.ENCODER, tiled_encoder_bytes)):
         in_tiles = size(manifest.config.vae, work.geometry.width, work.geometry.height)
         whole = programs.get(program, 0)
-        if PROCESS.nbytes + work.held + (work.branches or 0) + whole > limit and in_tiles < whole:
+        if PROCESS.nbytes + _beside(work) + whole > limit and in_tiles < whole:
             programs[program] = in_tiles
             tiled.add(program)
     group = group_size(manifest, work.geometry)
     return MemoryPlan(work, programs, limit, low_memory, group, Program.DECODER in tiled, Program.ENCODER in tiled)
+
+
+def _beside(work: Work) -> int:
+    return work.held + (work.branches or 0) + hint_bytes(work) + kept_bytes(work)
 
 
 def _widened_bytes(program: Program, manifest: Manifest) -> int:
@@ -148,7 +164,7 @@ def _widened_bytes(program: Program, manifest: Manifest) -> int:
     config = manifest.config
     if program is Program.TEXT_ENCODER:
         return 2 * _FLOAT * config.text_encoder.hidden_size * config.text_encoder.intermediate_size
-    if program in (Program.DENOISER, Program.CAPTION):
+    if program in _WITH_BLOCKS:
         return 2 * _FLOAT * config.transformer.dim * config.transformer.ffn_dim
     return 0
 
@@ -170,7 +186,10 @@ def _activations(program: Program, manifest: Manifest, work: Work) -> int:
         channels = config.vae.block_out_channels
         widest = max(channels[0], channels[min(1, len(channels) - 1)])  # the last upsampled map keeps the level's width
         return int(_FLOAT * geometry.width * geometry.height * widest * _DECODER_MAPS)
-    return int(_FLOAT * padded(tokens) * _DENOISER_WIDTHS * config.transformer.dim)
+    widths = _EMBEDDED_WIDTHS if program in (Program.TOKENS, Program.CONTROL_TOKENS) else _DENOISER_WIDTHS
+    values = widths * tokens_of(program, work) * config.transformer.dim
+    # the library's own hints, beside the copies that are given to the denoiser
+    return int(_FLOAT * values) + (hint_bytes(work) if program is Program.CONTROL_LAYERS else 0)
 
 
 def _refusal(manifest: Manifest, plan: MemoryPlan) -> str:

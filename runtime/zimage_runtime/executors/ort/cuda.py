@@ -8,15 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...bundle.bundle import Bundle
+from ...bundle.controlnet import ControlNet
 from ...bundle.manifest import CUDA, Precision
-from ...errors import BundleError, ExecutorError
+from ...errors import BundleError, ExecutorError, RequestError
 from ...machine.gpu_targets import GpuTarget
-from ...machine.gpus import Gpu, find_gpu
+from ...machine.gpus import BF16_SINCE, Gpu, find_gpu
 from ...model.programs import Program
 from ..examination import Examination, Verdict
 from ..overheads import DESKTOP, ORT_CUDA
 from ..protocol import ExecutorKind, Hardware, Options, Unavailable, Work
 from ..worker import Stop
+from .control_programs import check_programs
 from .cuda_package import swap_for, why_unsuited
 from .cuda_plan import plan_vram, predict_vram
 from .device import OrtDevice
@@ -40,6 +42,7 @@ class CudaProvider:
     exact: bool  # float32 products are not rounded to TF32
 
     checks_outputs = False
+    halves_hints = True
 
     @property
     def library(self) -> str:
@@ -110,6 +113,8 @@ def cuda_executor(
         preload_libraries()  # tiles copy their weights to the GPU before any session is made
 
     def plan(work: Work) -> VramPlan:
+        if work.control is not None and capability is not None:
+            _check_control(work.control, capability, device_name)
         return plan_vram(bundle.manifest, work, budget, capability=capability, denoiser=denoiser)
 
     return OrtDeviceExecutor(
@@ -123,6 +128,15 @@ def cuda_executor(
         keep_loaded=keep_loaded,
         device_name=device_name,
     )
+
+
+def _check_control(net: ControlNet, capability: tuple[int, int], gpu: str) -> None:
+    """Raises `RequestError` for a ControlNet in a precision in which a GPU does not compute."""
+    reason = why_no_int8(net.manifest.precision, capability)
+    if net.manifest.precision is Precision.BF16 and capability < BF16_SINCE:
+        reason = "it does not compute in bf16; use fp16"
+    if reason:
+        raise RequestError(f"{net.root}: {gpu} cannot run this ControlNet: {reason}")
 
 
 WIDE_SUMS = ("ORT_CUDA_GEMM_OPTIONS", "2")
@@ -199,7 +213,9 @@ def _predict(bundle: Bundle, work: Work, hardware: Hardware) -> VramPlan:
     if missing := bundle.manifest.missing(CUDA):
         raise BundleError(f"{bundle.root} holds no {', '.join(missing)} program for cuda; export it again")
     capability = GpuTarget(hardware.gpu).capability if hardware.gpu else None
-    return predict_vram(bundle.manifest, work, hardware.memory, capability)
+    plan = predict_vram(bundle.manifest, work, hardware.memory, capability)
+    check_programs(bundle, work, CUDA, plan.denoiser)
+    return plan
 
 
 def _examine() -> Examination:
@@ -231,4 +247,6 @@ def _fault(gpu: Gpu) -> str | None:
     return None if is_right(answer) else f"{library} computes wrong numbers on it; {remedy}"
 
 
-KIND = ExecutorKind(on_gpu=True, why_unavailable=_why_unavailable, open=_open, predict=_predict, examine=_examine)
+KIND = ExecutorKind(
+    on_gpu=True, why_unavailable=_why_unavailable, open=_open, predict=_predict, examine=_examine, takes_control=True
+)

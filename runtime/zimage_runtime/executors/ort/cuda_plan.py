@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from ...bundle.manifest import CUDA, Manifest, Precision
 from ...errors import MemoryLimitError
 from ...model.config import ModelConfig
-from ...model.geometry import conditioning_bytes, padded
-from ...model.programs import Program
+from ...model.geometry import conditioning_bytes
+from ...model.programs import CONTROL_PROGRAMS, Program
 from ...units import gib_needed
 from ..overheads import ORT_CUDA
 from ..protocol import UNLIMITED, Work
+from .control_memory import hint_bytes, kept_bytes, tokens_of
+from .control_programs import FOLLOWING
 from .device_plan import FLOAT, VramPlan, best_plan, refusal
 from .int8_denoiser import Capability, denoiser_programs, why_weight_only
 from .other_precisions import advised, as_precision, candidates, nearer
@@ -34,6 +36,9 @@ _DECODER_MAPS = 4.0  # x the widest feature map at full resolution, in float32: 
 _ENCODER_MAPS = 5.0
 
 
+_HINT_BYTES = 2  # bfloat16
+
+
 @dataclass(frozen=True)
 class CudaCosts:
     """What a bundle's programs take on a GPU of a compute capability. Implements `DeviceCosts`."""
@@ -47,10 +52,11 @@ class CudaCosts:
     keeps_buffers = False  # the arena gives back what a run took; the denoiser keeps it between steps
 
     def activations(self, program: Program, manifest: Manifest, work: Work, denoiser: str) -> int:
-        config, geometry, tokens, batch = manifest.config, work.geometry, work.tokens, work.batch
-        weight_only = program is Program.DENOISER and denoiser != CUDA
+        config, geometry, tokens = manifest.config, work.geometry, work.tokens
+        owner = work.control.manifest if work.control and program in CONTROL_PROGRAMS else manifest
+        weight_only = program in FOLLOWING and denoiser != CUDA and owner.precision is Precision.INT8
         # what else than 16 bits there may be is at most float32
-        half = 2 if weight_only or manifest.precision in (Precision.BF16, Precision.FP16) else FLOAT
+        half = 2 if weight_only or owner.precision in (Precision.BF16, Precision.FP16) else FLOAT
         pixels = geometry.width * geometry.height
         if program is Program.TEXT_ENCODER:
             text = config.text_encoder
@@ -61,14 +67,15 @@ class CudaCosts:
         if program is Program.DECODER:
             widest = max(config.vae.block_out_channels[:2])  # the last upsampled map keeps the level's width
             return int(FLOAT * pixels * widest * _DECODER_MAPS)
-        sequence = padded(tokens)
-        if program is Program.DENOISER:
-            sequence = batch * (geometry.image_tokens + padded(tokens))
+        sequence = tokens_of(program, work)
         extra = weight_only * _WIDENED_WEIGHTS * 2 * config.transformer.dim * config.transformer.ffn_dim
         if program is Program.DENOISER:
             extra += _EXTENDED * _own_values(config, work)
         widths = half * _BLOCK_WIDTHS + FLOAT * _FLOAT32_WIDTHS
         return extra + int(_ARENA * sequence * config.transformer.dim * widths)
+
+    def hints(self, work: Work) -> int:
+        return _EXTENDED * (hint_bytes(work, _HINT_BYTES) + kept_bytes(work))
 
     def needs_tiles(self, program: Program, manifest: Manifest, work: Work) -> bool:
         return False

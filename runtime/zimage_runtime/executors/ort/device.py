@@ -15,6 +15,9 @@ from ...errors import CancelledError, DeviceLostError, ExecutorError
 from ...model.programs import Program
 from ..worker import Stop
 
+_BFLOAT16 = 16
+"""``TensorProto.BFLOAT16``, by which the library knows the type."""
+
 
 @dataclass(frozen=True)
 class OrtDevice:
@@ -50,6 +53,22 @@ class OrtDevice:
         except Exception as error:
             raise explained("allocating on the GPU failed", error) from None
 
+    def empty_halves(self, shape: tuple[int, ...]) -> Any:
+        """The same for bfloat16 values, which numpy does not have."""
+        import onnxruntime
+
+        try:
+            return onnxruntime.OrtValue.ortvalue_from_shape_and_type(shape, _BFLOAT16, self.kind, self.index)
+        except Exception as error:
+            raise explained("allocating on the GPU failed", error) from None
+
+    def zero_halves(self, shape: tuple[int, ...]) -> Any:
+        """A few zeros in bfloat16, in the host's memory: the library copies them for each run."""
+        import onnxruntime
+
+        zeros = np.zeros(shape, np.uint16)
+        return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(zeros, _BFLOAT16)
+
     def run(self, session: Any, binding: Any, output: str, stop: Stop | None = None) -> FloatArray:
         """Runs what is bound, on values of the device, and copies an output from it."""
         binding.bind_output(output, self.kind, self.index)
@@ -79,6 +98,10 @@ class Provider(Protocol):
     @property
     def shrinks(self) -> str | None:
         """The arena that can give back what a run took, as run options name it; None where none can."""
+
+    @property
+    def halves_hints(self) -> bool:
+        """Whether programs give and take a ControlNet's hints in bfloat16; else in float32."""
 
     @property
     def checks_outputs(self) -> bool:

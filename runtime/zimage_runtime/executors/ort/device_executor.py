@@ -11,20 +11,25 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
-from ...adapters.branches import NO_BRANCHES, ON_CPU, Branches, check_extended
+import numpy as np
+
+from ...adapters.branches import NO_BRANCHES, Branches
 from ...arrays import FloatArray
 from ...bundle.bundle import Bundle
+from ...bundle.controlnet import ControlNet
 from ...bundle.manifest import extended
 from ...bundle.tensors import TensorFile
 from ...errors import CancelledError, ExecutorError
 from ...model.branches import EXTENDED
 from ...model.config import VaeConfig
 from ...model.geometry import Rotary
-from ...model.programs import SIGNATURES, Program
+from ...model.programs import CONTROL_PROGRAMS, SIGNATURES, Program, is_hint
 from ...tiles.tiling import TiledDecoder, TiledEncoder
 from ..protocol import Computation, Conditioning, Plan, Work
 from ..turns import leaving, scope
 from ..worker import Stop, Worker, forget_locals
+from .control import ControlledSteps, controlled_steps, no_hints
+from .control_programs import FOLLOWING, check_programs, control_name, program_name
 from .cpu_plan import check_host
 from .device import OrtDevice, Provider, checked, explained, run_bound
 from .device_plan import VramPlan, tile_values
@@ -54,7 +59,8 @@ class OrtDeviceExecutor:
     keep_loaded: bool = True
     device_name: str = "a GPU"
     _sessions: dict[Program, Any] = field(default_factory=dict, repr=False)
-    _extended: bool = False  # programs take LoRA
+    _extended: bool = False  # programs take LoRA and hints
+    _control: ControlNet | None = None  # whose programs are loaded, or were last
     _shrinks: str | None = field(init=False, repr=False)
     _host: HostPrograms = field(init=False, repr=False)
     _worker: Worker = field(init=False, repr=False)
@@ -65,6 +71,7 @@ class OrtDeviceExecutor:
         self._worker = Worker(f"zimage {self.name}")
 
     takes_lora = True
+    takes_control = True
 
     @property
     def device(self) -> OrtDevice:
@@ -79,8 +86,7 @@ class OrtDeviceExecutor:
     def plan(self, work: Work) -> VramPlan:
         plan = self.planned(work)
         check_host(work, plan.host)
-        if work.branches is not None:
-            check_extended(self.bundle, {**ON_CPU, Program.CAPTION: self.name, Program.DENOISER: plan.denoiser})
+        check_programs(self.bundle, work, self.name, plan.denoiser)
         return plan
 
     def session(self, plan: Plan) -> AbstractContextManager["DeviceSession"]:
@@ -111,11 +117,18 @@ class OrtDeviceExecutor:
         return self._extended
 
     def extend(self) -> None:
-        """From now on, programs take LoRA. What is loaded in its other form is freed."""
+        """From now on, programs take LoRA and hints. What is loaded in its other form is freed."""
         if not self._extended:
             self._extended = True
             self._release(*EXTENDED)
             self._host.extend()
+
+    def use_control(self, net: ControlNet) -> None:
+        """From now on, a ControlNet's programs are those of `net`. Those of another one are freed."""
+        self._host.use_control(net)
+        if self._control != net:
+            self._control = net
+            self._release(*CONTROL_PROGRAMS)
 
     def exclusively(self, function: Callable[[], Result], stop: Stop) -> Result:
         """Runs what uses the device, in this thread's turn. All that it made there and does not return is freed by the
@@ -131,7 +144,7 @@ class OrtDeviceExecutor:
         """Makes room for a program that is about to run."""
         gone = leaving(program, self.loaded, keep_all=plan.keep_all, keep_loaded=self.keep_loaded)
         if plan.denoiser != self.denoiser:
-            gone.add(Program.DENOISER)
+            gone |= set(FOLLOWING)
             self.denoiser = plan.denoiser
         if gone:
             self._release(*gone)
@@ -198,9 +211,14 @@ class OrtDeviceExecutor:
             run_bound(self._sessions[program], binding, f"{program} failed", stop)
 
     def _session(self, program: Program, stop: Stop) -> Any:
-        name = self.denoiser if program is Program.DENOISER else self.name
-        name = extended(name) if self._extended and program in EXTENDED else name
-        path, record = self.bundle.program(program, name), self.bundle.manifest.record(program, name)
+        net = self._control
+        if net is not None and program in CONTROL_PROGRAMS:
+            name = control_name(net.manifest, program, self.name, self.denoiser)
+            path, record = net.program(program, name), net.manifest.record(program, name)
+        else:
+            name = program_name(program, self.name, self.denoiser)
+            name = extended(name) if self._extended and program in EXTENDED else name
+            path, record = self.bundle.program(program, name), self.bundle.manifest.record(program, name)
         return self.open(str(path), f"{program} in {path}", stop, program, record.weight_bytes if record else 0)
 
     def open(self, model: str | bytes, what: str, stop: Stop, program: Program | None = None, nbytes: int = 0) -> Any:
@@ -236,11 +254,14 @@ class DeviceSession:
 
     def _denoiser(self, conditioning: Conditioning) -> "_DeviceDenoiser":
         executor, device, rotary = self.executor, self.executor.device, conditioning.caption_rotary
-        branches = conditioning.branches
-        if branches is not None:
+        branches, control = conditioning.branches, conditioning.control
+        model = executor.bundle.manifest.config
+        if control is not None:
+            executor.use_control(control.net)
+        if branches is not None or control is not None:
             executor.extend()
-        elif executor.extended:  # which it stays, so that nothing is loaded again
-            branches = NO_BRANCHES
+        if executor.extended:  # which it stays, so that nothing is loaded again
+            branches = branches or NO_BRANCHES
         executor.enter(Program.CAPTION, self.plan)
         executor.load(Program.CAPTION, self.stop)
         upload, dim = device.upload, executor.bundle.manifest.config.transformer.dim
@@ -252,6 +273,7 @@ class DeviceSession:
             "caption_cos": upload(rotary.cos),
             "caption_sin": upload(rotary.sin),
             **self._matrices(branches, Program.DENOISER),
+            **(no_hints(self.no_hint(), model) if executor.extended else {}),
         }
         feeds = {
             **self._matrices(branches, Program.CAPTION),
@@ -262,7 +284,42 @@ class DeviceSession:
         executor.run_bound(Program.CAPTION, feeds, {"caption": caption}, self.stop, shrink=True)
         if executor.provider.checks_outputs:
             executor.checked(Program.CAPTION, device.download(caption))
-        return _DeviceDenoiser(self, fixed, self._modulation(conditioning.timesteps, branches))
+        rows = self._modulation(conditioning.timesteps, branches)
+        steps = controlled_steps(
+            self,
+            conditioning,
+            model,
+            caption,
+            {program: self._matrices(branches, program) for program in (Program.TOKENS, Program.REFINERS)},
+            {} if branches is None else branches.inputs(Program.TIMESTEP, executor.bundle.manifest),
+        )
+        return _DeviceDenoiser(self, fixed, rows, steps)
+
+    def upload(self, values: FloatArray) -> Any:
+        return self.executor.device.upload(values)
+
+    def no_hint(self) -> Any:
+        shape = (1, 1, self.executor.bundle.manifest.config.transformer.dim)
+        if self.executor.provider.halves_hints:
+            return self.executor.device.zero_halves(shape)
+        return self.executor.device.wrapped(np.zeros(shape, np.float32))
+
+    def run_host(self, program: Program, feeds: dict[str, FloatArray]) -> dict[str, FloatArray]:
+        return self.executor.run_host(program, feeds, self.stop)
+
+    def run_step(
+        self, program: Program, inputs: Mapping[str, Any], outputs: Mapping[str, tuple[int, ...]]
+    ) -> dict[str, Any]:
+        executor, device = self.executor, self.executor.device
+        executor.enter(program, self.plan)
+        halves = executor.provider.halves_hints
+        made = {
+            name: device.empty_halves(shape) if halves and is_hint(name) else device.empty(shape)
+            for name, shape in outputs.items()
+        }
+        # what it took goes back, so that only one of a step's programs holds more than its weights
+        executor.run_bound(program, inputs, made, self.stop, shrink=True)
+        return made
 
     def _matrices(self, branches: Branches | None, program: Program) -> dict[str, Any]:
         """A program's LoRA on the device, once for all conditionings."""
@@ -344,15 +401,19 @@ class _DeviceDenoiser:
     session: DeviceSession
     fixed: Mapping[str, Any]  # caption tokens and rotary tables
     rows: Rows
+    controlled: ControlledSteps[Any] | None
 
     def __call__(self, latents: FloatArray, step: int) -> FloatArray:
         return self.session.call(lambda: self._velocity(latents, step))
 
     def _velocity(self, latents: FloatArray, step: int) -> FloatArray:
         executor, stop = self.session.executor, self.session.stop
+        uploaded = executor.device.upload(latents)
+        inputs = {"latents": uploaded, **self.fixed, **self.rows[step]}
+        if self.controlled is not None:
+            inputs |= self.controlled.hints(uploaded, len(latents), step, self.rows[step]["modulation"])
         executor.enter(Program.DENOISER, self.session.plan)
         velocity = executor.device.empty(latents.shape)
-        inputs = {"latents": executor.device.upload(latents), **self.fixed, **self.rows[step]}
         last = step == len(self.rows) - 1
         executor.run_bound(Program.DENOISER, inputs, {"velocity": velocity}, stop, shrink=last)
         return executor.checked(Program.DENOISER, executor.device.download(velocity))

@@ -17,13 +17,18 @@ from ...units import gib, gib_free, gib_needed
 from ..overheads import Overhead
 from ..plan_lines import labelled
 from ..protocol import UNLIMITED, Work
-from ..turns import group_size
+from ..turns import group_size, together
+from .control_memory import programs_of, weight_bytes
 
 FLOAT = 4
 
 _TILE_COPIES = 12  # of a tile in VRAM: itself, what is made of it, and the convolution's workspace
 _TILE_COPIES_ON_HOST = 4
 _LARGEST_TILE, _SMALLEST_TILE = 1 << 24, 1 << 16  # values: 64 MB, so that halos and launches do not matter
+
+
+_ON_HOST = (Program.MODULATION, Program.TIMESTEP, Program.CONTROL_MODULATION)
+"""The programs that always run on the host."""
 
 
 class DeviceCosts(Protocol):
@@ -51,6 +56,9 @@ class DeviceCosts(Protocol):
 
     def activations(self, program: Program, manifest: Manifest, work: Work, denoiser: str) -> int:
         """Bytes that a run of a program takes beside the weights. `denoiser` is which program that is."""
+
+    def hints(self, work: Work) -> int:
+        """Bytes of what a ControlNet adds to the tokens in a step, and of what it keeps for all steps."""
 
     def needs_tiles(self, program: Program, manifest: Manifest, work: Work) -> bool:
         """Whether the decoder or encoder cannot run on whole maps of a size, however much memory there is."""
@@ -88,19 +96,25 @@ class VramPlan:
     denoiser: str = CUDA  # the name under which the denoiser's program is
     denoiser_note: str = ""
     keeps_buffers: bool = False
+    hints: int = 0  # bytes that a ControlNet adds to the tokens in a step, and that it keeps for all steps
     others: Mapping[Precision, int] = dataclasses.field(default_factory=dict)  # peaks of the model's other bundles
     advice: Precision | None = None  # the nearest of them to the original that fits, if nearer than this one
 
     @property
     def peak(self) -> int:
         """The most that is held at once."""
-        activations = [stage.activations for stage in self.stages.values()]
-        if self.keep_all:
-            # the denoiser keeps its own between steps, so it may hold them beside another's
-            denoiser = self.stages[Program.DENOISER].activations
-            runs = sum(activations) if self.keeps_buffers else denoiser + max(activations, default=0)
-            return self._beside + sum(stage.weights for stage in self.stages.values()) + runs
-        return self._beside + max((stage.total for stage in self.stages.values()), default=0)
+        groups = [list(self.stages)] if self.keep_all else together(self.stages)
+        return self._beside + max((self._held(group) for group in groups), default=0)
+
+    def _held(self, group: list[Program]) -> int:
+        """What programs hold that stay loaded beside each other, one of which runs."""
+        activations = [self.stages[program].activations for program in group]
+        weights = sum(self.stages[program].weights for program in group)
+        if self.keeps_buffers:
+            return weights + sum(activations)
+        # the denoiser keeps its own between steps, so it may hold them beside another's
+        between = self.stages[Program.DENOISER].activations if Program.DENOISER in group and len(group) > 1 else 0
+        return weights + between + max(activations)
 
     @property
     def room(self) -> int:
@@ -109,8 +123,8 @@ class VramPlan:
 
     @property
     def _beside(self) -> int:
-        """What is held beside any stage: the library, the driver, and LoRA's matrices."""
-        return self.overhead.nbytes + (self.work.branches or 0)
+        """What is held beside any stage: the library, the driver, LoRA's matrices, and what a ControlNet gives."""
+        return self.overhead.nbytes + (self.work.branches or 0) + self.hints
 
     @property
     def group(self) -> int:
@@ -147,6 +161,7 @@ class VramPlan:
                 for program, s in self.stages.items()
             ),
             *([labelled("lora", gib_needed(self.work.branches, 2))] if self.work.branches else []),
+            *([labelled("hints", gib_needed(self.hints, 2))] if self.hints else []),
             *(labelled("note", note) for note in self.notes),
         ]
         if self.others:
@@ -170,6 +185,7 @@ class VramPlan:
             "tiled": self.tiled,
             "denoiser": self.denoiser,
             "lora": self.work.branches or 0,
+            "hints": self.hints,
             "stages": {
                 program.value: {"bytes": stage.total, "weights": stage.weights, "activations": stage.activations}
                 for program, stage in self.stages.items()
@@ -215,13 +231,16 @@ def refusal(plan: VramPlan, *advice: str, smaller: bool = True) -> str:
 
 def _plan(costs: DeviceCosts, manifest: Manifest, work: Work, budget: int, denoiser: str) -> VramPlan:
     stages: dict[Program, StageVram] = {
-        program: StageVram(_weights(program, manifest, costs), costs.activations(program, manifest, work, denoiser))
-        for program in Program
-        # modulation always runs on the host
-        if program is not Program.MODULATION and (work.encodes or program is not Program.ENCODER)
+        program: StageVram(
+            int(costs.allocated * weight_bytes(program, manifest, work, costs.executor, denoiser)),
+            costs.activations(program, manifest, work, denoiser),
+        )
+        for program in programs_of(work)
+        if program not in _ON_HOST
     }
+    hints = costs.hints(work)
     vae, size, host = manifest.config.vae, (work.geometry.width, work.geometry.height), 0
-    room = budget - costs.overhead.nbytes - (work.branches or 0)
+    room = budget - costs.overhead.nbytes - (work.branches or 0) - hints
     values = max(tile_values(room, vae), 3 * max(vae.block_out_channels) * (size[0] + 2))  # a row and its halos
     in_tiles = StageVram(_layer_weights(vae), FLOAT * _TILE_COPIES * values)
     for program, on_host in ((Program.DECODER, tiled_bytes), (Program.ENCODER, tiled_encoder_bytes)):
@@ -245,10 +264,6 @@ def _plan(costs: DeviceCosts, manifest: Manifest, work: Work, budget: int, denoi
         denoiser=denoiser,
         denoiser_note=costs.denoiser_note(denoiser),
         keeps_buffers=costs.keeps_buffers,
+        hints=hints,
     )
     return together if together.peak <= budget else dataclasses.replace(together, keep_all=False)
-
-
-def _weights(program: Program, manifest: Manifest, costs: DeviceCosts) -> int:
-    record = manifest.record(program, costs.executor)
-    return int(costs.allocated * record.weight_bytes) if record else 0

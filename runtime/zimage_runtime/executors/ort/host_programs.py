@@ -1,31 +1,40 @@
 """Programs on the host's processor: sessions of ONNX Runtime that are made when first used and live until released."""
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...arrays import FloatArray
-from ...bundle.bundle import Bundle
+from ...bundle.controlnet import ControlNet
 from ...bundle.manifest import CPU, extended
 from ...errors import CancelledError, ExecutorError
 from ...machine.cores import thread_count
 from ...machine.int8_products import ACTIVATION_LEVELS, activation_levels
 from ...model.branches import EXTENDED
-from ...model.programs import SIGNATURES, Program
+from ...model.programs import CONTROL_PROGRAMS, Program
 from ..worker import Stop
 
 _WIDENING = ["ConstantFolding", "FuseFp16InitializerToFp32NodeTransformer"]
 """The graph optimizations that would widen all bf16 or fp16 weights to float32 at once, at load."""
 
 
-class HostPrograms:
-    """The CPU programs of a bundle."""
+class HasPrograms(Protocol):
+    """A bundle, or a ControlNet."""
 
-    def __init__(self, bundle: Bundle, *, low_memory: bool = False) -> None:
+    def program(self, program: Program, executor: str) -> Path:
+        """The path of a program. Raises `BundleError` if there is none for the executor."""
+
+
+class HostPrograms:
+    """The CPU programs of a bundle, and of the ControlNet that it is used with."""
+
+    def __init__(self, bundle: HasPrograms, *, low_memory: bool = False) -> None:
         """With `low_memory`, weights stay mapped from the file and are never copied into a faster layout."""
         self._bundle = bundle
+        self._control: ControlNet | None = None
         self._low_memory = low_memory
         self._extended = False
         self._sessions: dict[Program, Any] = {}
@@ -49,32 +58,44 @@ class HostPrograms:
         return self._extended
 
     def extend(self) -> None:
-        """From now on, programs take LoRA. What is loaded in its other form is freed."""
+        """From now on, programs take LoRA and hints. What is loaded in its other form is freed."""
         if not self._extended:
             self._extended = True
             self._free(EXTENDED)
 
-    def run(self, program: Program, feeds: Mapping[str, FloatArray], stop: Stop | None = None) -> dict[str, FloatArray]:
-        """Runs one program: inputs and outputs by the names in `model.programs`.
+    def use_control(self, net: ControlNet) -> None:
+        """From now on, a ControlNet's programs are those of `net`. Those of another one are freed."""
+        if self._control != net:
+            self._control = net
+            self._free(CONTROL_PROGRAMS)
+
+    def run(
+        self,
+        program: Program,
+        feeds: Mapping[str, FloatArray],
+        stop: Stop | None = None,
+        outputs: Sequence[str] | None = None,
+    ) -> dict[str, FloatArray]:
+        """Runs one program: inputs and outputs by the names in `model.programs`. Without `outputs`, it gives all.
 
         Raises `ExecutorError`, or `CancelledError` within one operator's time of a request to stop.
         """
         import onnxruntime
 
         stop = stop or Stop()
-        names = list(SIGNATURES[program].outputs)
         self.load(program, stop)
         session, options = self._sessions[program], onnxruntime.RunOptions()
+        names = list(outputs or (value.name for value in session.get_outputs()))
         try:
             with stop.aborting(lambda: setattr(options, "terminate", True)):
-                outputs: list[NDArray[np.float32]] = session.run(names, {**feeds, **_settings(session)}, options)
+                found: list[NDArray[np.float32]] = session.run(names, {**feeds, **_settings(session)}, options)
         except CancelledError:
             raise
         except Exception as error:  # the library's own classes share no base but Exception
             stop.check()
             raise _explained(program, "failed", error) from None
         # the arrays lie in the session's arena, all of which lives for as long as one of them does: copies do not
-        return {name: output.copy() for name, output in zip(names, outputs, strict=True)}
+        return {name: output.copy() for name, output in zip(names, found, strict=True)}
 
     def load(self, program: Program, stop: Stop | None = None) -> None:
         """Makes a program's session, unless it has one."""
@@ -85,7 +106,8 @@ class HostPrograms:
         import onnxruntime
 
         name = extended(CPU) if self._extended and program in EXTENDED else CPU
-        path = self._bundle.program(program, name)
+        owner: HasPrograms = self._control if self._control and program in CONTROL_PROGRAMS else self._bundle
+        path = owner.program(program, name)
         options = session_options()
         disabled: list[str] = []
         if self._low_memory:

@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...bundle.bundle import Bundle
+from ...bundle.controlnet import ControlNet
 from ...bundle.manifest import WEBGPU, WEBGPU_FUSED, Manifest, Precision
-from ...errors import BundleError, ExecutorError, MemoryLimitError
+from ...errors import BundleError, ExecutorError, MemoryLimitError, RequestError
 from ...model.programs import Program
 from ...units import gib, gib_needed
 from ..examination import Examination, Verdict
 from ..protocol import ExecutorKind, Hardware, Options, Unavailable, Work
 from ..worker import Stop
 from .attention_verdict import verdict_on
+from .control_programs import check_programs
 from .device import OrtDevice
 from .device_executor import OrtDeviceExecutor
 from .device_plan import VramPlan, best_plan
@@ -36,6 +38,7 @@ class WebGpuProvider:
 
     shrinks = None
     checks_outputs = True
+    halves_hints = False  # no type of 16 bits is on every adapter
 
     @property
     def library(self) -> str:
@@ -63,6 +66,8 @@ def webgpu_executor(
     provider, costs = WebGpuProvider(), costs_on(adapter, bundle.manifest, fused=fused)
 
     def plan(work: Work) -> VramPlan:
+        if work.control is not None:
+            _check_control(work.control, adapter)
         alone = plan_webgpu(bundle.manifest, work, budget, costs)
         if not HOLDINGS.others(provider):
             return alone
@@ -87,6 +92,16 @@ def webgpu_executor(
         keep_loaded=keep_loaded,
         device_name=str(adapter),
     )
+
+
+def _check_control(net: ControlNet, adapter: Adapter) -> None:
+    """Raises `RequestError` for a ControlNet in a precision that an adapter gets wrong or does not have."""
+    precision = net.manifest.precision
+    fault = "WebGPU has no bf16" if precision is Precision.BF16 else None
+    for answer in answers_for(precision):
+        fault = fault or fault_of(answer)
+    if fault:
+        raise RequestError(f"{net.root}: {adapter} cannot run this ControlNet: {fault}; use one in fp16, int8 or int4")
 
 
 def costs_on(adapter: Adapter, manifest: Manifest, *, fused: bool) -> WebGpuCosts:
@@ -152,6 +167,7 @@ def _fused(adapter: Adapter, manifest: Manifest) -> bool:
 def _predict(bundle: Bundle, work: Work, hardware: Hardware) -> VramPlan:
     if reason := why_no_programs(bundle):
         raise BundleError(reason)
+    check_programs(bundle, work, WEBGPU, WEBGPU)
     return plan_webgpu(bundle.manifest, work, hardware.memory, WebGpuCosts())
 
 
@@ -199,4 +215,5 @@ KIND = ExecutorKind(
     open=_open,
     predict=_predict,
     examine=_examine,
+    takes_control=True,
 )

@@ -9,20 +9,23 @@ certain sizes, to which smaller ones are rounded up.
 import bisect
 from dataclasses import dataclass
 
+from ...bundle.controlnet import ControlManifest
 from ...bundle.manifest import WEBGPU, WEBGPU_FUSED, Manifest, Precision
 from ...errors import MemoryLimitError
-from ...model.geometry import conditioning_bytes, padded
-from ...model.programs import Program
+from ...model.geometry import conditioning_bytes
+from ...model.programs import CONTROL_PROGRAMS, Program
 from ...model.query_blocks import MOST_SCORES, autoencoder_scores, denoiser_scores
 from ...units import gib, gib_needed
 from ..overheads import ORT_WEBGPU
 from ..protocol import Work
+from .control_memory import hint_bytes, tokens_of
 from .cpu_plan import largest_size
 from .device_plan import FLOAT, VramPlan, best_plan, refusal
 from .webgpu_adapters import Adapter
 
 # Live values at a program's peak
 _TOKENS = 19  # x all tokens x dim
+_EMBEDDED = 4  # x the same, where tokens are only embedded
 _HIDDEN = 4  # x all tokens x ffn_dim
 _SCORES = 3  # blocks of scores: the products, their softmax, and one that is just freed
 _WIDENED_WEIGHTS = 3  # of the largest linear, in float32
@@ -65,16 +68,24 @@ class WebGpuCosts:
             widths = _TEXT_WIDTHS * text.intermediate_size / 3 + _TEXT_SCORES * text.num_attention_heads * tokens
             return int(FLOAT * tokens * widths) + _widened(manifest, text.hidden_size * text.intermediate_size)
         transformer, extra = config.transformer, 0
+        if program in (Program.TOKENS, Program.CONTROL_TOKENS):
+            return _EMBEDDED * _bucket(FLOAT * tokens_of(program, work) * transformer.dim)
+        owner = work.control.manifest if work.control and program in CONTROL_PROGRAMS else manifest
         if program is Program.DENOISER:
             extra = (work.kept_conditionings - 1) * conditioning_bytes(transformer, geometry, tokens)
-            sequence = work.batch * (geometry.image_tokens + padded(tokens))
-            scores = 0 if denoiser == WEBGPU_FUSED else denoiser_scores(geometry, tokens, work.batch, config)
-        else:
-            sequence = padded(tokens)
+        sequence = tokens_of(program, work)
+        if program is Program.CAPTION:
             scores = FLOAT * transformer.n_heads * sequence**2
+        else:
+            scores = 0 if denoiser == WEBGPU_FUSED else denoiser_scores(geometry, tokens, work.batch, config)
+        # inputs and outputs of the library's own, beside the host's
+        extra += hint_bytes(work) if program in (Program.DENOISER, Program.CONTROL_LAYERS) else 0
         values = _TOKENS * _bucket(FLOAT * sequence * transformer.dim)
         values += _HIDDEN * _bucket(FLOAT * sequence * transformer.ffn_dim)
-        return extra + values + _SCORES * _bucket(scores) + _widened(manifest, transformer.dim * transformer.ffn_dim)
+        return extra + values + _SCORES * _bucket(scores) + _widened(owner, transformer.dim * transformer.ffn_dim)
+
+    def hints(self, work: Work) -> int:
+        return 0  # on the host: what a run reads and writes is among its activations
 
     def needs_tiles(self, program: Program, manifest: Manifest, work: Work) -> bool:
         too_large = _largest_map(program, manifest, work) > self.largest_map
@@ -84,7 +95,7 @@ class WebGpuCosts:
         return ""
 
 
-def _widened(manifest: Manifest, parameters: int) -> int:
+def _widened(manifest: Manifest | ControlManifest, parameters: int) -> int:
     """Bytes of narrow weights that are in float32 at a time: int4 is multiplied as it is."""
     narrow = manifest.precision in (Precision.FP16, Precision.INT8)
     return narrow * _WIDENED_WEIGHTS * _bucket(FLOAT * parameters)

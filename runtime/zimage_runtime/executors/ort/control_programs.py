@@ -1,0 +1,43 @@
+"""Whether a bundle and a ControlNet have what a request needs, and under which names."""
+
+from ...adapters.branches import ON_CPU, check_extended
+from ...bundle.bundle import Bundle
+from ...bundle.controlnet import ControlManifest, ControlNet
+from ...bundle.manifest import CPU
+from ...errors import RequestError
+from ...model.programs import Program
+from ..protocol import Work
+
+FOLLOWING = (Program.DENOISER, Program.REFINERS, Program.CONTROL_REFINER, Program.CONTROL_LAYERS)
+"""The programs of many tokens, of which an executor may have several forms: all run in the denoiser's."""
+
+
+def program_name(program: Program, executor: str, denoiser: str) -> str:
+    """The name under which an executor's program is, whose denoiser's is `denoiser`."""
+    return denoiser if program in FOLLOWING else executor
+
+
+def control_name(manifest: ControlManifest, program: Program, executor: str, denoiser: str) -> str:
+    """The same of a ControlNet's program, which need not have the bundle's precision, nor its other forms."""
+    name = program_name(program, executor, denoiser)
+    return name if manifest.record(program, name) is not None else executor
+
+
+def check_programs(bundle: Bundle, work: Work, executor: str, denoiser: str) -> None:
+    """Raises `BundleError` or `RequestError` where programs for a request's LoRA or ControlNet are missing."""
+    names = {**ON_CPU, Program.CAPTION: executor, Program.TOKENS: executor}
+    names |= {Program.DENOISER: denoiser, Program.REFINERS: denoiser}
+    if work.branches is not None:
+        check_extended(bundle, names)
+    if work.control is None:
+        return
+    check_extended(bundle, names, "--control")
+    _check_control(work.control, executor)
+
+
+def _check_control(net: ControlNet, executor: str) -> None:
+    if missing := net.manifest.missing(executor, CPU):
+        raise RequestError(
+            f"{net.root}: has no {', '.join(missing)} program for {executor}: it is in {net.manifest.precision}; "
+            "export the ControlNet in fp16, int8 or int4, or use --executor cpu"
+        )

@@ -91,9 +91,9 @@ def start(program: str, *arguments: object, **options: Any) -> subprocess.Popen[
     return subprocess.Popen([sys.executable, "-c", entry, *words], **options)
 
 
-def finish(process: "subprocess.Popen[str]") -> Outcome:
+def finish(process: "subprocess.Popen[str]", timeout: float = 120) -> Outcome:
     """Waits for a started command."""
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=timeout)
     return Outcome(process.returncode, out or "", err or "")
 
 

@@ -81,6 +81,7 @@ def test_every_public_name_is_there() -> None:
         ("zimage_rt.cli", ["zimage-rt", "--help"]),
         ("zimage_rt.cli", ["zimage-rt", "run", "--help"]),
         ("zimage_rt.cli", ["zimage-rt", "bench", "--help"]),
+        ("zimage_rt.cli", ["zimage-rt", "batch", "--help"]),
         ("zimage_rt.cli", ["zimage-rt", "--version"]),
         ("zimage_export.cli", ["zimage-export", "--help"]),
         ("zimage_export.cli", ["zimage-export", "build", "--help"]),

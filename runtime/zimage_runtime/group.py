@@ -72,8 +72,8 @@ def plan_group(jobs: Sequence[Job], choice: ExecutorChoice) -> JobGroup:
 
 def _shared(job: Job) -> tuple[object, ...]:
     loras = tuple((one.adapter.hash, one.weight) for one in job.loras)
-    control = None if job.control is None else job.control.net.root
-    return job.executor.name, job.geometry, loras, job.work.branches, control
+    net = None if job.control is None else job.control.net.manifest.fingerprint
+    return job.executor.name, job.geometry, loras, job.work.branches, net
 
 
 def _planned(jobs: Sequence[Job], choice: ExecutorChoice) -> Chosen:
@@ -102,11 +102,10 @@ def _same(chosen: Chosen, job: Job) -> bool:
 
 def _key(job: Job) -> _Key:
     """What decides a job's denoisers, in a group."""
-    info, controlled = job.info, None
-    if job.control is not None:
-        kept = (info.image, info.mask, info.mask_grow) if job.inpaints_by_control else None
-        controlled = (info.control, info.control_type, job.control.scale, job.control.steps, kept)
-    return job.prompt_ids, job.schedule.timesteps.tobytes(), controlled
+    info, control = job.info, job.control
+    seen = () if control is None else (info.control, info.control_type, control.scale, control.steps)
+    kept = (info.image, info.mask, info.mask_grow) if job.inpaints_by_control else ()
+    return job.prompt_ids, job.schedule.timesteps.tobytes(), seen, kept
 
 
 def group_events(
@@ -124,9 +123,8 @@ def group_events(
     for index, job in waiting.items():
         begin = time.perf_counter()
         with _blaming(index):
-            sources[index] = stages.encoded_source(job, session)
-            controls[index] = stages.control(job, session)
-        if job.source is not None or job.control is not None:
+            sources[index], controls[index] = stages.encoded_source(job, session), stages.control(job, session)
+        if sources[index] is not None or controls[index] is not None:
             yield GroupEvent(index, EncodeEvent(time.perf_counter() - begin))
     encoded: dict[TokenIds, FloatArray] = {}
     for index, job in waiting.items():

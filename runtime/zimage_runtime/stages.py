@@ -56,7 +56,7 @@ class Stages:
         self._loras = LoraShelf(self.bundle)
 
     def encoded_source(self, job: Job, session: Session) -> Encoded | None:
-        """A job's source image as latents; None where nothing needs them."""
+        """A job's source image as latents; None where it has none, or only its ControlNet sees it."""
         if job.source is None or (job.inpaints_by_control and not job.first_step):
             return None
         return Encoded(*session.encode(job.source.pixels))
@@ -93,14 +93,13 @@ class Stages:
         self._encoded = dict(encoded)
 
     def denoisers(
-        self, job: Job, session: Session, encoded: Mapping[TokenIds, FloatArray], control: Control | None = None
+        self, job: Job, session: Session, encoded: Mapping[TokenIds, FloatArray], control: Control | None
     ) -> tuple[Denoiser, ...]:
         """A denoiser for each prompt of a job, all of which are encoded: the text encoder and the transformer may
         take turns."""
         branches = self._loras.branches(job.loras) if job.loras else None
-        each = [
-            self.conditioning(job.geometry, job.schedule, encoded[ids], branches, control) for ids in job.prompt_ids
-        ]
+        prompts = (encoded[ids] for ids in job.prompt_ids)
+        each = [self.conditioning(job.geometry, job.schedule, states, branches, control) for states in prompts]
         return tuple(session.denoiser(conditioning) for conditioning in each)
 
     def denoised(

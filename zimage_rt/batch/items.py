@@ -27,6 +27,7 @@ class Shape:
     width: int
     height: int
     loras: tuple[tuple[str, float], ...]  # hash and weight
+    controlnet: str | None  # its fingerprint
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,14 @@ def _item(line: int, request: RowRequest, checked: Checked | Job, metadata: bool
         request=request,
         key=hashlib.sha256("\n".join((request.id, str(metadata), content)).encode()).hexdigest(),
         shape=Shape(
-            checked.info.width, checked.info.height, tuple((one.hash, one.weight) for one in checked.info.loras)
+            checked.info.width,
+            checked.info.height,
+            tuple((one.hash, one.weight) for one in checked.info.loras),
+            checked.info.controlnet_hash,
         ),
         steps=checked.schedule.steps - checked.first_step,
         prompts=tuple(prompt.text for prompt in prompts),
-        sourced=checked.source is not None,
+        sourced=checked.source is not None or checked.control is not None,
         cut_tokens=sum(prompt.cut_tokens for prompt in prompts),
     )
 

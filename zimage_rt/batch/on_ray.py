@@ -92,7 +92,7 @@ class Worker:
         outcomes: list[str] = []
         for text in batch["group"]:
             try:
-                outcomes += [_outcome_text(one) for one in self.generate(_items(str(text)))]
+                outcomes += [_outcome_text(one) for one in self.generate(group_items(str(text)))]
             except OSError as error:  # nothing more can be written
                 outcomes.append(json.dumps({"stop": [error.errno, error.strerror or str(error), error.filename]}))
         return {"outcome": outcomes}
@@ -197,7 +197,7 @@ def on_ray(items: Sequence[Item], options: WorkerOptions, pool: Pool) -> Iterato
     from ray.exceptions import RayError as Failed
 
     most = max(min(64, math.ceil(len(items) / (pool.workers * _TURNS))), 1)
-    texts = [json.dumps([asdict(item) for item in group]) for group in groups(items, most)]
+    texts = [group_text(group) for group in groups(items, most)]
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # progress is shown by the caller
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -213,7 +213,7 @@ def on_ray(items: Sequence[Item], options: WorkerOptions, pool: Pool) -> Iterato
     )
     try:
         for row in dataset.iter_rows():
-            yield _outcome(row["outcome"])
+            yield outcome_of(row["outcome"])
     except Failed as error:
         raise RayError(f"Ray ended the batch: {_cause(error)}") from None
 
@@ -235,18 +235,25 @@ def _outcome_text(outcome: Outcome) -> str:
     return json.dumps({("record" if isinstance(outcome, Record) else "failure"): asdict(outcome)})
 
 
-def _outcome(text: str) -> Outcome:
+def outcome_of(text: str) -> Outcome:
+    """What came of a row, as a worker says it. Raises `OSError` where the worker cannot write."""
     document = json.loads(text)
     if "stop" in document:
         raise OSError(*document["stop"])
     return Record(**document["record"]) if "record" in document else Failure(**document["failure"])
 
 
-def _items(text: str) -> list[Item]:
+def group_text(items: Sequence[Item]) -> str:
+    """A group as JSON, for another process."""
+    return json.dumps([asdict(item) for item in items])
+
+
+def group_items(text: str) -> list[Item]:
+    """The group of a text."""
     found = []
     for values in json.loads(text):
         shape = values["shape"]
-        values["shape"] = Shape(shape["width"], shape["height"], tuple(tuple(one) for one in shape["loras"]))
+        values["shape"] = Shape(**{**shape, "loras": tuple(tuple(one) for one in shape["loras"])})
         values["request"] = RowRequest(**values["request"])
         values["prompts"] = tuple(values["prompts"])
         found.append(Item(**values))

@@ -7,7 +7,7 @@ from typing import TypeVar, cast
 
 import numpy as np
 
-from ...adapters.branches import NO_BRANCHES, ON_CPU, Branches, check_extended
+from ...adapters.branches import NO_BRANCHES, Branches
 from ...arrays import FloatArray
 from ...bundle.bundle import Bundle
 from ...bundle.manifest import CPU, Precision

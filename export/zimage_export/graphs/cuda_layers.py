@@ -82,7 +82,7 @@ class Int8CudaLayers(Int8Layers, CudaLayers):
 
     def _product(self, x: Quantized, linear: Linear) -> str:
         b = self.b
-        weight, scale = int8_weight(b, linear)
+        weight, scale = int8_weight(self, linear)
         product = b.op("MatMulInteger", x.values, weight, name=f"{linear.name}.integers")
         product = b.op("Cast", product, name=f"{linear.name}.float", to=TensorProto.FLOAT)
         return b.op("Mul", b.typed(product, DType.F32), scale, name=f"{linear.name}.product")

@@ -240,8 +240,8 @@ def to_markdown(document: dict[str, Any]) -> str:
         "# A step under a ControlNet on the CPU",
         "",
         f"{describe(document['machine'])}.",
-        f"Random weights in float32, 34 blocks of width {document['width']}; threads: {document['threads']}; seconds of "
-        f"the {document['seconds_of']}; {document['rounds']} rounds.",
+        f"Random weights in float32, 34 blocks of width {document['width']}; threads: {document['threads']}; seconds "
+        f"of the {document['seconds_of']}; {document['rounds']} rounds.",
         "Seconds are of a machine that other work may share: compare ratios, which are medians over the rounds, to the "
         "step without control of the same system. The change is of the first step's velocity, relative to the one "
         "without; the distance is to diffusers' velocity.",

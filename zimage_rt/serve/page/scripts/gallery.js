@@ -74,6 +74,8 @@ export class Gallery {
       image.settings && button({ name: "vary", label: t("vary"), on: () => this.acts.vary(image) }),
       button({ name: "input", label: t("as-input"), on: () => this.acts.asInput(image) }),
     );
-    return element("li", { class: "card" }, open, quick);
+    const card = element("li", { class: "card" }, open, quick);
+    if (image.width && image.height) card.style.setProperty("--ratio", image.width / image.height);
+    return card;
   }
 }

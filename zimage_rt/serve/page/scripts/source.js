@@ -29,7 +29,7 @@ export class Source {
     await this.field.take(blob, name);
   }
 
-  tools(field, remove) {
+  tools(field) {
     const mask = button({
       name: "brush",
       text: t(field.mask ? "mask.edit" : "mask.paint"),
@@ -37,7 +37,7 @@ export class Source {
       id: "paint-mask",
     });
     this.crops = this.losesEdges();
-    return [element("div", { class: "buttons" }, mask, remove), this.crops ? this.cropNote() : null, this.strengthField()];
+    return [mask, this.crops ? this.cropNote() : null, this.strengthField()];
   }
 
   losesEdges() {

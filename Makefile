@@ -7,7 +7,7 @@ EXPORT_STAMP := $(VENV)/.installed-export
 comma := ,
 # TensorRT for RTX (104 MB to download, 230 MB installed) builds engines without a GPU; its wheels are for these.
 SYSTEM := $(shell uname -sm | tr ' ' -)
-EXTRAS := export,report,test,dev$(if $(filter Linux-x86_64,$(SYSTEM)),$(comma)tensorrt)
+EXTRAS := export,report,serve,test,dev$(if $(filter Linux-x86_64,$(SYSTEM)),$(comma)tensorrt)
 EXTRAS := $(EXTRAS)$(if $(filter Linux-x86_64 Darwin-arm64,$(SYSTEM)),$(comma)webgpu)
 
 .PHONY: mesa chromium page-screenshots demo demo-model demo-bundle demo-scores test test-fast test-slow check bench bench-int8 bench-report bench-full-size bench-full-size-systems bench-gpu install clean

@@ -13,7 +13,7 @@ from server_tools import PATIENCE, Server, serving
 
 _LIMITS = ("--max-pixels", "64x64", "--max-steps", "2", "--max-queue", "8")
 QUICK = 6  # requests for each route
-THOROUGH = 400
+THOROUGH = 100
 
 
 @pytest.fixture(scope="module")

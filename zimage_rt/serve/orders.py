@@ -89,6 +89,7 @@ class Order:
     wanted: Wanted
     kind: ImageFormat = ImageFormat.PNG
     quality: int | None = None  # of a JPEG or WebP, 0 to 100; None is our own choice
+    previews: bool = True  # a small image after each step
     partials: int = 0  # previews at the image's own size and in its format, for OpenAI's partial images
 
 

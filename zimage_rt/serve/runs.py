@@ -80,11 +80,10 @@ class Run:
     def _step(self, event: "StepEvent", job: "Job") -> None:
         if event.step == 1:
             self.image += 1
-        preview = event.preview() if event.colours is not None else None
-        partial = None
-        if preview is not None and event.step in partial_steps(event.steps, self.order.partials):
-            partial = self._full_size(preview, job)
-        small = None if preview is None else _jpeg(preview)
+        wanted = event.step in partial_steps(event.steps, self.order.partials)
+        preview = event.preview() if event.colours is not None and (self.order.previews or wanted) else None
+        partial = self._full_size(preview, job) if preview is not None and wanted else None
+        small = _jpeg(preview) if preview is not None and self.order.previews else None
         self.say(Stepped(self.order.id, self.image, event.step, event.steps, small, partial))
 
     def _full_size(self, preview: "Image", job: "Job") -> bytes:

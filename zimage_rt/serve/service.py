@@ -79,13 +79,14 @@ class Service:
         *,
         kind: ImageFormat = ImageFormat.PNG,
         quality: int | None = None,
+        previews: bool = True,
         partials: int = 0,
     ) -> Job:
         """Checks and queues. Raises `RefusalError`."""
         wanted = self.checked(wanted)
         client = client_of(request)
         lane = f"{client} {request.headers.get('user-agent', '')}"
-        order = Order(id=new_id(), wanted=wanted, kind=kind, quality=quality, partials=partials)
+        order = Order(id=new_id(), wanted=wanted, kind=kind, quality=quality, previews=previews, partials=partials)
         job = Job(order, client, lane, route)
         self.supervisor.submit(job)
         return job

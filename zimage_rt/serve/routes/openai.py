@@ -150,7 +150,9 @@ def _validated(document: object) -> EditBody:
 async def _answer(service: Service, request: Request, body: CommonBody, wanted: Wanted) -> Response:
     edited = wanted.image is not None
     partials = (body.partial_images or 0) if body.stream else 0
-    job = service.submit(request, "openai", wanted, kind=body.kind, quality=body.output_compression, partials=partials)
+    job = service.submit(
+        request, "openai", wanted, kind=body.kind, quality=body.output_compression, previews=False, partials=partials
+    )
     if body.stream:
         return EventStream(_stream(service, body, job, edited=edited))
     with job.pinned():

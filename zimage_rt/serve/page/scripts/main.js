@@ -64,6 +64,7 @@ async function firstAnswer() {
 async function start() {
   describe();
   composer.restore();
+  await source.recall().catch(() => {}); // an image that can be read no longer
   ready = true;
   plan.changed();
   stage.show(null, []);

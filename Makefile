@@ -10,7 +10,7 @@ SYSTEM := $(shell uname -sm | tr ' ' -)
 EXTRAS := export,report,batch,serve,control,test,dev$(if $(filter Linux-x86_64,$(SYSTEM)),$(comma)tensorrt)
 EXTRAS := $(EXTRAS)$(if $(filter Linux-x86_64 Darwin-arm64,$(SYSTEM)),$(comma)webgpu$(comma)ray)
 
-.PHONY: mesa chromium demo demo-model demo-controlnet demo-bundle demo-scores control-places test test-fast test-slow check bench bench-int8 bench-report bench-full-size bench-full-size-systems bench-gpu install clean
+.PHONY: mesa chromium page-screenshots demo demo-model demo-controlnet demo-bundle demo-scores control-places test test-fast test-slow check bench bench-int8 bench-report bench-full-size bench-full-size-systems bench-gpu install clean
 
 install: $(STAMP)
 
@@ -54,6 +54,10 @@ demo-scores: $(STAMP)
 	PYTHONPATH=. $(BIN)/python benchmarks/demo_scores.py
 	PYTHONPATH=. $(BIN)/python benchmarks/contact_sheet.py docs/demo.png
 	PYTHONPATH=. $(BIN)/python benchmarks/contact_sheet.py docs/four.png 4
+
+# The page of `zimage-rt serve` at three widths, for its documentation.
+page-screenshots: $(STAMP) chromium
+	. $(CHROMIUM_FOLDER)/environment && $(BIN)/python benchmarks/page_screenshots.py docs/images
 
 # Without a GPU, WebGPU computes on Mesa's software Vulkan driver, which is unpacked where the system has none.
 MESA := $(VENV)/mesa

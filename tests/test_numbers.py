@@ -32,7 +32,8 @@ STATED: dict[str, tuple[str, ...]] = {
         "at most 3 % of the time",
         "1 dB; [int4",
     ),
-    "docs/serve.md": ("after 10 seconds is ended", "has 30 seconds to finish", "64 MiB", "256 MiB", "512 MiB"),  # limits
+    # limits of the server
+    "docs/serve.md": ("after 10 seconds is ended", "has 30 seconds to finish", "64 MiB", "256 MiB", "512 MiB"),
     "docs/webgpu_attention/README.md": ("4 to 10 %",),  # reproduce.py, beside it, prints it
 }
 """Phrases of each page whose numbers are no committed measurement of ours: sizes that follow from shapes, settings."""

@@ -97,6 +97,12 @@ def test_a_prompt_becomes_images_that_are_found_again(server: Server, browser: "
     assert problems_of(page) == []
 
 
+KEPT = """async () => {
+    const kept = await (await import("/page/scripts/keep.js")).keptSource();
+    return Boolean(kept?.mask);
+}"""
+
+
 def body_of(job: "Request") -> dict[str, Any]:
     return json.loads(job.post_data or "")
 
@@ -155,6 +161,11 @@ def test_an_image_is_the_beginning_of_another(server: Server, browser: "Browser"
     page.mouse.move(box["x"] + 0.75 * box["width"], box["y"] + 0.7 * box["height"], steps=4)
     page.mouse.up()
     page.click("#mask-done")
+
+    # both are there after a reload
+    until(page, lambda: page.evaluate(KEPT), "the mask in the browser's store")
+    page.reload()
+    page.get_by_role("button", name="Edit mask").wait_for()
     page.fill("#strength", "1")
     generate(page, prompt="a yellow star on a white background", seed=5)
     finished(page, 2)

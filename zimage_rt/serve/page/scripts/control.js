@@ -19,7 +19,7 @@ export class Control {
     this.field = new ImageField(root, "control", { tools: (...given) => this.tools(...given), changed });
   }
 
-  tools(field, remove) {
+  tools() {
     const type = element(
       "select",
       { class: "input", id: "control-type", on: { change: (event) => this.change("type", event.target.value) } },
@@ -27,7 +27,7 @@ export class Control {
     );
     const label = element("label", { class: "label", htmlFor: "control-type", textContent: t("control.type") });
     const sliders = [this.slider("scale", 2), this.slider("start", 1), this.slider("end", 1)];
-    return [element("div", { class: "buttons" }, remove), element("div", { class: "field" }, label, type), ...sliders];
+    return [element("div", { class: "field" }, label, type), ...sliders];
   }
 
   slider(name, most) {

@@ -16,15 +16,16 @@ export class Gallery {
     onLanguage(() => this.render());
   }
 
-  /** The next page; with `anew`, the first one, beside what is already shown. */
-  async load(anew = false) {
-    const before = anew ? "" : (this.images.at(-1)?.name ?? "");
+  /** The next page or, with `newest`, what has come since. */
+  async load(newest = false) {
+    const before = newest ? "" : (this.images.at(-1)?.name ?? "");
     const query = `limit=${PAGE}${before && `&before=${encodeURIComponent(before)}`}`;
     const answer = await request("GET", `api/images?${query}`);
-    const first = anew || !before;
-    const older = first ? [] : this.images;
-    this.images = [...older, ...answer.images];
-    this.more = Boolean(answer.more);
+    const known = new Set(this.images.map((one) => one.name));
+    const found = answer.images.filter((one) => !known.has(one.name));
+    if (!newest || !known.size) this.more = answer.more;
+    if (!found.length) return this.count();
+    this.images = newest ? [...found, ...this.images] : [...this.images, ...found];
     this.render();
   }
 
@@ -74,6 +75,8 @@ export class Gallery {
       image.settings && button({ name: "vary", label: t("vary"), on: () => this.acts.vary(image) }),
       button({ name: "input", label: t("as-input"), on: () => this.acts.asInput(image) }),
     );
-    return element("li", { class: "card" }, open, quick);
+    const card = element("li", { class: "card" }, open, quick);
+    if (image.width && image.height) card.style.setProperty("--ratio", image.width / image.height);
+    return card;
   }
 }

@@ -83,10 +83,12 @@ export class ImageField {
   }
 
   held() {
+    const title = t(`${this.texts}.held`);
     const remove = button({ name: "close", label: t("image.remove"), kind: "quiet", on: () => this.clear() });
-    const tools = element("div", { class: "held-tools" }, ...this.tools(this, remove).filter(Boolean));
+    const head = element("div", { class: "held-head" }, element("span", { class: "label", textContent: title }), remove);
     const picture = element("div", { class: "picture" }, this.thumbnail());
-    return element("div", { class: "held", role: "group", "aria-label": t(`${this.texts}.held`) }, picture, tools);
+    const tools = element("div", { class: "held-tools" }, ...this.tools(this).filter(Boolean));
+    return element("div", { class: "held", role: "group", "aria-label": title }, head, picture, tools);
   }
 
   thumbnail() {

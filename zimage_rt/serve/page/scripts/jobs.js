@@ -5,8 +5,10 @@
 
 import { events, request } from "./api.js";
 import { t } from "./i18n.js";
+import { remember, remembered } from "./store.js";
 
 const ASK = 2000; // milliseconds between questions about the queue
+const REMEMBERED = 100; // jobs of this browser
 const LONGEST_WAIT = 10_000; // milliseconds between attempts to reach the server
 
 export class Jobs {
@@ -17,10 +19,11 @@ export class Jobs {
     this.followed = null;
   }
 
-  /** Finds the jobs that wait or run on the server. */
+  /** Finds the jobs of this browser that wait or run on the server. Those of others are none of its business. */
   async resume() {
+    const own = remembered().jobs ?? [];
     for (const found of await request("GET", "api/jobs")) {
-      if (!this.find(found.id)) this.pending.push({ ...fresh(found, found), steps: 0 }); // its own are of all images
+      if (own.includes(found.id) && !this.find(found.id)) this.pending.push({ ...fresh(found, found), steps: 0 }); // its own are of all images
     }
     this.next();
   }
@@ -28,6 +31,7 @@ export class Jobs {
   async submit(body, extra = {}) {
     const answer = await request("POST", "api/jobs", body);
     const job = { ...fresh(answer, body), ...extra };
+    remember({ jobs: [...(remembered().jobs ?? []), job.id].slice(-REMEMBERED) });
     this.pending.push(job);
     this.changed(job, "queued");
     this.next();

@@ -64,6 +64,7 @@ async function firstAnswer() {
 async function start() {
   describe();
   composer.restore();
+  await source.recall().catch(() => {}); // an image that can be read no longer
   ready = true;
   plan.changed();
   stage.show(null, []);
@@ -211,7 +212,7 @@ async function asInput(image) {
     await source.take(await response.blob(), image.name);
     sizes.set(image.width, image.height);
     byId("source").scrollIntoView({ block: "nearest" });
-    byId("paint-mask")?.focus();
+    byId("paint-mask")?.focus({ preventScroll: true });
   } catch (error) {
     explain(error.message);
   }

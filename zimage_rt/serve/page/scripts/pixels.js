@@ -16,6 +16,15 @@ export async function readImage(blob) {
   return canvas;
 }
 
+/** A canvas of a mask that was kept, transparent where it is. */
+export async function readMask(blob) {
+  const bitmap = await createImageBitmap(blob);
+  const canvas = blank(bitmap.width, bitmap.height);
+  canvas.getContext("2d").drawImage(bitmap, 0, 0);
+  bitmap.close();
+  return canvas;
+}
+
 export function blank(width, height) {
   const canvas = document.createElement("canvas");
   canvas.width = width;
@@ -31,7 +40,7 @@ export function middle(canvas, width, height) {
 }
 
 /** How much of an image is in its middle part, as a share. */
-export function kept(canvas, width, height) {
+export function keptShare(canvas, width, height) {
   const [, , w, h] = middle(canvas, width, height);
   return (w * h) / (canvas.width * canvas.height);
 }

@@ -25,7 +25,8 @@ export class Plan {
 
   async ask() {
     const body = this.body();
-    const text = body && JSON.stringify({ ...body, prompt: body.prompt.length }); // words weigh nothing, their number does
+    const words = body && Math.ceil(body.prompt.length / 64); // what they say weighs nothing, and their number little
+    const text = body && JSON.stringify({ ...body, prompt: words });
     if (text === this.last) return;
     this.last = text;
     const turn = ++this.asked;
@@ -48,8 +49,9 @@ export class Plan {
       details.open = byId("plan").querySelector("details")?.open ?? false;
       parts.push(details);
     } else parts.push(element("p", { class: fits ? "line" : "line refused" }, ...line));
-    if (fits && message) parts.push(element("p", { textContent: message }));
-    byId("plan").replaceChildren(...parts);
+    if (fits && message) parts.push(element("p", { lang: "en", textContent: message }));
+    const shown = element("div", {}, ...parts);
+    if (shown.textContent !== byId("plan").textContent) byId("plan").replaceChildren(shown); // or it would be read out again
   }
 
   words(plan) {

@@ -4,12 +4,14 @@ import { button, byId, element } from "./dom.js";
 import { number } from "./format.js";
 import { t } from "./i18n.js";
 import { ImageField } from "./image_field.js";
+import { forgetSource, keepSource, keptSource } from "./keep.js";
 import { paint } from "./painter.js";
-import { cropped, drawn, isEmpty, isWhole, kept, whiteOnBlack } from "./pixels.js";
+import { cropped, drawn, isEmpty, isWhole, keptShare, readImage, readMask, whiteOnBlack } from "./pixels.js";
 
 const WITHOUT_MASK = 0.6; // the server's own defaults
 const WITH_MASK = 1;
 
+const QUIET = 300; // milliseconds without a change, after which the image is kept for the next visit
 const WORTH_SAYING = 0.9; // with less than this share of the image, it is said that edges are lost
 
 export class Source {
@@ -17,8 +19,25 @@ export class Source {
   constructor({ changed, size, fit }) {
     this.strength = null; // as the user set it
     Object.assign(this, { size, fit });
-    this.changed = changed;
-    this.field = new ImageField(byId("source"), "source", { tools: (...given) => this.tools(...given), changed });
+    this.changed = () => {
+      this.keep();
+      changed();
+    };
+    this.field = new ImageField(byId("source"), "source", { tools: (field) => this.tools(field), changed: this.changed });
+  }
+
+  /** Keeps the image for the next visit, once it has stayed the same for a moment. */
+  keep() {
+    clearTimeout(this.keeping);
+    this.keeping = setTimeout(() => (this.present ? keepSource(this.snapshot()) : forgetSource()), QUIET);
+  }
+
+  /** What was kept at the last visit. */
+  async recall() {
+    const kept = await keptSource();
+    if (!kept?.image) return;
+    const [canvas, mask] = [await readImage(kept.image), kept.mask && (await readMask(kept.mask))];
+    this.restore({ ...kept, canvas, mask });
   }
 
   get present() {
@@ -29,7 +48,7 @@ export class Source {
     await this.field.take(blob, name);
   }
 
-  tools(field, remove) {
+  tools(field) {
     const mask = button({
       name: "brush",
       text: t(field.mask ? "mask.edit" : "mask.paint"),
@@ -37,11 +56,11 @@ export class Source {
       id: "paint-mask",
     });
     this.crops = this.losesEdges();
-    return [element("div", { class: "buttons" }, mask, remove), this.crops ? this.cropNote() : null, this.strengthField()];
+    return [mask, this.crops ? this.cropNote() : null, this.strengthField()];
   }
 
   losesEdges() {
-    return kept(this.field.canvas, ...this.size()) < WORTH_SAYING;
+    return keptShare(this.field.canvas, ...this.size()) < WORTH_SAYING;
   }
 
   cropNote() {
@@ -115,8 +134,9 @@ export class Source {
   }
 
   restore(snapshot) {
-    Object.assign(this.field, snapshot ?? { canvas: null, mask: null, name: null }, { failure: null });
-    this.strength = snapshot?.strength ?? null;
+    const { canvas = null, mask = null, name = null, strength = null } = snapshot ?? {};
+    Object.assign(this.field, { canvas, mask, name, failure: null });
+    this.strength = strength;
     this.field.render();
     this.changed();
   }

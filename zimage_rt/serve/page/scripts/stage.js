@@ -97,7 +97,7 @@ export class Stage {
       { class: "caption" },
       element("p", { class: "words", textContent: image.settings?.prompt ?? job.prompt }),
       facts,
-      ...job.notices.map((text) => element("p", { class: "small soft", textContent: text })),
+      ...job.notices.map((text) => element("p", { class: "small soft", lang: "en", textContent: text })),
       imageActions(image, this.acts),
     );
     return [element("div", { class: "canvas" }, look), this.strip(job), caption];

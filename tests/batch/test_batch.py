@@ -29,7 +29,7 @@ from PIL import Image
 
 from zimage_rt.batch import generate
 from zimage_rt.batch.records import remove_records, spooled
-from zimage_rt.batch.store import FolderStore
+from zimage_rt.batch.store import LATENTS, FolderStore
 from zimage_runtime.errors import ExecutorError
 from zimage_runtime.executors.ort.host_programs import HostPrograms
 from zimage_runtime.images.image_files import read_image_info
@@ -357,6 +357,18 @@ def test_damaged_records_and_latents_are_as_if_they_were_not_there(
     assert images_in(out) == before
     remove_records(FolderStore(out), [])
     assert spooled(FolderStore(out), "none") is None
+
+
+def test_what_a_killed_writer_left_is_removed(bundle: Path, tmp_path: Path, capsys: Capture) -> None:
+    rows, out = write_rows(tmp_path / "rows.jsonl", rows_of(1)), tmp_path / "out"
+    (out / LATENTS).mkdir(parents=True)
+    left = [out / ".row-0.png.0123abcd.part", out / LATENTS / f".{'0' * 32}.0123abcd.part", out / LATENTS / "0.npz"]
+    mine = [out / ".mine.part", out / "mine.0123abcd.part"]
+    for path in (*left, *mine):
+        path.write_bytes(b"x")
+    assert call_batch(capsys, bundle, rows, out).status == 0
+    assert [path for path in left if path.exists()] == []
+    assert [path for path in mine if not path.exists()] == []
 
 
 def test_a_damaged_manifest_is_said(bundle: Path, tmp_path: Path, capsys: Capture) -> None:

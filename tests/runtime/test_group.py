@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import toy_executor
 from facts import raises_with
+from group_tools import grouped, images, singles
 from PIL import Image
 
 from zimage_runtime.bundle.bundle import Bundle
@@ -17,7 +18,7 @@ from zimage_runtime.errors import CancelledError, DeviceLostError, ExecutorError
 from zimage_runtime.events import CaptionEvent, EncodeEvent, ImageEvent, Request, StepEvent
 from zimage_runtime.executors.ort.host_programs import HostPrograms
 from zimage_runtime.executors.protocol import Work
-from zimage_runtime.group import GroupEvent, JobError, JobGroup
+from zimage_runtime.group import JobError
 from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import Pipeline
 
@@ -69,22 +70,6 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Program]:
         return run(one, program, *rest)
 
     monkeypatch.setattr(HostPrograms, "run", running)
-    return found
-
-
-def grouped(pipeline: Pipeline, requests: list[Request]) -> JobGroup:
-    return pipeline.group([pipeline.prepare(request) for request in requests])
-
-
-def images(events: Iterator[GroupEvent]) -> dict[int, bytes]:
-    return {one.index: one.event.image.tobytes() for one in events if isinstance(one.event, ImageEvent)}
-
-
-def singles(pipeline: Pipeline, requests: list[Request]) -> dict[int, bytes]:
-    found = {}
-    for index, request in enumerate(requests):
-        (image,) = [e for e in pipeline.run(pipeline.prepare(request)) if isinstance(e, ImageEvent)]
-        found[index] = image.image.tobytes()
     return found
 
 

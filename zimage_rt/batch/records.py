@@ -7,7 +7,7 @@ between the two loses nothing and repeats nothing but a decoding.
 import io
 import json
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Self
 
@@ -110,6 +110,13 @@ def spooled(store: Store, key: str) -> Latents | None:
         return Latents(values, ImageInfo.from_replay(facts["info"], key), float(facts["seconds"]))
     except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, ZImageRuntimeError):
         return None
+
+
+def keep_latents(store: Store, keys: Collection[str]) -> None:
+    """Forgets all latents but those of some keys."""
+    for name in store.names(LATENTS):
+        if name.removesuffix(".npz") not in keys:
+            store.remove(f"{LATENTS}/{name}")
 
 
 def remove_latents(store: Store, key: str) -> None:

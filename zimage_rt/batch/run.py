@@ -14,7 +14,7 @@ from zimage_runtime.pipeline import Pipeline
 from .generate import Generator, Outcome, Steps
 from .items import Check, Item, check_rows, groups
 from .manifest import MANIFEST, read_manifest, write_manifest
-from .records import Record, is_done, read_record, recorded_keys
+from .records import Record, is_done, keep_latents, read_record, recorded_keys
 from .rows import read_rows
 from .store import FolderStore, Store, open_store
 
@@ -112,6 +112,8 @@ class Batch:
             summary.seconds = self.clock() - begin
             errors = {item.key: why for item, why in summary.failed}
             write_manifest(store, self.items, {**earlier, **records}, errors, set(earlier))
+            keep_latents(store, errors)  # and what a kill between two files has left
+            store.tidy()
         return summary
 
     def _records(self, store: Store, earlier: Mapping[str, Record]) -> dict[str, Record]:

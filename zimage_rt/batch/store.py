@@ -19,6 +19,9 @@ RECORDS = f"{WORK}/records"
 LATENTS = f"{WORK}/latents"
 ATTEMPTS = f"{WORK}/attempts"
 
+_FOLDERS = ("", RECORDS, LATENTS, ATTEMPTS)
+_LEFT = re.compile(r"\..+\.[0-9a-f]{8}\.part")  # as `temporary_sibling` names what is being written
+
 _WHOLE = {"memory", "s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "r2"}
 """Protocols of stores where an object appears when it is complete."""
 
@@ -48,6 +51,9 @@ class Store(Protocol):
     def location(self, name: str) -> str:
         """A file's path or URL."""
 
+    def tidy(self) -> None:
+        """Removes what was left by writers that were killed. Only where nobody writes."""
+
 
 def open_store(where: str) -> Store:
     """The store of a folder or URL; a folder is made where it is missing.
@@ -58,7 +64,7 @@ def open_store(where: str) -> Store:
         return _open_url(where)
     root = Path(where)
     try:
-        for folder in (RECORDS, LATENTS, ATTEMPTS):
+        for folder in _FOLDERS[1:]:
             (root / folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RequestError(f"{root}: the folder cannot be used: {error.strerror or error}") from None
@@ -108,6 +114,12 @@ class FolderStore:
     def location(self, name: str) -> str:
         return str(self.root / name)
 
+    def tidy(self) -> None:
+        for folder in _FOLDERS:
+            for path in (self.root / folder).glob(".*.part"):
+                if _LEFT.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
+
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
         """Keeps other batches out of the folder for as long as the block runs, or the process lives.
@@ -148,7 +160,7 @@ def _open_url(url: str) -> "UrlStore":
     protocol = url.partition("://")[0]
     store = UrlStore(url.rstrip("/"), system, root.rstrip("/"), whole=protocol in _WHOLE)
     try:
-        for folder in (RECORDS, LATENTS, ATTEMPTS):
+        for folder in _FOLDERS[1:]:
             system.makedirs(f"{store.root}/{folder}", exist_ok=True)
     except OSError as error:
         raise RequestError(f"{url}: cannot be used: {error.strerror or error}") from None
@@ -210,6 +222,14 @@ class UrlStore:
 
     def location(self, name: str) -> str:
         return f"{self.url}/{name}"
+
+    def tidy(self) -> None:
+        if self.whole:
+            return
+        for folder in _FOLDERS:
+            for path in self.system.ls(self._path(folder).rstrip("/"), detail=False):
+                if _LEFT.fullmatch(str(path).rpartition("/")[2]):
+                    self.system.rm_file(path)
 
     def _path(self, name: str) -> str:
         return f"{self.root}/{name}"

@@ -124,7 +124,7 @@ def random_lora(path: Path, config: ModelConfig, rank: int, scale: float, *, hal
     import numpy as np
 
     rng, kind = np.random.default_rng(rank), DType.F16 if half else DType.F32
-    tensors = {}
+    tensors: dict[str, Any] = {}
     for linear in (linear for program in EXTENDED for linear in branch_linears(program, config)):
         name = f"diffusion_model.{linear.name}"
         down = rng.standard_normal((rank, linear.in_width), np.float32) / linear.in_width**0.5

@@ -10,7 +10,7 @@ SYSTEM := $(shell uname -sm | tr ' ' -)
 EXTRAS := export,report,batch,serve,control,test,dev$(if $(filter Linux-x86_64,$(SYSTEM)),$(comma)tensorrt)
 EXTRAS := $(EXTRAS)$(if $(filter Linux-x86_64 Darwin-arm64,$(SYSTEM)),$(comma)webgpu$(comma)ray)
 
-.PHONY: mesa chromium page-screenshots demo demo-model demo-controlnet demo-bundle demo-scores control-places test test-fast test-slow check bench bench-int8 bench-report bench-full-size bench-full-size-systems bench-gpu install clean
+.PHONY: mesa chromium page-screenshots demo demo-model demo-controlnet demo-bundle demo-scores control-places test test-fast test-slow check bench bench-int8 bench-report bench-full-size bench-full-size-systems bench-openvino bench-gpu install clean
 
 install: $(STAMP)
 
@@ -109,6 +109,11 @@ bench-full-size: $(STAMP)
 bench-full-size-systems: $(STAMP)
 	CMAKE_ARGS=-DGGML_NATIVE=ON $(BIN)/python -m pip install stable-diffusion-cpp-python==0.4.7
 	$(BIN)/python benchmarks/bench_report.py --work $(WORK) --only full-size
+
+# Beside OpenVINO GenAI, whose packages go into an environment of their own in the user's cache: 2 GB.
+bench-openvino: $(STAMP)
+	$(BIN)/python -m zimage_rt.bench.systems.openvino_environment
+	$(BIN)/python benchmarks/bench_report.py --work $(WORK) --only openvino
 
 # Every executor on this machine's GPU, and one report: onnxruntime-gpu in the place of onnxruntime (the README says how),
 # TensorRT from the extra, WebGPU's adapter. GPU_FLAGS="--scale blocks --only correctness memory" takes minutes.

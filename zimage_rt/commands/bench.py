@@ -42,7 +42,8 @@ _PROMPT = "a red fox in the snow, golden hour"
 @click.option(
     "--checkpoint",
     metavar="MODEL",
-    help="What the bundles were made from, as for zimage-export build. Baselines generate from it, and diffusers in "
+    help="What the bundles were made from, as for zimage-export build: a directory, one file, a ComfyUI models folder, "
+    "a name on the Hub, or tiny. Baselines generate from it, and diffusers in "
     "float32 is the reference.",
 )
 @click.option("--baseline", "baselines", multiple=True, help="Another system to measure; may be repeated, or 'all'.")
@@ -113,7 +114,9 @@ def bench(
         warmup=warmup,
         low_memory=low_memory,
         drop_cache=drop_cache,
-        checkpoint=open_checkpoint(checkpoint, progress) if checkpoint is not None else None,
+        checkpoint=open_checkpoint(checkpoint, progress, out / "checkpoint")
+        if checkpoint is not None and not report_only
+        else None,
         baselines=baselines,
         reference=open_bundles([reference], progress)[0] if reference is not None else None,
         vram=vram,

@@ -68,6 +68,8 @@ _HOMES: dict[str, tuple[str, str]] = {
     "diffusers-compiled": ("diffusers_pipeline", "Compiled"),
     "diffusers-streamed": ("diffusers_pipeline", "Streamed"),
     "diffusers-offload": ("diffusers_pipeline", "Offloaded"),
+    "openvino-genai": ("openvino_genai", "OpenVino"),
+    "openvino-genai-int8": ("openvino_genai", "OpenVinoInt8"),
     "stable-diffusion.cpp": ("stable_diffusion_cpp", "StableDiffusionCpp"),
 }
 

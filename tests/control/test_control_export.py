@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from cli_tools import Capture, assert_one_line_error, call_export
+from cli_tools import Capture, assert_one_line_error, call_export, call_rt
 from control_tools import LITE, MODEL, ONE, TWO, TWO_ONE, Controlled, Version, export, ours, random_tensors
 from facts import raises_with
 from parity import Drawing, relative_error
@@ -246,3 +247,23 @@ def test_layers_of_every_precision_have_what_their_executor_needs(name: str) -> 
     ]
     assert {layers.hints for layers in made} == {DType.BF16 if programs.executor == CUDA else DType.F32}
     assert {layers.position_blocks for layers in made} == {1 if programs.executor == "cpu" else POSITION_BLOCKS}
+
+
+@pytest.mark.deep
+def test_info_describes_and_verifies(net_of: Nets, tmp_path: Path, capsys: Capture) -> None:
+    net = net_of(LITE)
+    document = json.loads(call_rt(capsys, "info", net, "--verify", "--json").out)
+    assert (document["config"]["version"], document["config"]["places"]) == ("2.1-lite", list(LITE.places))
+    assert document["verified"] is True
+    assert document["parity"] == ControlNet.open(net).manifest.parity
+    lines = call_rt(capsys, "info", net).lines
+    assert any("2.1-lite" in line and "inpaint" in line for line in lines)
+    copy = Path(shutil.copytree(net, tmp_path / "net"))
+    with (copy / "weights.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 1]))
+    outcome = call_rt(capsys, "info", copy, "--verify")
+    assert outcome.status == 1
+    assert "weights.safetensors" in outcome.err

@@ -35,7 +35,7 @@ demo-model: $(EXPORT_STAMP)
 	MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_MMAP_THRESHOLD_=4000000000 OMP_WAIT_POLICY=PASSIVE \
 	    $(BIN)/python -m demo_model $(DEMO_WORK)
 
-# Trains the demo model's ControlNet, half an hour on two cores; interrupted, it goes on where it was.
+# Trains the demo model's ControlNet, about ten minutes on two quiet cores; interrupted, it goes on where it was.
 CONTROLNET_WORK ?= out/demo-controlnet
 demo-controlnet: $(EXPORT_STAMP)
 	MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_MMAP_THRESHOLD_=4000000000 OMP_WAIT_POLICY=PASSIVE \

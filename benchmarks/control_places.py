@@ -3,7 +3,7 @@
     PYTHONPATH=. python benchmarks/control_places.py [--with-diffusers] [--controlnet DIR] [--maps 50] [--scale 0.75]
 
 Prompts name the objects and not their places; each asks for a colour of a shape that no training picture showed. An
-object has landed if an area of its colour overlaps the inside of its outline enough. A map counts if all its objects
+object has landed if an area of one colour overlaps the inside of its outline enough. A map counts if all its objects
 have. zimage-rt generates the images, with the bundle that ships and the programs that control needs, or diffusers does.
 The sheet shows each map above its images with the ControlNet and without.
 """
@@ -138,6 +138,7 @@ def _shares(verdicts: Sequence[Landing]) -> dict[str, float]:
     return {
         "maps": len(verdicts),
         "landed": statistics.mean(verdict.landed for verdict in verdicts),
+        "landed_coloured": statistics.mean(verdict.landed_coloured for verdict in verdicts),
         "median_overlap": statistics.median(verdict.overlap for verdict in verdicts),
         "shapes": statistics.mean(verdict.shapes for verdict in verdicts),
     }
@@ -150,6 +151,7 @@ def to_markdown(report: dict[str, Any], name: str) -> str:
             f"{which} the ControlNet, {group}",
             one["maps"],
             f"{100 * one['landed']:.0f} %",
+            f"{100 * one['landed_coloured']:.0f} %",
             f"{one['median_overlap']:.2f}",
             f"{100 * one['shapes']:.0f} %",
         ]
@@ -158,14 +160,14 @@ def to_markdown(report: dict[str, Any], name: str) -> str:
     ]
     diffusers = report["program"] == "diffusers"
     option, precision = (" --with-diffusers", "float32") if diffusers else ("", "fp16")
-    header = ["images", "maps", "landed", "median overlap", "shapes and colours"]
+    header = ["images", "maps", "landed", "in its colour", "median overlap", "shapes and colours"]
     return (
         "# The demo model's ControlNet: where the map puts shapes, and where they land\n\n"
         f"{markdown_table(header, rows)}\n\n"
-        f"Landed: for every object of the map, an area of its colour and the inside of its outline share at least "
-        f"{report['overlap']} of what both cover. The overlap is that of an image's worst object. Shapes and colours: "
-        "what is seen is what the prompt asks for, and nothing else. Prompts do not mention places. Each has a pair of "
-        "colour and shape that training never showed.\n\n"
+        f"Landed: for every object of the map, an area of one colour and the inside of its outline share at least "
+        f"{report['overlap']} of what both cover; or an area of the colour that the prompt gives to it. The overlap is "
+        "that of an image's worst object. Shapes and colours: what is seen is what the prompt asks for, nothing else. "
+        "Prompts do not mention places. Each has a pair of colour and shape that training never showed.\n\n"
         f"![Each map, the image with the ControlNet, and the image without]({name}.png)\n\n"
         f"`PYTHONPATH=. python benchmarks/control_places.py{option} --maps {report['maps']} --scale "
         f"{report['scale']}`, {report['program']}, {precision}, 128x128, 8 steps; {describe(report['machine'])}\n"

@@ -26,7 +26,7 @@ from .dataset import SIZES
 from .training import Course, train
 from .velocity import VelocityTask
 
-COURSE = Course(steps=700, microbatches=4, matrix_rate=0.01, vector_rate=1e-3, decay=0.6)
+COURSE = Course(steps=500, microbatches=4, matrix_rate=0.01, vector_rate=1e-3, decay=0.6)
 SMALL_COURSE = Course(steps=6, microbatches=2, matrix_rate=0.01, vector_rate=1e-3, warmup=2)
 SCENES = 6000
 SCALES = 0.65, 1.0

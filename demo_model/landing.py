@@ -1,4 +1,4 @@
-"""Do shapes land where a map puts them? Judged by colour and overlap, independently of any model."""
+"""Do shapes land where a map puts them? Judged by connected areas and overlap, independently of any model."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from .edges import edge_map, inside, placed_scene
 from .scenes import Scene
 
 OVERLAP = 0.5
-"""An object has landed if an area of its colour and its outline's inside share this much of what both cover."""
+"""An object has landed if an area of one colour and its outline's inside share this much of what both cover."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,21 @@ class Request:
 
 @dataclass(frozen=True)
 class Landing:
-    """What became of a request. `overlap` is that of the object that is the farthest off."""
+    """What became of a request. Overlaps are those of the object that is the farthest off."""
 
-    overlap: float
+    overlap: float  # with an area of any colour
+    coloured: float  # with an area of the object's own colour
     shapes: bool  # what is seen are the shapes asked for, each in its colour, and no others
 
     @property
     def landed(self) -> bool:
         """Every object is where the map puts it."""
         return self.overlap >= OVERLAP
+
+    @property
+    def landed_coloured(self) -> bool:
+        """Every object is where the map puts it, in the colour that the prompt gives it."""
+        return self.coloured >= OVERLAP
 
 
 def map_requests(count: int, size: tuple[int, int] = (128, 128)) -> list[Request]:
@@ -55,13 +61,14 @@ def map_requests(count: int, size: tuple[int, int] = (128, 128)) -> list[Request
 def judge_landing(request: Request, picture: NDArray[np.uint8]) -> Landing:
     """Compares a picture [height, width, 3] with the map behind it."""
     areas = coloured_areas(picture)
-    overlaps = []
+    overlaps, coloured = [], []
     for thing in request.scene.things:
         wanted = inside(thing, request.size)
-        found = [_overlap(area, wanted) for colour, area in areas if colour == thing.colour]
-        overlaps.append(max(found, default=0.0))
+        found = [(_overlap(area, wanted), colour) for colour, area in areas]
+        overlaps.append(max((share for share, _ in found), default=0.0))
+        coloured.append(max((share for share, colour in found if colour == thing.colour), default=0.0))
     asked = sorted(f"{thing.colour} {thing.shape}" for thing in request.scene.things)
-    return Landing(min(overlaps), asked == sorted(f"{one.colour} {one.shape}" for one in see(picture)))
+    return Landing(min(overlaps), min(coloured), asked == sorted(f"{one.colour} {one.shape}" for one in see(picture)))
 
 
 def _overlap(one: NDArray[np.bool_], other: NDArray[np.bool_]) -> float:

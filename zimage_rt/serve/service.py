@@ -22,15 +22,11 @@ from .lora_folder import LoraFolder
 from .metrics import Metrics
 from .orders import Order, Planned, Wanted
 from .pictures import image_size
-from .refusals import ConflictError, EngineFailedError, InvalidError, RefusalError, UnavailableError
+from .refusals import ClientGoneError, ConflictError, EngineFailedError, InvalidError, RefusalError, UnavailableError
 from .settings import Settings
 from .supervisor import Supervisor
 
 _PRUNES_EVERY = 60.0  # seconds, where only the images' age decides
-
-
-class ClientGoneError(Exception):
-    """The client left before its answer was ready; nobody reads what is sent now."""
 
 
 @dataclass

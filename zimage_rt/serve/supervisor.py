@@ -236,6 +236,7 @@ class Supervisor:
                 self.metrics.stage(message.stage, message.seconds)
                 job.text_tokens = message.tokens or job.text_tokens
             case Stepped():
+                self.metrics.stage("step", message.seconds)
                 job.step += 1
                 job.latest = message
                 job.publish(EventName.STEP, message)

@@ -11,7 +11,7 @@ import openai
 import pytest
 from facts import has_fact
 from PIL import Image
-from server_tools import PATIENCE, Generate, Server, decoded, png, same, serving, wait_for
+from server_tools import PATIENCE, Generate, Server, decoded, png, same
 
 from zimage_runtime.images.image_files import read_image_info
 
@@ -236,26 +236,6 @@ def test_addresses_are_not_fetched(client: httpx.Client) -> None:
     answer = client.post("/v1/images/edits", json={"prompt": PROMPT, "image": "http://127.0.0.1:1/image.png"})
     assert answer.status_code == 400
     assert "not fetched" in answer.json()["error"]["message"]
-
-
-def test_an_answer_that_takes_long_has_its_headers_early(tmp_path: Path, generate: Generate) -> None:
-    """Spaces until the JSON, or the error, is there: proxies and clients give up where nothing comes."""
-    soon = "import zimage_rt.serve.late_answer as late; late.WAITS = late.BEATS = 0.01"
-    with serving(tmp_path, before=soon) as server, server.client() as client:
-        body = {"prompt": PROMPT, "size": "256x256", "seed": 5}
-        answer = client.post("/v1/images/generations", json=body)
-        assert answer.text.startswith(" ")
-        expected = generate(PROMPT, seed=5, size=(256, 256)).images[0]
-        assert same(decoded(answer.json()["data"][0]["b64_json"]), expected)
-        a1111 = client.post("/sdapi/v1/txt2img", json={"prompt": PROMPT, "width": 256, "height": 256, "seed": 5})
-        assert a1111.text.startswith(" ")
-        assert same(decoded(a1111.json()["images"][0]), expected)
-        black = base64.b64encode(png(Image.new("L", (256, 256)))).decode()
-        failed = client.post("/v1/images/edits", json={"prompt": PROMPT, "image": black, "mask": black})
-        assert "mask" in failed.json()["error"]["message"]
-        with pytest.raises(httpx.ReadTimeout):
-            client.post("/v1/images/generations", json=body | {"n": 10, "steps": 50}, timeout=0.5)
-        wait_for(lambda: client.get("/api/jobs").json() == [])
 
 
 def test_models(sdk: openai.OpenAI, generate: Generate) -> None:

@@ -75,6 +75,15 @@ def test_a_job_that_came_to_a_dying_engine_is_run_by_the_next(client: httpx.Clie
     assert last_event(client, id)[0] == "done"
 
 
+def test_but_not_one_that_was_cancelled_meanwhile(client: httpx.Client, server: Server) -> None:
+    os.kill(server.engine, signal.SIGSTOP)
+    id = submit(client, SMALL)
+    wait_for(lambda: client.get(f"/api/jobs/{id}").json()["state"] == "running")
+    client.delete(f"/api/jobs/{id}")
+    os.kill(server.engine, signal.SIGKILL)
+    assert last_event(client, id)[0] == "cancelled"
+
+
 @pytest.mark.slow
 def test_an_engine_that_does_not_obey_is_ended(tmp_path: Path) -> None:
     impatient = "import zimage_rt.serve.supervisor as supervisor; supervisor.OBEYS_WITHIN = 0.5"

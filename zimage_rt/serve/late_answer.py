@@ -59,7 +59,7 @@ class _LateAnswer(Response):
 
 def _encoded(path: str, result: Callable[[], dict[str, Any]]) -> bytes:
     try:
-        return json.dumps(result(), ensure_ascii=False, separators=(",", ":")).encode()
+        return json.dumps(result(), separators=(",", ":")).encode()
     except RefusalError as error:
         return bytes(error_response(path, error).body)
     except ClientGoneError:

@@ -50,9 +50,9 @@ class Service:
     @classmethod
     def of(cls, settings: Settings) -> "Service":
         """Raises `BundleError` for a bundle that cannot be opened."""
-        return cls(
-            settings, Bundle.open(settings.engine.bundle).manifest, Gallery(settings.engine.output_dir, settings.keep)
-        )
+        gallery = Gallery(settings.engine.output_dir, settings.keep)
+        gallery.prune()
+        return cls(settings, Bundle.open(settings.engine.bundle).manifest, gallery)
 
     @property
     def version(self) -> str:

@@ -1,6 +1,6 @@
 """The server under load, and what it costs one client.
 
-`overhead`: one client asks again and again, in turns with the bare pipeline, which encodes and keeps no file. Sizes are
+`overhead`: one client asks again and again, in turns with the bare pipeline, which writes the same file. Sizes are
 the demo model's own and larger ones: the server's share is milliseconds, so that it shrinks with the image's time.
 
 `load`: 64 clients send 500 requests over all three APIs: images of several sizes, some of which are cancelled by
@@ -29,12 +29,11 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 from common import describe, interleave, machine, markdown_table, mib, ratio, write_results
 from PIL import Image
 
 from zimage_rt.demo import demo_bundle
-from zimage_runtime.images.formats import ImageFormat
-from zimage_runtime.images.image_files import encode_image
 from zimage_runtime.pipeline import Pipeline
 
 PROMPTS = ("a red circle left of a blue square", "a green triangle", "two yellow squares")
@@ -95,23 +94,25 @@ def measure_overhead(rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder, Pipeline.from_bundle(demo_bundle(), "cpu") as pipeline:
         server = Server.start(Path(folder))
         try:
-            with server.client() as client:
-                for width, height, steps in ((128, 128, 8), (256, 256, 8), (512, 512, 8)):
-                    rows.append(_overhead(pipeline, client, width, height, steps, rounds))
-                    print(rows[-1], file=sys.stderr)
+            for side in (128, 256, 384):
+                rows.append(_overhead(pipeline, server, side, rounds))
+                print(rows[-1], file=sys.stderr)
         finally:
             server.stop()
     document = {"machine": machine("onnxruntime", "fastapi", "uvicorn"), "rounds": rounds, "rows": rows}
+    columns = ("size", "bare, ms", "served, ms", "ratio", "difference, ms", "bare, ms of processor", "served", "ratio")
     table = markdown_table(
-        ("size", "bare pipeline, ms", "over HTTP, ms", "ratio", "least and most", "difference, ms"),
+        columns,
         [
             (
                 row["size"],
                 f"{row['bare_ms']:.0f}",
                 f"{row['served_ms']:.0f}",
                 f"{row['ratio']:.3f}",
-                f"{row['least']:.2f}-{row['most']:.2f}",
                 f"{row['difference_ms']:.1f}",
+                f"{row['bare_processor_ms']:.0f}",
+                f"{row['served_processor_ms']:.0f}",
+                f"{row['served_processor_ms'] / row['bare_processor_ms']:.3f}",
             )
             for row in rows
         ],
@@ -119,40 +120,57 @@ def measure_overhead(rounds: int) -> None:
     text = (
         "# What the server costs one client\n\n"
         f"{describe(document['machine'])}.\n"
-        f"The demo model, 8 steps, {rounds} rounds in turns. Each ratio is of two calls of one round, and so is each "
-        "difference; medians are shown. *Bare pipeline* generates and encodes a PNG in memory; *over HTTP* is a whole "
-        "request to `/v1/images/generations`, which also writes the file. The machine did other work meanwhile.\n"
+        f"The demo model, 8 steps, {rounds} rounds in turns. *Bare* generates, encodes a PNG and writes it as "
+        "`zimage-rt run` does; *served* is a whole request to `/v1/images/generations`. Ratio and difference are "
+        "medians over the rounds. Processor time is that of all threads of the processes at work (web process and "
+        "engine), a mean over the rounds: other work on the machine changes it less.\n"
         "Made by `python benchmarks/serve_load.py --only overhead`.\n\n"
         f"{table}\n"
     )
     write_results("serve_overhead", document, text)
 
 
-def _overhead(
-    pipeline: Pipeline, client: httpx.Client, width: int, height: int, steps: int, rounds: int
-) -> dict[str, Any]:
-    def bare() -> None:
-        result = pipeline.generate(PROMPTS[0], size=(width, height), steps=steps, seed=1)
-        encode_image(result.images[0], ImageFormat.PNG, result.infos[0])
+def _overhead(pipeline: Pipeline, server: Server, side: int, rounds: int) -> dict[str, Any]:
+    size = (side, side)
+    web = psutil.Process(server.process.pid)
+    engine = next(child for child in web.children() if "spawn_main" in " ".join(child.cmdline()))
+    spent = {"bare": 0.0, "served": 0.0}
 
-    def served() -> None:
-        body = {"prompt": PROMPTS[0], "size": f"{width}x{height}", "steps": steps, "seed": 1}
-        client.post("/v1/images/generations", json=body).raise_for_status()
+    def processor(*processes: psutil.Process) -> float:
+        times = [process.cpu_times() for process in processes]
+        return sum(one.user + one.system for one in times)
 
-    for _ in range(2):
-        bare()
-        served()
-    seconds = interleave({"bare": bare, "served": served}, rounds)
+    with server.client() as client, tempfile.TemporaryDirectory() as folder:
+
+        def bare() -> None:
+            begin = processor(psutil.Process())
+            result = pipeline.generate(PROMPTS[0], size=size, steps=8, seed=1)
+            result.save(Path(folder) / "image.png")
+            spent["bare"] += processor(psutil.Process()) - begin
+
+        def served() -> None:
+            begin = processor(web, engine)
+            body = {"prompt": PROMPTS[0], "size": f"{side}x{side}", "steps": 8, "seed": 1}
+            client.post("/v1/images/generations", json=body).raise_for_status()
+            spent["served"] += processor(web, engine) - begin
+
+        for _ in range(2):
+            bare()
+            served()
+        spent.update(bare=0.0, served=0.0)
+        seconds = interleave({"bare": bare, "served": served}, rounds)
     found = ratio(seconds["served"], seconds["bare"])
     differences = [1000 * (a - b) for a, b in zip(seconds["served"], seconds["bare"], strict=True)]
     return {
-        "size": f"{width}x{height}",
+        "size": f"{side}x{side}",
         "bare_ms": 1000 * statistics.median(seconds["bare"]),
         "served_ms": 1000 * statistics.median(seconds["served"]),
         "ratio": found.median,
         "least": found.least,
         "most": found.most,
         "difference_ms": statistics.median(differences),
+        "bare_processor_ms": 1000 * spent["bare"] / rounds,
+        "served_processor_ms": 1000 * spent["served"] / rounds,
     }
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from cli_tools import Capture, assert_one_line_error, call_export, call_rt
 from facts import assert_facts, raises_with
-from lora_tools import drawn, everywhere, lora, products, written
+from lora_tools import drawn, everywhere, lora, written
 from schemes import DIM, Tensors, values
 
 from zimage_export.synthetic.checkpoint import SMALL
@@ -35,11 +35,7 @@ REFUSED: dict[str, Tensors] = {
     "dora": {
         "layers.0.attention.to_q.lora_A.weight": values("a", (2, DIM)),
         "layers.0.attention.to_q.lora_B.weight": values("b", (DIM, 2)),
-        "layers.0.attention.to_q.dora_scale": values("m", (DIM, 1)),
-    },
-    "lokr-cut": {  # a third of whose rows is no product
-        "layers.0.attention.qkv.lokr_w1": values("a", (4, 8)),
-        "layers.0.attention.qkv.lokr_w2": values("b", (72, 12)),
+        "layers.0.attention.to_q.dora_scale": values("m", (1, DIM)),  # of input channels
     },
     "large-loha": {
         f"layers.0.attention.to_q.hada_{key}": values(key, shape)
@@ -53,14 +49,6 @@ def test_what_is_no_branch_is_refused_with_the_line_that_merges_it(case: str, ro
     path = written(tmp_path / f"{case}.safetensors", REFUSED[case])
     with Pipeline.from_bundle(root) as pipeline, raises_with(AdapterError, path, f"--lora {path}:0.5", "zimage-export"):
         pipeline.stream("a fox", loras=[(path, 0.5)])
-
-
-def test_two_lokr_of_one_layer_are_refused_and_of_weight_0_they_are_none(root: Path, tmp_path: Path) -> None:
-    one, two = products(tmp_path / "one.safetensors"), products(tmp_path / "two.safetensors")
-    with Pipeline.from_bundle(root) as pipeline:
-        with raises_with(AdapterError, two, "LoKr", f"--lora {two}:0.5"):
-            pipeline.stream("a fox", loras=[(one, 1.0), (two, 0.5)])
-        pipeline.stream("a fox", size=(48, 64), loras=[(one, 0.0), (two, 0.5)])
 
 
 def test_a_bundle_without_the_programs_names_the_command(bundle: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -25,6 +25,7 @@ from zimage_runtime.model.branches import (
     branch_linears,
     columns_input,
     down_input,
+    factor_input,
     inner_input,
     outer_input,
     rows_input,
@@ -186,9 +187,11 @@ def test_the_programs_have_the_branches_that_are_stated() -> None:
         for linear in linears:
             rank = f"{linear.name}.rank"
             expected[down_input(linear.name)] = (rank, linear.in_width)
-            expected[up_input(linear.name)] = (linear.out_width, rank)
-            expected[outer_input(linear.name)] = (f"{linear.name}.a", f"{linear.name}.b")
-            expected[inner_input(linear.name)] = (f"{linear.name}.d", f"{linear.name}.c")
+            expected[up_input(linear.name)] = (f"{linear.name}.out", rank)
+            products = f"{linear.name}.products"
+            expected[outer_input(linear.name)] = (f"{linear.name}.a", f"{linear.name}.b", products)
+            expected[inner_input(linear.name)] = (f"{linear.name}.d", products, f"{linear.name}.c")
+            expected[factor_input(linear.name)] = (f"{linear.name}.channels",)
             expected[columns_input(linear.name)] = (f"{linear.name}.columns",)
             expected[rows_input(linear.name)] = (f"{linear.name}.rows",)
         assert dict(graph.branches) == expected

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from parity import Drawing, Guided, diffusers_guidance
+from parity import Drawing, Guided, diffusers_guidance, open_with_diffusers
 from PIL import Image
 from safetensors.numpy import save_file
 
+from zimage_export.controlnet import ControlOptions, export_controlnet
 from zimage_export.synthetic.checkpoint import SMALL
+from zimage_runtime.bundle.manifest import Precision
+from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.events import ImageEvent
 from zimage_runtime.pipeline import Pipeline
 
@@ -80,6 +83,11 @@ def write_control(path: Path, version: Version) -> Path:
     return path
 
 
+def export(path: Path, out: Path, version: Version, precision: Precision = Precision.FP32) -> None:
+    """Exports a file of a version. Its size is no published one, so that its places are said."""
+    export_controlnet(path, out, ControlOptions(precision, version.places, verify=True), Progress(quiet=True))
+
+
 def diffusers_controlnet(version: Version) -> Any:
     """The same in diffusers' class."""
     import torch
@@ -121,23 +129,28 @@ def blot(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.clip((np.sin(9 * x + 4 * y) + 0.3) * 300 + 128, 0, 255).astype(np.uint8))
 
 
-def ours(pipeline: Pipeline, net: Path, case: Controlled, **more: Any) -> Drawing:
-    """What our pipeline generates."""
+def ours(pipeline: Pipeline, net: Path | None, case: Controlled, **more: Any) -> Drawing:
+    """What our pipeline generates; without a ControlNet, nothing that goes with one is given."""
+    (found,) = all_of_ours(pipeline, net, case, **more)
+    return found
+
+
+def all_of_ours(pipeline: Pipeline, net: Path | None, case: Controlled, **more: Any) -> list[Drawing]:
+    """The same for requests of several images."""
     given: dict[str, Any] = {} if case.guided is None else case.guided.ours()
     if case.inpaints:
         given |= {"image": photograph(*case.size, 2), "mask": blot(*case.size)}
-    given |= {"control": photograph(*case.size), "controlnet": net, "control_scale": case.scale}
-    given |= {"control_start": case.window[0], "control_end": case.window[1], "size": case.size} | more
-    events = pipeline.stream(PROMPT, steps=case.steps, seed=case.seed, **given)
-    (found,) = (Drawing(e.latents, np.asarray(e.image)) for e in events if isinstance(e, ImageEvent))
-    return found
+    if net is not None:
+        given |= {"control": photograph(*case.size), "controlnet": net, "control_scale": case.scale}
+        given |= {"control_start": case.window[0], "control_end": case.window[1]}
+    events = pipeline.stream(PROMPT, **({"size": case.size, "steps": case.steps, "seed": case.seed} | given | more))
+    return [Drawing(e.latents, np.asarray(e.image)) for e in events if isinstance(e, ImageEvent)]
 
 
 def theirs(text_to_image: Any, controlnet: Any, case: Controlled) -> Drawing:
     """What diffusers' pipelines generate. They have no window: outside it, their ControlNet is left out."""
     import torch
     from diffusers import ZImageControlNetInpaintPipeline, ZImageControlNetPipeline
-    from diffusers.pipelines.z_image.pipeline_z_image import calculate_shift  # noqa: F401
 
     kind = ZImageControlNetInpaintPipeline if case.inpaints else ZImageControlNetPipeline
     pipeline = kind(**text_to_image.components, controlnet=controlnet)
@@ -175,3 +188,26 @@ def theirs(text_to_image: Any, controlnet: Any, case: Controlled) -> Drawing:
     finally:
         controlnet.forward = forward
     return Drawing(latents[0].numpy(), np.asarray(image))
+
+
+def write_lora(path: Path, rank: int = 3) -> Path:
+    """A LoRA of what the ControlNet shares with the model: refiners, and the timestep's embedding."""
+    width = MODEL.dim
+    stems = [f"{stem}.{index}.attention" for stem in ("noise_refiner", "context_refiner") for index in (0, 1)]
+    shapes = {f"{stem}.{name}": (width, width) for stem in stems for name in ("to_q", "to_v", "to_out.0")}
+    shapes |= {"t_embedder.mlp.0": (1024, 256), "t_embedder.mlp.2": (width, 1024)}
+    rng = np.random.default_rng(5)
+    tensors = {}
+    for module, (out, in_width) in shapes.items():
+        down, up = rng.standard_normal((rank, in_width)) / in_width**0.5, rng.standard_normal((out, rank)) / 2
+        tensors |= {f"transformer.{module}.lora_A.weight": down, f"transformer.{module}.lora_B.weight": up}
+    save_file({name: tensor.astype(np.float32) for name, tensor in tensors.items()}, path)
+    return path
+
+
+def with_lora(checkpoint: Path, path: Path, weight: float) -> Any:
+    """diffusers' pipeline with a LoRA."""
+    pipeline = open_with_diffusers(checkpoint)
+    pipeline.load_lora_weights(path, adapter_name="refiners")
+    pipeline.set_adapters(["refiners"], [weight])
+    return pipeline

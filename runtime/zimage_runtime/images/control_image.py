@@ -17,7 +17,7 @@ _LOWER, _UPPER = 100, 200
 """The thresholds of Canny's edges: those of ControlNet's first examples and of VideoX-Fun's."""
 
 _STRETCHED = 16
-"""Pixels by which resizing may stretch a side: sizes are multiples of it, maps need not be."""
+"""Pixels by which resizing may almost stretch a side: sizes are multiples of it, maps need not be."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def make_control_image(given: GivenImage, width: int, height: int, kind: Control
     from PIL import Image
 
     own_width, own_height = given.image.size
-    if abs(own_width * height - own_height * width) > _STRETCHED * max(own_width, own_height):
+    if abs(own_width * height - own_height * width) >= _STRETCHED * max(own_width, own_height):
         fitting = round(width * own_height / own_width / _STRETCHED) * _STRETCHED
         raise RequestError(
             f"{given.image_name}: is {own_width}x{own_height}, which is of another shape than the image, "

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.tensors import DType, TensorEntry
+from zimage_runtime.model.hadamard import hadamard
 
 from ..tensors import TensorSource, check_finite, not_finite, read_elements
 
@@ -29,7 +30,6 @@ _NO_NUMBER = {E4M3: np.uint8(0x7F), E5M2: np.uint8(0x7C)}
 """Bits that are all set in what is infinite or not a number."""
 
 _BYTE = np.dtype(np.uint8)
-_HADAMARD4 = np.array([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], np.float32)
 
 
 @functools.cache
@@ -42,15 +42,6 @@ def code_values(codes: str) -> FloatArray:
 def _half_values(codes: str) -> NDArray[np.float16]:
     """[256]: the same in fp16, which holds them all."""
     return code_values(codes).astype(np.float16)
-
-
-@functools.cache
-def hadamard(size: int) -> FloatArray:
-    """[size, size]: the regular Hadamard matrix of a power of four, orthogonal and symmetric."""
-    matrix = np.ones((1, 1), np.float32)
-    while len(matrix) < size:
-        matrix = np.kron(matrix, _HADAMARD4)
-    return matrix / np.float32(np.sqrt(size))
 
 
 def is_rotation_size(size: int) -> bool:

@@ -31,6 +31,7 @@ ARGUMENTS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--disable-dev-shm-usage",  # a container's may be too small
 ]
 
 PATIENCE = 60.0  # seconds until something that should happen counts as not happening

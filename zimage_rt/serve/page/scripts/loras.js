@@ -16,9 +16,17 @@ export class Loras {
 
   /** Those that the server does not have are left out, and returned by name. */
   set(chosen) {
-    this.chosen = (chosen ?? []).filter((one) => this.known.includes(one.name)).map(({ name, weight }) => ({ name, weight }));
+    const found = chosen.map(({ name, weight }) => ({ name: this.match(name), weight, asked: name }));
+    this.chosen = found.filter((one) => one.name).map(({ name, weight }) => ({ name, weight }));
     this.render();
-    return (chosen ?? []).filter((one) => !this.known.includes(one.name)).map((one) => one.name);
+    return found.filter((one) => !one.name).map((one) => one.asked);
+  }
+
+  /** The server's name of a LoRA. Images record the file's alone, without the folder that it is in. */
+  match(name) {
+    if (this.known.includes(name)) return name;
+    const same = this.known.filter((one) => one.split("/").at(-1) === name);
+    return same.length === 1 ? same[0] : undefined;
   }
 
   value() {

@@ -25,7 +25,7 @@ const RETRY = 3000; // milliseconds until the server is asked again at the start
 startLanguages();
 const state = await firstAnswer();
 
-const sources = new Map(); // by the name of an image that was made from another one: what it was made from
+const origins = new Map(); // by the name of an image of this visit: the images that it was made from
 let ready = false; // once the form is filled
 
 function changed() {
@@ -116,6 +116,7 @@ function planned() {
   if (composer.problems().some(([field]) => field.id !== "prompt")) return null;
   const body = composer.body();
   if (body.cfg_scale <= 1) delete body.negative_prompt; // without effect; the form says so in the user's language
+  Object.assign(body, control.body(16, 16));
   if (source.present) Object.assign(body, { image: blank(16, 16).toDataURL("image/png"), strength: source.effectiveStrength() });
   return body;
 }
@@ -125,7 +126,7 @@ async function generate(others = {}) {
   explain(null);
   if (!composer.check()) return;
   const body = composer.body();
-  const from = source.snapshot();
+  const from = { source: source.snapshot(), control: control.snapshot() };
   byId("generate").disabled = true;
   try {
     const images = { ...source.body(body.width, body.height), ...control.body(body.width, body.height) };
@@ -176,23 +177,32 @@ function say(job, what) {
 }
 
 function made(image, job) {
-  if (job.from) sources.set(image.name, job.from);
+  if (job.from) origins.set(image.name, job.from);
   image.created ??= Date.now() / 1000;
   gallery.add(image);
 }
 
-/** The settings of an image, in the form. Says what cannot be had again. */
+/** The settings of an image, in the form. Says what cannot be had again, and returns whether all can. */
 function reuse(image, changes = {}) {
   const { settings } = image;
+  const origin = origins.get(image.name);
   const missing = composer.fill({ ...settings, count: 1, ...changes });
-  if (settings.from_image) {
-    const known = sources.get(image.name);
-    if (known) source.restore(known);
-  } else source.restore(null);
-  const lacks = settings.from_image && !sources.has(image.name) && !source.present;
-  explain(missing.length ? t("lora.missing", { names: missing.join(", ") }) : lacks ? t("source.missing") : null);
+  if (origin) {
+    source.restore(origin.source);
+    control.restore(origin.control);
+  } else {
+    if (!settings.from_image) source.restore(null);
+    if (settings.control) control.adopt(settings.control);
+    else control.restore(null);
+  }
+  const lacks = [
+    missing.length && t("lora.missing", { names: missing.join(", ") }),
+    settings.from_image && !source.present && t("source.missing"),
+    settings.control && !control.present && t("control.missing"),
+  ].filter(Boolean);
+  explain(lacks.join(" ") || null);
   if (!byId("viewer").open) byId("prompt").focus();
-  return !missing.length && !lacks;
+  return lacks.length === 0;
 }
 
 /** The same image, to the bit: also what was mixed in by another client, for which the form has no fields. */

@@ -94,6 +94,7 @@ export class Viewer {
       ["shift", s.shift && number(s.shift)],
       ["strength", s.strength && number(s.strength)],
       ["lora", s.loras?.map((one) => `${one.name} (${number(one.weight)})`).join(", ")],
+      ["control.held", s.control && `${s.control.name} (${number(s.control.scale)})`],
       ["fact.model", s.model],
       ["fact.executor", s.executor],
       ["fact.created", image.created && moment(image.created)],

@@ -23,7 +23,10 @@ export class Control {
     const type = element(
       "select",
       { class: "input", id: "control-type", on: { change: (event) => this.change("type", event.target.value) } },
-      ...TYPES.map((name) => element("option", { value: name, selected: name === this.settings.type, textContent: t(`control.type.${name}`) })),
+      ...TYPES.map((name) => element(
+        "option",
+        { value: name, selected: name === this.settings.type, textContent: t(`control.type.${name}`) },
+      )),
     );
     const label = element("label", { class: "label", htmlFor: "control-type", textContent: t("control.type") });
     const sliders = [this.slider("scale", 2), this.slider("start", 1), this.slider("end", 1)];
@@ -31,7 +34,10 @@ export class Control {
   }
 
   slider(name, most) {
-    const shown = element("output", { class: "small numbers", htmlFor: `control-${name}`, textContent: number(this.settings[name]) });
+    const shown = element(
+      "output",
+      { class: "small numbers", htmlFor: `control-${name}`, textContent: number(this.settings[name]) },
+    );
     const input = element("input", {
       type: "range",
       id: `control-${name}`,

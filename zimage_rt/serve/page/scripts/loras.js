@@ -46,14 +46,19 @@ export class Loras {
   render() {
     const free = this.known.filter((name) => !this.chosen.some((one) => one.name === name));
     const first = element("option", { value: "", textContent: t("lora.add") });
+    const disabled = free.length === 0 || this.chosen.length >= this.most;
     const picker = element(
       "select",
-      { class: "input", id: "lora-add", disabled: free.length === 0 || this.chosen.length >= this.most, on: { change: (event) => this.add(event.target.value) } },
+      { class: "input", id: "lora-add", disabled, on: { change: (event) => this.add(event.target.value) } },
       first,
       ...free.map((name) => element("option", { value: name, textContent: name })),
     );
     const label = element("label", { class: "label", htmlFor: "lora-add", textContent: t("lora") });
-    const rows = element("ul", { class: "lora-list", hidden: this.chosen.length === 0 }, ...this.chosen.map((one) => this.row(one)));
+    const rows = element(
+      "ul",
+      { class: "lora-list", hidden: this.chosen.length === 0 },
+      ...this.chosen.map((one) => this.row(one)),
+    );
     replace(byId("loras"), [element("div", { class: "field" }, label, rows, picker)], picker);
   }
 
@@ -83,6 +88,12 @@ export class Loras {
         this.update();
       },
     });
-    return element("li", { class: "lora" }, element("span", { class: "name", title: one.name, textContent: one.name }), weight, remove);
+    return element(
+      "li",
+      { class: "lora" },
+      element("span", { class: "name", title: one.name, textContent: one.name }),
+      weight,
+      remove,
+    );
   }
 }

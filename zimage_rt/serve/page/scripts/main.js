@@ -10,7 +10,7 @@ import { examples } from "./examples.js";
 import { Gallery } from "./gallery.js";
 import { onLanguage, plural, startLanguages, t } from "./i18n.js";
 import { listenForPastes } from "./image_field.js";
-import { Jobs } from "./jobs.js";
+import { isPending, Jobs } from "./jobs.js";
 import { listenForKeys } from "./keyboard.js";
 import { Loras } from "./loras.js";
 import { Plan } from "./plan.js";
@@ -117,7 +117,10 @@ function planned() {
   const body = composer.body();
   if (body.cfg_scale <= 1) delete body.negative_prompt; // without effect; the form says so in the user's language
   Object.assign(body, control.body(16, 16));
-  if (source.present) Object.assign(body, { image: blank(16, 16).toDataURL("image/png"), strength: source.effectiveStrength() });
+  if (source.present) Object.assign(
+    body,
+    { image: blank(16, 16).toDataURL("image/png"), strength: source.effectiveStrength() },
+  );
   return body;
 }
 
@@ -157,7 +160,7 @@ function jobChanged(job, what) {
 function show(ended = null) {
   const current = jobs.current;
   const newest = gallery.images[0];
-  const last = ended ?? (stage.job && stage.job.state !== "running" && stage.job.state !== "waiting" ? stage.job : null);
+  const last = ended ?? (stage.job && !isPending(stage.job) ? stage.job : null);
   const idle = last ?? (newest ? { state: "done", images: [newest], notices: [], count: 1, prompt: "" } : null);
   stage.show(current ?? idle, jobs.pending.filter((job) => job !== current));
 }
@@ -171,7 +174,10 @@ function title() {
 function say(job, what) {
   if (what === "queued" && job.position > 1) announce(t("stage.place", { position: job.position }));
   else if (what === "started") announce(t("stage.starting"));
-  else if (what === "step" && job.step === Math.ceil(job.steps / 2)) announce(t("stage.step", { step: job.step, steps: job.steps }));
+  else if (what === "step" && job.step === Math.ceil(job.steps / 2)) announce(t(
+    "stage.step",
+    { step: job.step, steps: job.steps },
+  ));
   else if (what === "done") announce(plural("done", job.images.length));
   else if (what === "cancelled") announce(t("stage.cancelled"));
 }

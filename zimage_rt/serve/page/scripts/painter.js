@@ -24,7 +24,10 @@ class Painter {
     this.cursor = { x: width / 2, y: height / 2, shown: false };
     this.erasing = false;
     this.dialog = byId("painter");
-    this.dialog.replaceChildren(this.head(), element("div", { class: "painter-body" }, this.tools(), this.area(), this.foot()));
+    this.dialog.replaceChildren(
+      this.head(),
+      element("div", { class: "painter-body" }, this.tools(), this.area(), this.foot()),
+    );
     this.dialog.onclose = () => {
       this.observer.disconnect();
       this.dialog.replaceChildren();
@@ -67,7 +70,12 @@ class Painter {
     return element(
       "div",
       { class: "painter-tools" },
-      element("div", { class: "chips", role: "radiogroup", "aria-label": t("tool") }, tool(false, "brush"), tool(true, "eraser")),
+      element(
+        "div",
+        { class: "chips", role: "radiogroup", "aria-label": t("tool") },
+        tool(false, "brush"),
+        tool(true, "eraser"),
+      ),
       element("label", { class: "brush-size" }, element("span", { textContent: t("brush.size") }), slider),
       act("undo", () => this.mask.undo()),
       act("redo", () => this.mask.redo()),
@@ -203,7 +211,10 @@ class Painter {
     }
     Object.assign(this.cursor, place, { shown: true });
     this.draw();
-    announce(t("mask.cursor", { x: Math.round((100 * place.x) / this.image.width), y: Math.round((100 * place.y) / this.image.height) }));
+    announce(t(
+      "mask.cursor",
+      { x: Math.round((100 * place.x) / this.image.width), y: Math.round((100 * place.y) / this.image.height) },
+    ));
   }
 
   shortcut(event) {

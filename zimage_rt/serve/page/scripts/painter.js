@@ -28,10 +28,11 @@ class Painter {
       this.head(),
       element("div", { class: "painter-body" }, this.tools(), this.area(), this.foot()),
     );
+    this.resolve = resolve;
     this.dialog.onclose = () => {
       this.observer.disconnect();
       this.dialog.replaceChildren();
-      resolve(this.result);
+      resolve(undefined); // nothing more after `finish`
     };
     this.dialog.onkeydown = (event) => this.shortcut(event);
     this.dialog.showModal();
@@ -124,7 +125,7 @@ class Painter {
   }
 
   finish() {
-    this.result = this.mask.canvas;
+    this.resolve(this.mask.canvas); // at once: the next key may be the one that generates
     this.dialog.close();
   }
 

@@ -124,6 +124,26 @@ def events_in(lines: Iterator[str]) -> Iterator[Sent]:
             number = int(line[4:])
 
 
+def submit(client: httpx.Client, body: dict[str, Any]) -> str:
+    """Queues a job over our own API, and returns its id."""
+    answer = client.post("/api/jobs", json=body)
+    assert answer.status_code == 202, answer.text
+    return str(answer.json()["id"])
+
+
+def follow(client: httpx.Client, id: str, **headers: str) -> list[Sent]:
+    """All events of a job, as they come."""
+    with client.stream("GET", f"/api/jobs/{id}/events", headers=headers) as answer:
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        return list(events_in(answer.iter_lines()))
+
+
+def last_event(client: httpx.Client, id: str) -> tuple[str, Any]:
+    """Waits for the end of a job: the name and data of its last event."""
+    last = follow(client, id)[-1]
+    return last.name, last.data
+
+
 def wait_for(condition: Any) -> None:
     """Waits until a condition holds."""
     end = time.monotonic() + PATIENCE

@@ -81,7 +81,7 @@ def test_it_is_honoured_and_recorded(client: httpx.Client, bundle_with_programs:
     ("control", "facts"),
     [
         ({"image": "AAAA"}, ["the control image"]),
-        ({"image": base64.b64encode(png(photograph(32, 32))).decode(), "scale": -1}, ["control_scale", "-1"]),
+        ({"image": base64.b64encode(png(photograph(32, 32))).decode(), "scale": -1}, ["control_scale", "-1.0"]),
         ({"image": base64.b64encode(png(photograph(32, 32))).decode(), "type": "pose"}, ["control_type", "pose"]),
         ({"image": {"gallery": "none"}}, ["none"]),
         ({}, ["control.image"]),

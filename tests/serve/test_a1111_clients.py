@@ -7,13 +7,12 @@ Read in ``backend/open_webui/routers/images.py`` (02530d50), ``src/endpoints/sta
 import base64
 import json
 import threading
-from collections.abc import Iterator
 
 import httpx
 import pytest
 from facts import has_fact
 from PIL import Image
-from server_tools import Generate, Server, decoded, png, same, serving, wait_for
+from server_tools import Generate, Server, decoded, png, same, wait_for
 
 PROMPT = "a red circle left of a blue square"
 
@@ -133,23 +132,6 @@ def test_up_to_12_steps_are_honoured(client: httpx.Client, generate: Generate) -
     answer = client.post("/sdapi/v1/txt2img", json=body).json()
     assert json.loads(answer["info"])["steps"] == 12
     assert same(decoded(answer["images"][0]), generate(PROMPT, size=(64, 64), seed=3, steps=12).images[0])
-
-
-@pytest.fixture(scope="module")
-def literal_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(tmp_path_factory.mktemp("literal"), "--as-asked") as running:
-        yield running
-
-
-def test_as_asked_does_what_is_asked(literal_server: Server, generate: Generate) -> None:
-    with literal_server.client() as client:
-        answer = client.post("/sdapi/v1/txt2img", json=LIBRECHAT | {"seed": 4}).json()
-        fields = {"size": (64, 64), "steps": 22, "cfg_scale": 4.5, "negative": "ugly", "seed": 4}
-        assert same(decoded(answer["images"][0]), generate(PROMPT, **fields).images[0])
-        assert json.loads(answer["info"])["comments"] == ""
-        refused = client.post("/sdapi/v1/txt2img", json=LIBRECHAT | {"sampler_name": "DDIM"})
-        assert refused.status_code == 422
-        assert has_fact(refused.json()["detail"], "DDIM")
 
 
 def test_an_unknown_sampler_is_the_default_and_said(client: httpx.Client, generate: Generate) -> None:

@@ -4,32 +4,19 @@ import base64
 import io
 import json
 import threading
-from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from facts import has_fact
 from PIL import Image
-from server_tools import Generate, Sent, Server, decoded, events_in, png, same, serving, wait_for
+from server_tools import Generate, Server, decoded, follow, png, same, submit, wait_for
 
 from zimage_runtime.images.image_files import read_image_info
 
 PROMPT = "a red circle left of a blue square"
 SMALL = {"prompt": PROMPT, "width": 64, "height": 48, "seed": 5}
 LONG = {"prompt": "long", "width": 512, "height": 512, "steps": 50, "count": 16}
-
-
-def submit(client: httpx.Client, body: dict[str, Any]) -> str:
-    answer = client.post("/api/jobs", json=body)
-    assert answer.status_code == 202, answer.text
-    return str(answer.json()["id"])
-
-
-def follow(client: httpx.Client, id: str, **headers: str) -> list[Sent]:
-    with client.stream("GET", f"/api/jobs/{id}/events", headers=headers) as answer:
-        assert answer.headers["content-type"].startswith("text/event-stream")
-        return list(events_in(answer.iter_lines()))
 
 
 def test_the_state_says_what_there_is(client: httpx.Client) -> None:
@@ -211,34 +198,6 @@ def test_what_there_is_not(client: httpx.Client) -> None:
         assert answer.status_code == 404
         assert answer.json()["code"] == "not_found"
     assert client.put("/api/jobs").status_code == 405
-
-
-def test_only_so_many_wait(tmp_path: Path) -> None:
-    with serving(tmp_path, "--max-queue", "2") as server, server.client() as client:
-        running = submit(client, LONG)
-        wait_for(lambda: client.get(f"/api/jobs/{running}").json()["state"] == "running")
-        waiting = [submit(client, SMALL), submit(client, SMALL)]
-        for path, body in (("/api/jobs", SMALL), ("/sdapi/v1/txt2img", SMALL), ("/v1/images/generations", SMALL)):
-            answer = client.post(path, json=body)
-            assert answer.status_code == 429
-            assert int(answer.headers["Retry-After"]) >= 1
-        client.delete(f"/api/jobs/{running}")
-        assert [follow(client, id)[-1].name for id in waiting] == ["done", "done"]
-        assert server.metric('zimage_refusals_total{status="429"}') == 3
-
-
-def test_images_beyond_what_is_kept_go(tmp_path: Path) -> None:
-    """The oldest ones; and nothing else in the folder."""
-    (tmp_path / "images").mkdir()
-    other = tmp_path / "images" / "holiday.png"
-    other.write_bytes(b"mine")
-    with serving(tmp_path, "--keep", "2") as server, server.client() as client:
-        names = [follow(client, submit(client, SMALL | {"seed": seed}))[-2].data["name"] for seed in range(4)]
-        wait_for(lambda: len(list(other.parent.iterdir())) == 3)
-        assert [image["name"] for image in client.get("/api/images").json()["images"]] == names[:1:-1]
-        answer = client.post("/v1/images/generations", json={"prompt": "a", "size": "64x64", "n": 4})
-        assert len(answer.json()["data"]) == 4, "images of an answer are kept until it is sent"
-    assert other.read_bytes() == b"mine"
 
 
 def test_many_readers_of_one_job(client: httpx.Client, server: Server) -> None:

@@ -11,6 +11,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis.checks import not_a_server_error
 from server_tools import PATIENCE, Server, serving
 
+pytestmark = pytest.mark.deep
+
 _LIMITS = ("--max-pixels", "64x64", "--max-steps", "2", "--max-queue", "8")
 QUICK = 6  # requests for each route
 THOROUGH = 100

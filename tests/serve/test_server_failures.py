@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import json
 import os
 import re
 import signal
@@ -15,22 +14,12 @@ import psutil
 import pytest
 from facts import has_fact
 from PIL import Image
-from server_tools import PATIENCE, Server, events_in, serving, start_server, wait_for
+from server_tools import PATIENCE, Server, last_event, serving, start_server, submit, wait_for
+
+pytestmark = pytest.mark.deep
 
 SMALL = {"prompt": "a red circle", "width": 64, "height": 64, "seed": 5}
 LONG = {"prompt": "long", "width": 512, "height": 512, "steps": 50, "count": 16}
-
-
-def submit(client: httpx.Client, body: dict[str, Any]) -> str:
-    answer = client.post("/api/jobs", json=body)
-    assert answer.status_code == 202, answer.text
-    return str(answer.json()["id"])
-
-
-def last_event(client: httpx.Client, id: str) -> tuple[str, Any]:
-    with client.stream("GET", f"/api/jobs/{id}/events") as answer:
-        last = list(events_in(answer.iter_lines()))[-1]
-    return last.name, last.data
 
 
 def running(client: httpx.Client, id: str) -> None:
@@ -86,6 +75,16 @@ def test_a_job_that_came_to_a_dying_engine_is_run_by_the_next(client: httpx.Clie
     assert last_event(client, id)[0] == "done"
 
 
+def test_but_not_one_that_was_cancelled_meanwhile(client: httpx.Client, server: Server) -> None:
+    os.kill(server.engine, signal.SIGSTOP)
+    id = submit(client, SMALL)
+    wait_for(lambda: client.get(f"/api/jobs/{id}").json()["state"] == "running")
+    client.delete(f"/api/jobs/{id}")
+    os.kill(server.engine, signal.SIGKILL)
+    assert last_event(client, id)[0] == "cancelled"
+
+
+@pytest.mark.slow
 def test_an_engine_that_does_not_obey_is_ended(tmp_path: Path) -> None:
     impatient = "import zimage_rt.serve.supervisor as supervisor; supervisor.OBEYS_WITHIN = 0.5"
     with serving(tmp_path, before=impatient) as server, server.client() as client:
@@ -130,8 +129,9 @@ def test_a_server_that_is_killed_leaves_no_engine_and_nothing_half_written(tmp_p
         assert files_in(tmp_path / "images") == {image["name"] for image in listed}
 
 
+@pytest.mark.slow
 def test_an_engine_that_is_killed_while_it_writes_leaves_no_image(tmp_path: Path) -> None:
-    """Killed twenty times at moments that differ: every file that has an image's name is a whole image."""
+    """Killed at moments that differ: every file that has an image's name is a whole image."""
     with serving(tmp_path) as server, server.client() as client:
         for delay in range(3):
             id = submit(client, SMALL | {"count": 16, "seed": delay})
@@ -169,6 +169,7 @@ def test_a_graceful_stop_finishes_what_runs_and_returns_what_waits(tmp_path: Pat
     assert "Traceback" not in server.log.read_text()
 
 
+@pytest.mark.slow
 def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
     server = start_server(tmp_path)
     try:
@@ -187,6 +188,7 @@ def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
     wait_for(lambda: not psutil.pid_exists(engine))
 
 
+@pytest.mark.slow
 def test_without_a_folder_images_are_gone_at_the_end() -> None:
     """They were in a temporary folder."""
     import subprocess
@@ -211,12 +213,11 @@ def test_without_a_folder_images_are_gone_at_the_end() -> None:
     assert not [path for path in opened if path.name.startswith("zimage-") and path.exists()]
 
 
-def test_the_next_free_port_is_taken(tmp_path: Path) -> None:
-    with serving(tmp_path) as first:
-        port = first.url.rpartition(":")[2]
-        with serving(tmp_path, "--port", port) as second, second.client() as client:
-            assert int(second.url.rpartition(":")[2]) > int(port)
-            assert json.loads(client.get("/readyz").text) == {"status": "ready"}
+def test_the_next_free_port_is_taken(server: Server, tmp_path: Path) -> None:
+    port = server.url.rpartition(":")[2]
+    with serving(tmp_path, "--port", port) as second, second.client() as client:
+        assert int(second.url.rpartition(":")[2]) > int(port)
+        assert client.get("/readyz").json() == {"status": "ready"}
 
 
 def test_a_bundle_that_cannot_be_opened_is_one_line(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_readers_of_a_job_keep_no_queue_of_their_own() -> None:
         job = Job(Order(id="1", wanted=Wanted(prompt="a", image=b"large")), "client", "lane", "openai")
         with job.pinned():
             for step in range(1, 4):
-                job.publish(EventName.STEP, Stepped("1", 0, step, 3, b"preview", b"partial"))
+                job.publish(EventName.STEP, Stepped("1", 0, step, 3, 0.1, b"preview", b"partial"))
             job.end(State.DONE)
             seen = [event async for event in job.follow()]
             assert [event.what.partial for event in seen[:-1]] == [b"partial"] * 3

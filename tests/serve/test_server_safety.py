@@ -16,6 +16,8 @@ from facts import assert_facts, has_fact
 from PIL import Image
 from server_tools import Server, png, serving, wait_for
 
+pytestmark = pytest.mark.deep
+
 KEY = "a key that nobody guesses"
 PATHS = ("/", "/api/state", "/v1/models", "/sdapi/v1/options", "/metrics", "/docs", "/openapi.json")
 

@@ -9,9 +9,9 @@ from starlette.types import ASGIApp
 from .answers import error_response, plain_error
 from .bodies import Bodies
 from .guard import Guard
-from .refusals import RefusalError
+from .refusals import ClientGoneError, RefusalError
 from .routes import a1111, a1111_lists, docs, files, health, native, openai
-from .service import ClientGoneError, Service
+from .service import Service
 
 _CODES = {400: "invalid_request", 404: "not_found", 405: "method_not_allowed", 408: "timeout", 413: "too_large"}
 

@@ -147,5 +147,5 @@ class Engine:
             self.pipeline.release()
             return Ended(order.id, "out of memory; ask for a smaller image")
         except OSError as error:
-            return Ended(order.id, f"{error.filename or self.settings.output_dir}: {error.strerror or error}")
+            return Ended(order.id, f"the image could not be written: {error.strerror or error}")
         return Ended(order.id)

@@ -69,6 +69,7 @@ class Job:
     steps: int = 0  # of all images
     began: bool = False  # the engine has checked and planned it
     attempts: int = 0
+    cancelling: bool = False  # the engine was told to stop
     text_tokens: int = 0  # of the prompt
     image_tokens: int = 0  # of each image
     notices: list[str] = field(default_factory=list)

@@ -23,7 +23,7 @@ class Limits:
     max_count: int = 16  # images of a request
     max_queue: int = 64  # requests that wait
     max_body: int = 64 << 20  # bytes of a request
-    max_bodies: int = 256 << 20  # bytes of all requests that are being read
+    max_bodies: int = 256 << 20  # bytes of all requests that have no answer yet
     max_sources: int = 512 << 20  # bytes of the source images and masks of all requests that wait
     max_source_pixels: int = 50_000_000  # of a source image or mask
 

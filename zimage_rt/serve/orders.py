@@ -151,7 +151,7 @@ class Staged:
     """A stage is done."""
 
     id: str
-    stage: str  # encode, caption, step, decode or write
+    stage: str  # encode, caption, decode or write
     seconds: float
     tokens: int = 0  # of the prompt, after the caption
 
@@ -164,6 +164,7 @@ class Stepped:
     index: int  # of the image
     step: int  # from 1
     steps: int
+    seconds: float
     preview: bytes | None  # a small JPEG
     partial: bytes | None = None  # the same at the image's size and in its format
 

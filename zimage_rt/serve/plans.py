@@ -50,7 +50,7 @@ class Planner:
             job = self._pipeline().prepare(wanted.request(*sources(wanted)))
         except ZImageRuntimeError as error:
             return Planned(order.id, False, str(error), None, ())
-        except MemoryError:
-            return Planned(order.id, False, "out of memory", None, ())
+        except Exception as error:  # the planner goes on, whatever a request brings up
+            return Planned(order.id, False, f"cannot be planned: {error or type(error).__name__}", None, ())
         notes = "; ".join(notice.text for notice in job.notices)
         return Planned(order.id, True, notes, job.plan.document(), tuple(job.plan.lines()))

@@ -12,6 +12,10 @@ class RefusalError(Exception):
         self.retry_after = retry_after  # seconds
 
 
+class ClientGoneError(Exception):
+    """The client left before its answer was ready; nobody reads what is sent now."""
+
+
 class InvalidError(RefusalError):
     """A value is not valid, or more than this server allows."""
 

@@ -55,7 +55,6 @@ class Run:
                     self._note_cuts(event.cut_tokens, event.negative_cut_tokens)
                     self.say(Staged(id, "caption", event.seconds, event.tokens))
                 case StepEvent():
-                    self.say(Staged(id, "step", event.seconds))
                     self._step(event, job)
                 case ImageEvent():
                     self.say(Staged(id, "decode", event.seconds))
@@ -84,7 +83,7 @@ class Run:
         preview = event.preview() if event.colours is not None and (self.order.previews or wanted) else None
         partial = self._full_size(preview, job) if preview is not None and wanted else None
         small = _jpeg(preview) if preview is not None and self.order.previews else None
-        self.say(Stepped(self.order.id, self.image, event.step, event.steps, small, partial))
+        self.say(Stepped(self.order.id, self.image, event.step, event.steps, event.seconds, small, partial))
 
     def _full_size(self, preview: "Image", job: "Job") -> bytes:
         from PIL.Image import Resampling

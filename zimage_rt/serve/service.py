@@ -22,15 +22,11 @@ from .lora_folder import LoraFolder
 from .metrics import Metrics
 from .orders import Order, Planned, Wanted
 from .pictures import image_size
-from .refusals import ConflictError, EngineFailedError, InvalidError, RefusalError, UnavailableError
+from .refusals import ClientGoneError, ConflictError, EngineFailedError, InvalidError, RefusalError, UnavailableError
 from .settings import Settings
 from .supervisor import Supervisor
 
 _PRUNES_EVERY = 60.0  # seconds, where only the images' age decides
-
-
-class ClientGoneError(Exception):
-    """The client left before its answer was ready; nobody reads what is sent now."""
 
 
 @dataclass
@@ -54,9 +50,9 @@ class Service:
     @classmethod
     def of(cls, settings: Settings) -> "Service":
         """Raises `BundleError` for a bundle that cannot be opened."""
-        return cls(
-            settings, Bundle.open(settings.engine.bundle).manifest, Gallery(settings.engine.output_dir, settings.keep)
-        )
+        gallery = Gallery(settings.engine.output_dir, settings.keep)
+        gallery.prune()
+        return cls(settings, Bundle.open(settings.engine.bundle).manifest, gallery)
 
     @property
     def version(self) -> str:

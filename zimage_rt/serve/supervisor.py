@@ -35,7 +35,7 @@ from .settings import Settings
 OBEYS_WITHIN = 10.0
 """Seconds that the engine gets to stop a job that was cancelled."""
 
-_REMEMBERED = 200  # jobs that are over
+_REMEMBERED = 100  # jobs that are over
 _ATTEMPTS = 2  # at a job whose engine ends before the job begins
 _STARTS_AT_MOST = 5  # in a row without becoming ready, before requests are refused
 _PAUSES = (0.0, 0.5, 2.0, 5.0, 15.0, 60.0)  # seconds before the next start, by failed ones so far
@@ -82,16 +82,11 @@ class Supervisor:
     def submit(self, job: Job) -> None:
         """Puts a job into the queue. Raises `QueueFullError` or `UnavailableError`."""
         self.check_open()
-        if len(self._queue) >= self.settings.limits.max_queue:
-            wait = max(1, round(self._typical * len(self._queue)))
-            raise QueueFullError(
-                f"{len(self._queue)} requests wait already; try again later", retry_after=min(wait, 60)
-            )
-        limits = self.settings.limits
-        if (
-            job.order.wanted.source_bytes + sum(one.order.wanted.source_bytes for one in self._queue)
-            > limits.max_sources
-        ):
+        limits, waiting = self.settings.limits, len(self._queue)
+        if waiting >= limits.max_queue:
+            wait = min(max(1, round(self._typical * waiting)), 60)
+            raise QueueFullError(f"{waiting} requests wait already; try again later", retry_after=wait)
+        if sum(one.order.wanted.source_bytes for one in (job, *self._queue)) > limits.max_sources:
             raise QueueFullError("the requests that wait hold too many source images; try again later", retry_after=30)
         self._queue.put(job.lane, job)
         self._jobs[job.id] = job
@@ -125,6 +120,7 @@ class Supervisor:
             self._end(job, State.CANCELLED, "cancelled")
             self._number()
         elif job is self.running and not job.state.over:
+            job.cancelling = True
             self._spawn(self._cancel_running(job))
 
     async def _cancel_running(self, job: Job) -> None:
@@ -236,6 +232,7 @@ class Supervisor:
                 self.metrics.stage(message.stage, message.seconds)
                 job.text_tokens = message.tokens or job.text_tokens
             case Stepped():
+                self.metrics.stage("step", message.seconds)
                 job.step += 1
                 job.latest = message
                 job.publish(EventName.STEP, message)
@@ -249,7 +246,9 @@ class Supervisor:
         was_ready, self._was_ready = self._was_ready, False
         self.ready, self.engine = None, None
         job, self.running = self.running, None
-        if job is not None and not job.began and job.attempts < _ATTEMPTS and not self.stopping:
+        if job is not None and job.cancelling:
+            self._end(job, State.CANCELLED, "cancelled")
+        elif job is not None and not job.began and job.attempts < _ATTEMPTS and not self.stopping:
             self._put_back(job)  # it may have come to an engine that was ending already
         elif job is not None:
             self._end(job, State.FAILED, f"the engine ended ({_cause(exit_code)}); it is started again")
@@ -271,8 +270,14 @@ class Supervisor:
         self._number()
 
     async def _start_again(self) -> None:
-        await asyncio.sleep(_PAUSES[min(self._failed_starts, len(_PAUSES) - 1)])
-        self._start_engine()
+        while True:
+            await asyncio.sleep(_PAUSES[min(self._failed_starts, len(_PAUSES) - 1)])
+            try:
+                self._start_engine()
+            except OSError:  # no memory or no process to be had now
+                self._failed_starts += 1
+                continue
+            return
 
     def _answer_start(self, error: str | None) -> None:
         if self._first_start is None or self._first_start.done():

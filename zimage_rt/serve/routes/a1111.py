@@ -7,8 +7,10 @@ import time
 from typing import Any
 
 from fastapi import APIRouter, Request
+from fastapi.responses import Response
 
 from ..jobs import Job, State
+from ..late_answer import json_answer
 from ..refusals import ConflictError
 from ..service import Service, client_of
 from .a1111_bodies import GenerationBody, ImageBody, Read, TextBody, read
@@ -22,12 +24,12 @@ def router(service: Service) -> APIRouter:
     api = APIRouter(prefix="/sdapi/v1", tags=["A1111"])
 
     @api.post("/txt2img")
-    async def txt2img(request: Request, body: TextBody) -> dict[str, Any]:
+    async def txt2img(request: Request, body: TextBody) -> Response:
         """Generates images from a prompt."""
         return await _answer(service, request, body)
 
     @api.post("/img2img")
-    async def img2img(request: Request, body: ImageBody) -> dict[str, Any]:
+    async def img2img(request: Request, body: ImageBody) -> Response:
         """Generates images from an image, and with a mask within its white areas."""
         return await _answer(service, request, body)
 
@@ -47,9 +49,13 @@ def router(service: Service) -> APIRouter:
     return api
 
 
-async def _answer(service: Service, request: Request, body: GenerationBody) -> dict[str, Any]:
+async def _answer(service: Service, request: Request, body: GenerationBody) -> Response:
     asked = read(service, body)
     job = service.submit(request, _ROUTE, asked.wanted)
+    return await json_answer(request.url.path, _images(service, request, body, asked, job))
+
+
+async def _images(service: Service, request: Request, body: GenerationBody, asked: Read, job: Job) -> dict[str, Any]:
     with job.pinned():
         try:
             await service.finish(job, request)

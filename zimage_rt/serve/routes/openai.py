@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
@@ -18,6 +18,7 @@ from zimage_runtime.errors import RequestError
 from ..answers import one_line, openai_error
 from ..event_stream import EventStream, ServerEvent
 from ..jobs import EventName, Job
+from ..late_answer import json_answer
 from ..orders import Made, MaskKind, Stepped, Wanted
 from ..pictures import from_base64
 from ..refusals import InvalidError, MissingError
@@ -155,16 +156,19 @@ async def _answer(service: Service, request: Request, body: CommonBody, wanted: 
     )
     if body.stream:
         return EventStream(_stream(service, body, job, edited=edited))
+    return await json_answer(request.url.path, _images(service, request, body, job, edited=edited))
+
+
+async def _images(service: Service, request: Request, body: CommonBody, job: Job, *, edited: bool) -> dict[str, Any]:
     with job.pinned():
         await service.finish(job, request)
         data = [await _datum(service, request, body, made) for made in job.images]
-    document = {
+    return {
         "created": int(time.time()),
         "data": data,
         **described(body, job),
         "usage": usage(job, len(data), edited=edited),
     }
-    return JSONResponse(document)
 
 
 async def _datum(service: Service, request: Request, body: CommonBody, made: Made) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +31,7 @@ ARGUMENTS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--disable-dev-shm-usage",  # a container's may be too small
 ]
 
 PATIENCE = 60.0  # seconds until something that should happen counts as not happening
@@ -97,12 +98,12 @@ def browsing() -> Iterator["Browser"]:
             browser.close()
 
 
-def opened(browser: "Browser", server: Server, width: int = 1280, height: int = 900, **options: Any) -> "Page":
-    """The page in a context of its own, once it is ready.
+def opened(browser: "Browser", server: Server, *, state: Mapping[str, object] | None = None, **options: Any) -> "Page":
+    """The page in a context of its own, once it is ready. `state` replaces parts of what the server says of itself.
 
     Errors of its scripts, and whatever it asks of another address, are in `problems_of`.
     """
-    context = browser.new_context(**{"viewport": {"width": width, "height": height}, "locale": "en-US", **options})
+    context = browser.new_context(**{"viewport": {"width": 1280, "height": 900}, "locale": "en-US", **options})
     context.set_default_timeout(PATIENCE * 1000)
     page = context.new_page()
     noted: list[str] = []
@@ -119,6 +120,8 @@ def opened(browser: "Browser", server: Server, width: int = 1280, height: int = 
     page.on("pageerror", lambda error: noted.append(f"error in a script: {error}"))
     page.on("console", note_refusal)
     page.on("request", note_address)
+    if state is not None:
+        page.route("**/api/state", lambda route: route.fulfill(json=route.fetch().json() | state))
     page.goto(server.address)
     page.wait_for_selector("html[data-ready]")
     return page

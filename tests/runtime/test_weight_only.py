@@ -30,7 +30,7 @@ from zimage_runtime.executors.ort.int8_denoiser import CHOICES, INT8_PRODUCTS, w
 from zimage_runtime.executors.ort.other_precisions import advised, as_precision, candidates
 from zimage_runtime.executors.protocol import Work
 from zimage_runtime.model.geometry import image_geometry
-from zimage_runtime.model.programs import MODEL_PROGRAMS, Program
+from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import ImageEvent, Job, NoticeEvent, Pipeline, Request
 
 GIB = 1 << 30

@@ -24,18 +24,25 @@ export class Composer {
       this.clearError(byId("seed"));
       this.edited();
     });
-    byId("defaults").addEventListener("click", () => this.fill({ ...state.defaults, shift: null, negative_prompt: "" }, { size: false }));
+    byId("defaults").addEventListener(
+      "click",
+      () => this.fill({ ...state.defaults, shift: null, negative_prompt: "" }, { size: false }),
+    );
   }
 
   options(id, values) {
     const named = values.map((value) => (typeof value === "string" ? { name: value, label: value } : value));
-    byId(id).replaceChildren(...named.map(({ name, label }) => element("option", { value: name, textContent: label ?? name })));
+    byId(id).replaceChildren(...named.map(({ name, label }) => element(
+      "option",
+      { value: name, textContent: label ?? name },
+    )));
   }
 
   /** As it was left in this browser, or as the bundle's defaults are. */
   restore() {
     const form = remembered().form;
-    this.fill({ ...this.state.defaults, count: 1, ...(form?.bundle === this.state.bundle.name ? form : { prompt: form?.prompt }) });
+    const same = form?.bundle === this.state.bundle.name; // another model has other settings
+    this.fill({ ...this.state.defaults, count: 1, ...(same ? form : { prompt: form?.prompt }) });
     byId("more").open = Boolean(form?.more);
     byId("more").addEventListener("toggle", () => this.save());
   }
@@ -96,7 +103,10 @@ export class Composer {
     for (const id of ["width", "height"]) wrong.push(...numberProblems(byId(id)));
     const [width, height] = this.sizes.value();
     const most = this.state.limits.max_pixels;
-    if (width * height > most) wrong.push([byId("width"), t("error.pixels", { most: most.toLocaleString(language()) })]);
+    if (width * height > most) wrong.push([
+      byId("width"),
+      t("error.pixels", { most: most.toLocaleString(language()) }),
+    ]);
     const seed = byId("seed").value.trim();
     if (seed && !(/^\d+$/.test(seed) && BigInt(seed) <= LARGEST_SEED)) wrong.push([byId("seed"), t("error.seed")]);
     for (const id of ["steps", "count", "cfg", "shift"]) wrong.push(...numberProblems(byId(id)));
@@ -119,7 +129,10 @@ export class Composer {
     const id = `${field.id}-error`;
     field.setAttribute("aria-invalid", "true");
     field.setAttribute("aria-describedby", id);
-    (field.closest(".field") ?? field.parentElement).append(element("p", { class: "field-error", id, textContent: message }));
+    (field.closest(".field") ?? field.parentElement).append(element(
+      "p",
+      { class: "field-error", id, textContent: message },
+    ));
   }
 
   clearError(field) {

@@ -16,14 +16,17 @@ export class Control {
     this.available = Boolean(state.control);
     const root = byId("control");
     root.hidden = !this.available;
-    this.field = new ImageField(root, "control", { tools: (...given) => this.tools(...given), changed });
+    this.field = new ImageField(root, "control", { tools: () => this.tools(), changed });
   }
 
   tools() {
     const type = element(
       "select",
       { class: "input", id: "control-type", on: { change: (event) => this.change("type", event.target.value) } },
-      ...TYPES.map((name) => element("option", { value: name, selected: name === this.settings.type, textContent: t(`control.type.${name}`) })),
+      ...TYPES.map((name) => element(
+        "option",
+        { value: name, selected: name === this.settings.type, textContent: t(`control.type.${name}`) },
+      )),
     );
     const label = element("label", { class: "label", htmlFor: "control-type", textContent: t("control.type") });
     const sliders = [this.slider("scale", 2), this.slider("start", 1), this.slider("end", 1)];
@@ -31,7 +34,10 @@ export class Control {
   }
 
   slider(name, most) {
-    const shown = element("output", { class: "small numbers", htmlFor: `control-${name}`, textContent: number(this.settings[name]) });
+    const shown = element(
+      "output",
+      { class: "small numbers", htmlFor: `control-${name}`, textContent: number(this.settings[name]) },
+    );
     const input = element("input", {
       type: "range",
       id: `control-${name}`,
@@ -55,9 +61,30 @@ export class Control {
     this.changed();
   }
 
+  /** What is remembered of it beside a job, so that the same can be done again. */
+  snapshot() {
+    return this.field.canvas ? { canvas: this.field.canvas, settings: { ...this.settings } } : null;
+  }
+
+  restore(snapshot) {
+    Object.assign(this.field, { canvas: snapshot?.canvas ?? null, failure: null });
+    this.adopt(snapshot?.settings ?? FRESH);
+  }
+
+  /** The settings of an image that was made with control; the control image itself stays. */
+  adopt({ scale, start, end, type }) {
+    this.settings = { scale, start, end, type: type ?? "map" };
+    this.field.render();
+    this.changed();
+  }
+
+  get present() {
+    return this.available && this.field.canvas !== null;
+  }
+
   /** What a job says of it, for an image of width x height. */
   body(width, height) {
-    if (!this.available || !this.field.canvas) return {};
+    if (!this.present) return {};
     const image = cropped(this.field.canvas, width, height).toDataURL("image/png");
     const { type, ...others } = this.settings;
     return { control: { image, ...others, ...(type === "map" ? {} : { type }) } };

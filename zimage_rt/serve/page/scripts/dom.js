@@ -9,7 +9,10 @@ export function element(tag, properties = {}, ...children) {
     if (value === undefined || value === null) continue;
     if (name === "class") made.className = value;
     else if (name === "label") setLabel(made, value);
-    else if (name === "on") Object.entries(value).forEach(([event, listener]) => made.addEventListener(event, listener));
+    else if (name === "on") Object.entries(value).forEach(([event, listener]) => made.addEventListener(
+      event,
+      listener,
+    ));
     else if (name in made && name !== "list" && !name.startsWith("aria")) made[name] = value;
     else made.setAttribute(name, value);
   }

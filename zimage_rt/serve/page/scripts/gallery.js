@@ -44,7 +44,8 @@ export class Gallery {
     this.images.splice(index, 1);
     card.remove();
     this.count();
-    if (focused) (byId("cards").children[Math.min(index, this.images.length - 1)]?.querySelector(".open") ?? byId("gallery-title")).focus();
+    const next = byId("cards").children[Math.min(index, this.images.length - 1)];
+    if (focused) (next?.querySelector(".open") ?? byId("gallery-title")).focus();
   }
 
   /** The image before (-1) or after (1) another one; undefined at the ends. */
@@ -61,14 +62,19 @@ export class Gallery {
   count() {
     byId("gallery-empty").hidden = this.images.length > 0;
     byId("gallery-more").hidden = !this.more;
-    byId("gallery-count").textContent = this.images.length ? `${plural("images", this.images.length)}${this.more ? "+" : ""}` : "";
+    const number = this.images.length;
+    byId("gallery-count").textContent = number ? `${plural("images", number)}${this.more ? "+" : ""}` : "";
   }
 
   card(image) {
     const prompt = image.settings?.prompt ?? image.name;
     const picture = element("img", { alt: prompt, loading: "lazy", decoding: "async", src: image.url });
     const label = t("gallery.open", { prompt, size: size(image) });
-    const open = element("button", { type: "button", class: "open", "aria-label": label, title: prompt, on: { click: () => this.acts.open(image) } }, picture);
+    const open = element(
+      "button",
+      { type: "button", class: "open", "aria-label": label, title: prompt, on: { click: () => this.acts.open(image) } },
+      picture,
+    );
     const quick = element(
       "div",
       { class: "quick" },

@@ -13,7 +13,10 @@ export class ImageField {
     this.mask = null; // a canvas of the same shape, transparent where nothing is painted
     this.name = null; // in the gallery, where it is from there
     this.failure = null; // the key of a text
-    this.file = element("input", { type: "file", accept: "image/*", hidden: true, on: { change: () => this.chosen() } });
+    this.file = element(
+      "input",
+      { type: "file", accept: "image/*", hidden: true, on: { change: () => this.chosen() } },
+    );
     this.listenForDrops();
     onLanguage(() => this.render());
     this.render();
@@ -79,13 +82,23 @@ export class ImageField {
       element("strong", { textContent: t(`${this.texts}.choose`) }),
       element("span", { class: "small soft", textContent: t("image.hint") }),
     );
-    return element("button", { type: "button", class: "drop", on: { click: () => this.file.click() } }, icon("image"), words);
+    return element(
+      "button",
+      { type: "button", class: "drop", on: { click: () => this.file.click() } },
+      icon("image"),
+      words,
+    );
   }
 
   held() {
     const title = t(`${this.texts}.held`);
     const remove = button({ name: "close", label: t("image.remove"), kind: "quiet", on: () => this.clear() });
-    const head = element("div", { class: "held-head" }, element("span", { class: "label", textContent: title }), remove);
+    const head = element(
+      "div",
+      { class: "held-head" },
+      element("span", { class: "label", textContent: title }),
+      remove,
+    );
     const picture = element("div", { class: "picture" }, this.thumbnail());
     const tools = element("div", { class: "held-tools" }, ...this.tools(this).filter(Boolean));
     return element("div", { class: "held", role: "group", "aria-label": title }, head, picture, tools);

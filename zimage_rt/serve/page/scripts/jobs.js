@@ -23,7 +23,8 @@ export class Jobs {
   async resume() {
     const own = remembered().jobs ?? [];
     for (const found of await request("GET", "api/jobs")) {
-      if (own.includes(found.id) && !this.find(found.id)) this.pending.push({ ...fresh(found, found), steps: 0 }); // its own are of all images
+      if (!own.includes(found.id) || this.find(found.id)) continue;
+      this.pending.push({ ...fresh(found, found), steps: 0 }); // the list has the steps of all images together
     }
     this.next();
   }
@@ -166,4 +167,5 @@ function fresh({ id, state, position }, body) {
   };
 }
 
+export const isPending = ({ state }) => state === "waiting" || state === "running";
 const isOver = (name) => ["done", "failed", "cancelled"].includes(name);

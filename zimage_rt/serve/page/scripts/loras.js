@@ -16,9 +16,17 @@ export class Loras {
 
   /** Those that the server does not have are left out, and returned by name. */
   set(chosen) {
-    this.chosen = (chosen ?? []).filter((one) => this.known.includes(one.name)).map(({ name, weight }) => ({ name, weight }));
+    const found = chosen.map(({ name, weight }) => ({ name: this.match(name), weight, asked: name }));
+    this.chosen = found.filter((one) => one.name).map(({ name, weight }) => ({ name, weight }));
     this.render();
-    return (chosen ?? []).filter((one) => !this.known.includes(one.name)).map((one) => one.name);
+    return found.filter((one) => !one.name).map((one) => one.asked);
+  }
+
+  /** The server's name of a LoRA. Images record the file's alone, without the folder that it is in. */
+  match(name) {
+    if (this.known.includes(name)) return name;
+    const same = this.known.filter((one) => one.split("/").at(-1) === name);
+    return same.length === 1 ? same[0] : undefined;
   }
 
   value() {
@@ -38,14 +46,19 @@ export class Loras {
   render() {
     const free = this.known.filter((name) => !this.chosen.some((one) => one.name === name));
     const first = element("option", { value: "", textContent: t("lora.add") });
+    const disabled = free.length === 0 || this.chosen.length >= this.most;
     const picker = element(
       "select",
-      { class: "input", id: "lora-add", disabled: free.length === 0 || this.chosen.length >= this.most, on: { change: (event) => this.add(event.target.value) } },
+      { class: "input", id: "lora-add", disabled, on: { change: (event) => this.add(event.target.value) } },
       first,
       ...free.map((name) => element("option", { value: name, textContent: name })),
     );
     const label = element("label", { class: "label", htmlFor: "lora-add", textContent: t("lora") });
-    const rows = element("ul", { class: "lora-list", hidden: this.chosen.length === 0 }, ...this.chosen.map((one) => this.row(one)));
+    const rows = element(
+      "ul",
+      { class: "lora-list", hidden: this.chosen.length === 0 },
+      ...this.chosen.map((one) => this.row(one)),
+    );
     replace(byId("loras"), [element("div", { class: "field" }, label, rows, picker)], picker);
   }
 
@@ -75,6 +88,12 @@ export class Loras {
         this.update();
       },
     });
-    return element("li", { class: "lora" }, element("span", { class: "name", title: one.name, textContent: one.name }), weight, remove);
+    return element(
+      "li",
+      { class: "lora" },
+      element("span", { class: "name", title: one.name, textContent: one.name }),
+      weight,
+      remove,
+    );
   }
 }

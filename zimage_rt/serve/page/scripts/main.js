@@ -10,7 +10,7 @@ import { examples } from "./examples.js";
 import { Gallery } from "./gallery.js";
 import { onLanguage, plural, startLanguages, t } from "./i18n.js";
 import { listenForPastes } from "./image_field.js";
-import { Jobs } from "./jobs.js";
+import { isPending, Jobs } from "./jobs.js";
 import { listenForKeys } from "./keyboard.js";
 import { Loras } from "./loras.js";
 import { Plan } from "./plan.js";
@@ -25,7 +25,7 @@ const RETRY = 3000; // milliseconds until the server is asked again at the start
 startLanguages();
 const state = await firstAnswer();
 
-const sources = new Map(); // by the name of an image that was made from another one: what it was made from
+const origins = new Map(); // by the name of an image of this visit: the images that it was made from
 let ready = false; // once the form is filled
 
 function changed() {
@@ -116,7 +116,11 @@ function planned() {
   if (composer.problems().some(([field]) => field.id !== "prompt")) return null;
   const body = composer.body();
   if (body.cfg_scale <= 1) delete body.negative_prompt; // without effect; the form says so in the user's language
-  if (source.present) Object.assign(body, { image: blank(16, 16).toDataURL("image/png"), strength: source.effectiveStrength() });
+  Object.assign(body, control.body(16, 16));
+  if (source.present) Object.assign(
+    body,
+    { image: blank(16, 16).toDataURL("image/png"), strength: source.effectiveStrength() },
+  );
   return body;
 }
 
@@ -125,7 +129,7 @@ async function generate(others = {}) {
   explain(null);
   if (!composer.check()) return;
   const body = composer.body();
-  const from = source.snapshot();
+  const from = { source: source.snapshot(), control: control.snapshot() };
   byId("generate").disabled = true;
   try {
     const images = { ...source.body(body.width, body.height), ...control.body(body.width, body.height) };
@@ -156,7 +160,7 @@ function jobChanged(job, what) {
 function show(ended = null) {
   const current = jobs.current;
   const newest = gallery.images[0];
-  const last = ended ?? (stage.job && stage.job.state !== "running" && stage.job.state !== "waiting" ? stage.job : null);
+  const last = ended ?? (stage.job && !isPending(stage.job) ? stage.job : null);
   const idle = last ?? (newest ? { state: "done", images: [newest], notices: [], count: 1, prompt: "" } : null);
   stage.show(current ?? idle, jobs.pending.filter((job) => job !== current));
 }
@@ -170,29 +174,41 @@ function title() {
 function say(job, what) {
   if (what === "queued" && job.position > 1) announce(t("stage.place", { position: job.position }));
   else if (what === "started") announce(t("stage.starting"));
-  else if (what === "step" && job.step === Math.ceil(job.steps / 2)) announce(t("stage.step", { step: job.step, steps: job.steps }));
+  else if (what === "step" && job.step === Math.ceil(job.steps / 2)) announce(t(
+    "stage.step",
+    { step: job.step, steps: job.steps },
+  ));
   else if (what === "done") announce(plural("done", job.images.length));
   else if (what === "cancelled") announce(t("stage.cancelled"));
 }
 
 function made(image, job) {
-  if (job.from) sources.set(image.name, job.from);
+  if (job.from) origins.set(image.name, job.from);
   image.created ??= Date.now() / 1000;
   gallery.add(image);
 }
 
-/** The settings of an image, in the form. Says what cannot be had again. */
+/** The settings of an image, in the form. Says what cannot be had again, and returns whether all can. */
 function reuse(image, changes = {}) {
   const { settings } = image;
+  const origin = origins.get(image.name);
   const missing = composer.fill({ ...settings, count: 1, ...changes });
-  if (settings.from_image) {
-    const known = sources.get(image.name);
-    if (known) source.restore(known);
-  } else source.restore(null);
-  const lacks = settings.from_image && !sources.has(image.name) && !source.present;
-  explain(missing.length ? t("lora.missing", { names: missing.join(", ") }) : lacks ? t("source.missing") : null);
+  if (origin) {
+    source.restore(origin.source);
+    control.restore(origin.control);
+  } else {
+    if (!settings.from_image) source.restore(null);
+    if (settings.control) control.adopt(settings.control);
+    else control.restore(null);
+  }
+  const lacks = [
+    missing.length && t("lora.missing", { names: missing.join(", ") }),
+    settings.from_image && !source.present && t("source.missing"),
+    settings.control && !control.present && t("control.missing"),
+  ].filter(Boolean);
+  explain(lacks.join(" ") || null);
   if (!byId("viewer").open) byId("prompt").focus();
-  return !missing.length && !lacks;
+  return lacks.length === 0;
 }
 
 /** The same image, to the bit: also what was mixed in by another client, for which the form has no fields. */

@@ -24,11 +24,15 @@ class Painter {
     this.cursor = { x: width / 2, y: height / 2, shown: false };
     this.erasing = false;
     this.dialog = byId("painter");
-    this.dialog.replaceChildren(this.head(), element("div", { class: "painter-body" }, this.tools(), this.area(), this.foot()));
+    this.dialog.replaceChildren(
+      this.head(),
+      element("div", { class: "painter-body" }, this.tools(), this.area(), this.foot()),
+    );
+    this.resolve = resolve;
     this.dialog.onclose = () => {
       this.observer.disconnect();
       this.dialog.replaceChildren();
-      resolve(this.result);
+      resolve(undefined); // nothing more after `finish`
     };
     this.dialog.onkeydown = (event) => this.shortcut(event);
     this.dialog.showModal();
@@ -67,7 +71,12 @@ class Painter {
     return element(
       "div",
       { class: "painter-tools" },
-      element("div", { class: "chips", role: "radiogroup", "aria-label": t("tool") }, tool(false, "brush"), tool(true, "eraser")),
+      element(
+        "div",
+        { class: "chips", role: "radiogroup", "aria-label": t("tool") },
+        tool(false, "brush"),
+        tool(true, "eraser"),
+      ),
       element("label", { class: "brush-size" }, element("span", { textContent: t("brush.size") }), slider),
       act("undo", () => this.mask.undo()),
       act("redo", () => this.mask.redo()),
@@ -116,7 +125,7 @@ class Painter {
   }
 
   finish() {
-    this.result = this.mask.canvas;
+    this.resolve(this.mask.canvas); // at once: the next key may be the one that generates
     this.dialog.close();
   }
 
@@ -203,7 +212,10 @@ class Painter {
     }
     Object.assign(this.cursor, place, { shown: true });
     this.draw();
-    announce(t("mask.cursor", { x: Math.round((100 * place.x) / this.image.width), y: Math.round((100 * place.y) / this.image.height) }));
+    announce(t(
+      "mask.cursor",
+      { x: Math.round((100 * place.x) / this.image.width), y: Math.round((100 * place.y) / this.image.height) },
+    ));
   }
 
   shortcut(event) {

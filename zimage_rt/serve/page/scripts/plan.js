@@ -31,7 +31,8 @@ export class Plan {
     this.last = text;
     const turn = ++this.asked;
     if (!body) return byId("plan").replaceChildren(); // no memory for what is wrong with the form
-    const answer = await request("POST", "api/plan", body).catch((error) => ({ fits: false, message: error.message, failed: true }));
+    const failed = ({ message }) => ({ fits: false, message, failed: true });
+    const answer = await request("POST", "api/plan", body).catch(failed);
     if (turn !== this.asked) return; // a newer question is on its way
     if (answer.failed) this.last = "";
     this.answer = answer;
@@ -41,17 +42,24 @@ export class Plan {
   render() {
     if (!this.answer || !this.last) return;
     const { fits, message, plan, lines } = this.answer;
-    const line = [icon(fits ? "memory" : "warning"), element("span", { textContent: fits ? this.words(plan) : message })];
+    const line = [
+      icon(fits ? "memory" : "warning"),
+      element("span", { textContent: fits ? this.words(plan) : message }),
+    ];
     const parts = [];
     if (fits && lines?.length) {
-      const whole = element("pre", { tabIndex: 0, lang: "en", "aria-label": t("plan.details"), textContent: lines.join("\n") });
+      const whole = element(
+        "pre",
+        { tabIndex: 0, lang: "en", "aria-label": t("plan.details"), textContent: lines.join("\n") },
+      );
       const details = element("details", {}, element("summary", { title: t("plan.details") }, ...line), whole);
       details.open = byId("plan").querySelector("details")?.open ?? false;
       parts.push(details);
     } else parts.push(element("p", { class: fits ? "line" : "line refused" }, ...line));
     if (fits && message) parts.push(element("p", { lang: "en", textContent: message }));
     const shown = element("div", {}, ...parts);
-    if (shown.textContent !== byId("plan").textContent) byId("plan").replaceChildren(shown); // or it would be read out again
+    if (shown.textContent === byId("plan").textContent) return; // or it would be read out again
+    byId("plan").replaceChildren(shown);
   }
 
   words(plan) {

@@ -27,7 +27,10 @@ export class Sizes {
 
   chip([across, down]) {
     const name = `${across}:${down}`;
-    const radio = element("input", { type: "radio", name: "ratio", value: name, on: { change: () => this.choose(across, down) } });
+    const radio = element(
+      "input",
+      { type: "radio", name: "ratio", value: name, on: { change: () => this.choose(across, down) } },
+    );
     const shape = element("span", { class: "shape" });
     const longer = Math.max(across, down);
     shape.style.width = `${Math.round((ICON * across) / longer)}px`;

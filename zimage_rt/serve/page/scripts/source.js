@@ -23,7 +23,11 @@ export class Source {
       this.keep();
       changed();
     };
-    this.field = new ImageField(byId("source"), "source", { tools: (field) => this.tools(field), changed: this.changed });
+    this.field = new ImageField(
+      byId("source"),
+      "source",
+      { tools: (field) => this.tools(field), changed: this.changed },
+    );
   }
 
   /** Keeps the image for the next visit, once it has stayed the same for a moment. */
@@ -66,7 +70,12 @@ export class Source {
   cropNote() {
     const { width, height } = this.field.canvas;
     const fit = button({ text: t("source.fit"), on: () => this.fit(width, height) });
-    return element("div", { class: "field" }, element("p", { class: "small soft", textContent: t("source.cropped") }), fit);
+    return element(
+      "div",
+      { class: "field" },
+      element("p", { class: "small soft", textContent: t("source.cropped") }),
+      fit,
+    );
   }
 
   /** The size has changed. */
@@ -99,7 +108,7 @@ export class Source {
       { class: "field" },
       element("div", { class: "label-row" }, label, shown),
       slider,
-      element("p", { class: "small soft", id: "strength-hint", textContent: t(this.field.mask ? "strength.mask" : "strength.hint") }),
+      element("p", { class: "small soft", id: "strength-hint" }, t(this.field.mask ? "strength.mask" : "strength.hint")),
     );
   }
 

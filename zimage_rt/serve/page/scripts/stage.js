@@ -3,8 +3,9 @@
 import { button, byId, element, icon, replace } from "./dom.js";
 import { size } from "./format.js";
 import { plural, t } from "./i18n.js";
+import { isPending } from "./jobs.js";
 
-const LEAST = 512; // CSS pixels of the longer side: previews and images of small models are shown larger
+export const LEAST = 512; // CSS pixels of the longer side: previews and images of small models are shown larger
 
 export class Stage {
   /** `acts` does what the buttons say; `examples` are prompts for an empty stage. */
@@ -42,7 +43,7 @@ export class Stage {
 
   parts(job) {
     if (!job) return [this.empty()];
-    if (job.state === "waiting" || job.state === "running") return [this.work(job), this.progress(job), this.strip(job)].filter(Boolean);
+    if (isPending(job)) return [this.work(job), this.progress(job), this.strip(job)].filter(Boolean);
     const ended = job.state === "failed" ? this.failure(job) : null;
     if (!job.images.length) return [ended ?? this.blank("image", t("stage.cancelled"))];
     return [ended, ...this.result(job)].filter(Boolean);
@@ -50,17 +51,34 @@ export class Stage {
 
   empty() {
     const chips = this.examples().map((text) =>
-      element("button", { type: "button", class: "example", textContent: text, on: { click: () => this.acts.example(text) } }),
+      element(
+        "button",
+        { type: "button", class: "example", textContent: text, on: { click: () => this.acts.example(text) } },
+      ),
     );
-    return this.blank("image", t("stage.empty"), element("p", { class: "small soft", textContent: t("stage.try") }), element("div", { class: "chips" }, ...chips));
+    return this.blank(
+      "image",
+      t("stage.empty"),
+      element("p", { class: "small soft", textContent: t("stage.try") }),
+      element("div", { class: "chips" }, ...chips),
+    );
   }
 
   blank(name, words, ...more) {
-    return element("div", { class: "canvas" }, element("div", { class: "blank" }, icon(name), element("p", { textContent: words }), ...more));
+    return element(
+      "div",
+      { class: "canvas" },
+      element("div", { class: "blank" }, icon(name), element("p", { textContent: words }), ...more),
+    );
   }
 
   failure(job) {
-    return element("p", { class: "message", role: "alert" }, icon("warning"), element("span", { textContent: job.message || t("error.unknown") }));
+    return element(
+      "p",
+      { class: "message", role: "alert" },
+      icon("warning"),
+      element("span", { textContent: job.message || t("error.unknown") }),
+    );
   }
 
   work(job) {
@@ -70,7 +88,10 @@ export class Stage {
     fit(this.picture, job);
     const words = job.state === "waiting" ? waitingWords(job) : t("stage.starting");
     if (job.preview) canvas.append(this.picture);
-    else canvas.append(element("div", { class: "blank" }, icon("image"), element("p", { textContent: words })), this.picture);
+    else canvas.append(
+      element("div", { class: "blank" }, icon("image"), element("p", { textContent: words })),
+      this.picture,
+    );
     this.picture.addEventListener("load", () => canvas.querySelector(".blank")?.remove(), { once: true });
     return canvas;
   }
@@ -78,17 +99,29 @@ export class Stage {
   progress(job) {
     this.words = element("p", { class: "numbers", textContent: progressWords(job) });
     this.bar = element("progress", { max: 1, value: done(job), "aria-label": t("stage.progress") });
-    const cancel = button({ name: "close", text: t(job.cancelling ? "cancelling" : "cancel"), id: "cancel", on: () => this.acts.cancel(job) });
+    const text = t(job.cancelling ? "cancelling" : "cancel");
+    const cancel = button({ name: "close", text, id: "cancel", on: () => this.acts.cancel(job) });
     if (!job.cancelling) cancel.append(element("kbd", { "aria-hidden": "true", textContent: "Esc" }));
     cancel.disabled = Boolean(job.cancelling);
     cancel.setAttribute("aria-keyshortcuts", "Escape");
-    return element("div", { class: "progress" }, this.words, cancel, this.bar, element("p", { class: "small soft words", textContent: job.prompt }));
+    return element(
+      "div",
+      { class: "progress" },
+      this.words,
+      cancel,
+      this.bar,
+      element("p", { class: "small soft words", textContent: job.prompt }),
+    );
   }
 
   result(job) {
     const image = job.images[Math.min(this.shown, job.images.length - 1)];
     const picture = element("img", { src: image.url, alt: image.settings?.prompt || job.prompt });
-    const look = element("button", { type: "button", class: "look", "aria-label": t("open"), on: { click: () => this.acts.open(image) } }, picture);
+    const look = element(
+      "button",
+      { type: "button", class: "look", "aria-label": t("open"), on: { click: () => this.acts.open(image) } },
+      picture,
+    );
     fit(look, image);
     const facts = element("p", { class: "facts" });
     facts.append(...factsOf(image).map((text) => element("span", { textContent: text })));
@@ -130,13 +163,19 @@ export class Stage {
   queue() {
     if (!this.waiting.length) return null;
     const rows = this.waiting.map((job, index) => {
-      const cancel = button({ name: "close", label: t("queue.cancel", { prompt: job.prompt }), kind: "quiet", on: () => this.acts.cancel(job) });
+      const label = t("queue.cancel", { prompt: job.prompt });
+      const cancel = button({ name: "close", label, kind: "quiet", on: () => this.acts.cancel(job) });
       cancel.disabled = Boolean(job.cancelling);
       const place = element("span", { class: "place numbers", textContent: job.position || index + 1 });
       return element("li", {}, place, element("span", { class: "words", textContent: job.prompt }), cancel);
     });
     const title = element("h2", { id: "queue-title", textContent: plural("queue", this.waiting.length) });
-    return element("section", { class: "queue panel", "aria-labelledby": "queue-title" }, title, element("ol", {}, ...rows));
+    return element(
+      "section",
+      { class: "queue panel", "aria-labelledby": "queue-title" },
+      title,
+      element("ol", {}, ...rows),
+    );
   }
 }
 
@@ -144,7 +183,12 @@ export class Stage {
 export function imageActions(image, acts) {
   const act = (name, key, what) => button({ name, text: t(key), "data-act": key, on: () => what(image) });
   const known = Boolean(image.settings);
-  const download = element("a", { class: "button", href: image.url, download: image.name, "data-act": "download" }, icon("download"), t("download"));
+  const download = element(
+    "a",
+    { class: "button", href: image.url, download: image.name, "data-act": "download" },
+    icon("download"),
+    t("download"),
+  );
   return element(
     "div",
     { class: "actions" },
@@ -159,7 +203,8 @@ export function imageActions(image, acts) {
 
 export function factsOf(image) {
   const { seed, steps } = image.settings ?? image;
-  return [size(image), seed !== undefined && t("fact.seed", { seed }), steps && plural("fact.steps", steps)].filter(Boolean);
+  const facts = [size(image), seed !== undefined && t("fact.seed", { seed }), steps && plural("fact.steps", steps)];
+  return facts.filter(Boolean);
 }
 
 /** The width at which an image fills its place without leaving it; small ones are enlarged. */

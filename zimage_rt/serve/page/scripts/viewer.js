@@ -4,7 +4,7 @@ import { announce } from "./announce.js";
 import { button, byId, element } from "./dom.js";
 import { moment, number, size } from "./format.js";
 import { t } from "./i18n.js";
-import { imageActions } from "./stage.js";
+import { imageActions, LEAST } from "./stage.js";
 
 export class Viewer {
   /** `beside(image, by)` gives its neighbours. */
@@ -65,8 +65,14 @@ export class Viewer {
       button({ name: "close", label: t("close"), kind: "quiet", on: () => this.dialog.close() }),
     );
     const picture = element("img", { src: image.url, alt: image.settings?.prompt ?? image.name });
-    if (image.width && Math.max(image.width, image.height) < 512) picture.style.width = `min(100%, ${(512 * image.width) / Math.max(image.width, image.height)}px)`;
-    const body = element("div", { class: "viewer-body" }, element("div", { class: "viewer-image" }, picture), this.facts(image));
+    const longer = Math.max(image.width, image.height);
+    if (longer && longer < LEAST) picture.style.width = `min(100%, ${(LEAST * image.width) / longer}px)`;
+    const body = element(
+      "div",
+      { class: "viewer-body" },
+      element("div", { class: "viewer-image" }, picture),
+      this.facts(image),
+    );
     this.dialog.replaceChildren(head, body);
   }
 
@@ -75,9 +81,17 @@ export class Viewer {
     const parts = [];
     if (settings) parts.push(element("p", { class: "words", tabIndex: 0, textContent: settings.prompt }));
     parts.push(imageActions(image, this.acts));
-    if (settings?.negative_prompt) parts.push(element("p", { class: "small" }, element("strong", { textContent: `${t("negative")}: ` }), settings.negative_prompt));
+    if (settings?.negative_prompt) parts.push(element(
+      "p",
+      { class: "small" },
+      element("strong", { textContent: `${t("negative")}: ` }),
+      settings.negative_prompt,
+    ));
     const list = element("dl");
-    for (const [key, value] of this.rows(image)) list.append(element("dt", { textContent: t(key) }), element("dd", { textContent: value }));
+    for (const [key, value] of this.rows(image)) list.append(
+      element("dt", { textContent: t(key) }),
+      element("dd", { textContent: value }),
+    );
     parts.push(list);
     return element("div", { class: "viewer-facts" }, ...parts);
   }
@@ -94,6 +108,7 @@ export class Viewer {
       ["shift", s.shift && number(s.shift)],
       ["strength", s.strength && number(s.strength)],
       ["lora", s.loras?.map((one) => `${one.name} (${number(one.weight)})`).join(", ")],
+      ["control.held", s.control && `${s.control.name} (${number(s.control.scale)})`],
       ["fact.model", s.model],
       ["fact.executor", s.executor],
       ["fact.created", image.created && moment(image.created)],

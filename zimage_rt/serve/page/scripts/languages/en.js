@@ -75,6 +75,7 @@ export default {
   "control.choose": "Add a control image",
   "control.held": "Control image",
   "control.taken": "The image will follow this control image.",
+  "control.missing": "This image followed a control image. Add that image, then generate.",
   "control.type": "Kind",
   "control.type.map": "A finished map",
   "control.type.canny": "A photograph (edges are detected)",

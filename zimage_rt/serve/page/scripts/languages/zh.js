@@ -74,6 +74,7 @@ export default {
   "control.choose": "添加控制图",
   "control.held": "控制图",
   "control.taken": "生成的图像将遵循这张控制图。",
+  "control.missing": "这张图像遵循了一张控制图。请先添加该控制图，再生成。",
   "control.type": "类型",
   "control.type.map": "现成的控制图",
   "control.type.canny": "照片（自动检测边缘）",

@@ -5,6 +5,7 @@ record of each image until the manifest has it, and what a worker on Ray has beg
 """
 
 import contextlib
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass

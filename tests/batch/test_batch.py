@@ -381,7 +381,9 @@ def test_a_damaged_manifest_is_said(bundle: Path, tmp_path: Path, capsys: Captur
 def test_a_group_decodes_when_its_time_is_up(
     bundle: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, ran: list[Program]
 ) -> None:
-    monkeypatch.setattr("zimage_rt.batch.run.Generator", functools.partial(generate.Generator, most_seconds=-1.0))
+    monkeypatch.setattr(
+        "zimage_rt.batch.run.ImageGenerator", functools.partial(generate.ImageGenerator, most_seconds=-1.0)
+    )
     rows, out = write_rows(tmp_path / "rows.jsonl", rows_of(3)), tmp_path / "out"
     assert call_batch(capsys, bundle, rows, out).status == 0
     assert len(images_in(out)) == 3

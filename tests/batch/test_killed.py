@@ -2,11 +2,19 @@
 
 import random
 import signal
-import time
 from pathlib import Path
 
 import pytest
-from batch_tools import finished, images_in, manifest_in, rows_of, unfinished, without_seconds, write_rows
+from batch_tools import (
+    finished,
+    images_in,
+    manifest_in,
+    rows_of,
+    unfinished,
+    wait_for,
+    without_seconds,
+    write_rows,
+)
 from cli_tools import start
 
 from zimage_rt import demo_bundle
@@ -27,10 +35,7 @@ def progress(out: Path) -> int:
 def kill_after(rows: Path, out: Path, more: int) -> None:
     """Kills a batch when so many more files have come."""
     before, process = progress(out), start("zimage-rt", *words(rows, out))
-    deadline = time.monotonic() + 300
-    while process.poll() is None and progress(out) < before + more:
-        assert time.monotonic() < deadline, "nothing comes of it"
-        time.sleep(0.002)
+    wait_for(lambda: process.poll() is not None or progress(out) >= before + more, "progress")
     process.kill()
     outcome = finished(process)
     assert outcome.status == -signal.SIGKILL, f"it ended before it was killed: {outcome.err}"
@@ -50,6 +55,16 @@ def check(folder: Path, number: int, kills: int, **values: object) -> None:
     assert len(images_in(out)) == number
     assert without_seconds(manifest_in(out)) == without_seconds(manifest_in(reference))
     assert unfinished(out) == []
+
+
+def test_ctrl_c_ends_in_one_line(tmp_path: Path) -> None:
+    rows, out = write_rows(tmp_path / "rows.jsonl", rows_of(40, size="128x128", steps=50)), tmp_path / "out"
+    process = start("zimage-rt", *words(rows, out))
+    wait_for(lambda: bool(progress(out)), "latents")
+    process.send_signal(signal.SIGINT)
+    outcome = finished(process)
+    assert (outcome.status, outcome.out, outcome.err) == (128 + signal.SIGINT, "", "interrupted\n")
+    assert [name for name in unfinished(out) if ".part" in name] == []
 
 
 def test_a_few_rows_killed_twice(tmp_path: Path) -> None:

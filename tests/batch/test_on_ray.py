@@ -4,15 +4,23 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from batch_tools import finished, images_in, manifest_in, rows_of, unfinished, without_seconds, write_rows
+from batch_tools import (
+    finished,
+    images_in,
+    manifest_in,
+    rows_of,
+    unfinished,
+    wait_for,
+    without_seconds,
+    write_rows,
+)
 from cli_tools import start
 from facts import raises_with
 from PIL import Image
@@ -152,19 +160,12 @@ def test_two_workers_make_the_images_of_one_machine(tmp_path: Path) -> None:
     assert unfinished(out) == []
 
 
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 240
-    while not condition():
-        assert time.monotonic() < deadline, f"no {what}"
-        time.sleep(0.02)
-
-
 def workers_of(process: psutil.Process) -> list[psutil.Process]:
     return [one for one in process.children(recursive=True) if "MapWorker" in " ".join(one.cmdline())]
 
 
 def prepared(tmp_path: Path, number: int) -> tuple[Path, Path, Path]:
-    rows = write_rows(tmp_path / "rows.jsonl", rows_of(number, size="128x128", steps=8))
+    rows = write_rows(tmp_path / "rows.jsonl", rows_of(number, size="96x96", steps=8))
     reference = tmp_path / "reference"
     assert finished(start("zimage-rt", *words(rows, reference, "--executor", "cpu", "--quiet"))).status == 0
     return rows, tmp_path / "out", reference
@@ -173,7 +174,7 @@ def prepared(tmp_path: Path, number: int) -> tuple[Path, Path, Path]:
 @pytest.mark.slow
 @needs_ray
 def test_a_worker_that_is_killed(tmp_path: Path) -> None:
-    rows, out, reference = prepared(tmp_path, 40)
+    rows, out, reference = prepared(tmp_path, 24)
     process = start("zimage-rt", *words(rows, out, *TWO_WORKERS))
     wait_for(lambda: len(list(out.glob("*.png"))) >= 6, "images")
     workers = workers_of(psutil.Process(process.pid))
@@ -190,7 +191,7 @@ def test_a_worker_that_is_killed(tmp_path: Path) -> None:
 @pytest.mark.slow
 @needs_ray
 def test_a_driver_that_is_killed(tmp_path: Path) -> None:
-    rows, out, reference = prepared(tmp_path, 40)
+    rows, out, reference = prepared(tmp_path, 24)
     process = start("zimage-rt", *words(rows, out, *TWO_WORKERS))
     wait_for(lambda: len(list(out.glob("*.png"))) >= 10, "images")
     family = psutil.Process(process.pid).children(recursive=True)
@@ -199,7 +200,7 @@ def test_a_driver_that_is_killed(tmp_path: Path) -> None:
     _, alive = psutil.wait_procs(family, timeout=60)
     assert alive == []
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
-    assert 10 <= len(before) < 40
+    assert 10 <= len(before) < 24
     outcome = finished(start("zimage-rt", *words(rows, out, *TWO_WORKERS)))
     assert (outcome.status, outcome.err) == (0, "")
     assert sorted(outcome.lines) == sorted(str(out / name) for name in images_in(reference) if name not in before)

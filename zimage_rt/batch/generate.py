@@ -45,7 +45,7 @@ Outcome = Record | Failure
 
 
 @dataclass
-class Generator:
+class ImageGenerator:
     """Generates items into a store."""
 
     pipeline: Pipeline

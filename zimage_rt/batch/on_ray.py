@@ -18,7 +18,7 @@ from typing import Any
 from zimage_runtime.errors import RequestError, ZImageRuntimeError
 
 from .fields import RowRequest
-from .generate import Failure, Generator, Outcome
+from .generate import Failure, ImageGenerator, Outcome
 from .items import Item, Shape, groups
 from .records import Record, is_done, read_record
 from .store import ATTEMPTS, open_store
@@ -85,7 +85,7 @@ class Worker:
             trust_engines=options.trust_engines,
         )
         self._store = open_store(options.output)
-        self._generator = Generator(pipeline, self._store, options.metadata)
+        self._generator = ImageGenerator(pipeline, self._store, options.metadata)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, list[str]]:
         """Generates groups, which are JSON in the column `group`; the column `outcome` has what came of each row."""

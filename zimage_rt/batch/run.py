@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,14 @@ from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.errors import RequestError, ZImageRuntimeError
 from zimage_runtime.pipeline import Pipeline
 
-from .generate import Generator, Outcome, Steps
+from .generate import ImageGenerator, Outcome, Steps
 from .items import Check, Item, check_rows, groups
 from .manifest import MANIFEST, read_manifest, write_manifest
 from .records import Record, is_done, keep_latents, read_record, recorded_keys
 from .rows import read_rows
 from .store import FolderStore, Store, open_store
 
-Runs = Callable[[list[Item]], Iterable[Steps | Outcome]]
+Runs = Callable[[list[Item]], Generator[Steps | Outcome, None, None]]
 """Generates items, in any order."""
 
 
@@ -141,8 +141,9 @@ class Batch:
         self, store: Store, pending: Mapping[str, Item], runs: Runs, records: dict[str, Record], summary: Summary
     ) -> None:
         left = {key: item.steps for key, item in pending.items()}
-        with self.progress.task("generating", sum(left.values())) as advance:
-            for outcome in runs(list(pending.values())):
+        events = contextlib.closing(runs(list(pending.values())))  # what is loaded is freed before anything else ends
+        with self.progress.task("generating", sum(left.values())) as advance, events as outcomes:
+            for outcome in outcomes:
                 if isinstance(outcome, Steps):
                     left[outcome.key] -= outcome.count
                     advance(outcome.count)
@@ -163,8 +164,8 @@ class Batch:
 def in_groups(pipeline: Pipeline, options: BatchOptions) -> Runs:
     """Generates on a pipeline of this process."""
 
-    def runs(items: list[Item]) -> Iterator[Steps | Outcome]:
-        generator = Generator(pipeline, open_store(options.output), options.metadata)
+    def runs(items: list[Item]) -> Generator[Steps | Outcome, None, None]:
+        generator = ImageGenerator(pipeline, open_store(options.output), options.metadata)
         for group in groups(items):
             yield from generator.run(group)
 

@@ -12,9 +12,9 @@ from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.executors.registry import AUTO, EXECUTORS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator
 
-    from ..batch.generate import Outcome
+    from ..batch.generate import Outcome, Steps
     from ..batch.items import Item
     from ..batch.records import Record
 
@@ -129,7 +129,7 @@ def batch(
             trust_engines=trust_engines,
         )
 
-        def generated(pending: "list[Item]") -> "Iterator[Outcome]":
+        def generated(pending: "list[Item]") -> "Generator[Steps | Outcome, None, None]":
             with on_ray.Cluster(ray) as cluster:
                 pool = cluster.pool(workers, cpus_per_worker)
                 progress.note(f"{pool.workers} workers on Ray, each with {pool.gpus or pool.cpus} {pool.kind}")

@@ -17,7 +17,11 @@ STATED: dict[str, tuple[str, ...]] = {
         "one of at most 3 MB serves",
         "transformer 24 GB)",
     ),
-    "docs/benchmarks.md": ("channels 50 times as loud", "gate 8 times less"),  # how the test is made
+    "docs/benchmarks.md": (
+        "channels 50 times as loud",  # how the test is made
+        "gate 8 times less",
+        "user's cache (2 GB)",
+    ),
     "docs/gpu_findings.md": (
         "(18 GB",  # plans, not measurements
         "exactly: 673 MB",

@@ -80,10 +80,7 @@ SCRIPT = Script(
     packages=("numpy", "onnxruntime", "onnxruntime-gpu"),
     work="100 MB",
     path=".",
-    options={
-        "prompts": Option(24, "in English"),
-        "device": Option("cpu", "of CUDA's programs", ("cpu", "cuda")),
-    },
+    options={"prompts": Option(24, "in English"), "device": Option("cpu", "of CUDA's programs", ("cpu", "cuda"))},
 )
 
 if __name__ == "__main__":

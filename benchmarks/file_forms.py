@@ -281,13 +281,7 @@ def page(report: Document) -> list[str]:
 
 
 SCRIPT = Script(
-    __file__,
-    __doc__,
-    measure,
-    page,
-    packages=("numpy", "gguf", "onnxruntime"),
-    work="20 GB, freed again",
-    rounds=3,
+    __file__, __doc__, measure, page, packages=("numpy", "gguf", "onnxruntime"), work="20 GB, freed again", rounds=3
 )
 
 if __name__ == "__main__":

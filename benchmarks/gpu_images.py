@@ -166,10 +166,7 @@ def child_parity(options: Child) -> Child:
     with open_any({**options, "vram": None}) as ours, Pipeline.from_bundle(options["bundle"], "cpu") as reference:
         one, other = (last_event(pipeline, (256, 256), options["steps"]) for pipeline in (ours, reference))
     psnr = psnr_db(np.asarray(one.image), np.asarray(other.image))
-    return {
-        "latents_error": relative_error(one.latents, other.latents),
-        "psnr": None if np.isinf(psnr) else psnr,
-    }
+    return {"latents_error": relative_error(one.latents, other.latents), "psnr": None if np.isinf(psnr) else psnr}
 
 
 def last_event(pipeline: Pipeline, size: tuple[int, ...], steps: int) -> ImageEvent:

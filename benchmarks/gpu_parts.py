@@ -106,10 +106,7 @@ def child_copies(options: Child) -> Child:
         raise RuntimeError("a trial has no GPU to copy to")
     source = torch.empty(_MEBIBYTES << 20, dtype=torch.uint8)
     target, pinned = torch.empty_like(source, device="cuda"), source.pin_memory()
-    calls = {
-        "pinned": lambda: target.copy_(pinned, non_blocking=True),
-        "ordinary": lambda: target.copy_(source),
-    }
+    calls = {"pinned": lambda: target.copy_(pinned, non_blocking=True), "ordinary": lambda: target.copy_(source)}
     return {"rows": {f"{_MEBIBYTES} MiB": _medians(calls, options["repeat"], "cuda")}}
 
 

@@ -3,10 +3,10 @@
 import ast
 import importlib
 import json
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -19,9 +19,6 @@ from zimage_rt.bench.timing import interleave, ratio
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
-
-WRITTEN_BY_HAND = {"gpu_h100"}
-"""Results whose page is no script's: notes on what one machine showed."""
 
 
 @pytest.fixture(autouse=True)
@@ -46,34 +43,39 @@ def scripts() -> list[str]:
     return sorted(found)
 
 
-def module_of(command: str) -> ModuleType:
-    (script,) = [word for word in command.split() if word.startswith("benchmarks/")]
-    return importlib.import_module(Path(script).stem)
+def script_of(name: str) -> str:
+    """The script that a result says it was made by; empty where it names none."""
+    command = json.loads((RESULTS / f"{name}.json").read_text("utf-8")).get("command", "")
+    return next((Path(word).stem for word in command.split() if word.startswith("benchmarks/")), "")
 
 
-@pytest.mark.parametrize("name", sorted({path.stem for path in RESULTS.glob("*.json")} - WRITTEN_BY_HAND))
+def results() -> list[str]:
+    """The committed results of scripts on the frame."""
+    return sorted(path.stem for path in RESULTS.glob("*.json") if script_of(path.stem) in scripts())
+
+
+def test_the_results_of_scripts_are_found() -> None:
+    assert {"cpu_step", "int8_step", "full_size_bf16", "memory_model", "demo_precisions"} <= set(results())
+
+
+@pytest.mark.parametrize("name", results())
 def test_a_committed_page_is_made_from_its_committed_values(name: str) -> None:
     document = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))
-    script: Script = module_of(document["command"]).SCRIPT
+    script: Script = importlib.import_module(script_of(name)).SCRIPT
     assert (RESULTS / f"{name}.md").read_text("utf-8") == script.text(document).rstrip() + "\n", (
         f"run `python {script.file} --page --name {name}`"
     )
 
 
-def test_the_command_of_a_committed_result_is_one_that_the_script_takes() -> None:
-    import shlex
-
-    for path in RESULTS.glob("*.json"):
-        command = json.loads(path.read_text("utf-8")).get("command")
-        if command is None:
-            assert path.stem in WRITTEN_BY_HAND
-            continue
-        script: Script = module_of(command).SCRIPT
-        words = shlex.split(command)
-        options = script.parser().parse_args(words[words.index("python") + 2 :])
-        options.name = options.name or script.own_name(options)
-        assert options.name == path.stem
-        assert script.command(options) == command
+@pytest.mark.parametrize("name", results())
+def test_the_command_of_a_committed_result_is_one_that_the_script_takes(name: str) -> None:
+    command = json.loads((RESULTS / f"{name}.json").read_text("utf-8"))["command"]
+    script: Script = importlib.import_module(script_of(name)).SCRIPT
+    words = shlex.split(command)
+    options = script.parser().parse_args(words[words.index("python") + 2 :])
+    options.name = options.name or script.own_name(options)
+    assert options.name == name
+    assert script.command(options) == command
 
 
 @pytest.mark.parametrize("name", scripts())

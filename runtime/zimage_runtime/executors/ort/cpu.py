@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import TypeVar, cast
 
-from ...adapters.branches import NO_BRANCHES, ON_CPU, Branches, check_extended
+from ...adapters.branches import ON_CPU, Branches, check_extended
 from ...arrays import FloatArray
 from ...bundle.bundle import Bundle
 from ...bundle.manifest import CPU, Precision
@@ -129,8 +129,6 @@ class CpuSession:
         rotary, branches = conditioning.caption_rotary, conditioning.branches
         if branches is not None:
             self.worker.call(self.executor.programs.extend, self.stop)
-        elif self.executor.programs.extended:  # which stay, so that nothing is loaded again
-            branches = NO_BRANCHES
         feeds = {"hidden_states": conditioning.hidden_states, "cos": rotary.cos, "sin": rotary.sin}
         caption = self.run(Program.CAPTION, feeds | self._inputs(branches, Program.CAPTION))["caption"]
         table = self._modulation(conditioning.timesteps, branches)
@@ -145,7 +143,7 @@ class CpuSession:
         return _CpuDenoiser(self, fixed, table["modulation"], table["final_scale"])
 
     def _inputs(self, branches: Branches | None, program: Program) -> dict[str, FloatArray]:
-        return {} if branches is None else branches.inputs(program, self.executor.bundle.manifest)
+        return self.executor.programs.branch_inputs(branches, program)
 
     def _modulation(self, timesteps: FloatArray, branches: Branches | None) -> dict[str, FloatArray]:
         """The table of a schedule, which all conditionings of a request share."""

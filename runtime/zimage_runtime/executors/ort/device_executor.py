@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
-from ...adapters.branches import NO_BRANCHES, ON_CPU, Branches, check_extended
+from ...adapters.branches import ON_CPU, Branches, check_extended
 from ...arrays import FloatArray
 from ...bundle.bundle import Bundle
 from ...bundle.manifest import extended
@@ -54,7 +54,6 @@ class OrtDeviceExecutor:
     keep_loaded: bool = True
     device_name: str = "a GPU"
     _sessions: dict[Program, Any] = field(default_factory=dict, repr=False)
-    _extended: bool = False  # programs take LoRA
     _shrinks: str | None = field(init=False, repr=False)
     _host: HostPrograms = field(init=False, repr=False)
     _worker: Worker = field(init=False, repr=False)
@@ -105,17 +104,14 @@ class OrtDeviceExecutor:
         self.release()
         self._worker.close()
 
-    @property
-    def extended(self) -> bool:
-        """Whether programs take LoRA."""
-        return self._extended
-
     def extend(self) -> None:
         """From now on, programs take LoRA. What is loaded in its other form is freed."""
-        if not self._extended:
-            self._extended = True
+        if self._host.extend():
             self._release(*EXTENDED)
-            self._host.extend()
+
+    def branch_inputs(self, branches: Branches | None, program: Program, least_rank: int = 0) -> dict[str, FloatArray]:
+        """The inputs of a program for LoRA; none until `extend` was called."""
+        return self._host.branch_inputs(branches, program, least_rank)
 
     def exclusively(self, function: Callable[[], Result], stop: Stop) -> Result:
         """Runs what uses the device, in this thread's turn. All that it made there and does not return is freed by the
@@ -199,7 +195,7 @@ class OrtDeviceExecutor:
 
     def _session(self, program: Program, stop: Stop) -> Any:
         name = self.denoiser if program is Program.DENOISER else self.name
-        name = extended(name) if self._extended and program in EXTENDED else name
+        name = extended(name) if self._host.extended and program in EXTENDED else name
         path, record = self.bundle.program(program, name), self.bundle.manifest.record(program, name)
         return self.open(str(path), f"{program} in {path}", stop, program, record.weight_bytes if record else 0)
 
@@ -239,8 +235,6 @@ class DeviceSession:
         branches = conditioning.branches
         if branches is not None:
             executor.extend()
-        elif executor.extended:  # which it stays, so that nothing is loaded again
-            branches = NO_BRANCHES
         executor.enter(Program.CAPTION, self.plan)
         executor.load(Program.CAPTION, self.stop)
         upload, dim = device.upload, executor.bundle.manifest.config.transformer.dim
@@ -266,9 +260,7 @@ class DeviceSession:
 
     def _matrices(self, branches: Branches | None, program: Program) -> dict[str, Any]:
         """A program's LoRA on the device, once for all conditionings."""
-        if branches is None:
-            return {}
-        inputs = branches.inputs(program, self.executor.bundle.manifest, _LEAST_RANK)
+        inputs = self.executor.branch_inputs(branches, program, _LEAST_RANK)
         return {name: self._matrix(values) for name, values in inputs.items()}
 
     def _matrix(self, values: FloatArray) -> Any:
@@ -280,8 +272,7 @@ class DeviceSession:
         """The table of a schedule, which all conditionings of a request share."""
         key, upload = timesteps.tobytes(), self.executor.device.upload
         if key not in self._tables:
-            manifest = self.executor.bundle.manifest
-            inputs = {} if branches is None else branches.inputs(Program.MODULATION, manifest)
+            inputs = self.executor.branch_inputs(branches, Program.MODULATION)
             table = self.executor.run_host(Program.MODULATION, {"timesteps": timesteps, **inputs}, self.stop)
             rows = zip(table["modulation"], table["final_scale"], strict=True)
             uploaded = ({"modulation": upload(row), "final_scale": upload(scale)} for row, scale in rows)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...adapters.branches import NO_BRANCHES, Branches
 from ...arrays import FloatArray
 from ...bundle.bundle import Bundle
 from ...bundle.manifest import CPU, extended
@@ -45,14 +46,21 @@ class HostPrograms:
 
     @property
     def extended(self) -> bool:
-        """Whether programs take LoRA."""
+        """Whether programs take LoRA: these, and those of a device that an executor runs beside them."""
         return self._extended
 
-    def extend(self) -> None:
-        """From now on, programs take LoRA. What is loaded in its other form is freed."""
-        if not self._extended:
-            self._extended = True
+    def extend(self) -> bool:
+        """From now on, programs take LoRA. What is loaded in its other form is freed. Whether it was another before."""
+        before, self._extended = self._extended, True
+        if not before:
             self._free(EXTENDED)
+        return not before
+
+    def branch_inputs(self, branches: Branches | None, program: Program, least_rank: int = 0) -> dict[str, FloatArray]:
+        """The inputs of a program for LoRA: none of them, until programs were extended; from then on, always."""
+        if not self._extended:
+            return {}
+        return (branches or NO_BRANCHES).inputs(program, self._bundle.manifest, least_rank)
 
     def run(self, program: Program, feeds: Mapping[str, FloatArray], stop: Stop | None = None) -> dict[str, FloatArray]:
         """Runs one program: inputs and outputs by the names in `model.programs`.

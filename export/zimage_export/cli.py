@@ -214,8 +214,9 @@ def engines(bundle: Path, gpus: tuple[str, ...], lora: bool, as_json: bool, quie
 def programs(bundle: Path, executors: tuple[str, ...], lora: bool, as_json: bool, quiet: bool) -> None:
     """Add the programs that BUNDLE lacks, such as those of an executor that is newer than the bundle.
 
-    A program takes 2 MB at most. Weights are neither needed in memory nor rewritten, and images that the bundle has
-    generated still match it. Of the export extra, only onnx is used.
+    Programs whose files are missing or damaged are written again. One takes 2 MB at most. Weights are neither needed in
+    memory nor rewritten, and images that the bundle has generated still match it. Of the export extra, only onnx is
+    used.
     """
     require_onnx()
     from zimage_runtime.bundle.bundle import Bundle
@@ -223,7 +224,7 @@ def programs(bundle: Path, executors: tuple[str, ...], lora: bool, as_json: bool
     from .programs import add_programs
 
     progress = Progress(quiet)
-    report = add_programs(Bundle.open(bundle), executors, progress, lora=lora)
+    report = add_programs(Bundle.open(bundle, repairs_programs=True), executors, progress, lora=lora)
     manifest = report.bundle.manifest
     added = [
         {"program": program.value, "name": name, "path": record.path, "bytes": manifest.files[record.path].size}

@@ -17,6 +17,7 @@ _GPUS = ("sm75", "sm80", "sm86", "sm89", "sm120", "portable")
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Images in one step.")
 @click.option("--tokens", type=click.IntRange(1, 512), default=128, show_default=True, help="Of the prompt.")
 @click.option("--guided", is_flag=True, help="With guidance: a negative prompt of as many tokens.")
+@click.option("--lora", "loras", multiple=True, metavar="FILE[:WEIGHT]", help="As for run; may be given again.")
 @click.option(
     "--executor",
     type=click.Choice([*EXECUTORS]),
@@ -31,6 +32,7 @@ def plan(
     batch: int,
     tokens: int,
     guided: bool,
+    loras: tuple[str, ...],
     executor: str | None,
     gpu: str,
     as_json: bool,
@@ -42,6 +44,9 @@ def plan(
     refused with the smallest that would do. For cuda, it also shows what bundles of the same model in other precisions
     would take.
     """
+    from zimage_runtime.adapters.branches import BranchSizes
+    from zimage_runtime.adapters.given import given_loras
+    from zimage_runtime.adapters.shelf import LoraShelf
     from zimage_runtime.bundle.bundle import Bundle
     from zimage_runtime.bundle.hub import bundle_directory
     from zimage_runtime.executors.plan_lines import labelled
@@ -53,12 +58,16 @@ def plan(
     opened = Bundle.open(bundle_directory(bundle))
     manifest = opened.manifest
     width, height = size or (manifest.defaults.width, manifest.defaults.height)
+    branches = BranchSizes.of(LoraShelf(opened).open(given_loras(loras)))
     work = Work(
         geometry=image_geometry(width, height, manifest.config),
         tokens=tokens,
         guided=guided,
         batch=batch,
         steps=manifest.defaults.steps,
+        branches=branches.nbytes or None,
+        branch_rank=branches.rank,
+        branch_products=branches.products,
     )
     chosen = executor or ("cuda" if manifest.engines is None else "tensorrt")
     hardware = Hardware(memory=UNLIMITED if vram is None else vram, gpu=gpu)

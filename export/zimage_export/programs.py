@@ -32,7 +32,9 @@ class AddedPrograms:
 def add_programs(
     bundle: Bundle, executors: Sequence[str] = (), progress: Progress | None = None, *, lora: bool = False
 ) -> AddedPrograms:
-    """Adds the programs that a bundle lacks: for some executors, or for all that its precision has programs for.
+    """Adds the programs that a bundle lacks, for some executors or for all that its precision has programs for.
+
+    Any program whose file is missing or damaged is written again.
 
     With `lora`, also those that take LoRA and a ControlNet's hints, of which older ones are replaced.
 
@@ -45,11 +47,15 @@ def add_programs(
     folds = read_folds(bundle.manifest.folds)
     graphs = [
         build_graph(program, bundle.manifest.config, Target(programs.name, policy, folds))
-        for programs in wanted
+        for programs in PROGRAM_SETS.values()
         for program in programs.of(bundle.manifest.precision)
-        if bundle.manifest.record(program, programs.name) is None or programs.extended
+        if _lacks(bundle, program, programs, wanted) or (programs.extended and programs in wanted)
     ]
-    graphs = [graph for graph in graphs if _is_lacking(bundle, graph)]
+    graphs = [
+        graph
+        for graph in graphs
+        if _lacks(bundle, graph.program, PROGRAM_SETS[graph.executor], wanted) or _is_older(bundle, graph)
+    ]
     for graph in graphs:  # all of them, before anything is written
         _check_weights(bundle, policy, graph)
     if not graphs:
@@ -60,10 +66,11 @@ def add_programs(
         with (progress or Progress(quiet=True)).task("programs", len(graphs)) as advance:
             for graph in graphs:
                 record, file = _write(bundle, graph)
-                if earlier := bundle.manifest.record(graph.program, graph.executor):
-                    replaced.append(earlier.path)
-                    del files[earlier.path]
-                records.setdefault(graph.program, {})[graph.executor] = record
+                before = records.setdefault(graph.program, {}).get(graph.executor)
+                if before is not None:
+                    replaced.append(before.path)
+                    files.pop(before.path, None)
+                records[graph.program][graph.executor] = record
                 files[record.path] = file
                 added.append((graph.program, graph.executor, record))
                 advance(1)
@@ -75,15 +82,24 @@ def add_programs(
     return AddedPrograms(Bundle.open(bundle.root), tuple(added))
 
 
-def _is_lacking(bundle: Bundle, graph: Graph) -> bool:
-    """Whether a bundle has no such program, or an extended one of an earlier version, with other inputs."""
+def _is_older(bundle: Bundle, graph: Graph) -> bool:
+    """Whether a bundle's program is one of an earlier version, with other inputs."""
     import onnx
 
     record = bundle.manifest.record(graph.program, graph.executor)
     if record is None:
-        return True
+        return False
     model = onnx.load(str(bundle.file(record.path)), load_external_data=False)
     return {value.name for value in model.graph.input} != graph.input_names
+
+
+def _lacks(bundle: Bundle, program: Program, programs: ProgramSet, wanted: Sequence[ProgramSet]) -> bool:
+    """Whether a wanted program is not listed, or any is whose file is missing or of another size."""
+    record = bundle.manifest.record(program, programs.name)
+    if record is None:
+        return programs in wanted
+    path = bundle.file(record.path)
+    return not path.is_file() or path.stat().st_size != bundle.manifest.files[record.path].size
 
 
 def _wanted(bundle: Bundle, executors: Sequence[str]) -> list[ProgramSet]:
@@ -122,7 +138,9 @@ def _write(bundle: Bundle, graph: Graph) -> tuple[ProgramRecord, FileRecord]:
     temporary = temporary_sibling(root / name)
     try:
         record, file = write_program(root, inside(temporary.name), graph, bundle.file(weights))
-        if name in bundle.manifest.files:  # which must stay as it is until the manifest is replaced
+        if (
+            name in bundle.manifest.files and (root / name).exists()
+        ):  # which must stay as it is until the manifest is replaced
             name = inside(f"{file_name(graph).removesuffix('.onnx')}.{file.sha256[:8]}.onnx")
         os.replace(temporary, root / name)
     finally:

@@ -7,9 +7,10 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ...adapters.branches import NO_BRANCHES, Branches
 from ...arrays import FloatArray
 from ...bundle.controlnet import ControlNet
-from ...bundle.manifest import CPU, extended
+from ...bundle.manifest import CPU, Manifest, extended
 from ...errors import CancelledError, ExecutorError
 from ...machine.cores import thread_count
 from ...machine.int8_products import ACTIVATION_LEVELS, activation_levels
@@ -54,14 +55,24 @@ class HostPrograms:
 
     @property
     def extended(self) -> bool:
-        """Whether programs take LoRA."""
+        """Whether programs take LoRA: these, and those of a device that an executor runs beside them."""
         return self._extended
 
-    def extend(self) -> None:
-        """From now on, programs take LoRA and hints. What is loaded in its other form is freed."""
-        if not self._extended:
-            self._extended = True
+    def extend(self) -> bool:
+        """From now on, programs take LoRA and hints. What is loaded in its other form is freed. Whether it was another
+        before."""
+        before, self._extended = self._extended, True
+        if not before:
             self._free(ALL_EXTENDED)
+        return not before
+
+    def branch_inputs(
+        self, branches: Branches | None, program: Program, manifest: Manifest, least_rank: int = 0
+    ) -> dict[str, FloatArray]:
+        """The inputs of a program for LoRA: none of them, until programs were extended; from then on, always."""
+        if not self._extended:
+            return {}
+        return (branches or NO_BRANCHES).inputs(program, manifest, least_rank)
 
     def use_control(self, net: ControlNet) -> None:
         """From now on, a ControlNet's programs are those of `net`. Those of another one are freed."""

@@ -15,7 +15,7 @@ from zimage_rt.bench.accuracy import psnr_db, relative_error
 from zimage_rt.bench.script import Document, Option, Run, Script
 from zimage_rt.bench.tables import markdown_table
 from zimage_runtime.bundle.bundle import Bundle
-from zimage_runtime.bundle.manifest import CPU, CUDA, CUDA_WEIGHT_ONLY
+from zimage_runtime.bundle.manifest import CPU, CUDA, CUDA_BLOCKS, CUDA_WEIGHT_ONLY
 from zimage_runtime.bundle.precision import Precision
 from zimage_runtime.executors.ort.cuda import cuda_executor
 from zimage_runtime.executors.ort.device import OrtDevice
@@ -23,7 +23,7 @@ from zimage_runtime.machine.int8_products import activation_bits
 from zimage_runtime.pipeline import ImageEvent, Pipeline
 
 PLACES = {"least": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9}
-WAYS = {"cpu": CPU, "cuda, int8 products": CUDA, "cuda, weight-only": CUDA_WEIGHT_ONLY}
+WAYS = {"cpu": CPU, "cuda, int8 products": CUDA, "cuda, weight-only": CUDA_WEIGHT_ONLY, "cuda, blocks": CUDA_BLOCKS}
 
 
 def pipeline_of(bundle: Path, program: str, device: str) -> Pipeline:

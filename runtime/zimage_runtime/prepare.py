@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 
-from .adapters.branches import branch_bytes
+from .adapters.branches import BranchSizes
 from .adapters.given import given_loras
 from .adapters.shelf import LoraShelf
 from .bundle.bundle import Bundle
@@ -75,6 +75,7 @@ def prepare_job(
     guidance = make_guidance(scale, schedule, first_step, normalize=normalize, truncation=truncation)
     loras = shelf.open(given_loras(request.loras), allow_unused=request.lora_allow_unused)
     active = tuple(one for one in loras if one.weight)
+    branches = BranchSizes.of(active)
     prompts = [tokenized(text) for text in (request.prompt, request.negative)[: 1 + guidance.guided]]
     chosen = choice.plan(
         Work(
@@ -86,7 +87,9 @@ def prepare_job(
             steps=schedule.steps,
             encodes=source is not None or active_control is not None,
             held=3 * geometry.width * geometry.height * count if keeps_images else 0,
-            branches=branch_bytes(active) if active else None,
+            branches=branches.nbytes if active else None,
+            branch_rank=branches.rank,
+            branch_products=branches.products,
             control=None if active_control is None else active_control.net,
         )
     )

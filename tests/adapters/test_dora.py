@@ -14,7 +14,7 @@ from zimage_export.build import BuildOptions, build
 from zimage_export.programs import add_programs
 from zimage_export.source.checkpoint import Checkpoint
 from zimage_export.synthetic.checkpoint import SMALL
-from zimage_runtime.adapters.branches import branch_bytes, make_branches
+from zimage_runtime.adapters.branches import BranchSizes, make_branches
 from zimage_runtime.adapters.given import GivenLora
 from zimage_runtime.adapters.kronecker import ProductSum, joined, joined_sizes
 from zimage_runtime.adapters.reader import WeightedAdapter, read_adapter
@@ -166,8 +166,8 @@ def test_products_of_different_rows_are_one_matrix() -> None:
 def test_what_all_kinds_take_is_counted(checkpoint: Path, root: Path, tmp_path: Path) -> None:
     given = mixed(tmp_path, checkpoint)
     loras = [WeightedAdapter(read_adapter(path, SMALL.config), weight) for path, weight in given]
-    assert make_branches(Bundle.open(root), loras).nbytes == branch_bytes(loras)
+    assert make_branches(Bundle.open(root), loras).nbytes == BranchSizes.of(loras).nbytes
     turned = [loras[3], loras[1]]  # a LoKr after another one's new norms: one matrix for each layer
     branches = make_branches(Bundle.open(root), turned)
-    assert branches.nbytes == branch_bytes(turned)
+    assert branches.nbytes == BranchSizes.of(turned).nbytes
     assert branches.products["layers.0.attention.to_q"].inner.shape == (96, 1, 96)

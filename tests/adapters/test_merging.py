@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cli_tools import call_export
+from cli_tools import assert_one_line_error, call_export
 from facts import raises_with
 from lora_tools import CASE, QUIET, adapted, lora
 from parity import check_parity, draw, draw_with_diffusers, relative_error
@@ -86,6 +86,8 @@ def test_a_merged_bundle_says_so_and_is_measured_against_the_merged_model(
     manifest = json.loads((tmp_path / "out/manifest.json").read_text("utf-8"))
     assert manifest["source"]["name"].endswith("+fox:0.5+fox")
     document = json.loads(made.out)
+    forgotten = call_export(capsys, "verify", tmp_path / "out", "--reference", checkpoint, "--quiet")
+    assert_one_line_error(forgotten, tmp_path / "out", "fox:0.5", "--lora")
     verified = ("verify", tmp_path / "out", "--reference", checkpoint, "--size", "32x32", "--prompts", prompts)
     assert call_export(capsys, *verified, "--quiet", *given).status == 0
     assert document["fingerprint"] != Pipeline.from_bundle(bundle).bundle.manifest.fingerprint

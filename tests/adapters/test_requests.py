@@ -13,8 +13,9 @@ from lora_tools import drawn, everywhere, lora, written
 from schemes import DIM, Tensors, values
 
 from zimage_export.synthetic.checkpoint import SMALL
+from zimage_runtime.adapters.branches import BranchSizes
 from zimage_runtime.adapters.given import GivenLora
-from zimage_runtime.adapters.reader import read_adapter
+from zimage_runtime.adapters.reader import WeightedAdapter, read_adapter
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import CPU, CUDA, WEBGPU, WEBGPU_FUSED, Precision, extended
 from zimage_runtime.errors import AdapterError, BundleError, ExecutorError, RequestError
@@ -49,6 +50,17 @@ def test_what_is_no_branch_is_refused_with_the_line_that_merges_it(case: str, ro
     path = written(tmp_path / f"{case}.safetensors", REFUSED[case])
     with Pipeline.from_bundle(root) as pipeline, raises_with(AdapterError, path, f"--lora {path}:0.5", "zimage-export"):
         pipeline.stream("a fox", loras=[(path, 0.5)])
+
+
+@pytest.mark.parametrize("executor", [CPU, CUDA, WEBGPU])
+def test_the_plan_of_another_machine_counts_lora(executor: str, root: Path, tmp_path: Path, capsys: Capture) -> None:
+    path = everywhere(tmp_path / "all.safetensors")
+    command = ("plan", root, "--executor", executor, "--size", "48x64")
+    plain = json.loads(call_rt(capsys, *command, "--json").out)
+    found = json.loads(call_rt(capsys, *command, "--lora", f"{path}:0.5", "--json").out)
+    nbytes = BranchSizes.of([WeightedAdapter(read_adapter(path, SMALL.config), 0.5)]).nbytes
+    assert found["peak"] - plain["peak"] == found["lora"] == nbytes > plain["lora"] == 0
+    assert any(line.startswith("lora") for line in call_rt(capsys, *command, "--lora", path).lines)
 
 
 def test_a_bundle_without_the_programs_names_the_command(bundle: Path, tmp_path: Path, capsys: Capture) -> None:

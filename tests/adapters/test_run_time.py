@@ -14,7 +14,7 @@ from schemes import DIM, FFN, SCHEMES, values
 from zimage_export.build import BuildOptions, build
 from zimage_export.programs import add_programs
 from zimage_export.synthetic.checkpoint import SMALL
-from zimage_runtime.adapters.branches import NO_BRANCHES, RANK_UNIT, branch_bytes, make_branches
+from zimage_runtime.adapters.branches import NO_BRANCHES, RANK_UNIT, BranchSizes, make_branches
 from zimage_runtime.adapters.given import GivenLora
 from zimage_runtime.adapters.reader import WeightedAdapter, read_adapter
 from zimage_runtime.bundle.bundle import Bundle
@@ -217,7 +217,7 @@ def test_ranks_are_joined_padded_and_counted(root: Path, tmp_path: Path) -> None
         (delta,) = [d for d in one.adapter.deltas if d.tensor == "layers.0.attention.to_q.weight"]
         expected = expected + one.weight * delta.form.rows(0, DIM)
     assert np.allclose(up @ down, expected, atol=1e-5)
-    assert branches.nbytes == branch_bytes(loras)
+    assert branches.nbytes == BranchSizes.of(loras).nbytes
 
 
 def test_the_plan_counts_the_matrices(root: Path, tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_the_plan_counts_the_matrices(root: Path, tmp_path: Path) -> None:
     with Pipeline.from_bundle(root) as pipeline:
         job = pipeline.prepare(pipeline_request(path))
         plain = pipeline.prepare(pipeline_request())
-    nbytes = branch_bytes([WeightedAdapter(read_adapter(path, SMALL.config), 1.0)])
+    nbytes = BranchSizes.of([WeightedAdapter(read_adapter(path, SMALL.config), 1.0)]).nbytes
     assert job.plan.peak - plain.plan.peak == nbytes > 0
     assert job.plan.document()["lora"] == nbytes
     assert any(line.startswith("lora") for line in job.plan.lines())

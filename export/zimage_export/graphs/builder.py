@@ -81,17 +81,21 @@ class Graph:
     def to_model_of_inputs(
         self, name: str, inputs: Mapping[str, Shape], outputs: Mapping[str, Shape]
     ) -> onnx.ModelProto:
-        """The ONNX model whose weights are inputs, after `inputs`: one program then serves every layer of its shape."""
+        """The ONNX model whose weights are inputs, after `inputs`: one program then serves every layer of its shape.
+
+        Branches of an extended program are the last inputs.
+        """
         weights = [
             helper.make_tensor_value_info(weight, ONNX_TYPES[self.types[weight]], shape)
             for weight, shape in self.weights.items()
         ]
         # with the rank of what they multiply: TensorRT would reshape them in a kernel
         scalars = [helper.make_tensor_value_info(scalar, TensorProto.FLOAT, [1, 1, 1]) for scalar in self.scalars]
+        branches = [self._value(value, shape) for value, shape in self.branches.items()]
         graph = helper.make_graph(
             self.nodes,
             name,
-            [*(self._value(value, shape) for value, shape in inputs.items()), *weights, *scalars],
+            [*(self._value(value, shape) for value, shape in inputs.items()), *weights, *scalars, *branches],
             [self._value(value, shape) for value, shape in outputs.items()],
             initializer=self.constants,
         )
@@ -226,10 +230,10 @@ class GraphBuilder:
         self._scalars[full] = value
         return full
 
-    def branch_input(self, name: str, shape: Shape) -> str:
-        """A float32 input of an extended program beside those of its signature."""
+    def branch_input(self, name: str, shape: Shape, dtype: DType = DType.F32) -> str:
+        """An input of an extended program beside those of its signature, float32 unless said otherwise."""
         self._branches[name] = shape
-        return name
+        return self.input(name, dtype) if dtype is not DType.F32 else name
 
     def storage_of(self, name: str, shape: Sequence[int]) -> DType:
         """The element type of a weight of the scope, as the program receives it."""

@@ -11,7 +11,6 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -113,14 +112,6 @@ class MergedTensor(TensorSource):
             files = " and ".join(sorted({str(change.path) for change in self.changes}))
             raise AdapterError(f"{files}: changes {self.name} to values that are not finite; give a smaller weight")
         return changed.reshape(-1)
-
-    def part(self, index: int, parts: int) -> NoReturn:
-        """Raises `NotImplementedError`: files are taken apart before anything is merged."""
-        raise NotImplementedError
-
-    def reshaped(self, shape: tuple[int, ...]) -> NoReturn:
-        """Raises `NotImplementedError`, as `part`."""
-        raise NotImplementedError
 
 
 def _rows(source: TensorSource) -> Iterator[tuple[int, FloatArray]]:

@@ -188,9 +188,23 @@ def _layers(loras: Sequence[WeightedAdapter]) -> dict[str, _Layer]:
     return {name: _Layer(tuple(changes)) for name, changes in found.items()}
 
 
-def branch_bytes(loras: Sequence[WeightedAdapter]) -> int:
-    """Bytes of what `make_branches` will make of files that passed `check_at_run_time`, at most."""
-    return sum(layer.nbytes for layer in _layers(loras).values())
+@dataclass(frozen=True)
+class BranchSizes:
+    """What `make_branches` will make of files that passed `check_at_run_time`."""
+
+    nbytes: int
+    rank: int  # the largest of a layer's
+    products: bool  # whether there are LoKr
+
+    @classmethod
+    def of(cls, loras: Sequence[WeightedAdapter]) -> "BranchSizes":
+        """Of files; those of weight 0 are left out."""
+        layers = _layers(loras).values()
+        return cls(
+            sum(layer.nbytes for layer in layers),
+            max((layer.rank for layer in layers), default=0),
+            any(layer.products for layer in layers),
+        )
 
 
 def make_branches(bundle: Bundle, loras: Sequence[WeightedAdapter]) -> Branches:

@@ -23,8 +23,8 @@ class Bundle:
     manifest: Manifest
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
-        """Opens the bundle in a directory.
+    def open(cls, path: str | Path, *, repairs_programs: bool = False) -> Self:
+        """Opens the bundle in a directory; with `repairs_programs`, one whose programs may be missing or damaged.
 
         Raises `BundleError` if the directory is not a bundle, if its schema is newer, if a path leads out of it, or if
         a file is missing or has another size. Hashes take longer: `verify` checks them.
@@ -40,22 +40,26 @@ class Bundle:
         except (OSError, ValueError) as error:
             raise BundleError(f"{manifest_path}: cannot be read: {error}") from None
         bundle = cls(root, Manifest.from_json(text, str(manifest_path)))
+        programs = {record.path for of in bundle.manifest.programs.values() for record in of.values()}
         for name, record in bundle.manifest.files.items():
-            bundle._check_size(name, record.size)
+            if name not in programs:
+                bundle._check_size(name, record.size, "export or download it again")
+            elif not repairs_programs:
+                bundle._check_size(name, record.size, f"`zimage-export programs {root}` writes it again")
         return bundle
 
-    def _check_size(self, name: str, size: int) -> None:
+    def _check_size(self, name: str, size: int, remedy: str) -> None:
         path = self.root / name
         try:
             found = path.stat().st_size if path.is_file() else None
         except OSError:
             found = None
         if found is None:
-            raise BundleError(f"{path}: missing from the bundle; export or download it again")
+            raise BundleError(f"{path}: missing from the bundle; {remedy}")
         if found != size:
             if mistaken := mistaken_file(path):
                 raise BundleError(f"{path}: {mistaken}")
-            raise BundleError(f"{path}: {found} bytes instead of {size}; export or download the bundle again")
+            raise BundleError(f"{path}: {found} bytes instead of {size}; {remedy}")
 
     def file(self, name: str) -> Path:
         """The path of one of the manifest's files."""

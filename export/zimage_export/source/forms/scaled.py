@@ -20,7 +20,7 @@ from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.tensors import DType, TensorEntry
 from zimage_runtime.model.hadamard import hadamard
 
-from ..tensors import TensorSource, check_finite, not_finite, read_elements
+from ..tensors import FileTensor, check_finite, not_finite, read_elements
 
 E4M3, E5M2, INT8 = "F8_E4M3", "F8_E5M2", "I8"
 CODES = {E4M3: ml_dtypes.float8_e4m3fn, E5M2: ml_dtypes.float8_e5m2, INT8: np.int8}
@@ -50,12 +50,12 @@ def is_rotation_size(size: int) -> bool:
 
 
 @dataclass(frozen=True)
-class ScaledTensor(TensorSource):
+class ScaledTensor(FileTensor):
     """A tensor of one byte per value."""
 
     entry: TensorEntry  # of the bytes, whatever type the file calls them
     codes: str  # what the bytes are, a key of `CODES`
-    scale: TensorSource | None = (
+    scale: FileTensor | None = (
         None  # [], [1], [out], [out, 1], or per block of inputs [out, blocks] or [out, blocks, 1]
     )
     rotation: int = 0  # inputs that were rotated together; 0 for none

@@ -49,12 +49,13 @@ def add_programs(
         build_graph(program, bundle.manifest.config, Target(programs.name, policy, folds))
         for programs in PROGRAM_SETS.values()
         for program in programs.of(bundle.manifest.precision)
-        if _lacks(bundle, program, programs, wanted) or (programs.extended and programs in wanted)
+        if (programs.extended and programs in wanted) or _lacks(bundle, program, programs, wanted)
     ]
+    sets = list(PROGRAM_SETS.values())
     graphs = [
         graph
         for graph in graphs
-        if _lacks(bundle, graph.program, PROGRAM_SETS[graph.executor], wanted) or _is_older(bundle, graph)
+        if _lacks(bundle, graph.program, PROGRAM_SETS[graph.executor], sets) or _is_older(bundle, graph)
     ]
     for graph in graphs:  # all of them, before anything is written
         _check_weights(bundle, policy, graph)
@@ -68,29 +69,18 @@ def add_programs(
                 record, file = _write(bundle, graph)
                 before = records.setdefault(graph.program, {}).get(graph.executor)
                 if before is not None:
-                    replaced.append(before.path)
                     files.pop(before.path, None)
+                    replaced.append(before.path)
                 records[graph.program][graph.executor] = record
                 files[record.path] = file
                 added.append((graph.program, graph.executor, record))
                 advance(1)
         write_manifest(bundle.root, bundle.manifest.with_programs(records, files))
-        for path in replaced:
+        for path in set(replaced) - set(files):
             bundle.file(path).unlink(missing_ok=True)
     except OSError as error:  # which would name a temporary file, or nothing
         raise OSError(error.errno, error.strerror or str(error), str(bundle.root)) from None
     return AddedPrograms(Bundle.open(bundle.root), tuple(added))
-
-
-def _is_older(bundle: Bundle, graph: Graph) -> bool:
-    """Whether a bundle's program is one of an earlier version, with other inputs."""
-    import onnx
-
-    record = bundle.manifest.record(graph.program, graph.executor)
-    if record is None:
-        return False
-    model = onnx.load(str(bundle.file(record.path)), load_external_data=False)
-    return {value.name for value in model.graph.input} != graph.input_names
 
 
 def _lacks(bundle: Bundle, program: Program, programs: ProgramSet, wanted: Sequence[ProgramSet]) -> bool:
@@ -100,6 +90,16 @@ def _lacks(bundle: Bundle, program: Program, programs: ProgramSet, wanted: Seque
         return programs in wanted
     path = bundle.file(record.path)
     return not path.is_file() or path.stat().st_size != bundle.manifest.files[record.path].size
+
+
+def _is_older(bundle: Bundle, graph: Graph) -> bool:
+    """Whether a bundle's program is of an earlier version, with other inputs."""
+    import onnx
+
+    record = bundle.manifest.record(graph.program, graph.executor)
+    assert record is not None
+    model = onnx.load(str(bundle.file(record.path)), load_external_data=False)
+    return {value.name for value in model.graph.input} != graph.input_names
 
 
 def _wanted(bundle: Bundle, executors: Sequence[str]) -> list[ProgramSet]:

@@ -1,4 +1,4 @@
-"""One server for each module."""
+"""One server for all modules; those that change what others see start their own."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from zimage_rt.demo import demo_bundle
 from zimage_runtime.pipeline import Pipeline
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server with the demo bundle."""
     with serving(tmp_path_factory.mktemp("server")) as running:
@@ -26,6 +26,6 @@ def generate() -> Iterator[Generate]:
 
 @pytest.fixture
 def client(server: Server) -> Iterator[httpx.Client]:
-    """A client of the module's server."""
+    """A client of the server."""
     with server.client() as found:
         yield found

@@ -41,30 +41,39 @@ def test_an_engine_that_dies_fails_the_job_at_work_and_no_other(client: httpx.Cl
     assert server.metric("zimage_engine_restarts_total") == before + 1
 
 
-def test_each_api_says_that_the_engine_died(client: httpx.Client, server: Server) -> None:
-    """As a failure that asking again at once would not mend: OpenAI's clients ask again after others."""
-    for path, body in (
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
         ("/v1/images/generations", {"prompt": "long", "size": "512x512", "steps": 50}),
-        ("/sdapi/v1/txt2img", {"prompt": "long", "width": 512, "height": 512, "steps": 12, "batch_size": 16}),
-    ):
-        answers: list[httpx.Response] = []
+        pytest.param(
+            "/sdapi/v1/txt2img",
+            {"prompt": "long", "width": 512, "height": 512, "steps": 12, "batch_size": 16},
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_each_api_says_that_the_engine_died(
+    client: httpx.Client, server: Server, path: str, body: dict[str, Any]
+) -> None:
+    """As a failure that asking again at once would not mend: OpenAI's clients ask again after others."""
+    answers: list[httpx.Response] = []
 
-        def ask(path: str = path, body: dict[str, Any] = body, into: list[httpx.Response] = answers) -> None:
-            with server.client() as own:
-                into.append(own.post(path, json=body))
+    def ask() -> None:
+        with server.client() as own:
+            answers.append(own.post(path, json=body))
 
-        asking = threading.Thread(target=ask)
-        asking.start()
-        wait_for(lambda: any(job["step"] for job in client.get("/api/jobs").json()))
-        os.kill(server.engine, signal.SIGSEGV)
-        asking.join()
-        (answer,) = answers
-        assert answer.status_code == 500
-        assert has_fact(answer.text, "SIGSEGV")
-        wait_for(lambda: client.get("/readyz").status_code == 200)
-        if path.startswith("/v1"):
-            assert answer.headers["x-should-retry"] == "false"
-            assert answer.json()["error"]["type"] == "server_error"
+    asking = threading.Thread(target=ask)
+    asking.start()
+    wait_for(lambda: any(job["step"] for job in client.get("/api/jobs").json()))
+    os.kill(server.engine, signal.SIGSEGV)
+    asking.join()
+    (answer,) = answers
+    assert answer.status_code == 500
+    assert has_fact(answer.text, "SIGSEGV")
+    wait_for(lambda: client.get("/readyz").status_code == 200)
+    if path.startswith("/v1"):
+        assert answer.headers["x-should-retry"] == "false"
+        assert answer.json()["error"]["type"] == "server_error"
 
 
 def test_a_job_that_came_to_a_dying_engine_is_run_by_the_next(client: httpx.Client, server: Server) -> None:
@@ -151,7 +160,7 @@ def test_a_graceful_stop_finishes_what_runs_and_returns_what_waits(tmp_path: Pat
             body = {"prompt": name, "size": "256x256", "steps": steps, "seed": 1}
             answers[name] = own.post("/v1/images/generations", json=body)
 
-    asking = [threading.Thread(target=ask, args=("runs", 30))]
+    asking = [threading.Thread(target=ask, args=("runs", 12))]
     asking[0].start()
     with server.client() as client:
         wait_for(lambda: [job["state"] for job in client.get("/api/jobs").json()] == ["running"])

@@ -217,7 +217,7 @@ def test_text_that_expands_is_not_read(client: httpx.Client) -> None:
 
 def test_a_reader_that_does_not_read_costs_nothing(client: httpx.Client, server: Server) -> None:
     """Its events stay in the log that all readers share, and the job goes on."""
-    id = client.post("/api/jobs", json={"prompt": "a", "width": 64, "height": 64, "count": 16}).json()["id"]
+    id = client.post("/api/jobs", json={"prompt": "a", "width": 64, "height": 64, "steps": 2, "count": 16}).json()["id"]
     address = httpx.URL(server.url)
     with socket.create_connection((address.host, address.port or 0), timeout=20) as raw:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)

@@ -36,7 +36,7 @@ def media_type(name: str) -> str:
 
 
 def settings_of(info: ImageInfo) -> dict[str, Any]:
-    """How an image was made, in the words of our own API, whose body they can be again."""
+    """How an image was made; what a job can ask for has the name of its field."""
     return {
         "prompt": info.prompt,
         "negative_prompt": info.negative,

@@ -20,7 +20,7 @@ from zimage_runtime.bundle.manifest import CPU, CUDA, WEBGPU, WEBGPU_FUSED, Prec
 from zimage_runtime.errors import AdapterError, BundleError, ExecutorError, RequestError
 from zimage_runtime.images.image_files import read_image_info
 from zimage_runtime.model.branches import (
-    EXTENDED,
+    ALL_EXTENDED,
 )
 from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import NoticeEvent, Pipeline
@@ -155,11 +155,10 @@ def test_programs_adds_them(bundle: Path, tmp_path: Path, capsys: Capture) -> No
     copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
     assert json.loads(call_export(capsys, "programs", copy, "--json", "--quiet").out)["added"] == []
     added = json.loads(call_export(capsys, "programs", copy, "--lora", "--json", "--quiet").out)["added"]
-    expected = {(program, extended(CPU)) for program in EXTENDED}
-    expected |= {
-        (program, extended(name)) for program in (Program.CAPTION, Program.DENOISER) for name in (CUDA, WEBGPU)
-    }
-    expected.add((Program.DENOISER, extended(WEBGPU_FUSED)))
+    expected = {(program, extended(CPU)) for program in ALL_EXTENDED}
+    on_device = (Program.CAPTION, Program.DENOISER, Program.TOKENS, Program.REFINERS)
+    expected |= {(program, extended(name)) for program in on_device for name in (CUDA, WEBGPU)}
+    expected |= {(program, extended(WEBGPU_FUSED)) for program in (Program.DENOISER, Program.REFINERS)}
     assert {(Program(a["program"]), a["name"]) for a in added} == expected
     assert Bundle.open(copy).manifest.executors == Bundle.open(bundle).manifest.executors
     assert Bundle.open(copy).manifest.fingerprint == Bundle.open(bundle).manifest.fingerprint

@@ -21,10 +21,12 @@ from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import CPU, CUDA, CUDA_WEIGHT_ONLY, WEBGPU, WEBGPU_FUSED, Precision
 from zimage_runtime.bundle.tensors import DType, encode_header, read_header
 from zimage_runtime.images.image_files import read_image_info
-from zimage_runtime.model.programs import Program
+from zimage_runtime.model.programs import MODEL_PROGRAMS, Program
 
 DATA = Path(__file__).parents[1] / "data"
-WEBGPU_PROGRAMS = {(p, WEBGPU) for p in Program if p is not Program.MODULATION} | {(Program.DENOISER, WEBGPU_FUSED)}
+WEBGPU_PROGRAMS = {(p, WEBGPU) for p in MODEL_PROGRAMS if p is not Program.MODULATION} | {
+    (Program.DENOISER, WEBGPU_FUSED)
+}
 
 
 def earlier(precision: str, out: Path) -> Path:

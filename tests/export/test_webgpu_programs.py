@@ -34,12 +34,12 @@ from zimage_runtime.model.geometry import (
     text_rotary,
     transformer_rotary,
 )
-from zimage_runtime.model.programs import Program
+from zimage_runtime.model.programs import MODEL_PROGRAMS, Program
 from zimage_runtime.model.query_blocks import MOST_SCORES, autoencoder_scores, denoiser_scores
 
 TOLERANCE = 1e-5  # relative
 
-ON_DEVICE = [program for program in Program if program is not Program.MODULATION]
+ON_DEVICE = [program for program in MODEL_PROGRAMS if program is not Program.MODULATION]
 SERVED = [Precision.FP32, Precision.FP16, Precision.INT8, Precision.INT4]
 
 OPERATORS = {

@@ -277,7 +277,7 @@ class Layers:
     def hint(self, x: str, name: str) -> str:
         """Adds a ControlNet's hint, an input of [batch, tokens, dim] or of [1, 1, dim], to the residual stream."""
         shape = (f"{name}.batch", f"{name}.tokens", self.b.dims["dim"])
-        return self.residual(x, self.b.input(self.b.branch_input(name, shape), self.hints), f"{name}.added")
+        return self.residual(x, self.b.extra_input(name, shape, self.hints), f"{name}.added")
 
     def residual(self, x: str, update: str, name: str) -> str:
         """Adds a branch to the residual stream, which is float32."""

@@ -18,7 +18,7 @@ from ..bundle.rebalancing import Factors, RebalancingFactors
 from ..bundle.stored_weights import PublishedRows, fold_of
 from ..errors import AdapterError, BundleError
 from ..model.branches import (
-    EXTENDED,
+    ALL_EXTENDED,
     branch_linears,
     columns_input,
     down_input,
@@ -95,7 +95,7 @@ class Branches:
 
 NO_BRANCHES = Branches()
 
-ON_CPU = dict.fromkeys(EXTENDED, CPU)
+ON_CPU = dict.fromkeys(ALL_EXTENDED, CPU)
 """The programs that the CPU needs."""
 
 

@@ -1,6 +1,6 @@
 """A bundle on the disk: opened, checked, and the paths of its files."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -9,7 +9,7 @@ from ..errors import BundleError
 from ..mistaken_files import mistaken_file
 from ..model.programs import Program
 from .files import hash_file
-from .manifest import MANIFEST_NAME, Manifest
+from .manifest import MANIFEST_NAME, FileRecord, Manifest
 
 _NEEDED_FOR = {Program.ENCODER: "to start from an image"}
 """The purpose of programs that only some requests need."""
@@ -75,19 +75,22 @@ class Bundle:
 
     def verify(self, progress: Callable[[int], object] | None = None) -> None:
         """Checks every file's hash. Raises `BundleError` that names the altered files."""
-        altered = []
-        for name, record in self.manifest.files.items():
-            try:
-                if hash_file(self.file(name), progress) != record.sha256:
-                    altered.append(name)
-            except OSError as error:
-                raise BundleError(f"{self.file(name)}: cannot be read: {error.strerror}") from None
-        if altered:
-            raise BundleError(
-                f"{self.root}: altered since it was written: {', '.join(altered)}; export or download it again"
-            )
+        check_hashes(self.root, self.manifest.files, progress)
 
     @property
     def size(self) -> int:
         """Bytes of all files but the manifest."""
         return sum(record.size for record in self.manifest.files.values())
+
+
+def check_hashes(root: Path, files: Mapping[str, FileRecord], progress: Callable[[int], object] | None = None) -> None:
+    """Checks the hash of every file of a folder. Raises `BundleError` that names the altered ones."""
+    altered = []
+    for name, record in files.items():
+        try:
+            if hash_file(root / name, progress) != record.sha256:
+                altered.append(name)
+        except OSError as error:
+            raise BundleError(f"{root / name}: cannot be read: {error.strerror}") from None
+    if altered:
+        raise BundleError(f"{root}: altered since it was written: {', '.join(altered)}; export or download it again")

@@ -19,8 +19,11 @@ from .config import ModelConfig
 from .linears import Linear, block_linears, modulation_linears
 from .programs import CONTROLLED_PROGRAMS, Program
 
-EXTENDED = (Program.CAPTION, Program.MODULATION, Program.DENOISER, *CONTROLLED_PROGRAMS)
-"""The programs that come extended, too, or alone: those of the transformer."""
+EXTENDED = (Program.CAPTION, Program.MODULATION, Program.DENOISER)
+"""The programs that come extended, too: those of the transformer."""
+
+ALL_EXTENDED = (*EXTENDED, *CONTROLLED_PROGRAMS)
+"""Those and the ones that come extended only."""
 
 
 def down_input(linear: str) -> str:

@@ -20,7 +20,7 @@ from ...bundle.controlnet import ControlNet
 from ...bundle.manifest import extended
 from ...bundle.tensors import TensorFile
 from ...errors import CancelledError, ExecutorError
-from ...model.branches import EXTENDED
+from ...model.branches import ALL_EXTENDED
 from ...model.config import VaeConfig
 from ...model.geometry import Rotary
 from ...model.programs import CONTROL_PROGRAMS, SIGNATURES, Program, is_hint
@@ -120,7 +120,7 @@ class OrtDeviceExecutor:
         """From now on, programs take LoRA and hints. What is loaded in its other form is freed."""
         if not self._extended:
             self._extended = True
-            self._release(*EXTENDED)
+            self._release(*ALL_EXTENDED)
             self._host.extend()
 
     def use_control(self, net: ControlNet) -> None:
@@ -217,7 +217,7 @@ class OrtDeviceExecutor:
             path, record = net.program(program, name), net.manifest.record(program, name)
         else:
             name = program_name(program, self.name, self.denoiser)
-            name = extended(name) if self._extended and program in EXTENDED else name
+            name = extended(name) if self._extended and program in ALL_EXTENDED else name
             path, record = self.bundle.program(program, name), self.bundle.manifest.record(program, name)
         return self.open(str(path), f"{program} in {path}", stop, program, record.weight_bytes if record else 0)
 

@@ -13,7 +13,7 @@ from ...bundle.manifest import CPU, extended
 from ...errors import CancelledError, ExecutorError
 from ...machine.cores import thread_count
 from ...machine.int8_products import ACTIVATION_LEVELS, activation_levels
-from ...model.branches import EXTENDED
+from ...model.branches import ALL_EXTENDED
 from ...model.programs import CONTROL_PROGRAMS, Program
 from ..worker import Stop
 
@@ -61,7 +61,7 @@ class HostPrograms:
         """From now on, programs take LoRA and hints. What is loaded in its other form is freed."""
         if not self._extended:
             self._extended = True
-            self._free(EXTENDED)
+            self._free(ALL_EXTENDED)
 
     def use_control(self, net: ControlNet) -> None:
         """From now on, a ControlNet's programs are those of `net`. Those of another one are freed."""
@@ -105,7 +105,7 @@ class HostPrograms:
     def _session(self, program: Program, stop: Stop) -> Any:
         import onnxruntime
 
-        name = extended(CPU) if self._extended and program in EXTENDED else CPU
+        name = extended(CPU) if self._extended and program in ALL_EXTENDED else CPU
         owner: HasPrograms = self._control if self._control and program in CONTROL_PROGRAMS else self._bundle
         path = owner.program(program, name)
         options = session_options()

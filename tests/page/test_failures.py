@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 import pytest
 from browser import browsing, opened, problems_of, serving, until
 
+from zimage_runtime.images.image_files import read_image_info
+
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
@@ -43,7 +45,8 @@ def test_mistakes_refusals_and_a_server_that_is_gone(tmp_path: Path) -> None:
 
         # the server's own words, beside the button: one job runs, one waits, and a third is refused
         page.fill("#steps", "40")
-        page.fill("#height", "128")
+        page.fill("#width", "256")
+        page.fill("#height", "256")
         page.fill("#count", "16")
         page.click("#generate")
         page.wait_for_selector("progress")
@@ -63,8 +66,11 @@ def test_mistakes_refusals_and_a_server_that_is_gone(tmp_path: Path) -> None:
             assert page.locator("#stage [role=alert]").is_visible()
             page.fill("#count", "1")
             page.fill("#steps", "1")
+            page.get_by_text("4:3").click()
             page.click("#generate")
             until(page, lambda: not page.locator("#stage [role=alert]").count(), "an image of the new server")
             page.wait_for_selector(".canvas .look img")
+            info = read_image_info(server.images()[-1])
+            assert abs(info.width / info.height - 4 / 3) < 0.1
             assert not page.locator("#offline").is_visible()
             assert problems_of(page) == []

@@ -65,7 +65,7 @@ def test_a_prompt_becomes_images_that_are_found_again(server: Server, browser: "
     until(page, lambda: any(read_image_info(path).prompt != PROMPT for path in server.images()), "the second job")
     star = server.images()[-1]
     before = len(server.images())
-    assert before <= 4, "what was cancelled went on"  # three may have been done before it
+    assert before <= 16, "what was cancelled went on to its last image"
     finished(page, before)
 
     # again: the same pixels, also for a seed that JavaScript's numbers cannot hold

@@ -181,7 +181,8 @@ def test_a_worker_that_is_killed(tmp_path: Path) -> None:
     assert len(workers) == 2
     workers[0].kill()
     outcome = finished(process)
-    assert (outcome.status, outcome.err) == (0, "")
+    assert outcome.status == 0, outcome.err
+    assert "Traceback" not in outcome.err  # Ray says that the worker died
     assert sorted(outcome.lines) == sorted(str(out / name) for name in images_in(reference))
     assert images_in(out) == images_in(reference)
     assert without_seconds(manifest_in(out)) == without_seconds(manifest_in(reference))

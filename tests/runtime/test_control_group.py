@@ -224,7 +224,9 @@ def test_the_least_quota_of_nested_groups_limits_the_threads(
     limit: Callable[[Machine, str, str], None],
     quotas: dict[str, str],
     threads: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     enter(machine, "/a/b")
     for path, quota in quotas.items():
         limit(machine, path, quota)

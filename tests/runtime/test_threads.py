@@ -18,6 +18,11 @@ def machine(root: Path, siblings: dict[int, str]) -> Path:
     return root
 
 
+@pytest.fixture(autouse=True)
+def _nobody_limits_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+
+
 @pytest.fixture
 def four_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Four cores of two threads each, all usable, and no quota; quotas are in `test_control_group`."""
@@ -69,3 +74,10 @@ def test_this_machines_affinity_is_respected() -> None:
         assert thread_count() == 1
     finally:
         os.sched_setaffinity(0, before)
+
+
+@pytest.mark.usefixtures("four_cores")
+@pytest.mark.parametrize(("value", "cores"), [("3", 3), ("1", 1), ("9", 4), ("0", 4), ("", 4), ("2,1", 4), ("-1", 4)])
+def test_who_starts_the_process_may_limit_its_threads(value: str, cores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", value)
+    assert thread_count() == cores

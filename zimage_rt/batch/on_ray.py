@@ -11,8 +11,9 @@ import math
 import os
 import secrets
 import signal
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from zimage_runtime.errors import RequestError, ZImageRuntimeError
@@ -136,9 +137,10 @@ class Worker:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Ray, from when the block begins until it ends."""
+    """Ray, from when the block begins until it ends. Meanwhile `sys.stdout` is stderr: Ray says there what it must."""
 
     address: str  # empty: what RAY_ADDRESS says, or else a cluster of this machine alone, which is started
+    _redirected: contextlib.ExitStack = field(default_factory=contextlib.ExitStack, repr=False, compare=False)
 
     def __enter__(self) -> "Cluster":
         address = self.address or os.environ.get("RAY_ADDRESS") or "local"
@@ -168,12 +170,14 @@ class Cluster:
         finally:
             with contextlib.suppress(ValueError):  # which only the main thread may set, and only it loses
                 signal.signal(signal.SIGTERM, handler)  # Ray's own would end the process without clean-up
+        self._redirected.enter_context(contextlib.redirect_stdout(sys.stderr))
         return self
 
     def __exit__(self, *error: object) -> None:
         import ray
 
         ray.shutdown()
+        self._redirected.close()
 
     def pool(self, workers: int | None, cpus: int | None) -> Pool:
         """The workers: of so many CPUs each where that is given, otherwise one per GPU or, where there is none, one per

@@ -1,6 +1,7 @@
 """`zimage-rt batch`: a file of requests goes in, an image for each row comes out."""
 
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,9 +101,11 @@ def batch(
     options = BatchOptions(prompts, output, not no_metadata, fail_fast)
     directory = bundle_directory(model, progress) if model is not None else demo_bundle()
 
+    stdout = sys.stdout  # Ray's is another
+
     def written(record: "Record", where: str) -> None:
         if not as_json:
-            click.echo(where)
+            click.echo(where, file=stdout)
 
     if ray is None:
         with Pipeline.from_bundle(

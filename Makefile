@@ -113,6 +113,7 @@ bench-full-size-systems: $(STAMP)
 # Beside OpenVINO GenAI, whose packages go into an environment of their own in the user's cache: 2 GB.
 bench-openvino: $(STAMP)
 	$(BIN)/python -m zimage_rt.bench.systems.openvino_environment
+	$(BIN)/python benchmarks/systems.py --work $(WORK)
 	$(BIN)/python benchmarks/bench_report.py --work $(WORK) --only openvino
 
 # Every executor on this machine's GPU, and one report: onnxruntime-gpu in the place of onnxruntime (the README says how),

@@ -50,11 +50,11 @@ def measure(run: Run) -> Document:
     from_torch = [name for name in run.options.variants if name.startswith("diffusers")]
     bundles: dict[str, Path] = {}
     checkpoint = run.work
-    scale = small_scale() if run.trial else few_blocks(run.options.layers, text_layers=3)
+    dimensions = scale("tiny" if run.trial else "real", run.options.layers)
     for name in (FP32, *run.options.variants):
         if name.startswith("ours"):
             kind = "step-trial" if run.trial else f"step-{run.options.layers}"
-            checkpoint, bundles[name] = prepared(run.work, kind, scale, name.split()[1])
+            checkpoint, bundles[name] = prepared(run.work, kind, dimensions, name.split()[1])
     transformer = Bundle.open(bundles[FP32]).manifest.config.transformer
     parts: list[Document] = []
     run.keep(
@@ -87,11 +87,11 @@ def measure(run: Run) -> Document:
     return {}
 
 
-def small_scale() -> Any:
-    """The tests' small model."""
+def scale(name: str, layers: int) -> Any:
+    """`real`: main layers and a refiner of the published width. `tiny`: the tests' small model."""
     from zimage_export.synthetic.checkpoint import SMALL
 
-    return SMALL
+    return SMALL if name == "tiny" else few_blocks(layers, text_layers=3)
 
 
 def timed(run: Run, what: str, size: tuple[int, int], calls: Calls, rounds: int) -> Document:

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cpu_step import small_scale
+from cpu_step import scale
 
 from zimage_rt import Pipeline
 from zimage_rt.bench.accuracy import relative_error
 from zimage_rt.bench.script import Document, Option, Run, Script
 from zimage_rt.bench.steps import Calls, our_step
-from zimage_rt.bench.synthetic import few_blocks, prepared, random_lora
+from zimage_rt.bench.synthetic import prepared, random_lora
 from zimage_rt.bench.tables import column_table
 from zimage_rt.bench.timing import interleave, ratio
 from zimage_runtime.adapters.branches import NO_BRANCHES, make_branches
@@ -79,17 +79,17 @@ def measure(run: Run) -> Document:
     """Each precision at each size."""
     from zimage_export.programs import add_programs
 
-    scale = small_scale() if run.trial else few_blocks(run.options.layers, text_layers=3)
+    dimensions = scale("tiny" if run.trial else "real", run.options.layers)
     parts: list[Document] = []
     run.keep(
-        blocks=len(layer_blocks("transformer", scale.config)),
+        blocks=len(layer_blocks("transformer", dimensions.config)),
         threads=thread_count(),
         rounds=run.rounds,
         seconds_of="processor" if run.options.cpu_time else "wall clock",
         parts=parts,
     )
     for precision in run.options.precisions:
-        _, root = prepared(run.work, "step-trial" if run.trial else f"step-{run.options.layers}", scale, precision)
+        _, root = prepared(run.work, "step-trial" if run.trial else f"step-{run.options.layers}", dimensions, precision)
         add_programs(Bundle.open(root), ("cpu",), lora=True)
         for size in run.sizes:
             parts.append(part(run, root, size))

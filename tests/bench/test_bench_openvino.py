@@ -96,6 +96,7 @@ def test_making_it_installs_the_packages_there(tmp_path: Path, monkeypatch: pyte
     tmp_path.mkdir(exist_ok=True)
     openvino_environment.make(tmp_path)
     assert openvino_environment.is_made(tmp_path)
+    assert "openvino-telemetry" in next(words for words in ran if "uninstall" in words)
     installs = [words for words in ran if "install" in words]
     assert [set(openvino_environment.PACKAGES) <= set(words) for words in installs] == [True]
     assert installs[0][0] == str(openvino_environment.script(tmp_path, "python"))

@@ -47,8 +47,9 @@ def make(folder: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
     pip = [str(script(folder, "python")), "-m", "pip", "--disable-pip-version-check"]
     subprocess.run([*pip, "install", *PACKAGES], check=True)
-    # images are not read here, and a torchvision of another build than torch's keeps transformers from loading
-    subprocess.run([*pip, "uninstall", "--yes", "--quiet", "torchvision"], check=True)
+    # torchvision: a build other than torch's keeps transformers from loading, and no image is read here. Telemetry: the
+    # exporter sends usage to its maker unless the package is missing, and nothing that we start does that.
+    subprocess.run([*pip, "uninstall", "--yes", "--quiet", "torchvision", "openvino-telemetry"], check=True)
     (folder / "complete").touch()
 
 

@@ -31,7 +31,7 @@ class OpenVinoExportError(ZImageRuntimeError):
 class OpenVino:
     """Weights and computation in float32."""
 
-    packages: tuple[str, ...] = ("openvino-genai", "openvino", "optimum-intel", "diffusers", "transformers")
+    packages: tuple[str, ...] = ("openvino-genai", "openvino", "optimum-intel")
     precision = "fp32"
     hint: str | None = "f32"  # of the type to compute in; None: as OpenVINO chooses for this processor
 

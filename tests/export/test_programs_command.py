@@ -173,7 +173,7 @@ def test_nothing_is_written_where_weights_are_missing(tmp_path: Path, capsys: Ca
     edit(root, lambda document: document["files"]["transformer/weights.safetensors"].update(size=size))
     before = contents(root)
     outcome = call_export(capsys, "programs", root, "--quiet")
-    assert_one_line_error(outcome, path, "layers.0.attention.to_q.weight_scale", WEBGPU, "export")
+    assert_one_line_error(outcome, path, "layers.0.attention.to_q.weight_scale", CUDA_BLOCKS, "export")
     assert contents(root) == before
 
 

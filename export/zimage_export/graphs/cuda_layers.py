@@ -5,7 +5,7 @@ just before, and `MatMulNBits` of 8 bits, whose kernel widens by itself. GPUs di
 encoder and the caption have few tokens, for which widening all weights would take longer than using them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from onnx import TensorProto
@@ -102,24 +102,21 @@ class Int8WeightOnlyLayers(WidenedInt8Layers, CudaLayers):
 
 
 @dataclass(frozen=True)
-class Int8BlocksLayers(CudaLayers):
+class Int8BlocksLayers(Int8WeightOnlyLayers):
     """Layers for CUDA on the same bytes as `MatMulNBits` of 8 bits reads them: [out, in / block, block] around 128.
 
     Nodes over weights alone bring them there. ONNX Runtime folds these when it loads the program, so that in memory a
-    weight takes a byte, as it does on the disk.
+    weight takes a byte, as it does on the disk. Widths that no block divides are for weight-only products.
     """
-
-    policy: StoragePolicy = field(default_factory=lambda: StoragePolicy(Precision.INT8))
-    compute: DType = DType.F16
 
     def plain_linear(self, x: str, linear: Linear) -> str:
         """A linear layer on rows [rows, in_width] → [rows, out_width] fp16."""
-        if not is_int8(self.b, self.policy, linear):
-            return super().plain_linear(x, linear)
         b, name = self.b, linear.name
+        block = next((size for size in _BLOCKS if linear.in_width % size == 0), None)
+        if block is None or not is_int8(b, self.policy, linear):
+            return super().plain_linear(x, linear)
         if size := rotation(b, self.policy, linear):
             x = rotate(b, b.cast(x, DType.F32), size, linear.in_width, whole=True)
-        block = next(size for size in _BLOCKS if linear.in_width % size == 0)
         count = linear.in_width // block
         with b.widening():
             weight = b.weight(linear.weight, (linear.in_width, linear.out_width), DType.I8)

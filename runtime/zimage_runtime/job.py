@@ -3,13 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from .adapters.distilled import misfit
 from .adapters.reader import WeightedAdapter
+from .arrays import FloatArray
+from .bundle.bundle import Bundle
 from .bundle.controlnet import ControlNet
 from .bundle.manifest import Manifest
+from .bundle.tensors import TensorFile, to_float32
 from .events import NoticeEvent, Request
 from .executors.choose import Chosen
-from .executors.protocol import Computation, Executor, Plan
+from .executors.protocol import Computation, Control, Executor, Plan, Session
 from .images.control_image import ControlImage
 from .images.metadata import ImageInfo, LoraInfo
 from .images.source_image import SourceImage
@@ -94,6 +99,26 @@ class Job:
     def steps(self) -> int:
         """Steps that are taken for each image."""
         return self.schedule.steps - self.first_step
+
+
+def read_control(job: Job, session: Session, bundle: Bundle) -> Control | None:
+    """What a job's ControlNet reads: the control image's latents, and those of what is kept of a source image."""
+    if job.control is None:
+        return None
+    manifest, net, vae = bundle.manifest, job.control.net, bundle.manifest.config.vae
+
+    def latents_of(pixels: FloatArray) -> FloatArray:
+        mean, _ = session.encode(pixels)
+        return (mean - np.float32(vae.shift_factor)) * np.float32(vae.scaling_factor)
+
+    size = job.geometry.latent_height, job.geometry.latent_width
+    latents = np.zeros((1, net.manifest.config.channels, *size), np.float32)
+    latents[:, : vae.latent_channels] = latents_of(job.control.image.pixels)
+    if job.source is not None and job.source.mask is not None:
+        latents[:, vae.latent_channels] = np.float32(1) - job.source.mask[:, 0]
+        latents[:, vae.latent_channels + 1 :] = latents_of(job.source.kept_pixels)
+    pad_token = to_float32(*TensorFile(bundle.file(manifest.weights["transformer"])).array("x_pad_token"))
+    return Control(net, latents, pad_token, job.control.scale, job.control.steps)
 
 
 def image_info(

@@ -37,7 +37,7 @@ from .executors.protocol import Conditioning, Control, Denoiser, Executor, Optio
 from .executors.registry import AUTO
 from .images.img2img import Encoded, Start
 from .images.pixels import to_image
-from .job import Job, Prompt
+from .job import Job, Prompt, read_control
 from .keyword_fields import with_fields
 from .model.geometry import (
     ImageGeometry,
@@ -216,7 +216,7 @@ class Pipeline:
         begin = time.perf_counter()
         if job.source is not None and (job.first_step or not job.inpaints_by_control):
             encoded = Encoded(*session.encode(job.source.pixels))
-        control = self._control(job, session)
+        control = read_control(job, session, self.bundle)
         if encoded is not None or control is not None:
             yield EncodeEvent(time.perf_counter() - begin)
         begin = time.perf_counter()
@@ -259,27 +259,6 @@ class Pipeline:
                 begin = time.perf_counter()
                 image = to_image(session.decode(self.unscaled(one[None]))[0])
                 yield ImageEvent(job.seeds[index], image, one, time.perf_counter() - begin, job.info_of(index))
-
-    def _control(self, job: Job, session: Session) -> Control | None:
-        """What a job's ControlNet reads: the control image's latents, and those of what is kept of a source image."""
-        if job.control is None:
-            return None
-        manifest, net = self.bundle.manifest, job.control.net
-        shape = net.manifest.config.channels, job.geometry.latent_height, job.geometry.latent_width
-        channels, latents = manifest.config.vae.latent_channels, np.zeros((1, *shape), np.float32)
-        latents[:, :channels] = self._mode(session, job.control.image.pixels)
-        if job.source is not None and job.source.mask is not None:
-            latents[:, channels] = np.float32(1) - job.source.mask[:, 0]
-            latents[:, channels + 1 :] = self._mode(session, job.source.kept_pixels)
-        weights = TensorFile(self.bundle.file(manifest.weights["transformer"]))
-        pad_token = to_float32(*weights.array("x_pad_token"))
-        return Control(net, latents, pad_token, job.control.scale, job.control.steps)
-
-    def _mode(self, session: Session, pixels: FloatArray) -> FloatArray:
-        """The most likely latents of an image, as the transformer sees them."""
-        vae = self.bundle.manifest.config.vae
-        mean, _ = session.encode(pixels)
-        return (mean - np.float32(vae.shift_factor)) * np.float32(vae.scaling_factor)
 
     def _denoisers(
         self, job: Job, session: Session, prompts: list[tuple[int, ...]], control: Control | None

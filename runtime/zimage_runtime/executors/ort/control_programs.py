@@ -1,10 +1,13 @@
 """Whether a bundle and a ControlNet have what a request needs, and under which names."""
 
+from pathlib import Path
+
 from ...adapters.branches import ON_CPU, check_extended
 from ...bundle.bundle import Bundle
 from ...bundle.controlnet import ControlManifest, ControlNet
-from ...bundle.manifest import CPU
+from ...bundle.manifest import CPU, ProgramRecord, extended
 from ...errors import RequestError
+from ...model.branches import ALL_EXTENDED
 from ...model.programs import Program
 from ..protocol import Work
 
@@ -21,6 +24,21 @@ def control_name(manifest: ControlManifest, program: Program, executor: str, den
     """The same of a ControlNet's program, which need not have the bundle's precision, nor its other forms."""
     name = program_name(program, executor, denoiser)
     return name if manifest.record(program, name) is not None else executor
+
+
+def bundle_file(
+    bundle: Bundle, program: Program, executor: str, denoiser: str, *, extends: bool
+) -> tuple[Path, ProgramRecord | None]:
+    """The file of a bundle's program; `extends`: of the one that takes LoRA and hints. Raises `BundleError`."""
+    name = program_name(program, executor, denoiser)
+    name = extended(name) if extends and program in ALL_EXTENDED else name
+    return bundle.program(program, name), bundle.manifest.record(program, name)
+
+
+def control_file(net: ControlNet, program: Program, executor: str, denoiser: str) -> tuple[Path, ProgramRecord | None]:
+    """The file of a ControlNet's program. Raises `BundleError`."""
+    name = control_name(net.manifest, program, executor, denoiser)
+    return net.program(program, name), net.manifest.record(program, name)
 
 
 def check_programs(bundle: Bundle, work: Work, executor: str, denoiser: str) -> None:

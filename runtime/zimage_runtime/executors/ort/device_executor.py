@@ -11,27 +11,25 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
-import numpy as np
-
 from ...adapters.branches import Branches
 from ...arrays import FloatArray
 from ...bundle.bundle import Bundle
 from ...bundle.controlnet import ControlNet
-from ...bundle.manifest import extended
 from ...bundle.tensors import TensorFile
 from ...errors import CancelledError, ExecutorError
 from ...model.branches import ALL_EXTENDED
 from ...model.config import VaeConfig
 from ...model.geometry import Rotary
-from ...model.programs import CONTROL_PROGRAMS, SIGNATURES, Program, is_hint
+from ...model.programs import CONTROL_PROGRAMS, SIGNATURES, Program
 from ...tiles.tiling import TiledDecoder, TiledEncoder
 from ..protocol import Computation, Conditioning, Plan, Work
 from ..turns import leaving, scope
 from ..worker import Stop, Worker, forget_locals
 from .control import ControlledSteps, controlled_steps, no_hints
-from .control_programs import FOLLOWING, check_programs, control_name, program_name
+from .control_programs import FOLLOWING, bundle_file, check_programs, control_file
 from .cpu_plan import check_host
 from .device import OrtDevice, Provider, checked, explained, run_bound
+from .device_control import DeviceRunner
 from .device_plan import VramPlan, tile_values
 from .host_programs import HostPrograms, session_options
 from .tile_kernels import OrtTileKernels
@@ -212,14 +210,10 @@ class OrtDeviceExecutor:
             run_bound(self._sessions[program], binding, f"{program} failed", stop)
 
     def _session(self, program: Program, stop: Stop) -> Any:
-        net = self._control
-        if net is not None and program in CONTROL_PROGRAMS:
-            name = control_name(net.manifest, program, self.name, self.denoiser)
-            path, record = net.program(program, name), net.manifest.record(program, name)
+        if self._control is not None and program in CONTROL_PROGRAMS:
+            path, record = control_file(self._control, program, self.name, self.denoiser)
         else:
-            name = program_name(program, self.name, self.denoiser)
-            name = extended(name) if self._host.extended and program in ALL_EXTENDED else name
-            path, record = self.bundle.program(program, name), self.bundle.manifest.record(program, name)
+            path, record = bundle_file(self.bundle, program, self.name, self.denoiser, extends=self.extended)
         return self.open(str(path), f"{program} in {path}", stop, program, record.weight_bytes if record else 0)
 
     def open(self, model: str | bytes, what: str, stop: Stop, program: Program | None = None, nbytes: int = 0) -> Any:
@@ -257,6 +251,9 @@ class DeviceSession:
         executor, device, rotary = self.executor, self.executor.device, conditioning.caption_rotary
         branches, control = conditioning.branches, conditioning.control
         model = executor.bundle.manifest.config
+        runner = DeviceRunner(
+            executor.provider, model.transformer.dim, self._run_step, lambda p, f: executor.run_host(p, f, self.stop)
+        )
         if control is not None:
             executor.use_control(control.net)
         if branches is not None or control is not None:
@@ -272,7 +269,7 @@ class DeviceSession:
             "caption_cos": upload(rotary.cos),
             "caption_sin": upload(rotary.sin),
             **self._matrices(branches, Program.DENOISER),
-            **(no_hints(self.no_hint(), model) if executor.extended else {}),
+            **(no_hints(runner.no_hint(), model) if executor.extended else {}),
         }
         feeds = {
             **self._matrices(branches, Program.CAPTION),
@@ -285,7 +282,7 @@ class DeviceSession:
             executor.checked(Program.CAPTION, device.download(caption))
         rows = self._modulation(conditioning.timesteps, branches)
         steps = controlled_steps(
-            self,
+            runner,
             conditioning,
             model,
             caption,
@@ -294,31 +291,10 @@ class DeviceSession:
         )
         return _DeviceDenoiser(self, fixed, rows, steps)
 
-    def upload(self, values: FloatArray) -> Any:
-        return self.executor.device.upload(values)
-
-    def no_hint(self) -> Any:
-        shape = (1, 1, self.executor.bundle.manifest.config.transformer.dim)
-        if self.executor.provider.halves_hints:
-            return self.executor.device.zero_halves(shape)
-        return self.executor.device.wrapped(np.zeros(shape, np.float32))
-
-    def run_host(self, program: Program, feeds: dict[str, FloatArray]) -> dict[str, FloatArray]:
-        return self.executor.run_host(program, feeds, self.stop)
-
-    def run_step(
-        self, program: Program, inputs: Mapping[str, Any], outputs: Mapping[str, tuple[int, ...]]
-    ) -> dict[str, Any]:
-        executor, device = self.executor, self.executor.device
-        executor.enter(program, self.plan)
-        halves = executor.provider.halves_hints
-        made = {
-            name: device.empty_halves(shape) if halves and is_hint(name) else device.empty(shape)
-            for name, shape in outputs.items()
-        }
+    def _run_step(self, program: Program, inputs: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+        self.executor.enter(program, self.plan)
         # what it took goes back, so that only one of a step's programs holds more than its weights
-        executor.run_bound(program, inputs, made, self.stop, shrink=True)
-        return made
+        self.executor.run_bound(program, inputs, outputs, self.stop, shrink=True)
 
     def _matrices(self, branches: Branches | None, program: Program) -> dict[str, Any]:
         """A program's LoRA on the device, once for all conditionings."""

@@ -64,7 +64,8 @@ def main() -> None:
     }
     name = "control_places_diffusers" if options.with_diffusers else "control_places"
     write_results(name, report, to_markdown(report, name), options.out)
-    sheet(requests, list(images.values())).save(options.out / f"{name}.png", optimize=True)
+    pictures = sheet(requests, list(images.values())).quantize(128, dither=Image.Dither.NONE)
+    pictures.save(options.out / f"{name}.png", optimize=True)
     print(to_markdown(report, name))
 
 

@@ -5,7 +5,7 @@
 Prompts name the objects and not their places; each asks for a colour of a shape that no training picture showed. An
 object has landed if an area of one colour overlaps the inside of its outline enough. A map counts if all its objects
 have. zimage-rt generates the images, with the bundle that ships and the programs that control needs, or diffusers does.
-The sheet shows each map above its images with the ControlNet and without.
+zimage-rt's sheet shows each map above its images with the ControlNet and without.
 """
 
 import argparse
@@ -33,6 +33,7 @@ from zimage_runtime.command_line.progress import Progress
 
 CONTROLNET = DEMO.with_name("tiny_controlnet")
 COLUMNS, GAP = 10, 4
+SHEET = "control_places.png"
 Pixels = NDArray[np.uint8]
 Generate = Callable[[Request, int, bool], Pixels]
 """A request, a seed, and whether with the ControlNet → the image [height, width, 3]."""
@@ -63,9 +64,11 @@ def main() -> None:
         "scores": {name: scores(requests, found) for name, found in images.items()},
     }
     name = "control_places_diffusers" if options.with_diffusers else "control_places"
-    write_results(name, report, to_markdown(report, name), options.out)
-    sheet(requests, list(images.values())).save(options.out / f"{name}.png", optimize=True)
-    print(to_markdown(report, name))
+    write_results(name, report, to_markdown(report), options.out)
+    if not options.with_diffusers:
+        pictures = sheet(requests, list(images.values())).quantize(128, dither=Image.Dither.NONE)
+        pictures.save(options.out / SHEET, optimize=True)
+    print(to_markdown(report))
 
 
 @contextmanager
@@ -144,7 +147,7 @@ def _shares(verdicts: Sequence[Landing]) -> dict[str, float]:
     }
 
 
-def to_markdown(report: dict[str, Any], name: str) -> str:
+def to_markdown(report: dict[str, Any]) -> str:
     """The table, and where it comes from."""
     rows = [
         [
@@ -160,6 +163,7 @@ def to_markdown(report: dict[str, Any], name: str) -> str:
     ]
     diffusers = report["program"] == "diffusers"
     option, precision = (" --with-diffusers", "float32") if diffusers else ("", "fp16")
+    shown = "" if diffusers else f"![Each map, its image with the ControlNet, and the image without]({SHEET})\n\n"
     header = ["images", "maps", "landed", "in its colour", "median overlap", "shapes and colours"]
     return (
         "# The demo model's ControlNet: where the map puts shapes, and where they land\n\n"
@@ -168,7 +172,7 @@ def to_markdown(report: dict[str, Any], name: str) -> str:
         f"{report['overlap']} of what both cover; or an area of the colour that the prompt gives to it. The overlap is "
         "that of an image's worst object. Shapes and colours: what is seen is what the prompt asks for, nothing else. "
         "Prompts do not mention places. Each has a pair of colour and shape that training never showed.\n\n"
-        f"![Each map, the image with the ControlNet, and the image without]({name}.png)\n\n"
+        f"{shown}"
         f"`PYTHONPATH=. python benchmarks/control_places.py{option} --maps {report['maps']} --scale "
         f"{report['scale']}`, {report['program']}, {precision}, 128x128, 8 steps; {describe(report['machine'])}\n"
     )

@@ -1,6 +1,6 @@
 """One denoising step under a ControlNet on the CPU, against the step without, beside diffusers' own ratio; and memory.
 
-The model has the published depth and a fifth of its width, so that shares of the work are the published model's: 34
+The model has the published depth and a smaller width, so that shares of the work are the published model's: 34
 blocks, and ControlNets of the published versions. Variants take turns, ours and diffusers', and a ratio is of two calls
 in the same round. Velocities of both are compared. Memory is what a whole image takes in a process of its own, beside
 what `zimage-rt plan` says.
@@ -45,7 +45,7 @@ from zimage_runtime.model.config import ModelConfig, TransformerConfig
 
 WITHOUT, NONE = "without", "extended, none"
 _PROMPT, _SEED, _SCALE = "a lighthouse on a cliff at dusk, oil painting", 7, 0.75
-_WIDTH = 768
+_WIDTH = 512
 
 Calls = dict[str, Callable[[], FloatArray]]
 
@@ -240,8 +240,8 @@ def to_markdown(document: dict[str, Any]) -> str:
         "# A step under a ControlNet on the CPU",
         "",
         f"{describe(document['machine'])}.",
-        f"Random weights in float32, 34 blocks of width {document['width']}; threads: {document['threads']}; seconds of "
-        f"the {document['seconds_of']}; {document['rounds']} rounds.",
+        f"Random weights in float32, 34 blocks of width {document['width']}; threads: {document['threads']}; seconds "
+        f"of the {document['seconds_of']}; {document['rounds']} rounds.",
         "Seconds are of a machine that other work may share: compare ratios, which are medians over the rounds, to the "
         "step without control of the same system. The change is of the first step's velocity, relative to the one "
         "without; the distance is to diffusers' velocity.",

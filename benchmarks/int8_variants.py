@@ -35,7 +35,6 @@ from demo_model.scoring import held_out_requests
 from zimage_export.build import BuildOptions, build
 from zimage_export.measure.calibrate import measure_peaks
 from zimage_export.source.checkpoint import Checkpoint
-from zimage_export.source.forms.scaled import hadamard
 from zimage_export.source.tensors import TensorSource
 from zimage_export.storage.precision import Encoding, StoragePolicy
 from zimage_export.storage.quantize import blocks4, blocks8, int8_rows, quantized
@@ -51,6 +50,7 @@ from zimage_runtime.bundle.tensors import DType, encode_header
 from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.machine.int8_products import activation_bits
 from zimage_runtime.model.config import ModelConfig
+from zimage_runtime.model.hadamard import hadamard
 from zimage_runtime.model.linears import LAYER_LINEARS, layer_linears
 
 DEMO = Path(__file__).parents[1] / "demo_model" / "tiny"

@@ -22,13 +22,13 @@ from zimage_runtime.machine.gpu_targets import Variant
 SCRATCH_PER_POSITION = 1000  # bytes: made up, for no twin has any
 
 
-def twins(bundle: Bundle) -> list[BlockProgram]:
-    """The float32 twins of a bundle's block programs, from the same builder."""
+def twins(bundle: Bundle, *, lora: bool = False) -> list[BlockProgram]:
+    """The float32 twins of a bundle's block programs, from the same builder; with `lora`, those that take LoRA too."""
     headers = {component: read_header(bundle.file(path)) for component, path in bundle.manifest.weights.items()}
     types = EngineTypes(
         lambda component, name, shape: DType(headers[component][name].dtype), Variant.AMPERE, DType.F32, full=True
     )
-    return build_blocks(bundle.manifest.config, types, read_folds(bundle.manifest.folds))
+    return build_blocks(bundle.manifest.config, types, read_folds(bundle.manifest.folds), lora=lora)
 
 
 def twin_spec(bundle: Bundle, programs: list[BlockProgram]) -> VariantSpec:
@@ -39,7 +39,11 @@ def twin_spec(bundle: Bundle, programs: list[BlockProgram]) -> VariantSpec:
         spec = program_spec(program, config, "")
         scratch = ((0, 0), (1 << 30, SCRATCH_PER_POSITION << 30))
         specs[program.name] = dataclasses.replace(spec, scratch=scratch)
-        blocks |= {key: BlockSpec(program.name, scalars) for key, scalars in program.scalars.items()}
+        for key, scalars in program.scalars.items():
+            if program.branches:
+                blocks[key] = dataclasses.replace(blocks[key], extended=program.name)
+            else:
+                blocks[key] = BlockSpec(program.name, scalars)
     return VariantSpec(specs, blocks)
 
 

@@ -173,9 +173,10 @@ def build(
 @cli.command(short_help="Add TensorRT engines to a bundle.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @_gpu_option
+@click.option("--lora", is_flag=True, help="Also those that take LoRA at run time.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document instead of the path.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
-def engines(bundle: Path, gpus: tuple[str, ...], as_json: bool, quiet: bool) -> None:
+def engines(bundle: Path, gpus: tuple[str, ...], lora: bool, as_json: bool, quiet: bool) -> None:
     """Add TensorRT block programs and engines to BUNDLE, or replace them.
 
     No GPU is needed. Engines contain no weights. An engine that does not suit a GPU or a version of TensorRT is rebuilt
@@ -192,7 +193,7 @@ def engines(bundle: Path, gpus: tuple[str, ...], as_json: bool, quiet: bool) -> 
 
     opened = Bundle.open(bundle)
     check_engine_rotations(opened.manifest.rotations)
-    renewed = add_engines(opened, tuple(map(GpuTarget, gpus)), Progress(quiet))
+    renewed = add_engines(opened, tuple(map(GpuTarget, gpus)), Progress(quiet), lora=lora)
     files = {path: record.size for path, record in renewed.manifest.files.items() if path.startswith(ENGINES_FOLDER)}
     built = [vars(engine) for engine in read_catalog(renewed).engines]
     _report({"path": str(bundle), "bytes": sum(files.values()), "engines": built}, as_json, str(bundle))
@@ -219,8 +220,9 @@ def engines(bundle: Path, gpus: tuple[str, ...], as_json: bool, quiet: bool) -> 
 def programs(bundle: Path, executors: tuple[str, ...], extended: bool, as_json: bool, quiet: bool) -> None:
     """Add the programs that BUNDLE lacks, such as those of an executor that is newer than the bundle.
 
-    A program takes 2 MB at most. Weights are neither needed in memory nor rewritten, and images that the bundle has
-    generated still match it. Of the export extra, only onnx is used.
+    Programs whose files are missing or damaged are written again. One takes 2 MB at most. Weights are neither needed in
+    memory nor rewritten, and images that the bundle has generated still match it. Of the export extra, only onnx is
+    used.
     """
     require_onnx()
     from zimage_runtime.bundle.bundle import Bundle
@@ -228,7 +230,7 @@ def programs(bundle: Path, executors: tuple[str, ...], extended: bool, as_json: 
     from .programs import add_programs
 
     progress = Progress(quiet)
-    report = add_programs(Bundle.open(bundle), executors, progress, lora=extended)
+    report = add_programs(Bundle.open(bundle, repairs_programs=True), executors, progress, lora=extended)
     manifest = report.bundle.manifest
     added = [
         {"program": program.value, "name": name, "path": record.path, "bytes": manifest.files[record.path].size}

@@ -32,7 +32,9 @@ class AddedPrograms:
 def add_programs(
     bundle: Bundle, executors: Sequence[str] = (), progress: Progress | None = None, *, lora: bool = False
 ) -> AddedPrograms:
-    """Adds the programs that a bundle lacks: for some executors, or for all that its precision has programs for.
+    """Adds the programs that a bundle lacks, for some executors or for all that its precision has programs for.
+
+    Any program whose file is missing or damaged is written again.
 
     With `lora`, also those that take LoRA and a ControlNet's hints, of which older ones are replaced.
 
@@ -45,11 +47,16 @@ def add_programs(
     folds = read_folds(bundle.manifest.folds)
     graphs = [
         build_graph(program, bundle.manifest.config, Target(programs.name, policy, folds))
-        for programs in wanted
+        for programs in PROGRAM_SETS.values()
         for program in programs.of(bundle.manifest.precision)
-        if bundle.manifest.record(program, programs.name) is None or programs.extended
+        if (programs.extended and programs in wanted) or _lacks(bundle, program, programs, wanted)
     ]
-    graphs = [graph for graph in graphs if _is_lacking(bundle, graph)]
+    sets = list(PROGRAM_SETS.values())
+    graphs = [
+        graph
+        for graph in graphs
+        if _lacks(bundle, graph.program, PROGRAM_SETS[graph.executor], sets) or _is_older(bundle, graph)
+    ]
     for graph in graphs:  # all of them, before anything is written
         _check_weights(bundle, policy, graph)
     if not graphs:
@@ -60,28 +67,37 @@ def add_programs(
         with (progress or Progress(quiet=True)).task("programs", len(graphs)) as advance:
             for graph in graphs:
                 record, file = _write(bundle, graph)
-                if earlier := bundle.manifest.record(graph.program, graph.executor):
-                    replaced.append(earlier.path)
-                    del files[earlier.path]
-                records.setdefault(graph.program, {})[graph.executor] = record
+                before = records.setdefault(graph.program, {}).get(graph.executor)
+                if before is not None:
+                    files.pop(before.path, None)
+                    replaced.append(before.path)
+                records[graph.program][graph.executor] = record
                 files[record.path] = file
                 added.append((graph.program, graph.executor, record))
                 advance(1)
         write_manifest(bundle.root, bundle.manifest.with_programs(records, files))
-        for path in replaced:
+        for path in set(replaced) - set(files):
             bundle.file(path).unlink(missing_ok=True)
     except OSError as error:  # which would name a temporary file, or nothing
         raise OSError(error.errno, error.strerror or str(error), str(bundle.root)) from None
     return AddedPrograms(Bundle.open(bundle.root), tuple(added))
 
 
-def _is_lacking(bundle: Bundle, graph: Graph) -> bool:
-    """Whether a bundle has no such program, or an extended one of an earlier version, with other inputs."""
+def _lacks(bundle: Bundle, program: Program, programs: ProgramSet, wanted: Sequence[ProgramSet]) -> bool:
+    """Whether a wanted program is not listed, or any is whose file is missing or of another size."""
+    record = bundle.manifest.record(program, programs.name)
+    if record is None:
+        return programs in wanted
+    path = bundle.file(record.path)
+    return not path.is_file() or path.stat().st_size != bundle.manifest.files[record.path].size
+
+
+def _is_older(bundle: Bundle, graph: Graph) -> bool:
+    """Whether a bundle's program is of an earlier version, with other inputs."""
     import onnx
 
     record = bundle.manifest.record(graph.program, graph.executor)
-    if record is None:
-        return True
+    assert record is not None
     model = onnx.load(str(bundle.file(record.path)), load_external_data=False)
     return {value.name for value in model.graph.input} != graph.input_names
 
@@ -122,7 +138,9 @@ def _write(bundle: Bundle, graph: Graph) -> tuple[ProgramRecord, FileRecord]:
     temporary = temporary_sibling(root / name)
     try:
         record, file = write_program(root, inside(temporary.name), graph, bundle.file(weights))
-        if name in bundle.manifest.files:  # which must stay as it is until the manifest is replaced
+        if (
+            name in bundle.manifest.files and (root / name).exists()
+        ):  # which must stay as it is until the manifest is replaced
             name = inside(f"{file_name(graph).removesuffix('.onnx')}.{file.sha256[:8]}.onnx")
         os.replace(temporary, root / name)
     finally:

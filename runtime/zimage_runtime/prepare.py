@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from .adapters.branches import branch_bytes
+from .adapters.branches import BranchSizes
 from .adapters.given import given_loras
 from .adapters.shelf import LoraShelf
 from .bundle.bundle import Bundle
@@ -62,6 +62,7 @@ def check_request(request: Request, bundle: Bundle, tokenized: Callable[[str], P
     guidance = make_guidance(scale, schedule, first_step, normalize=normalize, truncation=truncation)
     loras = shelf.open(given_loras(request.loras), allow_unused=request.lora_allow_unused)
     active = tuple(one for one in loras if one.weight)
+    branches = BranchSizes.of(active)
     prompts = [tokenized(text) for text in (request.prompt, request.negative)[: 1 + guidance.guided]]
     info = image_info(
         request,
@@ -95,7 +96,9 @@ def check_request(request: Request, bundle: Bundle, tokenized: Callable[[str], P
             count=count,
             steps=schedule.steps,
             encodes=source is not None or active_control is not None,
-            branches=branch_bytes(active) if active else None,
+            branches=branches.nbytes if active else None,
+            branch_rank=branches.rank,
+            branch_products=branches.products,
             control=None if active_control is None else active_control.net,
         ),
         info=info,

@@ -86,4 +86,4 @@ def test_what_extended_programs_there_are(precision: Precision, extended_in: Ext
         assert base is not None
         assert record.weight_bytes == base.weight_bytes
         graph = onnx.load(extended_in(precision) / record.path, load_external_data=False).graph
-        assert sum(value.name.startswith("lora.") for value in graph.input) == 6 * (5 * 7 + 2)
+        assert sum(value.name.startswith("lora.") for value in graph.input) == 7 * (5 * 7 + 2)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from cli_tools import call_export
+from cli_tools import assert_one_line_error, call_export
 from facts import raises_with
 from lora_tools import CASE, QUIET, adapted, lora
 from parity import check_parity, draw, draw_with_diffusers, relative_error
@@ -86,6 +86,8 @@ def test_a_merged_bundle_says_so_and_is_measured_against_the_merged_model(
     manifest = json.loads((tmp_path / "out/manifest.json").read_text("utf-8"))
     assert manifest["source"]["name"].endswith("+fox:0.5+fox")
     document = json.loads(made.out)
+    forgotten = call_export(capsys, "verify", tmp_path / "out", "--reference", checkpoint, "--quiet")
+    assert_one_line_error(forgotten, tmp_path / "out", "fox:0.5", "--lora")
     verified = ("verify", tmp_path / "out", "--reference", checkpoint, "--size", "32x32", "--prompts", prompts)
     assert call_export(capsys, *verified, "--quiet", *given).status == 0
     assert document["fingerprint"] != Pipeline.from_bundle(bundle).bundle.manifest.fingerprint
@@ -127,7 +129,7 @@ def test_lokr_and_loha_merge_as_their_products(checkpoint: Path, tmp_path: Path)
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("weight", [1.0, 0.5, 0.0])
 def test_dora_sets_the_norms_of_the_changed_weight(checkpoint: Path, tmp_path: Path, axis: int, weight: float) -> None:
-    """LyCORIS's `apply_weight_decompose`, in torch and float64. Axis 0: a norm for each row."""
+    """In torch and float64. Axis 0: a norm for each row. The weight is inside of the norm, as PEFT has it."""
     a, b, original = values("a", (4, DIM)), values("b", (DIM, 4)), base(checkpoint)
     norms = np.abs(values("m", (DIM, 1) if axis == 0 else (1, DIM))) + np.float32(0.5)
     tensors = {
@@ -137,10 +139,9 @@ def test_dora_sets_the_norms_of_the_changed_weight(checkpoint: Path, tmp_path: P
         f"{QUERY}.dora_scale": norms,
     }
     found = changed(checkpoint, tensors, tmp_path / "x.safetensors", weight)
-    new = torch.from_numpy(original.astype(np.float64)) + 0.5 * torch.from_numpy((b @ a).astype(np.float64))
+    new = torch.from_numpy(original.astype(np.float64)) + weight * 0.5 * torch.from_numpy((b @ a).astype(np.float64))
     new = new * torch.from_numpy(norms) / new.norm(dim=1 - axis, keepdim=True)
-    expected = original + weight * (new.numpy() - original)
-    assert np.allclose(found, expected, atol=1e-5)
+    assert np.allclose(found, new.numpy() if weight else original, atol=1e-5)
     assert (weight == 0) == np.array_equal(found, original)
 
 

@@ -9,18 +9,19 @@ import numpy as np
 import pytest
 from cli_tools import Capture, assert_one_line_error, call_export, call_rt
 from facts import assert_facts, raises_with
-from lora_tools import drawn, everywhere, lora, products, written
+from lora_tools import drawn, everywhere, lora, written
 from schemes import DIM, Tensors, values
 
 from zimage_export.synthetic.checkpoint import SMALL
+from zimage_runtime.adapters.branches import BranchSizes
 from zimage_runtime.adapters.given import GivenLora
-from zimage_runtime.adapters.reader import read_adapter
+from zimage_runtime.adapters.reader import WeightedAdapter, read_adapter
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import CPU, CUDA, WEBGPU, WEBGPU_FUSED, Precision, extended
 from zimage_runtime.errors import AdapterError, BundleError, ExecutorError, RequestError
 from zimage_runtime.images.image_files import read_image_info
 from zimage_runtime.model.branches import (
-    EXTENDED,
+    ALL_EXTENDED,
 )
 from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import NoticeEvent, Pipeline
@@ -35,11 +36,7 @@ REFUSED: dict[str, Tensors] = {
     "dora": {
         "layers.0.attention.to_q.lora_A.weight": values("a", (2, DIM)),
         "layers.0.attention.to_q.lora_B.weight": values("b", (DIM, 2)),
-        "layers.0.attention.to_q.dora_scale": values("m", (DIM, 1)),
-    },
-    "lokr-cut": {  # a third of whose rows is no product
-        "layers.0.attention.qkv.lokr_w1": values("a", (4, 8)),
-        "layers.0.attention.qkv.lokr_w2": values("b", (72, 12)),
+        "layers.0.attention.to_q.dora_scale": values("m", (1, DIM)),  # of input channels
     },
     "large-loha": {
         f"layers.0.attention.to_q.hada_{key}": values(key, shape)
@@ -55,12 +52,15 @@ def test_what_is_no_branch_is_refused_with_the_line_that_merges_it(case: str, ro
         pipeline.stream("a fox", loras=[(path, 0.5)])
 
 
-def test_two_lokr_of_one_layer_are_refused_and_of_weight_0_they_are_none(root: Path, tmp_path: Path) -> None:
-    one, two = products(tmp_path / "one.safetensors"), products(tmp_path / "two.safetensors")
-    with Pipeline.from_bundle(root) as pipeline:
-        with raises_with(AdapterError, two, "LoKr", f"--lora {two}:0.5"):
-            pipeline.stream("a fox", loras=[(one, 1.0), (two, 0.5)])
-        pipeline.stream("a fox", size=(48, 64), loras=[(one, 0.0), (two, 0.5)])
+@pytest.mark.parametrize("executor", [CPU, CUDA, WEBGPU])
+def test_the_plan_of_another_machine_counts_lora(executor: str, root: Path, tmp_path: Path, capsys: Capture) -> None:
+    path = everywhere(tmp_path / "all.safetensors")
+    command = ("plan", root, "--executor", executor, "--size", "48x64")
+    plain = json.loads(call_rt(capsys, *command, "--json").out)
+    found = json.loads(call_rt(capsys, *command, "--lora", f"{path}:0.5", "--json").out)
+    nbytes = BranchSizes.of([WeightedAdapter(read_adapter(path, SMALL.config), 0.5)]).nbytes
+    assert found["peak"] - plain["peak"] == found["lora"] == nbytes > plain["lora"] == 0
+    assert any(line.startswith("lora") for line in call_rt(capsys, *command, "--lora", path).lines)
 
 
 def test_a_bundle_without_the_programs_names_the_command(bundle: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -167,11 +167,10 @@ def test_programs_adds_them(bundle: Path, tmp_path: Path, capsys: Capture) -> No
     copy = Path(shutil.copytree(bundle, tmp_path / "bundle"))
     assert json.loads(call_export(capsys, "programs", copy, "--json", "--quiet").out)["added"] == []
     added = json.loads(call_export(capsys, "programs", copy, "--lora", "--json", "--quiet").out)["added"]
-    expected = {(program, extended(CPU)) for program in EXTENDED}
-    expected |= {
-        (program, extended(name)) for program in (Program.CAPTION, Program.DENOISER) for name in (CUDA, WEBGPU)
-    }
-    expected.add((Program.DENOISER, extended(WEBGPU_FUSED)))
+    expected = {(program, extended(CPU)) for program in ALL_EXTENDED}
+    on_device = (Program.CAPTION, Program.DENOISER, Program.TOKENS, Program.REFINERS)
+    expected |= {(program, extended(name)) for program in on_device for name in (CUDA, WEBGPU)}
+    expected |= {(program, extended(WEBGPU_FUSED)) for program in (Program.DENOISER, Program.REFINERS)}
     assert {(Program(a["program"]), a["name"]) for a in added} == expected
     assert Bundle.open(copy).manifest.executors == Bundle.open(bundle).manifest.executors
     assert Bundle.open(copy).manifest.fingerprint == Bundle.open(bundle).manifest.fingerprint

@@ -14,22 +14,25 @@ from schemes import DIM, FFN, SCHEMES, values
 from zimage_export.build import BuildOptions, build
 from zimage_export.programs import add_programs
 from zimage_export.synthetic.checkpoint import SMALL
-from zimage_runtime.adapters.branches import NO_BRANCHES, RANK_UNIT, branch_bytes, make_branches
+from zimage_runtime.adapters.branches import NO_BRANCHES, RANK_UNIT, BranchSizes, make_branches
 from zimage_runtime.adapters.given import GivenLora
 from zimage_runtime.adapters.reader import WeightedAdapter, read_adapter
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import CPU, Precision, extended
+from zimage_runtime.executors.ort.control import no_hints
 from zimage_runtime.executors.ort.host_programs import HostPrograms
 from zimage_runtime.model.branches import (
     EXTENDED,
     branch_linears,
     columns_input,
     down_input,
+    factor_input,
     inner_input,
     outer_input,
     rows_input,
     up_input,
 )
+from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import Pipeline
 
 
@@ -98,6 +101,8 @@ def test_without_branches_an_extended_program_gives_the_others_bits(
     for program in EXTENDED:
         feeds = fixed_inputs(SMALL.config)[program]
         inputs = NO_BRANCHES.inputs(program, bundle.manifest, least_rank)
+        if program is Program.DENOISER:
+            inputs |= no_hints(np.zeros((1, 1, SMALL.config.transformer.dim), np.float32), SMALL.config)
         found, expected = other.run(program, {**feeds, **inputs}), base.run(program, feeds)
         for name, value in expected.items():
             assert np.array_equal(found[name], value), (program, name)
@@ -186,9 +191,11 @@ def test_the_programs_have_the_branches_that_are_stated() -> None:
         for linear in linears:
             rank = f"{linear.name}.rank"
             expected[down_input(linear.name)] = (rank, linear.in_width)
-            expected[up_input(linear.name)] = (linear.out_width, rank)
-            expected[outer_input(linear.name)] = (f"{linear.name}.a", f"{linear.name}.b")
-            expected[inner_input(linear.name)] = (f"{linear.name}.d", f"{linear.name}.c")
+            expected[up_input(linear.name)] = (f"{linear.name}.out", rank)
+            products = f"{linear.name}.products"
+            expected[outer_input(linear.name)] = (f"{linear.name}.a", f"{linear.name}.b", products)
+            expected[inner_input(linear.name)] = (f"{linear.name}.d", products, f"{linear.name}.c")
+            expected[factor_input(linear.name)] = (f"{linear.name}.channels",)
             expected[columns_input(linear.name)] = (f"{linear.name}.columns",)
             expected[rows_input(linear.name)] = (f"{linear.name}.rows",)
         assert dict(graph.branches) == expected
@@ -210,7 +217,7 @@ def test_ranks_are_joined_padded_and_counted(root: Path, tmp_path: Path) -> None
         (delta,) = [d for d in one.adapter.deltas if d.tensor == "layers.0.attention.to_q.weight"]
         expected = expected + one.weight * delta.form.rows(0, DIM)
     assert np.allclose(up @ down, expected, atol=1e-5)
-    assert branches.nbytes == branch_bytes(loras)
+    assert branches.nbytes == BranchSizes.of(loras).nbytes
 
 
 def test_the_plan_counts_the_matrices(root: Path, tmp_path: Path) -> None:
@@ -218,7 +225,7 @@ def test_the_plan_counts_the_matrices(root: Path, tmp_path: Path) -> None:
     with Pipeline.from_bundle(root) as pipeline:
         job = pipeline.prepare(pipeline_request(path))
         plain = pipeline.prepare(pipeline_request())
-    nbytes = branch_bytes([WeightedAdapter(read_adapter(path, SMALL.config), 1.0)])
+    nbytes = BranchSizes.of([WeightedAdapter(read_adapter(path, SMALL.config), 1.0)]).nbytes
     assert job.plan.peak - plain.plan.peak == nbytes > 0
     assert job.plan.document()["lora"] == nbytes
     assert any(line.startswith("lora") for line in job.plan.lines())

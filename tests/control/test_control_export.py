@@ -2,30 +2,38 @@
 
 import json
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from cli_tools import Capture, assert_one_line_error, call_export
+from cli_tools import Capture, assert_one_line_error, call_export, call_rt
 from control_tools import LITE, MODEL, ONE, TWO, TWO_ONE, Controlled, Version, export, ours, random_tensors
 from facts import raises_with
-from parity import relative_error
+from parity import Drawing, relative_error
 from safetensors.numpy import load_file, save_file
 
 from zimage_export.errors import CheckpointError, ExportError
+from zimage_export.graphs import PROGRAM_SETS
+from zimage_export.graphs.builder import GraphBuilder
+from zimage_export.graphs.controlnet import CONTROL_SETS
 from zimage_export.source.control_file import open_control_file
+from zimage_export.storage.precision import StoragePolicy
 from zimage_runtime.bundle.controlnet import ControlNet
 from zimage_runtime.bundle.manifest import CUDA, CUDA_WEIGHT_ONLY, WEBGPU, WEBGPU_FUSED, Precision
+from zimage_runtime.bundle.tensors import DType
 from zimage_runtime.model.control import Refiner
 from zimage_runtime.model.programs import CONTROL_PROGRAMS, Program
+from zimage_runtime.model.query_blocks import POSITION_BLOCKS
 from zimage_runtime.pipeline import Pipeline
 
 Nets = Callable[..., Path]
 Files = Callable[[Version], Path]
 
+CASE = Controlled((64, 48), 0.75, 2)
 REFINERS = {ONE: Refiner.PLAIN, TWO: Refiner.LAYERS, TWO_ONE: Refiner.CONTROL, LITE: Refiner.CONTROL}
 MOST = {Precision.FP32: 2e-6, Precision.FP16: 2e-3, Precision.BF16: 1e-2, Precision.INT8: 0.06, Precision.INT4: 0.3}
 """Relative error of a hint on random weights, whose distribution no quantization likes."""
@@ -80,21 +88,27 @@ def test_a_folder_that_diffusers_saved(tmp_path: Path, file_of: Files, net_of: N
             open_control_file(tmp_path / "saved")
 
 
+@pytest.fixture(scope="module")
+def exact(extended_in: Nets, net_of: Nets) -> Iterator[tuple[Pipeline, Drawing]]:
+    """A pipeline in float32, and its image under a ControlNet in float32, which is far from the one without."""
+    with Pipeline.from_bundle(extended_in(Precision.FP32), "cpu") as pipeline:
+        expected = ours(pipeline, net_of(LITE), CASE)
+        assert relative_error(ours(pipeline, None, CASE).latents, expected.latents) > 0.3
+        yield pipeline, expected
+
+
 @pytest.mark.deep
 @pytest.mark.parametrize("precision", Precision)
-def test_every_precision_is_near_the_file(precision: Precision, net_of: Nets, extended_in: Nets) -> None:
-    net, case = ControlNet.open(net_of(LITE, precision)), Controlled((64, 48), 0.75, 2)
+def test_every_precision_is_near_the_file(precision: Precision, net_of: Nets, exact: tuple[Pipeline, Drawing]) -> None:
+    net = ControlNet.open(net_of(LITE, precision))
     assert net.manifest.parity is not None
     errors = net.manifest.parity["relative_error"]
     assert set(errors) == {"control_tokens", "control_refiner", "control_layers"}
     assert 0 <= min(errors.values()) <= max(errors.values()) < MOST[precision]
     if precision is not Precision.FP32:
         assert max(errors.values()) > MOST[precision] / 50, "nothing was rounded"
-    with Pipeline.from_bundle(extended_in(Precision.FP32), "cpu") as pipeline:
-        plain, expected = ours(pipeline, None, case), ours(pipeline, net_of(LITE), case)
-        found = ours(pipeline, net.root, case)
-    assert relative_error(plain.latents, expected.latents) > 0.3
-    assert relative_error(found.latents, expected.latents) < MOST[precision]
+    pipeline, expected = exact
+    assert relative_error(ours(pipeline, net.root, CASE).latents, expected.latents) < MOST[precision]
 
 
 @pytest.mark.parametrize("precision", [Precision.BF16, Precision.INT8])
@@ -219,3 +233,37 @@ def test_zeros_that_are_not_a_refiner_of_version_two(tmp_path: Path) -> None:
         path = tmp_path / f"{name}.safetensors"
         save_file(tensors, path)
         assert open_control_file(path, TWO_ONE.places).config.version == "2.0"
+
+
+@pytest.mark.parametrize("name", CONTROL_SETS)
+def test_layers_of_every_precision_have_what_their_executor_needs(name: str) -> None:
+    """A dataclass takes the defaults of its first base, which for integers is the CPU's."""
+    programs = PROGRAM_SETS[name]
+    made = [
+        programs.layers(
+            GraphBuilder(Program.CONTROL_LAYERS, name, {}, lambda n, s: DType.F32), StoragePolicy(precision)
+        )
+        for precision in programs.precisions
+    ]
+    assert {layers.hints for layers in made} == {DType.BF16 if programs.executor == CUDA else DType.F32}
+    assert {layers.position_blocks for layers in made} == {1 if programs.executor == "cpu" else POSITION_BLOCKS}
+
+
+@pytest.mark.deep
+def test_info_describes_and_verifies(net_of: Nets, tmp_path: Path, capsys: Capture) -> None:
+    net = net_of(LITE)
+    document = json.loads(call_rt(capsys, "info", net, "--verify", "--json").out)
+    assert (document["config"]["version"], document["config"]["places"]) == ("2.1-lite", list(LITE.places))
+    assert document["verified"] is True
+    assert document["parity"] == ControlNet.open(net).manifest.parity
+    lines = call_rt(capsys, "info", net).lines
+    assert any("2.1-lite" in line and "inpaint" in line for line in lines)
+    copy = Path(shutil.copytree(net, tmp_path / "net"))
+    with (copy / "weights.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 1]))
+    outcome = call_rt(capsys, "info", copy, "--verify")
+    assert outcome.status == 1
+    assert "weights.safetensors" in outcome.err

@@ -34,7 +34,7 @@ def both(pipeline: Pipeline, reference: Any, version: Version, net: Path, case: 
 
 
 @pytest.mark.parametrize(
-    "case", [Controlled((64, 64), 1.0, 3), Controlled((80, 112), 0.65, 2, 7, guided=Guided())], ids=["square", "guided"]
+    "case", [Controlled((64, 64), 1.0, 2), Controlled((80, 112), 0.65, 2, 7, guided=Guided())], ids=["square", "guided"]
 )
 def test_every_version(
     pipeline: Pipeline, diffusers_pipeline: Any, version: Version, net_of: Nets, case: Controlled
@@ -42,16 +42,16 @@ def test_every_version(
     both(pipeline, diffusers_pipeline, version, net_of(version), case)
 
 
-@pytest.mark.parametrize("window", [(0.0, 0.5), (0.3, 1.0), (0.25, 0.8)])
+@pytest.mark.parametrize("window", [(0.0, 0.5), (0.25, 0.8)])
 def test_a_window_of_the_steps(
     pipeline: Pipeline, diffusers_pipeline: Any, net_of: Nets, window: tuple[float, float]
 ) -> None:
-    both(pipeline, diffusers_pipeline, LITE, net_of(LITE), Controlled((64, 48), 1.0, 5, window=window))
+    both(pipeline, diffusers_pipeline, LITE, net_of(LITE), Controlled((64, 48), 1.0, 4, window=window))
 
 
-@pytest.mark.parametrize("version", [TWO, TWO_ONE, LITE], ids=lambda version: version.name)
+@pytest.mark.parametrize("version", [TWO, TWO_ONE], ids=lambda version: version.name)
 def test_inpainting(pipeline: Pipeline, diffusers_pipeline: Any, version: Version, net_of: Nets) -> None:
-    case = Controlled((80, 48), 0.65, 3, inpaints=True)
+    case = Controlled((80, 48), 0.65, 2, inpaints=True)
     both(pipeline, diffusers_pipeline, version, net_of(version), case)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cli_tools import Capture, assert_one_line_error, call_export, call_rt
-from control_tools import LITE, ONE, TWO, TWO_ONE, Controlled, Version, blot, ours, photograph
+from control_tools import LITE, ONE, TWO, TWO_ONE, Controlled, blot, ours, photograph
 from facts import raises_with
 from PIL import Image
 
@@ -47,9 +47,8 @@ def test_no_scale_and_no_steps_are_no_control_to_the_bit(pipeline: Pipeline, bun
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("version", [ONE, TWO], ids=lambda version: version.name)
-def test_folders_and_sizes_in_turn(pipeline: Pipeline, net_of: Nets, version: Version) -> None:
-    one, other = net_of(LITE), net_of(version)
+def test_folders_and_sizes_in_turn(pipeline: Pipeline, net_of: Nets) -> None:
+    one, other = net_of(LITE), net_of(TWO)
     wide = Controlled((80, 48), 0.8, 2)
     first, between, again = ours(pipeline, one, CASE), ours(pipeline, other, wide), ours(pipeline, one, CASE)
     assert np.array_equal(first.latents, again.latents)

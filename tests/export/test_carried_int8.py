@@ -19,13 +19,14 @@ from zimage_export.build import BuildOptions, build
 from zimage_export.graphs import Target, build_graph
 from zimage_export.graphs.builder import GraphBuilder
 from zimage_export.graphs.rotation import rotate
-from zimage_export.source.forms.scaled import hadamard
 from zimage_export.source.single_files import SingleFiles
 from zimage_export.storage.bundle_policy import BundlePolicy
 from zimage_export.storage.folds import read_folds, weight_exponent
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import CPU, CUDA, Precision
+from zimage_runtime.bundle.stored_weights import PublishedRows
 from zimage_runtime.bundle.tensors import DType, TensorFile
+from zimage_runtime.model.hadamard import hadamard
 from zimage_runtime.model.programs import Program
 from zimage_runtime.pipeline import Pipeline
 
@@ -83,6 +84,14 @@ def test_the_integers_and_the_scales_are_the_files_own(carried: Carried) -> None
     sizes = {f"transformer/{name}": 256 if name.endswith("w2.weight") else 64 for name in expected}
     assert dict(manifest.rotations) == sizes
     assert Bundle.open(carried.bundle.root).manifest == manifest
+
+
+def test_their_published_rows_are_what_the_file_means(carried: Carried) -> None:
+    """DoRA takes norms of them: they are turned back."""
+    published, expected = PublishedRows(carried.bundle, "transformer"), as_diffusers(carried.values)
+    for name in ("layers.0.attention.to_k", "layers.1.attention.to_out.0", "layers.1.feed_forward.w2"):
+        found = published.rows(name, 3, 40)
+        assert relative_error(found, expected[f"{name}.weight"][3:40].float().numpy()) < 1e-5, name
 
 
 def test_blocks_with_such_weights_are_not_rebalanced(carried: Carried) -> None:

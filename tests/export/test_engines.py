@@ -67,7 +67,7 @@ def programs(precision: str, variant: Variant) -> dict[str, BlockProgram]:
         return DType.BF16 if component == "vae" else storage
 
     types = EngineTypes(stored, variant, half_type(precision, variant))
-    return {program.name: program for program in build_blocks(PUBLISHED, types, {})}
+    return {program.name: program for program in build_blocks(PUBLISHED, types, {}, lora=True)}
 
 
 @dataclass(frozen=True)
@@ -145,6 +145,25 @@ def test_the_transformer_block(precision: str, gpu: GpuTarget) -> None:
     assert memory is not None
     scores = 30 * TOKENS**2 * 2
     assert memory < 510e6 < scores, "scores of all heads would take more than all that is allowed"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_the_transformer_block_with_lora(precision: str) -> None:
+    """Beside the products of the block, two for each linear. What is only copied are their matrices, whose rank is
+    free: they are filled up for the kernels; in 16 bits, the attention's values are laid out once, for two products."""
+    built = build(programs(precision, Variant.AMPERE)["transformer_block-extended"], GpuTarget.SM89)
+    assert len(built.data) < MOST_BYTES
+    found = kernels(built)
+    assert len([kernel for kernel in found if "mha" in kernel.name]) == 1
+    assert all(".lora." in name for name in score_buffers(built)), "of [tokens, rank]"
+    products = [k for k in found if k.kind in ("gemm", "runtime_fusion") and ".lora" not in k.name]
+    assert [weight_of(k) for k in products if any(-1 not in d and np.prod(d) > 10**6 for d, _ in k.inputs)] == PRODUCTS
+    moves = [kernel for kernel in found if kernel.name in only_moves(built)]
+    filled = [kernel for kernel in moves if kernel.parts == ["Move", "Repl", "Conc"]]
+    assert len(filled) == 14
+    assert len(moves) - len(filled) == (0 if precision == "int8" else 1)
+    assert len(found) <= 45
+    assert (built.activation_bytes or 0) < 580e6
 
 
 PRODUCTS = [[1, 3840, 3 * 3840], [1, 3840, 3840], [1, 3840, 2 * 10240], [1, 10240, 3840]]

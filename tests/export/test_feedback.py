@@ -14,11 +14,11 @@ from zimage_export.build import BuildOptions, build
 from zimage_export.measure.calibrate import measure_peaks
 from zimage_export.source.checkpoint import Checkpoint
 from zimage_export.storage.feedback import GROUP, Feedback, group_slices
-from zimage_export.storage.precision import Encoding
-from zimage_export.storage.quantize import blocks4, dequantized
+from zimage_export.storage.quantize import blocks4
 from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.precision import Precision
 from zimage_runtime.bundle.rebalancing import RebalancingFactors
+from zimage_runtime.bundle.stored_weights import dequantized
 from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.pipeline import Pipeline
 
@@ -62,7 +62,7 @@ def test_integers_are_the_closed_forms(inputs: FloatArray, weights: FloatArray) 
     moments = moments_of(inputs)
     packed, scales = blocks4(weights, Feedback.of(moments))
     steps = np.repeat(scales.astype(np.float64), 32, axis=1)
-    found = dequantized(packed, scales, Encoding.BLOCKS4) / steps
+    found = dequantized(packed, scales) / steps
     for own, moment in zip(group_slices(WIDTH), moments, strict=True):
         expected = in_turn(weights[:, own], moment.astype(np.float64), steps[:, own])
         # float32 may round a tie the other way, and with it what follows
@@ -71,7 +71,7 @@ def test_integers_are_the_closed_forms(inputs: FloatArray, weights: FloatArray) 
 
 def test_outputs_lose_less(inputs: FloatArray, weights: FloatArray) -> None:
     plain, fed = blocks4(weights), blocks4(weights, Feedback.of(moments_of(inputs)))
-    before, after = (np.linalg.norm(inputs @ (dequantized(*one, Encoding.BLOCKS4) - weights).T) for one in (plain, fed))
+    before, after = (np.linalg.norm(inputs @ (dequantized(*one) - weights).T) for one in (plain, fed))
     assert after < 0.9 * before
     np.testing.assert_array_equal(plain[1], fed[1])  # the scales
 
@@ -87,7 +87,7 @@ def test_factors_of_rebalancing_are_those_of_the_inputs(inputs: FloatArray, weig
 def test_nothing_changes_where_nothing_can_be_made_up_for(moment: float, weights: FloatArray) -> None:
     feedback = Feedback.of([moment * np.eye(own.stop - own.start, dtype=np.float32) for own in group_slices(WIDTH)])
     # the last step without feedback refits the scales to the integers, and feedback rounds to the refitted ones
-    fed, plain = (dequantized(*found, Encoding.BLOCKS4) for found in (blocks4(weights, feedback), blocks4(weights)))
+    fed, plain = (dequantized(*found) for found in (blocks4(weights, feedback), blocks4(weights)))
     assert np.mean(fed != plain) < 0.02
     assert np.linalg.norm(fed - weights) <= np.linalg.norm(plain - weights)
 

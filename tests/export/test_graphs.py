@@ -10,7 +10,7 @@ from onnx import TensorProto
 from zimage_export.source.checkpoint import Checkpoint
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.tensors import TensorFile, read_header, to_float32
-from zimage_runtime.model.programs import COMPONENTS, SIGNATURES, Program
+from zimage_runtime.model.programs import COMPONENTS, MODEL_PROGRAMS, SIGNATURES, Program
 
 # What the names in the signatures' shapes come to in the small checkpoint; all others are free
 WIDTHS = {
@@ -47,7 +47,7 @@ def program_files(opened: Bundle) -> list[Path]:
 
 def test_every_program_is_valid_onnx(opened: Bundle) -> None:
     paths = program_files(opened)
-    assert len(paths) >= len(Program)
+    assert len(paths) >= len(MODEL_PROGRAMS)
     for path in paths:
         onnx.checker.check_model(str(path))
 
@@ -78,7 +78,7 @@ def test_weights_are_the_checkpoints_by_name_and_value(program: Program, opened:
 
 @pytest.mark.parametrize("component", ["transformer", "vae"])
 def test_every_tensor_of_the_checkpoint_is_used(component: str, opened: Bundle, source: Checkpoint) -> None:
-    used = {t.name for p in Program if p.component == component for t in external(load(opened, p))}
+    used = {t.name for p in MODEL_PROGRAMS if p.component == component for t in external(load(opened, p))}
     assert used == set(source.weights(component).names())
 
 
@@ -92,7 +92,7 @@ def test_what_the_text_encoder_leaves_out(opened: Bundle, source: Checkpoint) ->
 
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_the_weights_file_holds_what_the_programs_use_and_no_more(component: str, opened: Bundle) -> None:
-    used = {t.name for p in Program if p.component == component for t in external(load(opened, p))}
+    used = {t.name for p in MODEL_PROGRAMS if p.component == component for t in external(load(opened, p))}
     assert set(read_header(opened.file(opened.manifest.weights[component]))) == used
 
 

@@ -17,14 +17,14 @@ from zimage_export.build import BuildOptions, build
 from zimage_export.errors import ExportError
 from zimage_export.measure.self_check import fixed_inputs
 from zimage_export.source.checkpoint import Checkpoint
-from zimage_export.storage.precision import Encoding
-from zimage_export.storage.quantize import blocks4, blocks8, dequantized
+from zimage_export.storage.quantize import blocks4, blocks8
 from zimage_export.synthetic.checkpoint import SMALL, Scale, write_checkpoint
 from zimage_export.weights.folding import blocks
 from zimage_export.weights.int4_layers import eight_bit_layers
 from zimage_export.weights.rebalance import Rebalancing
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import CPU, CUDA, Precision
+from zimage_runtime.bundle.stored_weights import dequantized
 from zimage_runtime.bundle.tensors import TensorFile
 from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.executors.ort.host_programs import HostPrograms
@@ -66,7 +66,7 @@ def test_what_is_stored_stands_for_the_checkpoints_values(checkpoint: Path, int4
         file = TensorFile(bundle.file(bundle.manifest.weights[component]))
         (stored, _), (scales, _) = file.array(name), file.array(f"{name}_scale")
         eight = f"{component}/{name}" in kept
-        found = dequantized(stored, np.asarray(scales, np.float32), Encoding.BLOCKS8 if eight else Encoding.BLOCKS4)
+        found = dequantized(stored, np.asarray(scales, np.float32))
         expected = source.weights(component).get(name).read()
         assert relative_error(found, expected) < (0.01 if eight else 0.11)
 
@@ -79,9 +79,9 @@ def test_the_operator_reads_the_bytes_as_they_are_meant(int4: Path, checkpoint: 
     rng = np.random.default_rng(0)
     rows = rng.standard_normal((48, 64)).astype(np.float32)
     x = rng.standard_normal((5, 64)).astype(np.float32)
-    for encoding, (stored, scales), bits in (
-        (Encoding.BLOCKS4, blocks4(rows), 4),
-        (Encoding.BLOCKS8, blocks8(rows), 8),
+    for (stored, scales), bits in (
+        (blocks4(rows), 4),
+        (blocks8(rows), 8),
     ):
         from onnx import TensorProto, helper, numpy_helper
 
@@ -100,7 +100,7 @@ def test_the_operator_reads_the_bytes_as_they_are_meant(int4: Path, checkpoint: 
         import onnxruntime
 
         session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-        expected = x.astype(np.float64) @ dequantized(stored, scales, encoding).astype(np.float64).T
+        expected = x.astype(np.float64) @ dequantized(stored, scales).astype(np.float64).T
         assert relative_error(session.run(None, {"x": x})[0], expected) < 1e-5
 
 
@@ -113,7 +113,7 @@ def test_cuts_of_blocks_are_never_worse_than_none() -> None:
     whole = rows.reshape(64, -1, 32)
     scale = np.take_along_axis(whole, np.abs(whole).argmax(-1)[..., None], -1) / -8
     plain = (np.clip(np.rint(whole / scale), -8, 7) * scale).reshape(rows.shape).astype(np.float32)
-    found = error(dequantized(*blocks4(rows), Encoding.BLOCKS4))
+    found = error(dequantized(*blocks4(rows)))
     assert (found <= error(plain) * (1 + 1e-5)).all()
     assert found.sum() < 0.94 * error(plain).sum()
 

@@ -14,11 +14,11 @@ from onnx import TensorProto, numpy_helper
 from parity import Case, draw, draw_with_diffusers, relative_error
 
 from zimage_export.source.checkpoint import Checkpoint
-from zimage_export.storage.precision import Encoding
-from zimage_export.storage.quantize import dequantized, int8_rows
+from zimage_export.storage.quantize import int8_rows
 from zimage_export.weights.rebalance import Rebalancing
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import CPU, CUDA, CUDA_WEIGHT_ONLY, Precision
+from zimage_runtime.bundle.stored_weights import dequantized
 from zimage_runtime.bundle.tensors import TensorFile, read_header
 from zimage_runtime.executors.ort.cuda import DISABLED_OPTIMIZERS
 from zimage_runtime.executors.ort.host_programs import HostPrograms
@@ -174,7 +174,7 @@ def test_stored_values_are_the_checkpoints(checkpoint: Path, int8: Path, compone
     factors = Rebalancing(opened).factors(component, name)
     assert factors is not None
     expected = factors().apply(opened.weights(component).get(name).read().astype(np.float32))
-    found = dequantized(stored, np.asarray(scales, np.float32), Encoding.INT8)
+    found = dequantized(stored, np.asarray(scales, np.float32))
     power = np.exp2(np.rint(np.log2(np.linalg.norm(found) / np.linalg.norm(expected))))  # the fold for fp16's range
     error = np.abs(found / power - expected) / (scales[:, None] / power)
     assert (np.abs(stored) <= 127).all()

@@ -29,7 +29,7 @@ from zimage_runtime.model.linears import (
     modulation_linears,
 )
 from zimage_runtime.model.norms import Norm, NormKind, block_norms
-from zimage_runtime.model.programs import COMPONENTS, Program
+from zimage_runtime.model.programs import COMPONENTS, MODEL_PROGRAMS, Program
 
 pytestmark = pytest.mark.deep
 
@@ -37,7 +37,7 @@ Modules = dict[str, nn.Module]
 
 
 def places(component: str) -> list[BlockPlace]:
-    programs = [program for program in Program if program.component == component]
+    programs = [program for program in MODEL_PROGRAMS if program.component == component]
     return [place for program in programs for place in program_blocks(program, PUBLISHED)]
 
 

@@ -17,7 +17,7 @@ from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import CUDA, Precision
 from zimage_runtime.bundle.tensors import DType, read_header
 from zimage_runtime.executors.ort.host_programs import HostPrograms
-from zimage_runtime.model.programs import Program
+from zimage_runtime.model.programs import MODEL_PROGRAMS, Program
 from zimage_runtime.pipeline import Pipeline
 
 pytestmark = pytest.mark.deep
@@ -115,7 +115,7 @@ def test_cuda_programs_in_fp16_stay_near_fp32(bundles: dict[Precision, Path]) ->
 def test_cuda_programs_hold_only_standard_operators(bundles: dict[Precision, Path], precision: Precision) -> None:
     bundle = Bundle.open(bundles[precision])
     assert CUDA in bundle.manifest.executors
-    for program in Program:
+    for program in MODEL_PROGRAMS:
         if program is Program.MODULATION:
             continue
         model = load(bundle.program(program, CUDA), load_external_data=False)

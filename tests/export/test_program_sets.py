@@ -20,7 +20,7 @@ from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import CPU, CUDA, CUDA_WEIGHT_ONLY, WEBGPU, WEBGPU_FUSED, Manifest, Precision
 from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.executors.ort.host_programs import HostPrograms
-from zimage_runtime.model.programs import Program
+from zimage_runtime.model.programs import MODEL_PROGRAMS, Program
 
 # --- what a layers file of another executor consists of ---------------------------------------------------------------
 
@@ -51,7 +51,7 @@ def test_another_executor_is_one_line_in_the_registry(
     monkeypatch.setitem(PROGRAM_SETS, "wind", WIND_PROGRAMS)  # the line
     bundle = build(checkpoint, tmp_path / "bundle", BuildOptions(), Progress(quiet=True))
     records = bundle.manifest.programs
-    assert {program for program in Program if "wind" in records[program]} == set(ON_DEVICE)
+    assert {program for program in MODEL_PROGRAMS if "wind" in records[program]} == set(ON_DEVICE)
     assert (bundle.root / "transformer" / "denoiser.wind.onnx").is_file()
     feeds = fixed_inputs(bundle.manifest.config)[Program.DENOISER]
     (velocity,) = run(bundle, "wind").run(None, feeds)
@@ -76,7 +76,7 @@ def test_what_a_bundle_gets(precision: Precision) -> None:
     found: dict[str, set[Program]] = {}
     for graph in build_programs(SMALL.config, StoragePolicy(precision), {}):
         found.setdefault(graph.executor, set()).add(graph.program)
-    expected = {CPU: set(Program), CUDA: set(Program) - {Program.MODULATION}}
+    expected = {CPU: set(MODEL_PROGRAMS), CUDA: set(MODEL_PROGRAMS) - {Program.MODULATION}}
     if precision is Precision.INT8:
         expected[CUDA_WEIGHT_ONLY] = {Program.DENOISER}
     if precision is not Precision.BF16:  # of which WebGPU has none

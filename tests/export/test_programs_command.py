@@ -21,10 +21,12 @@ from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import CPU, CUDA, CUDA_WEIGHT_ONLY, WEBGPU, WEBGPU_FUSED, Precision
 from zimage_runtime.bundle.tensors import DType, encode_header, read_header
 from zimage_runtime.images.image_files import read_image_info
-from zimage_runtime.model.programs import Program
+from zimage_runtime.model.programs import MODEL_PROGRAMS, Program
 
 DATA = Path(__file__).parents[1] / "data"
-WEBGPU_PROGRAMS = {(p, WEBGPU) for p in Program if p is not Program.MODULATION} | {(Program.DENOISER, WEBGPU_FUSED)}
+WEBGPU_PROGRAMS = {(p, WEBGPU) for p in MODEL_PROGRAMS if p is not Program.MODULATION} | {
+    (Program.DENOISER, WEBGPU_FUSED)
+}
 
 
 def earlier(precision: str, out: Path) -> Path:
@@ -237,3 +239,22 @@ def test_without_onnx_the_command_says_what_to_install(
     monkeypatch.setattr("zimage_export.errors.find_spec", lambda name: None)
     root = earlier("fp16", tmp_path / "bundle")
     assert_one_line_error(call_export(capsys, "programs", root, "--quiet"), "pip install onnx")
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_program_whose_file_is_missing_or_cut_is_written_again(
+    damage: str, tmp_path: Path, capsys: Capture, bundle: Path
+) -> None:
+    root = Path(shutil.copytree(bundle, tmp_path / "bundle"))
+    first = Bundle.open(root).manifest
+    path = root / first.programs[Program.CAPTION][CUDA].path
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-7]) if damage == "cut" else path.unlink()
+    assert_one_line_error(call_export(capsys, "verify", root, "--reference", root, "--quiet"), path.name, "programs")
+    outcome = call_export(capsys, "programs", root, "--executor", "cpu", "--json", "--quiet")
+    assert (outcome.status, outcome.err) == (0, "")
+    renewed = Bundle.open(root)
+    renewed.verify()
+    assert renewed.program(Program.CAPTION, CUDA).read_bytes() == whole
+    assert [(a["program"], a["name"]) for a in json.loads(outcome.out)["added"]] == [("caption", CUDA)]
+    assert renewed.manifest.fingerprint == first.fingerprint

@@ -18,14 +18,14 @@ import zimage_export.weights.rebalance as rebalance
 from zimage_export.build import BuildOptions, build
 from zimage_export.source.checkpoint import Checkpoint
 from zimage_export.storage.folds import read_folds, weight_exponent
-from zimage_export.storage.precision import Encoding, StoragePolicy, scale_of
-from zimage_export.storage.quantize import dequantized
+from zimage_export.storage.precision import StoragePolicy, scale_of
 from zimage_export.weights.folding import ActivationRange, blocks
 from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import Manifest
 from zimage_runtime.bundle.precision import Precision
 from zimage_runtime.bundle.rebalancing import PLACES, Factors, RebalancingFactors, SharedHeads
+from zimage_runtime.bundle.stored_weights import dequantized
 from zimage_runtime.bundle.tensors import TensorFile, read_header
 from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.errors import BundleError
@@ -81,12 +81,12 @@ def test_every_published_weight_is_recovered_within_the_quantization_error(int8:
         factors = RebalancingFactors(bundle, component).of(name)
         fold = power(bundle, component, name)
         weight = published.weights(component).get(name).read()
-        found = recovered(dequantized(integers, scales, Encoding.INT8) / fold, factors)
+        found = recovered(dequantized(integers, scales) / fold, factors)
         step = recovered(np.broadcast_to(scales[:, None] / fold, weight.shape), factors)
         assert np.mean(np.abs(found - weight) <= 0.501 * step) > 0.99, (component, name)
         errors.append(relative_error(found, weight))
         if component == "transformer":
-            without.append(relative_error(dequantized(integers, scales, Encoding.INT8) / fold, weight))
+            without.append(relative_error(dequantized(integers, scales) / fold, weight))
     assert max(errors) < 0.05
     assert min(without) > 0.1, "the checkpoint does not show whether the factors are used"
 

@@ -17,12 +17,12 @@ from webgpu_adapter import profiled, run_on_cpu
 
 from zimage_export.graphs import Graph, build_programs
 from zimage_export.measure.self_check import fixed_inputs
-from zimage_export.storage.precision import Encoding, StoragePolicy, scale_of
-from zimage_export.storage.quantize import dequantized
+from zimage_export.storage.precision import StoragePolicy, scale_of
 from zimage_export.synthetic.checkpoint import FULL, SMALL
 from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import CPU, CUDA, WEBGPU, WEBGPU_FUSED, Precision
+from zimage_runtime.bundle.stored_weights import dequantized
 from zimage_runtime.bundle.tensors import DType, TensorFile, to_float32
 from zimage_runtime.model.config import ModelConfig
 from zimage_runtime.model.geometry import (
@@ -34,12 +34,12 @@ from zimage_runtime.model.geometry import (
     text_rotary,
     transformer_rotary,
 )
-from zimage_runtime.model.programs import Program
+from zimage_runtime.model.programs import MODEL_PROGRAMS, Program
 from zimage_runtime.model.query_blocks import MOST_SCORES, autoencoder_scores, denoiser_scores
 
 TOLERANCE = 1e-5  # relative
 
-ON_DEVICE = [program for program in Program if program is not Program.MODULATION]
+ON_DEVICE = [program for program in MODEL_PROGRAMS if program is not Program.MODULATION]
 SERVED = [Precision.FP32, Precision.FP16, Precision.INT8, Precision.INT4]
 
 OPERATORS = {
@@ -172,7 +172,7 @@ def value_of(file: TensorFile, name: str) -> FloatArray:
     scales = np.asarray(file.array(scale_of(name))[0], np.float32)
     if dtype is DType.I8:
         return np.ascontiguousarray((stored.astype(np.float32) * scales).T)
-    return dequantized(stored, scales, Encoding.BLOCKS8 if stored.shape[-1] == 32 else Encoding.BLOCKS4)
+    return dequantized(stored, scales)
 
 
 # --- what the programs consist of -------------------------------------------------------------------------------------

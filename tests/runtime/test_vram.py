@@ -18,7 +18,7 @@ from zimage_runtime.executors.ort.device_plan import VramPlan, tile_values
 from zimage_runtime.executors.overheads import ORT_CUDA
 from zimage_runtime.executors.protocol import Work
 from zimage_runtime.model.geometry import image_geometry
-from zimage_runtime.model.programs import Program
+from zimage_runtime.model.programs import MODEL_PROGRAMS, Program
 from zimage_runtime.tiles.tiling import tiled_bytes, tiled_encoder_bytes
 
 PLENTY = 1 << 50
@@ -48,7 +48,7 @@ def plan(
 
 def test_weights_are_those_that_the_programs_on_the_gpu_use(manifest: Manifest) -> None:
     stages = plan(manifest, encodes=True).stages
-    assert set(stages) == set(Program) - {Program.MODULATION}
+    assert set(stages) == set(MODEL_PROGRAMS) - {Program.MODULATION}
     for program, stage in stages.items():
         stored = manifest.programs[program]["cuda"].weight_bytes
         assert 0 < stored <= stage.weights <= 1.04 * stored, "what CUDA rounds up, and no more"
@@ -150,7 +150,7 @@ def published(text_layers: int = 36) -> Manifest:
 
     config = replace(FULL.config, text_encoder=replace(FULL.config.text_encoder, num_hidden_layers=text_layers))
     policy = StoragePolicy(Precision.BF16, DType.BF16)
-    programs: dict[Program, dict[str, ProgramRecord]] = {program: {} for program in Program}
+    programs: dict[Program, dict[str, ProgramRecord]] = {program: {} for program in MODEL_PROGRAMS}
     for graph in build_graphs(config, Target("cuda", policy)):
         sizes = [
             policy.storage(graph.program.component, name, shape).size * math.prod(shape)

@@ -33,7 +33,7 @@ from zimage_runtime.executors.ort.webgpu_plan import WebGpuCosts, largest_buffer
 from zimage_runtime.executors.overheads import ORT_WEBGPU
 from zimage_runtime.executors.protocol import UNLIMITED, Work
 from zimage_runtime.model.geometry import image_geometry
-from zimage_runtime.model.programs import Program
+from zimage_runtime.model.programs import MODEL_PROGRAMS, Program
 from zimage_runtime.model.query_blocks import MOST_SCORES, denoiser_scores
 
 GIB = 1 << 30
@@ -45,7 +45,7 @@ MEASURED = json.loads((REPOSITORY / "benchmarks" / "results" / "webgpu_block.jso
 def published(precision: Precision) -> Manifest:
     """A manifest of the published model, sized by the graphs themselves."""
     policy = StoragePolicy(precision, DType.BF16)
-    programs: dict[Program, dict[str, ProgramRecord]] = {program: {} for program in Program}
+    programs: dict[Program, dict[str, ProgramRecord]] = {program: {} for program in MODEL_PROGRAMS}
     for graph in build_programs(FULL.config, policy, {}):
         if graph.executor in (WEBGPU, WEBGPU_FUSED):
             size = sum(graph.types[name].size * math.prod(shape) for name, shape in graph.weights.items())
@@ -74,7 +74,7 @@ def plan(precision: Precision, asked: Work, budget: int = UNLIMITED, costs: WebG
 
 def test_weights_are_those_that_the_programs_on_the_gpu_use() -> None:
     stages = plan(Precision.FP16, work(512, 512, encodes=True)).stages
-    assert set(stages) == set(Program) - {Program.MODULATION}
+    assert set(stages) == set(MODEL_PROGRAMS) - {Program.MODULATION}
     for program, stage in stages.items():
         assert stage.weights == published(Precision.FP16).programs[program][WEBGPU].weight_bytes > 0
     assert 10.5 < stages[Program.DENOISER].weights / GIB < 11.5, "16 bits for each of 6 billion weights"

@@ -37,7 +37,7 @@ from zimage_runtime.executors.ort.int8_denoiser import CHOICES, INT8_PRODUCTS, w
 from zimage_runtime.executors.ort.other_precisions import advised, as_precision, candidates
 from zimage_runtime.executors.protocol import Work
 from zimage_runtime.model.geometry import image_geometry
-from zimage_runtime.model.programs import Program
+from zimage_runtime.model.programs import MODEL_PROGRAMS, Program
 from zimage_runtime.pipeline import ImageEvent, Job, NoticeEvent, Pipeline, Request
 
 GIB = 1 << 30
@@ -48,7 +48,7 @@ ADA, HOPPER, TURING, PASCAL = (8, 9), (9, 0), (7, 5), (6, 1)
 def published(precision: Precision) -> Manifest:
     """A manifest of the published model, sized by the graphs themselves."""
     policy = StoragePolicy(precision, DType.BF16)
-    programs: dict[Program, dict[str, ProgramRecord]] = {program: {} for program in Program}
+    programs: dict[Program, dict[str, ProgramRecord]] = {program: {} for program in MODEL_PROGRAMS}
     for graph in build_programs(FULL.config, policy, {}):
         if PROGRAM_SETS[graph.executor].executor != CUDA:
             continue

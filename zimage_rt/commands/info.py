@@ -11,6 +11,7 @@ from zimage_runtime.errors import BundleError
 
 if TYPE_CHECKING:
     from zimage_runtime.bundle.bundle import Bundle
+    from zimage_runtime.bundle.controlnet import ControlNet
     from zimage_runtime.model.config import ModelConfig
 
 _LABEL_WIDTH = 16
@@ -23,18 +24,21 @@ _LABEL_WIDTH = 16
 def info(bundle: str, verify: bool, as_json: bool) -> None:
     """Show what BUNDLE contains: its source, dimensions, sizes, programs and measured distance to the checkpoint.
 
-    BUNDLE is a directory, or the name of a bundle on the Hub, ORG/NAME, which is downloaded.
+    BUNDLE is a directory, or the name of a bundle on the Hub, ORG/NAME, which is downloaded; or a ControlNet's folder.
     """
     from zimage_runtime.bundle.bundle import Bundle
+    from zimage_runtime.bundle.controlnet import ControlNet, is_controlnet
     from zimage_runtime.bundle.hub import bundle_directory
 
-    opened = Bundle.open(bundle_directory(bundle))
+    root = bundle_directory(bundle)
+    opened = ControlNet.open(root) if is_controlnet(root) else Bundle.open(root)
     if not as_json:
-        for line in _lines(opened):
+        for line in _control_lines(opened) if isinstance(opened, ControlNet) else _lines(opened):
             click.echo(line)
     altered = _verify(opened) if verify else None
     if as_json:
-        document = {**_document(opened), "verified": altered is None if verify else None}
+        described = _control_document(opened) if isinstance(opened, ControlNet) else _document(opened)
+        document = {**described, "verified": altered is None if verify else None}
         click.echo(json.dumps(document, indent=2))  # ASCII: stdout may be unable to encode a manifest's text
     if altered:
         raise altered
@@ -42,7 +46,7 @@ def info(bundle: str, verify: bool, as_json: bool) -> None:
         click.echo(f"all {len(opened.manifest.files)} files are unchanged")
 
 
-def _verify(bundle: "Bundle") -> BundleError | None:
+def _verify(bundle: "Bundle | ControlNet") -> BundleError | None:
     """Hashes every file. Returns the error that names altered ones, so that a document can be printed first."""
     with Progress().task("verifying", bundle.size, in_bytes=True) as advance:
         try:
@@ -96,12 +100,52 @@ def _lines(bundle: "Bundle") -> Iterator[str]:
         yield _line("  programs", f"{executor}: {', '.join(programs)}")
     if manifest.rebalancing:
         yield _line("rebalancing", f"factors of {' and '.join(sorted(manifest.rebalancing))} (a LoRA needs them)")
-    if manifest.parity is None:
-        yield _line("parity", "not measured")
-    else:
-        yield "parity"
-        yield from _nested(manifest.parity, depth=1)
+    yield from _measured(manifest.parity)
     yield _line("fingerprint", manifest.fingerprint)
+
+
+def _control_document(net: "ControlNet") -> dict[str, Any]:
+    from dataclasses import asdict
+
+    manifest = net.manifest
+    return {
+        "path": str(net.root),
+        "name": manifest.name,
+        "source": vars(manifest.source),
+        "precision": manifest.precision.value,
+        "exporter": manifest.exporter,
+        "config": asdict(manifest.config),
+        "bytes": net.size,
+        "files": len(manifest.files),
+        "programs": _programs(net),
+        "self_check": manifest.self_check,
+        "parity": manifest.parity,
+        "fingerprint": manifest.fingerprint,
+    }
+
+
+def _control_lines(net: "ControlNet") -> Iterator[str]:
+    manifest, config = net.manifest, net.manifest.config
+    yield _line("name", manifest.name)
+    reads = "the control image, a mask and an image to inpaint" if config.inpaints else "the control image"
+    yield _line("controlnet", f"version {config.version}, reads {reads}")
+    yield _line("precision", manifest.precision.value)
+    yield _line("exporter", manifest.exporter)
+    yield _line("for a model of", f"width {config.dim}, {config.n_heads} heads")
+    yield _line("hints after", f"layers {', '.join(map(str, config.places))}")
+    yield _line("size", f"{_readable(net.size)} in {len(manifest.files)} files")
+    for executor, programs in _programs(net).items():
+        yield _line("  programs", f"{executor}: {', '.join(programs)}")
+    yield from _measured(manifest.parity)
+    yield _line("fingerprint", manifest.fingerprint)
+
+
+def _measured(parity: Mapping[str, Any] | None) -> Iterator[str]:
+    if parity is None:
+        yield _line("parity", "not measured")
+        return
+    yield "parity"
+    yield from _nested(parity, depth=1)
 
 
 def _line(label: str, text: str) -> str:
@@ -139,7 +183,7 @@ def _sizes(bundle: "Bundle") -> dict[str, int]:
     return sizes
 
 
-def _programs(bundle: "Bundle") -> dict[str, list[str]]:
+def _programs(bundle: "Bundle | ControlNet") -> dict[str, list[str]]:
     """The programs that each executor has, by executor."""
     programs: dict[str, list[str]] = {}
     for program, records in bundle.manifest.programs.items():

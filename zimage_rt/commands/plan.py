@@ -19,6 +19,7 @@ _GPUS = ("sm75", "sm80", "sm86", "sm89", "sm120", "portable")
 @click.option("--tokens", type=click.IntRange(1, 512), default=128, show_default=True, help="Of the prompt.")
 @click.option("--guided", is_flag=True, help="With guidance: a negative prompt of as many tokens.")
 @click.option("--controlnet", type=click.Path(path_type=Path), help="With a ControlNet: its folder.")
+@click.option("--lora", "loras", multiple=True, metavar="FILE[:WEIGHT]", help="As for run; may be given again.")
 @click.option(
     "--executor",
     type=click.Choice([*EXECUTORS]),
@@ -34,6 +35,7 @@ def plan(
     tokens: int,
     guided: bool,
     controlnet: Path | None,
+    loras: tuple[str, ...],
     executor: str | None,
     gpu: str,
     as_json: bool,
@@ -45,6 +47,9 @@ def plan(
     refused with the smallest that would do. For cuda, it also shows what bundles of the same model in other precisions
     would take.
     """
+    from zimage_runtime.adapters.branches import BranchSizes
+    from zimage_runtime.adapters.given import given_loras
+    from zimage_runtime.adapters.shelf import LoraShelf
     from zimage_runtime.bundle.bundle import Bundle
     from zimage_runtime.bundle.controlnet import ControlNet
     from zimage_runtime.bundle.hub import bundle_directory
@@ -60,6 +65,7 @@ def plan(
     net = None if controlnet is None else ControlNet.open(controlnet)
     if net is not None:
         net.manifest.config.check_fits(manifest.config.transformer, net.root)
+    branches = BranchSizes.of(LoraShelf(opened).open(given_loras(loras)))
     work = Work(
         geometry=image_geometry(width, height, manifest.config),
         tokens=tokens,
@@ -68,6 +74,9 @@ def plan(
         steps=manifest.defaults.steps,
         encodes=net is not None,
         control=net,
+        branches=branches.nbytes or None,
+        branch_rank=branches.rank,
+        branch_products=branches.products,
     )
     chosen = executor or ("cuda" if manifest.engines is None or net is not None else "tensorrt")
     hardware = Hardware(memory=UNLIMITED if vram is None else vram, gpu=gpu)

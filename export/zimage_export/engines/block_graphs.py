@@ -1,14 +1,14 @@
 """The model as block programs for TensorRT, from the same definitions as the whole-component programs."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import onnx
 
-from zimage_runtime.bundle.manifest import TENSORRT
+from zimage_runtime.bundle.manifest import TENSORRT, extended
 from zimage_runtime.bundle.tensors import DType
-from zimage_runtime.model.block_signatures import BLOCK_SIGNATURES, block_dims
+from zimage_runtime.model.block_signatures import BLOCK_SIGNATURES, EXTENDED_KINDS, block_dims
 from zimage_runtime.model.blocks import BAND, MAP, MAP_OUT, BlockKind, BlockPlace, all_blocks
 from zimage_runtime.model.config import ModelConfig
 from zimage_runtime.model.linears import block_linears
@@ -34,31 +34,47 @@ class BlockProgram:
     model: onnx.ModelProto
     scalars: dict[str, Mapping[str, float]]  # by the block's key, of every block that it serves
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of weights that several tensors make up
+    branches: tuple[str, ...] = ()  # inputs of an extended program: LoRA's
 
 
-def build_blocks(config: ModelConfig, types: EngineTypes, folds: Mapping[str, Folds]) -> list[BlockProgram]:
-    """The programs for all blocks of a model, in the order of their first use.
+def build_blocks(
+    config: ModelConfig, types: EngineTypes, folds: Mapping[str, Folds], *, lora: bool = False
+) -> list[BlockProgram]:
+    """The programs for all blocks of a model, in the order of their first use; with `lora`, also those that take LoRA.
 
     Blocks whose programs are identical share one; a block whose weights are stored differently gets its own.
     """
+    base = _build_all(all_blocks(config), config, types, folds, TENSORRT)
+    if not lora:
+        return base
+    places = [place for place in all_blocks(config) if place.kind in EXTENDED_KINDS]
+    return [*base, *_build_all(places, config, types, folds, extended(TENSORRT))]
+
+
+def _build_all(
+    places: Iterable[BlockPlace], config: ModelConfig, types: EngineTypes, folds: Mapping[str, Folds], executor: str
+) -> list[BlockProgram]:
     programs: dict[bytes, BlockProgram] = {}
-    for place in all_blocks(config):
-        graph = build_block(place, config, types, folds)
+    suffix = executor.removeprefix(TENSORRT)
+    for place in places:
+        graph = build_block(place, config, types, folds, executor)
         signature = BLOCK_SIGNATURES[place.kind]
         model = graph.to_model_of_inputs(place.kind.value, signature.inputs, signature.outputs)
         text = model.SerializeToString(deterministic=True)
         if text not in programs:
             earlier = sum(program.kind is place.kind for program in programs.values())
-            name = place.kind.value if not earlier else f"{place.kind}_{earlier + 1}"
-            programs[text] = BlockProgram(name, place.kind, model, {}, graph.parts)
+            name = (place.kind.value if not earlier else f"{place.kind}_{earlier + 1}") + suffix
+            programs[text] = BlockProgram(name, place.kind, model, {}, graph.parts, tuple(graph.branches))
         programs[text].scalars[place.key] = graph.scalars
     return list(programs.values())
 
 
-def build_block(place: BlockPlace, config: ModelConfig, types: EngineTypes, folds: Mapping[str, Folds]) -> Graph:
-    """One block's graph."""
+def build_block(
+    place: BlockPlace, config: ModelConfig, types: EngineTypes, folds: Mapping[str, Folds], executor: str = TENSORRT
+) -> Graph:
+    """One block's graph, for a key of `PROGRAM_SETS`."""
     prefix = f"{place.name}." if place.name else ""
-    target = Target(TENSORRT, dataclasses.replace(types, prefix=prefix), folds)
+    target = Target(executor, dataclasses.replace(types, prefix=prefix), folds)
     b = target.builder(place.kind.program, block_dims(place, config))
     if place.kind.component == "vae":
         _autoencoder_block(place, VaeGraphs(config, target), b, types.gpu_compute("vae"))

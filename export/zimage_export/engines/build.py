@@ -14,12 +14,15 @@ from pathlib import Path
 
 import onnx
 
+from zimage_runtime.adapters.branches import RANK_UNIT
 from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.files import atomic_write
 from zimage_runtime.bundle.manifest import ENGINES_FOLDER, FileRecord, Precision, write_manifest
 from zimage_runtime.bundle.tensors import DType, TensorEntry, read_header
 from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.executors.tensorrt.block_catalog import (
+    FREE_RANK,
+    MOST_RANK,
     BlockSpec,
     Catalog,
     EngineSpec,
@@ -40,6 +43,7 @@ from zimage_runtime.tiles.tiling import TILE_ROWS
 
 from ..errors import ExportError
 from ..graphs.builder import ONNX_TYPES
+from ..graphs.tensorrt_layers import RANK
 from ..storage.folds import read_folds
 from .block_graphs import BlockProgram, build_blocks
 from .types import EngineTypes
@@ -53,6 +57,7 @@ LATENT_SIDE = 256
 _USUAL_IMAGE_TOKENS = 64 * 64  # 1024 x 1024
 _USUAL_CAPTION_TOKENS = 128
 _USUAL_SIDE = 128
+_USUAL_RANK = 32
 _SIDES_MEASURED = (64,)
 _TILE_COLUMNS = (64, 512)
 
@@ -67,8 +72,12 @@ class Sizes:
     measured: tuple[int, ...]  # where scratch memory is measured
 
 
-def add_engines(bundle: Bundle, gpus: Sequence[GpuTarget] = (), progress: Progress | None = None) -> Bundle:
+def add_engines(
+    bundle: Bundle, gpus: Sequence[GpuTarget] = (), progress: Progress | None = None, *, lora: bool = False
+) -> Bundle:
     """Writes or replaces a bundle's block programs and engines and returns the bundle, opened again.
+
+    With `lora`, those that take LoRA come too.
 
     Engines are written to the user's own cache too, from where they are loaded on this machine: those in a bundle are
     for users who trust its maker. Without `gpus`: portable and Turing. File names contain a hash of the
@@ -83,7 +92,7 @@ def add_engines(bundle: Bundle, gpus: Sequence[GpuTarget] = (), progress: Progre
     with (progress or Progress(quiet=True)).task("engines", len(Variant)) as advance:
         for variant in Variant:
             if wanted := [gpu for gpu in targets if gpu.variant is variant]:
-                programs = bundle_blocks(bundle, variant)
+                programs = bundle_blocks(bundle, variant, lora=lora)
                 specs[variant], built = _build(library, programs, variant, wanted, bundle, writer)
                 engines += built
             advance(1)
@@ -133,7 +142,7 @@ def check_engine_precision(precision: Precision) -> None:
         raise ExportError("TensorRT's block programs do not support int4 weights; use an int8, bf16 or fp16 bundle")
 
 
-def bundle_blocks(bundle: Bundle, variant: Variant) -> list[BlockProgram]:
+def bundle_blocks(bundle: Bundle, variant: Variant, *, lora: bool = False) -> list[BlockProgram]:
     """A bundle's block programs, which depend on how its weights are stored and folded."""
     headers = {component: read_header(bundle.file(path)) for component, path in bundle.manifest.weights.items()}
     check_engine_precision(bundle.manifest.precision)
@@ -146,7 +155,7 @@ def bundle_blocks(bundle: Bundle, variant: Variant) -> list[BlockProgram]:
         return DType(entry.dtype)
 
     types = EngineTypes(stored, variant, half_type(precision, variant))
-    return build_blocks(bundle.manifest.config, types, read_folds(bundle.manifest.folds))
+    return build_blocks(bundle.manifest.config, types, read_folds(bundle.manifest.folds), lora=lora)
 
 
 def program_spec(program: BlockProgram, config: ModelConfig, path: str, most: int | None = None) -> ProgramSpec:
@@ -156,7 +165,7 @@ def program_spec(program: BlockProgram, config: ModelConfig, path: str, most: in
         sizes = dataclasses.replace(sizes, usual=most, most=most)
     signature = BLOCK_SIGNATURES[program.kind]
     inputs = {value.name: value.type.tensor_type for value in program.model.graph.input}
-    names = [name for name in inputs if name not in signature.inputs]
+    names = [name for name in inputs if name not in signature.inputs and name not in program.branches]
     scalars = tuple(next(iter(program.scalars.values())))
     outputs = {value.name: value.type.tensor_type for value in program.model.graph.output}
     maps = [_dtype(value.elem_type) for name, value in {**inputs, **outputs}.items() if name in (MAP, MAP_OUT, BAND)]
@@ -166,6 +175,13 @@ def program_spec(program: BlockProgram, config: ModelConfig, path: str, most: in
         if any(isinstance(dim, str) for dim in dims):
             least, usual, largest = (_free_sizes(dims, size) for size in (sizes.least, sizes.usual, sizes.most))
             profile[name] = (_free_sizes(dims, 1) if name == BAND else least, usual, largest)
+    branches = {}
+    for name in program.branches:
+        dims = [dim.dim_param or dim.dim_value for dim in inputs[name].shape.dim]
+        branches[name] = InputSpec(_dtype(inputs[name].elem_type), _free_sizes(dims, FREE_RANK))
+        if RANK in dims:
+            least, usual, largest = (_free_sizes(dims, rank) for rank in (RANK_UNIT, _USUAL_RANK, MOST_RANK))
+            profile[name] = (least, usual, largest)
     return ProgramSpec(
         program.name,
         program.kind,
@@ -175,6 +191,7 @@ def program_spec(program: BlockProgram, config: ModelConfig, path: str, most: in
         maps[0] if maps else DType.F32,
         profile,
         ((1, 0),),
+        branches,
     )
 
 
@@ -242,7 +259,11 @@ def _build(
             scratch[most] = built.activation_bytes
         points = measure_scratch(library, program, bundle.manifest.config, gpus[0], scratch)
         specs[program.name] = dataclasses.replace(spec, scratch=points)
-        blocks |= {key: BlockSpec(program.name, scalars) for key, scalars in program.scalars.items()}
+        for key, scalars in program.scalars.items():
+            if program.branches:
+                blocks[key] = dataclasses.replace(blocks[key], extended=program.name)
+            else:
+                blocks[key] = BlockSpec(program.name, scalars)
     return VariantSpec(specs, blocks), engines
 
 

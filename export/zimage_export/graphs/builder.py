@@ -49,12 +49,13 @@ class Graph:
     scalars: Mapping[str, float] = field(default_factory=dict)  # float32 inputs of one element, with the values to feed
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of weights that several tensors make up
     branches: Mapping[str, Shape] = field(default_factory=dict)  # inputs of an extended program, after its signature's
-    outputs: Mapping[str, Shape] = field(default_factory=dict)  # that come before its signature's
+    outputs: Mapping[str, Shape] = field(default_factory=dict)  # hints, before its signature's
+    inputs: Mapping[str, Shape] = field(default_factory=dict)  # hints, after its signature's
 
     @property
     def input_names(self) -> set[str]:
         """The inputs of the program, without weights."""
-        return {*SIGNATURES[self.program].inputs, *self.branches, *self.settings}
+        return {*SIGNATURES[self.program].inputs, *self.inputs, *self.branches, *self.settings}
 
     def to_model(self, weights_file: str, entries: Mapping[str, TensorEntry]) -> onnx.ModelProto:
         """The ONNX model, whose initializers point into a safetensors file beside it.
@@ -62,12 +63,13 @@ class Graph:
         `entries` is that file's header. Inputs and outputs are the ones of `zimage_runtime.model.programs`.
         """
         signature = SIGNATURES[self.program]
+        inputs = {**signature.inputs, **self.inputs, **self.branches}
         initializers = [self._external(name, weights_file, entries[name]) for name in self.weights]
         graph = helper.make_graph(
             self.nodes,
             self.program.value,
             [
-                *(self._value(name, shape) for name, shape in {**signature.inputs, **self.branches}.items()),
+                *(self._value(name, shape) for name, shape in inputs.items()),
                 # an input with an initializer is optional, and by default has its value
                 *(helper.make_tensor_value_info(name, TensorProto.FLOAT, []) for name in self.settings),
             ],
@@ -79,17 +81,21 @@ class Graph:
     def to_model_of_inputs(
         self, name: str, inputs: Mapping[str, Shape], outputs: Mapping[str, Shape]
     ) -> onnx.ModelProto:
-        """The ONNX model whose weights are inputs, after `inputs`: one program then serves every layer of its shape."""
+        """The ONNX model whose weights are inputs, after `inputs`: one program then serves every layer of its shape.
+
+        Branches of an extended program are the last inputs.
+        """
         weights = [
             helper.make_tensor_value_info(weight, ONNX_TYPES[self.types[weight]], shape)
             for weight, shape in self.weights.items()
         ]
         # with the rank of what they multiply: TensorRT would reshape them in a kernel
         scalars = [helper.make_tensor_value_info(scalar, TensorProto.FLOAT, [1, 1, 1]) for scalar in self.scalars]
+        branches = [self._value(value, shape) for value, shape in self.branches.items()]
         graph = helper.make_graph(
             self.nodes,
             name,
-            [*(self._value(value, shape) for value, shape in inputs.items()), *weights, *scalars],
+            [*(self._value(value, shape) for value, shape in inputs.items()), *weights, *scalars, *branches],
             [self._value(value, shape) for value, shape in outputs.items()],
             initializer=self.constants,
         )
@@ -134,6 +140,7 @@ class GraphBuilder:
     _settings: list[str] = field(default_factory=list)
     _branches: dict[str, Shape] = field(default_factory=dict)
     _outputs: dict[str, Shape] = field(default_factory=dict)
+    _inputs: dict[str, Shape] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def scope(self, name: str) -> Iterator[None]:
@@ -223,10 +230,10 @@ class GraphBuilder:
         self._scalars[full] = value
         return full
 
-    def branch_input(self, name: str, shape: Shape) -> str:
-        """A float32 input of an extended program beside those of its signature."""
+    def branch_input(self, name: str, shape: Shape, dtype: DType = DType.F32) -> str:
+        """An input of an extended program beside those of its signature, float32 unless said otherwise."""
         self._branches[name] = shape
-        return name
+        return self.input(name, dtype) if dtype is not DType.F32 else name
 
     def storage_of(self, name: str, shape: Sequence[int]) -> DType:
         """The element type of a weight of the scope, as the program receives it."""
@@ -289,6 +296,11 @@ class GraphBuilder:
         self._nodes.append(helper.make_node("Identity", [self.cast(value, dtype)], [name], name=name))
         self._types[name] = dtype
 
+    def extra_input(self, name: str, shape: Shape, dtype: DType) -> str:
+        """An input that the program's signature does not have."""
+        self._inputs[name] = shape
+        return self.input(name, dtype)
+
     def extra_output(self, value: str, name: str, shape: Shape, dtype: DType) -> None:
         """Makes a value an output that the program's signature does not have."""
         self._outputs[name] = shape
@@ -313,4 +325,5 @@ class GraphBuilder:
             self._parts,
             self._branches,
             self._outputs,
+            self._inputs,
         )

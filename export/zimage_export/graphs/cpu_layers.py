@@ -2,7 +2,7 @@
 
 from zimage_runtime.bundle.manifest import CPU, Precision, extended
 from zimage_runtime.bundle.tensors import DType
-from zimage_runtime.model.branches import EXTENDED
+from zimage_runtime.model.branches import ALL_EXTENDED
 from zimage_runtime.model.programs import MODEL_PROGRAMS
 
 from ..storage.precision import StoragePolicy
@@ -30,5 +30,5 @@ _WIDENED = frozenset({DType.BF16, DType.F16})
 
 CPU_PROGRAMS = ProgramSet(CPU, _layers, MODEL_PROGRAMS, widened=_WIDENED, standard=False)
 CPU_EXTENDED = ProgramSet(
-    extended(CPU), _extended_layers, EXTENDED, widened=_WIDENED, variant_of=CPU, extended=True, standard=False
+    extended(CPU), _extended_layers, ALL_EXTENDED, widened=_WIDENED, variant_of=CPU, extended=True, standard=False
 )

@@ -66,6 +66,8 @@ class CudaLayers(Layers):
 class Int8CudaLayers(Int8Layers, CudaLayers):
     """W8A8 for CUDA: int8 activations, and standard operators alone."""
 
+    position_blocks: int = POSITION_BLOCKS  # again: a dataclass takes the defaults of its first base
+    hints: DType = DType.BF16
     whole_rotations: bool = True
 
     def attention(self, q: str, k: str, v: str, heads: int, head_dim: int, name: str = "scores") -> str:
@@ -80,7 +82,7 @@ class Int8CudaLayers(Int8Layers, CudaLayers):
 
     def _product(self, x: Quantized, linear: Linear) -> str:
         b = self.b
-        weight, scale = int8_weight(b, linear)
+        weight, scale = int8_weight(self, linear)
         product = b.op("MatMulInteger", x.values, weight, name=f"{linear.name}.integers")
         product = b.op("Cast", product, name=f"{linear.name}.float", to=TensorProto.FLOAT)
         return b.op("Mul", b.typed(product, DType.F32), scale, name=f"{linear.name}.product")
@@ -90,6 +92,8 @@ class Int8CudaLayers(Int8Layers, CudaLayers):
 class Int8WeightOnlyLayers(WidenedInt8Layers, CudaLayers):
     """Layers for CUDA on the same bytes that multiply in fp16: the folds keep its range."""
 
+    position_blocks: int = POSITION_BLOCKS
+    hints: DType = DType.BF16
     compute: DType = DType.F16  # `DequantizeLinear` gives no bfloat16 on CUDA
 
 
@@ -97,6 +101,8 @@ class Int8WeightOnlyLayers(WidenedInt8Layers, CudaLayers):
 class BlockCudaLayers(BlockLayers, CudaLayers):
     """4-bit blocks for CUDA, multiplied in fp16: the folds keep its range."""
 
+    position_blocks: int = POSITION_BLOCKS
+    hints: DType = DType.BF16
     activations: DType = DType.F16
     accuracy_level: int = 0  # whatever the kernel does
 

@@ -36,7 +36,7 @@ class BlockLayers(Layers):
             self.b.weight(weight, (out_width, blocks, BLOCK_SIZE * bits // 8), DType.U8),
             self.b.cast(self.b.weight(scale_of(weight), (out_width, blocks), DType.F32), self.activations),
         ]
-        return self.b.op(
+        y = self.b.op(
             "MatMulNBits",
             *inputs,
             name=linear.name,
@@ -47,3 +47,4 @@ class BlockLayers(Layers):
             block_size=BLOCK_SIZE,
             accuracy_level=self.accuracy_level,
         )
+        return self.factored(y, linear)

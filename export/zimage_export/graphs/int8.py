@@ -47,10 +47,17 @@ def rotation(b: GraphBuilder, policy: StoragePolicy, linear: Linear) -> int:
     return policy.rotation(b.program.component, b.full_name(linear.weight))
 
 
-def int8_weight(b: GraphBuilder, linear: Linear) -> tuple[str, str]:
-    """A linear layer's weight [in_width, out_width] int8, and its scales [out_width] float32."""
+def int8_weight(layers: Layers, linear: Linear) -> tuple[str, str]:
+    """A linear layer's weight [in_width, out_width] int8, and its scales [out_width] float32.
+
+    In an extended program, the layer's factor per output channel is part of the scales, where it takes no time.
+    """
+    b = layers.b
     weight = b.weight(linear.weight, (linear.in_width, linear.out_width), DType.I8)
-    return weight, b.weight(scale_of(linear.weight), (linear.out_width,), DType.F32)
+    scale = b.weight(scale_of(linear.weight), (linear.out_width,), DType.F32)
+    if layers.extended:
+        scale = b.typed(b.op("Mul", scale, layers.factor(linear), name=f"{linear.name}.dora"), DType.F32)
+    return weight, scale
 
 
 @dataclass(frozen=True)
@@ -120,7 +127,7 @@ class Int8Layers(Layers):
     def _product(self, x: Quantized, linear: Linear) -> str:
         """The product in float32, without the rows' scale."""
         b = self.b
-        weight, scale = int8_weight(b, linear)
+        weight, scale = int8_weight(self, linear)
         inputs = [x.values, weight, b.number(1.0), scale, x.zero]
         return b.typed(b.op("MatMulIntegerToFloat", *inputs, name=f"{linear.name}.product", contrib=True), DType.F32)
 
@@ -140,11 +147,11 @@ class WidenedInt8Layers(Layers):
         if not is_int8(self.b, self.policy, linear):
             return super().plain_linear(x, linear)
         b = self.b
-        weight, scale = int8_weight(b, linear)
         if size := rotation(b, self.policy, linear):
             x = rotate(b, b.cast(x, DType.F32), size, linear.in_width, whole=True)
-        scale = b.cast(scale, self.compute)
         with b.widening():
+            weight, scale = int8_weight(self, linear)
+            scale = b.cast(scale, self.compute)
             widened = b.op("DequantizeLinear", weight, scale, name=f"{linear.name}.widened", axis=1)
         widened = b.typed(widened, self.compute)
         return b.typed(b.op("MatMul", b.cast(x, self.compute), widened, name=linear.name), self.compute)

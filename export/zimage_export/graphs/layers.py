@@ -15,7 +15,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from zimage_runtime.bundle.tensors import DType
-from zimage_runtime.model.branches import columns_input, down_input, inner_input, outer_input, rows_input, up_input
+from zimage_runtime.model.branches import (
+    columns_input,
+    down_input,
+    factor_input,
+    inner_input,
+    outer_input,
+    rows_input,
+    up_input,
+)
 from zimage_runtime.model.linears import Linear
 from zimage_runtime.model.norms import Norm
 
@@ -33,7 +41,7 @@ class Layers:
     b: GraphBuilder
     compute: DType = DType.F32
     position_blocks: int = 1  # of queries of the autoencoder's attention, where the operator stores scores
-    extended: bool = False  # linears have low-rank branches, whose matrices are inputs (see `model.branches`)
+    extended: bool = False  # linears have branches, whose matrices are inputs (see `model.branches`)
     hints: DType = DType.F32  # the type of what a ControlNet adds to the residual stream
 
     def weight(self, name: str, shape: tuple[int, ...], dtype: DType = DType.F32) -> str:
@@ -48,50 +56,74 @@ class Layers:
     def branch(self, x: str, y: str, linear: Linear, *, scale: tuple[str, str] | None = None) -> str:
         """Adds a layer's branches to its output y, in y's type.
 
-        `scale` is an operator, `Mul` or `Div`, and what it scales each row [rows, 1] of the branches by.
+        `scale` is an operator, `Mul` or `Div`, and what it scales each row [rows, 1] of the branches by. Where there
+        are no branches, one channel of zeros is added to all of y's: a single pass over it.
         """
         b, name, dtype = self.b, linear.name, self.b.type_of(y)
         full, x = b.full_name(name), b.cast(x, dtype)
         rank = f"{full}.rank"
         down = b.cast(b.branch_input(down_input(full), (rank, linear.in_width)), dtype)
-        up = b.cast(b.branch_input(up_input(full), (linear.out_width, rank)), dtype)
+        up = b.cast(b.branch_input(up_input(full), (f"{full}.out", rank)), dtype)
         small = b.op("Gemm", x, down, name=f"{name}.lora.down", transB=1)
         if scale is not None:
             small = b.op(scale[0], small, scale[1], name=f"{name}.lora.scaled")
-        y = b.typed(b.op("Gemm", small, up, y, name=f"{name}.lora", transB=1), dtype)
-        return b.op("Add", y, self._kronecker(x, linear, scale), name=f"{name}.lokr")
+        change = b.op("Gemm", small, up, self._kronecker(x, linear, scale), name=f"{name}.lora.up", transB=1)
+        return b.typed(b.op("Add", y, b.typed(change, dtype), name=f"{name}.lora"), dtype)
 
     def _kronecker(self, x: str, linear: Linear, scale: tuple[str, str] | None) -> str:
-        """The branch that is a Kronecker product, of rows [rows, in_width]: two small products."""
+        """The branch of Kronecker products, of rows [rows, in_width]: two small products for all of them."""
         b, name, dtype = self.b, f"{linear.name}.lokr", self.b.type_of(x)
-        full = b.full_name(linear.name)
-        outer = b.branch_input(outer_input(full), (f"{full}.a", f"{full}.b"))
-        inner = b.branch_input(inner_input(full), (f"{full}.d", f"{full}.c"))
-        columns = b.cast(b.branch_input(columns_input(full), (f"{full}.columns",)), dtype)
-        rows = b.cast(b.branch_input(rows_input(full), (f"{full}.rows",)), dtype)
-        sizes = [b.dim(value, axis, f"{name}.{value}{axis}") for value in (outer, inner) for axis in (0, 1)]
-        width = b.op("Mul", sizes[1], sizes[2], name=f"{name}.width")
-        # of one channel where there is no product, so that its sums are no more than a column
-        x = b.typed(b.op("Slice", x, b.integers(0), width, b.integers(1), name=f"{name}.in"), dtype)
-        x = b.typed(b.op("Mul", x, columns, name=f"{name}.columns"), dtype)
+        full, last = b.full_name(linear.name), b.integers(-1)
+        outer = b.branch_input(outer_input(full), (f"{full}.a", f"{full}.b", f"{full}.products"))
+        inner = b.branch_input(inner_input(full), (f"{full}.d", f"{full}.products", f"{full}.c"))
+        columns = b.branch_input(columns_input(full), (f"{full}.columns",))
+        rows = b.branch_input(rows_input(full), (f"{full}.rows",))
+        a, d = b.dim(outer, 0, f"{name}.a"), b.dim(inner, 0, f"{name}.d")
+        # of one channel where there is no product
+        x = b.op("Slice", x, b.integers(0), b.dim(columns, 0, f"{name}.in_width"), b.integers(1), name=f"{name}.in")
+        x = b.typed(b.op("Mul", b.typed(x, dtype), b.cast(columns, dtype), name=f"{name}.columns"), dtype)
         if scale is not None:
             x = b.op(scale[0], x, scale[1], name=f"{name}.scaled")
-        last = b.integers(-1)
-        x = b.op("Reshape", x, b.op("Concat", last, *sizes[1:3], name=f"{name}.in.shape", axis=0), name=f"{name}.split")
+        x = b.op("Reshape", x, b.op("Concat", last, d, name=f"{name}.in.shape", axis=0), name=f"{name}.split")
+        inner = b.op(
+            "Reshape", inner, b.op("Concat", d, last, name=f"{name}.inner.shape", axis=0), name=f"{name}.right"
+        )
+        outer = b.op("Reshape", outer, b.op("Concat", a, last, name=f"{name}.outer.shape", axis=0), name=f"{name}.left")
         h = b.op("MatMul", b.typed(x, dtype), b.cast(inner, dtype), name=f"{name}.inner")
-        h = b.typed(b.op("MatMul", b.cast(outer, dtype), b.typed(h, dtype), name=f"{name}.outer"), dtype)
-        out = b.op("Mul", sizes[0], sizes[3], name=f"{name}.out_width")
-        h = b.op("Reshape", h, b.op("Concat", last, out, name=f"{name}.out.shape", axis=0), name=f"{name}.out")
-        return b.typed(b.op("Mul", b.typed(h, dtype), rows, name=f"{name}.rows"), dtype)
+        sizes = b.dim(outer, 1, f"{name}.terms"), b.dim(f"{inner_input(full)}", 2, f"{name}.c")
+        h = b.op("Reshape", h, b.op("Concat", last, *sizes, name=f"{name}.terms.shape", axis=0), name=f"{name}.each")
+        h = b.op("MatMul", b.cast(outer, dtype), b.typed(h, dtype), name=f"{name}.outer")
+        out = b.op("Concat", last, b.dim(rows, 0, f"{name}.out_width"), name=f"{name}.out.shape", axis=0)
+        h = b.op("Reshape", h, out, name=f"{name}.out")
+        return b.typed(b.op("Mul", b.typed(h, dtype), b.cast(rows, dtype), name=f"{name}.rows"), dtype)
+
+    def factor(self, linear: Linear) -> str:
+        """The layer's factor per output channel, in float32."""
+        full = self.b.full_name(linear.name)
+        return self.b.branch_input(factor_input(full), (f"{full}.channels",))
+
+    def factored(self, y: str, linear: Linear) -> str:
+        """A layer's output times its factor, which its bias is left out of; as it is in a program without branches."""
+        if not self.extended:
+            return y
+        b, name, dtype = self.b, linear.name, self.b.type_of(y)
+        factor = b.cast(self.factor(linear), dtype)
+        if not linear.bias:
+            return b.typed(b.op("Mul", y, factor, name=f"{name}.dora"), dtype)
+        # a factor of one must leave every bit, which (y - bias) + bias does not
+        product = b.op("Sub", y, self.weight(f"{name}.bias", (linear.out_width,), dtype), name=f"{name}.unbiased")
+        more = b.op("Sub", factor, b.number(1.0, dtype), name=f"{name}.dora.more")
+        product = b.op("Mul", b.typed(product, dtype), b.typed(more, dtype), name=f"{name}.dora.change")
+        return b.typed(b.op("Add", y, b.typed(product, dtype), name=f"{name}.dora"), dtype)
 
     def plain_linear(self, x: str, linear: Linear) -> str:
-        """A linear layer without its branch. One stored in float32 is computed in it."""
+        """A linear layer without what is added to it. One stored in float32 is computed in it."""
         weight = self.b.weight(linear.weight, (linear.out_width, linear.in_width))
         compute = DType.F32 if self.b.type_of(weight) is DType.F32 else self.compute
         inputs = [self.b.cast(x, compute), self.b.cast(weight, compute)]
         if linear.bias:
             inputs.append(self.weight(f"{linear.name}.bias", (linear.out_width,), compute))
-        return self.b.op("Gemm", *inputs, name=linear.name, transB=1)
+        return self.factored(self.b.op("Gemm", *inputs, name=linear.name, transB=1), linear)
 
     def linears(self, x: str, linears: Sequence[Linear], name: str) -> Iterator[str]:
         """Linear layers that read the same value, one after the other. `name` is for them together."""
@@ -245,7 +277,7 @@ class Layers:
     def hint(self, x: str, name: str) -> str:
         """Adds a ControlNet's hint, an input of [batch, tokens, dim] or of [1, 1, dim], to the residual stream."""
         shape = (f"{name}.batch", f"{name}.tokens", self.b.dims["dim"])
-        return self.residual(x, self.b.input(self.b.branch_input(name, shape), self.hints), f"{name}.added")
+        return self.residual(x, self.b.extra_input(name, shape, self.hints), f"{name}.added")
 
     def residual(self, x: str, update: str, name: str) -> str:
         """Adds a branch to the residual stream, which is float32."""

@@ -6,7 +6,7 @@ from typing import Protocol
 
 from zimage_runtime.bundle.manifest import Precision
 from zimage_runtime.bundle.tensors import DType
-from zimage_runtime.model.branches import EXTENDED
+from zimage_runtime.model.branches import ALL_EXTENDED
 from zimage_runtime.model.programs import MODEL_PROGRAMS, Program
 
 from .builder import GraphBuilder
@@ -29,7 +29,7 @@ ON_HOST = (Program.MODULATION, Program.TIMESTEP)
 ON_DEVICE = tuple(program for program in MODEL_PROGRAMS if program not in ON_HOST)
 """The programs that a device runs."""
 
-EXTENDED_ON_DEVICE = tuple(program for program in EXTENDED if program not in ON_HOST)
+EXTENDED_ON_DEVICE = tuple(program for program in ALL_EXTENDED if program not in ON_HOST)
 """Those that also take LoRA and hints, and those for a ControlNet."""
 
 

@@ -11,7 +11,8 @@ of the product with the whole matrix. GPUs get the whole matrix, which is one la
 import numpy as np
 from numpy.typing import NDArray
 
-from ..source.forms.scaled import hadamard
+from zimage_runtime.model.hadamard import hadamard
+
 from .builder import GraphBuilder
 
 _FACTOR = 16

@@ -16,7 +16,7 @@ from .cpu_layers import CPU_EXTENDED, CPU_PROGRAMS
 from .cuda_layers import CUDA_EXTENDED, CUDA_PROGRAMS, WEIGHT_ONLY_EXTENDED, WEIGHT_ONLY_PROGRAMS
 from .layers import Layers
 from .program_set import ProgramSet, TypePolicy
-from .tensorrt_layers import TENSORRT_PROGRAMS
+from .tensorrt_layers import TENSORRT_EXTENDED, TENSORRT_PROGRAMS
 from .webgpu_layers import FUSED_EXTENDED, FUSED_PROGRAMS, WEBGPU_EXTENDED, WEBGPU_PROGRAMS
 
 PROGRAM_SETS: dict[str, ProgramSet] = {
@@ -33,6 +33,7 @@ PROGRAM_SETS: dict[str, ProgramSet] = {
         WEIGHT_ONLY_EXTENDED,
         WEBGPU_EXTENDED,
         FUSED_EXTENDED,
+        TENSORRT_EXTENDED,
     )
 }
 """The registry, by name and in the order in which a bundle's programs are built."""

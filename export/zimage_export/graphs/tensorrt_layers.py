@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from zimage_runtime.bundle.manifest import TENSORRT
+from zimage_runtime.bundle.manifest import TENSORRT, extended
 from zimage_runtime.bundle.tensors import DType
+from zimage_runtime.model.branches import down_input, factor_input, up_input
 from zimage_runtime.model.linears import Linear
 from zimage_runtime.model.norms import Norm
 
@@ -24,6 +25,9 @@ from ..storage.precision import scale_of
 from .builder import GraphBuilder
 from .layers import Layers
 from .program_set import ProgramSet, TypePolicy
+
+RANK = "rank"
+"""The free dimension of the branches of an extended program."""
 
 _DEQUANTIZED = -7  # exponent of the scalar scale
 _LEVELS = 127.0
@@ -37,7 +41,7 @@ class TensorRtLayers(Layers):
 
     def linear(self, x: str, linear: Linear) -> str:
         """A linear layer [..., in_width] → [..., out_width]."""
-        y = self._product(x, (linear,), linear.name)
+        y = self._changed(x, self._product(x, (linear,), linear.name), linear)
         if linear.bias:
             bias = self.b.cast(self.b.weight(f"{linear.name}.bias", (linear.out_width,)), self.b.type_of(y))
             y = self.b.op("Add", y, bias, name=f"{linear.name}.biased")
@@ -49,7 +53,26 @@ class TensorRtLayers(Layers):
             return super().linears(x, linears, name)
         y = self._product(x, linears, name)
         widths = self.b.integers(*(linear.out_width for linear in linears))
-        return iter(self.b.ops("Split", y, widths, name=f"{name}.apart", outputs=len(linears), axis=-1))
+        parts = self.b.ops("Split", y, widths, name=f"{name}.apart", outputs=len(linears), axis=-1)
+        return (self._changed(x, part, linear) for part, linear in zip(parts, linears, strict=True))
+
+    def _changed(self, x: str, y: str, linear: Linear) -> str:
+        """A layer's product with its factor and its low-rank branch, whose matrices are read as weights are.
+
+        They come in the product's type. One free dimension, the rank, is that of all branches of a program.
+        """
+        if not self.extended:
+            return y
+        b, name, dtype = self.b, linear.name, self.b.type_of(y)
+        full, x = b.full_name(name), b.cast(x, dtype)
+        down = b.branch_input(down_input(full), (RANK, linear.in_width), dtype)
+        up = b.branch_input(up_input(full), (linear.out_width, RANK), dtype)
+        factor = b.branch_input(factor_input(full), (linear.out_width,), dtype)
+        down = self._transposed(down, (-1, linear.in_width), f"{name}.lora.down")
+        up = self._transposed(up, (linear.out_width, -1), f"{name}.lora.up")
+        change = b.op("MatMul", b.op("MatMul", x, down, name=f"{name}.lora.small"), up, name=f"{name}.lora.change")
+        y = b.op("Mul", y, factor, name=f"{name}.dora")
+        return b.op("Add", y, change, name=f"{name}.lora")
 
     def _stored(self, linear: Linear) -> DType:
         return self.b.storage_of(linear.weight, (linear.out_width, linear.in_width))
@@ -279,4 +302,9 @@ def _layers(b: GraphBuilder, policy: TypePolicy) -> Layers:
     return TensorRtLayers(b, policy.gpu_compute(b.program.component))
 
 
+def _extended_layers(b: GraphBuilder, policy: TypePolicy) -> Layers:
+    return TensorRtLayers(b, policy.gpu_compute(b.program.component), extended=True)
+
+
 TENSORRT_PROGRAMS = ProgramSet(TENSORRT, _layers, ())  # block programs alone: see `engines`
+TENSORRT_EXTENDED = ProgramSet(extended(TENSORRT), _extended_layers, (), variant_of=TENSORRT, extended=True)

@@ -29,6 +29,9 @@ from .int8 import WidenedInt8Layers
 from .layers import Layers
 from .program_set import EXTENDED_ON_DEVICE, ProgramSet, TypePolicy
 
+_LONG = (Program.DENOISER, Program.REFINERS, Program.CONTROL_REFINER, Program.CONTROL_LAYERS)
+"""The programs whose attention is over an image's tokens."""
+
 _UNSEEN = -1e30  # a score whose exponential is 0 beside any other's
 
 
@@ -49,13 +52,14 @@ class WebGpuLayers(Layers):
         ]
 
     def attention(self, q: str, k: str, v: str, heads: int, head_dim: int, name: str = "scores") -> str:
-        """Full attention of [batch, tokens, heads * head_dim]. Captions are short: their heads are one group."""
+        """Full attention of [batch, tokens, heads * head_dim]. Captions are short: their heads are one group; blocks of
+        the autoencoder's positions are made before."""
         if self.fused:
             return super().attention(q, k, v, heads, head_dim, name)
         b = self.b
         q = self._heads(self._scaled(q, head_dim, name), heads, [0, 2, 1, 3])
         k, v = self._heads(k, heads, [0, 2, 3, 1]), self._heads(v, heads, [0, 2, 1, 3])
-        h = self._attended(q, k, v, name) if b.program is Program.CAPTION else self._grouped(q, k, v, heads, name)
+        h = self._grouped(q, k, v, heads, name) if b.program in _LONG else self._attended(q, k, v, name)
         h = b.op("Transpose", h, name=f"{name}.tokens", perm=[0, 2, 1, 3])
         return b.op("Reshape", h, b.integers(0, 0, heads * head_dim), name=name)
 
@@ -140,11 +144,14 @@ class WebGpuLayers(Layers):
 class Int8WebGpuLayers(WidenedInt8Layers, WebGpuLayers):
     """Layers whose int8 weights are each widened just before their product."""
 
+    position_blocks: int = POSITION_BLOCKS  # again: a dataclass takes the defaults of its first base
+
 
 @dataclass(frozen=True)
 class BlockWebGpuLayers(BlockLayers, WebGpuLayers):
     """Layers whose weights are 4-bit blocks, which are multiplied as they are, in float32."""
 
+    position_blocks: int = POSITION_BLOCKS
     accuracy_level: int = 0  # exact; others quantize the activations
 
 

@@ -88,13 +88,17 @@ def verify_reported(
     """Measures a bundle against its checkpoint and writes what it finds to the manifest.
 
     `files` are the single files that the bundle was built with, and `loras` the files that were merged into it; each of
-    `prompts` is generated once. Returns the bundle
-    with its new manifest, and what each precision costs each layer. Raises `CheckpointError` for a bad checkpoint, and
-    `ExportError` for one of other dimensions or for a bundle beyond its precision's gate (the manifest is written all
-    the same).
+    `prompts` is generated once. Returns the bundle with its new manifest, and what each precision costs each layer.
+    Raises `CheckpointError` for a bad checkpoint, and `ExportError` for one of other dimensions, for files that were
+    merged and not given, or for a bundle beyond its precision's gate (the manifest is written all the same).
     """
     manifest = bundle.manifest
     checkpoint = Checkpoint.open(model, files, OpenOptions(known_variant(manifest.variant), allow_pruned=True))
+    merged = manifest.source.name.removeprefix(f"{checkpoint.name}+")
+    if not loras and merged != manifest.source.name:
+        raise ExportError(
+            f"{bundle.root}: was built with LoRA merged ({merged.replace('+', ', ')}); give the same files with --lora"
+        )
     if loras:
         checkpoint = with_loras(checkpoint, read_loras(loras, checkpoint.config, allow_unused=True, progress=progress))
     if checkpoint.config != manifest.config:

@@ -13,7 +13,7 @@ from .contents import SUFFIXES, shards_of
 from .kinds import KINDS
 from .shapes import text_width
 from .single_files import SingleFiles, read_single_file
-from .tensors import TensorSource
+from .tensors import FileTensor
 
 FOLDERS = {
     "transformer": ("diffusion_models", "unet"),
@@ -66,7 +66,7 @@ def _only(part: str, folder: Path, files: SingleFiles) -> Path:
     raise CheckpointError(f"{where} have no {KINDS[part].title} ({KINDS[part].good}); give {option}{reason}")
 
 
-def _fits(tensors: Mapping[str, TensorSource], files: SingleFiles) -> bool:
+def _fits(tensors: Mapping[str, FileTensor], files: SingleFiles) -> bool:
     """Whether the transformer reads a text encoder's hidden states."""
     assert files.transformer is not None
     reads = read_single_file("transformer", files.transformer).tensors.get("cap_embedder.0.weight")

@@ -16,7 +16,7 @@ from zimage_runtime.mistaken_files import HEAD_BYTES, mistaken_for
 from ..errors import CheckpointError
 from .forms.recognize import recognize
 from .gguf_file import MAGIC, Value, read_gguf
-from .tensors import PlainTensor, TensorSource
+from .tensors import FileTensor, PlainTensor
 
 SUFFIXES = (".safetensors", ".sft", ".gguf")
 """Of files that are read."""
@@ -33,7 +33,7 @@ class Contents:
     """The tensors of a file or of a set of shards."""
 
     where: Path  # as it was given
-    tensors: Mapping[str, TensorSource]
+    tensors: Mapping[str, FileTensor]
     metadata: Mapping[str, Value]
     places: Mapping[str, Path]  # the file of everything that the headers list, scales and markers included
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from .kinds import KINDS, LIKE_Z_IMAGE, find_prefix, parts_in
-from .tensors import TensorSource
+from .tensors import FileTensor
 
-Tensors = Mapping[str, TensorSource]
+Tensors = Mapping[str, FileTensor]
 
 _LORA = re.compile(
     r"[._]lora[._]?(A|B|E|up|down|mid|magnitude_vector|linear_layer)\b"

@@ -15,7 +15,7 @@ from zimage_runtime.bundle.tensors import TensorEntry
 
 from ..errors import CheckpointError, require_gguf
 from .forms.gguf_tensor import GgufTensor, block_of
-from .tensors import FLOATING, PlainTensor, TensorSource
+from .tensors import FLOATING, FileTensor, PlainTensor
 
 MAGIC = b"GGUF"
 
@@ -35,7 +35,7 @@ Value = str | int | float | bool | tuple[int, ...] | None
 class GgufContents:
     """What a GGUF file contains."""
 
-    tensors: dict[str, TensorSource]
+    tensors: dict[str, FileTensor]
     values: dict[str, Value]
 
 
@@ -86,7 +86,7 @@ class _Reader:
         shape = tuple(int(self._scalar("Q")) for _ in range(axes))[::-1]  # ggml counts axes from the innermost
         return _Listed(name, shape, int(self._scalar("I")), int(self._scalar("Q")))
 
-    def _tensor(self, listed: "_Listed", start: int, values: Mapping[str, Value]) -> TensorSource:
+    def _tensor(self, listed: "_Listed", start: int, values: Mapping[str, Value]) -> FileTensor:
         kind = _kind_name(listed.kind)
         shape = listed.shape
         count = math.prod(shape)

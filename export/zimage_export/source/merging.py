@@ -2,20 +2,20 @@
 
 What reads the checkpoint (folding, rebalancing, quantizing, measuring) sees the changed model and needs not know.
 
-A DoRA replaces the norms of the changed weight's rows (or columns): W' = magnitude · (W + Δ) / ‖W + Δ‖, as PEFT and
-LyCORIS train it. (ComfyUI divides by the norms of the *unchanged* rows, and diffusers drops ``dora_scale``.) A weight
-other than 1 goes that far from W to W'.
+A DoRA sets the norms of the changed weight's rows: W' = magnitude · (W + Δ) / ‖W + Δ‖, with its weight in Δ, as it does
+at run time (`zimage_runtime.adapters.dora`, which is as PEFT has it); LyCORIS has it of columns, too. (ComfyUI divides
+by the norms of the *unchanged* rows, and diffusers drops ``dora_scale``.)
 """
 
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
+from zimage_runtime.adapters.dora import EPSILON, row_factors
 from zimage_runtime.adapters.given import GivenLora
 from zimage_runtime.adapters.reader import Delta, WeightedAdapter, read_adapter
 from zimage_runtime.arrays import FloatArray
@@ -30,7 +30,6 @@ from .tensors import TensorSource, check_finite
 from .weights import Weights
 
 _PIECE_BYTES = 4 << 20  # of float32
-_EPSILON = np.float32(np.finfo(np.float32).eps)  # what LyCORIS adds to a norm
 
 
 @dataclass
@@ -42,26 +41,24 @@ class Change:
     path: Path  # of its file
     _column_norms: FloatArray | None = None
 
-    def rows(self, first: int, original: FloatArray, whole: TensorSource) -> FloatArray:
-        """What is added to rows of the tensor, from `first` on."""
+    def applied(self, first: int, changed: FloatArray, original: FloatArray, whole: TensorSource) -> FloatArray:
+        """Rows of the tensor, from `first` on, as earlier changes left them: changed once more."""
         change = self._delta_rows(first, len(original), original.shape[1:])
+        found: FloatArray = changed + change
         if self.delta.magnitude is None:
-            return np.float32(self.weight) * change
-        changed = original + change
+            return found
         if self.delta.magnitude_of_rows:
-            magnitude = self.delta.magnitude.rows(first, first + len(original)).reshape(-1, 1)
-            norms = np.linalg.norm(changed, axis=1, keepdims=True)
+            magnitudes = self.delta.magnitude.rows(first, first + len(original))
+            found *= row_factors(original + change, magnitudes)[:, None]
         else:
-            magnitude, norms = self.delta.magnitude.read(), self._norms_of_columns(whole)
-        changed *= magnitude / (norms + _EPSILON)
-        changed -= original
-        return np.float32(self.weight) * changed
+            found *= self.delta.magnitude.read() / (self._norms_of_columns(whole) + EPSILON)
+        return found
 
     def _delta_rows(self, first: int, count: int, rest: tuple[int, ...]) -> FloatArray:
         form = self.delta.form
         if len(form.shape) == 1:  # a vector is one row
-            return form.rows(0, form.shape[0]).reshape(count, *rest)
-        return np.float32(self.delta.scale) * form.rows(first, first + count)
+            return np.float32(self.weight) * form.rows(0, form.shape[0]).reshape(count, *rest)
+        return np.float32(self.delta.scale * self.weight) * form.rows(first, first + count)
 
     def _norms_of_columns(self, whole: TensorSource) -> FloatArray:
         if self._column_norms is None:
@@ -106,23 +103,15 @@ class MergedTensor(TensorSource):
 
     def _elements(self, first: int, count: int) -> NDArray[np.generic]:
         original = self.original.rows(first, count)
-        changed = original.copy()
+        changed = original
         with np.errstate(over="ignore", invalid="ignore"):  # checked below
             for change in self.changes:
-                changed += change.rows(first, original, self.original)
+                changed = change.applied(first, changed, original, self.original)
         if not np.isfinite(changed).all():
             check_finite(original, self.name, self.path)
             files = " and ".join(sorted({str(change.path) for change in self.changes}))
             raise AdapterError(f"{files}: changes {self.name} to values that are not finite; give a smaller weight")
         return changed.reshape(-1)
-
-    def part(self, index: int, parts: int) -> NoReturn:
-        """Raises `NotImplementedError`: files are taken apart before anything is merged."""
-        raise NotImplementedError
-
-    def reshaped(self, shape: tuple[int, ...]) -> NoReturn:
-        """Raises `NotImplementedError`, as `part`."""
-        raise NotImplementedError
 
 
 def _rows(source: TensorSource) -> Iterator[tuple[int, FloatArray]]:
@@ -155,7 +144,7 @@ def with_loras(checkpoint: Checkpoint, loras: Sequence[WeightedAdapter]) -> Chec
     """The checkpoint whose tensors have the files' changes, named after all of them."""
     changes: dict[str, dict[str, list[Change]]] = {}
     for lora in loras:
-        for delta in lora.adapter.deltas:
+        for delta in lora.adapter.deltas if lora.weight else ():
             tensors = changes.setdefault(delta.target.component, {})
             tensors.setdefault(delta.tensor, []).append(Change(delta, lora.weight, lora.adapter.path))
 

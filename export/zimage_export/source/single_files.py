@@ -19,7 +19,7 @@ from .foreign import refuse_adapters, refuse_relatives, wrong_component
 from .gguf_file import Value
 from .kinds import KINDS, component_tensors
 from .llama_names import from_llama
-from .tensors import TensorSource
+from .tensors import FileTensor
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ _PADS = ("x_pad_token", "cap_pad_token")
 class ComponentFile:
     """A component's tensors by diffusers' names, and what the file says about itself."""
 
-    tensors: dict[str, TensorSource]
+    tensors: dict[str, FileTensor]
     metadata: Mapping[str, Value]
 
 
@@ -78,7 +78,7 @@ def component_of(part: str, contents: Contents) -> ComponentFile:
     return ComponentFile(_renamed(part, own, path), contents.metadata)
 
 
-def _renamed(part: str, tensors: Mapping[str, TensorSource], path: Path) -> dict[str, TensorSource]:
+def _renamed(part: str, tensors: Mapping[str, FileTensor], path: Path) -> dict[str, FileTensor]:
     """The tensors under diffusers' names."""
     renamed = {}
     for name, rows in from_comfyui(part, tensors).items():
@@ -91,7 +91,7 @@ def _renamed(part: str, tensors: Mapping[str, TensorSource], path: Path) -> dict
     return renamed
 
 
-def _range(rows: Rows, tensor: TensorSource, path: Path) -> TensorSource:
+def _range(rows: Rows, tensor: FileTensor, path: Path) -> FileTensor:
     """A range of a fused projection's rows, [3 * dim, dim]; any other tensor as it is."""
     if rows.parts == 1:
         return tensor

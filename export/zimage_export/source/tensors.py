@@ -52,14 +52,6 @@ class TensorSource(ABC):
     def _elements(self, first: int, count: int) -> NDArray[np.generic]:
         """`count` rows from `first`, flat, in `dtype`. Raises `CheckpointError`."""
 
-    @abstractmethod
-    def part(self, index: int, parts: int) -> Self:
-        """One of several equal ranges of its rows. The caller checks that they are equal."""
-
-    @abstractmethod
-    def reshaped(self, shape: tuple[int, ...]) -> Self:
-        """The same elements in another shape, with the same rows."""
-
     @property
     def readable(self) -> bool:
         """Whether it is stored in a form that we read."""
@@ -111,7 +103,20 @@ class TensorSource(ABC):
 
 
 @dataclass(frozen=True)
-class PlainTensor(TensorSource):
+class FileTensor(TensorSource):
+    """A tensor as a file has it, which may be taken apart and given another shape: files have layouts of their own."""
+
+    @abstractmethod
+    def part(self, index: int, parts: int) -> Self:
+        """One of several equal ranges of its rows. The caller checks that they are equal."""
+
+    @abstractmethod
+    def reshaped(self, shape: tuple[int, ...]) -> Self:
+        """The same elements in another shape, with the same rows."""
+
+
+@dataclass(frozen=True)
+class PlainTensor(FileTensor):
     """A tensor whose elements are stored as they are; also one of a type that `Weights.get` refuses."""
 
     entry: TensorEntry

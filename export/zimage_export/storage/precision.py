@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from zimage_runtime.bundle.manifest import Precision
+from zimage_runtime.bundle.stored_weights import BLOCK_SIZE as BLOCK_SIZE
+from zimage_runtime.bundle.stored_weights import SCALE_SUFFIX as SCALE_SUFFIX
 from zimage_runtime.bundle.tensors import DType
 from zimage_runtime.model.control import AFTER, BEFORE, COMPONENT
 from zimage_runtime.model.linears import LAYER_LINEARS
@@ -37,11 +39,6 @@ class Encoding(StrEnum):
     BLOCKS8 = "blocks8"  # [out, in / 32, 32] uint8 around 128, one float32 scale per block of 32 inputs
     BLOCKS4 = "blocks4"  # [out, in / 32, 16] uint8, two values around 8 in each; scales as above
 
-
-SCALE_SUFFIX = "_scale"
-"""The suffix of the names of a weight's scales."""
-
-BLOCK_SIZE = 32
 
 _QUANTIZED = tuple(f".{name}.weight" for names in LAYER_LINEARS.values() for name in names)
 """The linears of the transformer's and the text encoder's blocks: all but a fiftieth of the parameters."""

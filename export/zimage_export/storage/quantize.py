@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.rebalancing import Factors
+from zimage_runtime.bundle.stored_weights import dequantized
 from zimage_runtime.bundle.tensors import DType
 
 from ..errors import ExportError
@@ -174,23 +175,10 @@ def blocks8(weights: FloatArray) -> tuple[NDArray[np.uint8], FloatArray]:
     return (np.rint(blocks / scales[..., None]) + 128).astype(np.uint8), scales
 
 
-def dequantized(integers: Integers, scales: FloatArray, encoding: Encoding) -> FloatArray:
-    """The weight [out, in] that stored integers stand for."""
-    if encoding is Encoding.INT8:
-        return integers.T.astype(np.float32) * scales[:, None]
-    if encoding is Encoding.BLOCKS4:
-        nibbles = integers.astype(np.uint8)
-        low_high = np.stack([nibbles & 15, nibbles >> 4], axis=-1)
-        values = low_high.reshape(*integers.shape[:2], BLOCK_SIZE).astype(np.float32) - 8
-    else:
-        values = integers.astype(np.float32) - 128
-    return (values * scales[..., None]).reshape(len(integers), -1)
-
-
 def rounded(weights: FloatArray, encoding: Encoding) -> FloatArray:
     """The values that rows [rows, width] have after they were stored."""
     if encoding is Encoding.INT8:
         values, scales = int8_rows(weights)
-        return dequantized(values.T, scales, encoding)
+        return dequantized(values.T, scales)
     integers, scales = blocks4(weights) if encoding is Encoding.BLOCKS4 else blocks8(weights)
-    return dequantized(integers, scales, encoding)
+    return dequantized(integers, scales)

@@ -2,10 +2,10 @@
 
 The ranks of several files are joined. A bundle stores diag(rows) W diag(columns) times a power of two: rebalancing
 factors in int8, folds in every precision. The change of W is multiplied alike: down by the columns, up by the rest.
+DoRA's factors multiply the layer's own output and the changes of all files up to the one that has them (see `dora`).
 """
 
-import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -15,20 +15,23 @@ from ..arrays import FloatArray
 from ..bundle.bundle import Bundle
 from ..bundle.manifest import CPU, Manifest, extended
 from ..bundle.rebalancing import Factors, RebalancingFactors
+from ..bundle.stored_weights import PublishedRows, fold_of
 from ..errors import AdapterError, BundleError
 from ..model.branches import (
-    EXTENDED,
+    ALL_EXTENDED,
     branch_linears,
     columns_input,
     down_input,
+    factor_input,
     inner_input,
     outer_input,
     rows_input,
     up_input,
 )
-from ..model.linears import LAYER_LINEARS
 from ..model.programs import Program
+from .dora import channel_factors
 from .forms import Hadamard, Kronecker, LowRank
+from .kronecker import ProductSum, joined, joined_sizes
 from .reader import Delta, WeightedAdapter
 
 RANK_UNIT = 16
@@ -37,15 +40,19 @@ RANK_UNIT = 16
 _MOST_HADAMARD = 256  # the rank of a LoHa, beyond which it is no longer small
 _COMPONENT = "transformer"
 _FLOAT = 4
+_ONE = np.ones(1, np.float32)
 
 
-class Product(NamedTuple):
-    """A layer's Kronecker product, as extended programs take it."""
+class Products(NamedTuple):
+    """A layer's Kronecker products, as extended programs take them."""
 
-    outer: FloatArray  # [a, b]
-    inner: FloatArray  # [d, c]
-    columns: FloatArray  # [in] or [1]
-    rows: FloatArray  # [out] or [1]
+    outer: FloatArray  # [a, b, products]
+    inner: FloatArray  # [d, products, c]
+    columns: FloatArray  # [in]
+    rows: FloatArray  # [out]
+
+
+_NO_PRODUCTS = Products(np.zeros((1, 1, 1), np.float32), np.zeros((1, 1, 1), np.float32), _ONE, _ONE)
 
 
 @dataclass(frozen=True)
@@ -54,13 +61,15 @@ class Branches:
 
     matrices: Mapping[str, tuple[FloatArray, FloatArray]] = field(default_factory=dict)
     """Down [rank, in] and up [out, rank]."""
-    products: Mapping[str, Product] = field(default_factory=dict)
+    products: Mapping[str, Products] = field(default_factory=dict)
+    factors: Mapping[str, FloatArray] = field(default_factory=dict)
+    """DoRA's, [out]."""
 
     @property
     def nbytes(self) -> int:
         """Of all of them."""
         every = [*self.matrices.values(), *self.products.values()]
-        return sum(values.nbytes for one in every for values in one)
+        return sum(values.nbytes for one in (*every, self.factors.values()) for values in one)
 
     def inputs(self, program: Program, manifest: Manifest, least_rank: int = 0) -> dict[str, FloatArray]:
         """The inputs of an extended program. Without a branch, a layer has zeros of the least rank, or nothing."""
@@ -72,140 +81,215 @@ class Branches:
                 zeros[shape[0], shape[1]] = np.zeros(shape, np.float32)
             return zeros[shape[0], shape[1]]
 
-        one = np.ones(1, np.float32)
-        no_product = Product(nothing(1, 1), nothing(1, 1), one, one)
         for linear in branch_linears(program, manifest.config):
-            none = nothing(least_rank, linear.in_width), nothing(linear.out_width, least_rank)
-            down, up = self.matrices.get(linear.name, none)
-            product = self.products.get(linear.name, no_product)
-            found |= {down_input(linear.name): down, up_input(linear.name): up}
-            found |= {outer_input(linear.name): product.outer, inner_input(linear.name): product.inner}
-            found |= {columns_input(linear.name): product.columns, rows_input(linear.name): product.rows}
+            name = linear.name
+            products = self.products.get(name, _NO_PRODUCTS)
+            channels = linear.out_width if name in self.products else 1
+            none = nothing(least_rank, linear.in_width), nothing(channels, least_rank)
+            down, up = self.matrices.get(name, none)
+            found |= {down_input(name): down, up_input(name): up, factor_input(name): self.factors.get(name, _ONE)}
+            found |= {outer_input(name): products.outer, inner_input(name): products.inner}
+            found |= {columns_input(name): products.columns, rows_input(name): products.rows}
         return found
 
 
 NO_BRANCHES = Branches()
 
-ON_CPU = dict.fromkeys(EXTENDED, CPU)
+ON_CPU = dict.fromkeys(ALL_EXTENDED, CPU)
 """The programs that the CPU needs."""
 
 
 def check_at_run_time(loras: Sequence[WeightedAdapter], model: str) -> None:
     """Raises `AdapterError` for a file whose changes are no branches, with the line that merges it."""
-    products: set[str] = set()
     for lora in loras:
         for delta in lora.adapter.deltas:
-            if reason := _why_not(delta, products):
+            if reason := _why_not(delta):
                 path = lora.adapter.path
                 raise AdapterError(
                     f"{path}: {delta.tensor} {reason}; merge the file into a bundle of its own: "
                     f"zimage-export build {model} OUT --lora {path}:{lora.weight:g}"
                 )
-            if isinstance(delta.form, Kronecker) and lora.weight:
-                products.add(delta.tensor)
 
 
-def _why_not(delta: Delta, products: Container[str]) -> str | None:
+def _why_not(delta: Delta) -> str | None:
     if delta.target.component != _COMPONENT:
         return "is the text encoder's, whose weights cannot be changed at run time"
-    if delta.magnitude is not None:
-        return "has new norms (DoRA), which cannot be set at run time"
+    if delta.magnitude is not None and not delta.magnitude_of_rows:
+        return "has new norms of input channels (DoRA), and at run time only output channels can be given some"
     if isinstance(delta.form, Hadamard) and delta.form.rank > _MOST_HADAMARD:
         return f"is a LoHa of rank {delta.form.rank}, and at run time {_MOST_HADAMARD} is the most"
-    if isinstance(delta.form, Kronecker):
-        if delta.tensor in products:
-            return "is changed by a LoKr of another file already, and at run time one is the most"
-        return None if delta.form.factors() else "is a range of a LoKr's rows that is no product itself"
-    if not isinstance(delta.form, LowRank | Hadamard):
+    if not isinstance(delta.form, LowRank | Hadamard | Kronecker):
         return "is changed as a whole, which cannot be done at run time"
     return None
 
 
-def branch_bytes(loras: Sequence[WeightedAdapter]) -> int:
-    """Bytes of what `make_branches` will make, at most."""
-    ranks: dict[str, int] = {}
-    widths: dict[str, int] = {}
-    products = 0
+@dataclass(frozen=True)
+class _Change:
+    """What one file does to a layer."""
+
+    delta: Delta
+    weight: float
+
+    @property
+    def scale(self) -> float:
+        return self.delta.scale * self.weight
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What files do to a layer, in their order."""
+
+    changes: tuple[_Change, ...]
+
+    @property
+    def rank(self) -> int:
+        """Of the changes that are low-rank, together and padded."""
+        forms = [change.delta.form for change in self.changes]
+        rank = sum(form.rank for form in forms if isinstance(form, LowRank | Hadamard))
+        return -(-rank // RANK_UNIT) * RANK_UNIT
+
+    @property
+    def products(self) -> list[Kronecker]:
+        """The changes that are Kronecker products."""
+        return [change.delta.form for change in self.changes if isinstance(change.delta.form, Kronecker)]
+
+    @property
+    def decomposed(self) -> bool:
+        """Whether a file sets norms: DoRA."""
+        return any(change.delta.magnitude is not None for change in self.changes)
+
+    @property
+    def parted(self) -> bool:
+        """Whether a Kronecker product has other factors than the next: a DoRA's are between them."""
+        count, found = 0, set()
+        for change in reversed(self.changes):
+            count += change.delta.magnitude is not None
+            if isinstance(change.delta.form, Kronecker):
+                found.add(count)
+        return len(found) > 1
+
+    @property
+    def nbytes(self) -> int:
+        """Of all that `make_branches` makes for it."""
+        out, width = self.changes[0].delta.target.shape
+        elements = self.rank * (out + width) + out * self.decomposed
+        if self.products:
+            sizes = joined_sizes([form.sizes for form in self.products], whole=self.parted)
+            elements += sizes.elements + out + width
+        return _FLOAT * elements
+
+
+def _layers(loras: Sequence[WeightedAdapter]) -> dict[str, _Layer]:
+    """What files do to each layer that one of them changes; a file of weight 0 is left out."""
+    found: dict[str, list[_Change]] = {}
     for lora in loras:
         for delta in lora.adapter.deltas if lora.weight else ():
-            if isinstance(delta.form, LowRank | Hadamard):
-                ranks[delta.tensor] = ranks.get(delta.tensor, 0) + delta.form.rank
-                widths[delta.tensor] = sum(delta.target.shape)
-            elif isinstance(delta.form, Kronecker):
-                small = math.prod(delta.form.w1.shape) + math.prod(delta.form.w2.shape)
-                products += _FLOAT * (small + sum(delta.target.shape))
-    return products + sum(_FLOAT * _padded(rank) * widths[name] for name, rank in ranks.items())
+            found.setdefault(delta.target.name, []).append(_Change(delta, lora.weight))
+    return {name: _Layer(tuple(changes)) for name, changes in found.items()}
+
+
+@dataclass(frozen=True)
+class BranchSizes:
+    """What `make_branches` will make of files that passed `check_at_run_time`."""
+
+    nbytes: int
+    rank: int  # the largest of a layer's
+    products: bool  # whether there are LoKr
+
+    @classmethod
+    def of(cls, loras: Sequence[WeightedAdapter]) -> "BranchSizes":
+        """Of files; those of weight 0 are left out."""
+        layers = _layers(loras).values()
+        return cls(
+            sum(layer.nbytes for layer in layers),
+            max((layer.rank for layer in layers), default=0),
+            any(layer.products for layer in layers),
+        )
 
 
 def make_branches(bundle: Bundle, loras: Sequence[WeightedAdapter]) -> Branches:
     """The branches of files that passed `check_at_run_time`; a file of weight 0 is left out.
 
-    Raises `BundleError` for an int8 bundle that does not hold what its weights were multiplied by.
+    DoRA reads the weights of the layers that it changes. Raises `BundleError` for an int8 bundle that does not hold
+    what its weights were multiplied by.
     """
-    factors = RebalancingFactors(bundle, _COMPONENT)
-    parts: dict[str, list[_Part]] = {}
-    products: dict[str, Product] = {}
-    for lora in loras:
-        for delta in lora.adapter.deltas if lora.weight else ():
-            name, scale = delta.target.name, np.float32(delta.scale * lora.weight)
-            if isinstance(delta.form, Kronecker):
-                both = delta.form.factors()
-                assert both is not None
-                products[name] = _product(*both, scale, factors.of(f"{name}.weight"), _fold(bundle, name))
-                continue
-            assert isinstance(delta.form, LowRank | Hadamard)
-            up, down = delta.form.factors()
-            parts.setdefault(name, []).append(_Part(down, up, scale))
-    matrices = {name: _joined(some, factors.of(f"{name}.weight"), _fold(bundle, name)) for name, some in parts.items()}
-    return Branches(matrices, products)
-
-
-def _product(w1: FloatArray, w2: FloatArray, scale: np.float32, factors: Factors, power: float) -> Product:
-    one = np.ones(1, np.float32)
-    columns = one if factors.columns is None else factors.columns
-    rows = one if factors.rows is None else factors.rows
-    return Product(w1 * (scale * np.float32(power)), np.ascontiguousarray(w2.T), columns, rows)
+    rebalancing, published = RebalancingFactors(bundle, _COMPONENT), PublishedRows(bundle, _COMPONENT)
+    matrices: dict[str, tuple[FloatArray, FloatArray]] = {}
+    products: dict[str, Products] = {}
+    factors: dict[str, FloatArray] = {}
+    for name, layer in _layers(loras).items():
+        stored, power = rebalancing.of(f"{name}.weight"), np.float32(fold_of(bundle, _COMPONENT, name))
+        parts = _parts(layer, published)
+        if layer.decomposed:
+            factors[name] = next(part.factors for part in parts if part.factors is not None)
+        if layer.rank:
+            matrices[name] = _joined(parts, layer.rank, stored, power)
+        if layer.products:
+            products[name] = _products(parts, layer, stored, power)
+    return Branches(matrices, products, factors)
 
 
 class _Part(NamedTuple):
-    """One file's change of a layer."""
+    """A file's change of a layer, and what its output channels are multiplied by, [out]."""
 
-    down: FloatArray
-    up: FloatArray
-    scale: np.float32
+    change: _Change
+    factors: FloatArray | None
 
 
-def _joined(parts: Sequence[_Part], factors: Factors, power: float) -> tuple[FloatArray, FloatArray]:
-    rank = sum(len(part.down) for part in parts)
-    joined_down = np.empty((_padded(rank), parts[0].down.shape[1]), np.float32)
-    joined_up = np.empty((len(parts[0].up), _padded(rank)), np.float32)
-    joined_down[rank:], joined_up[:, rank:] = 0, 0
+def _parts(layer: _Layer, published: PublishedRows) -> list[_Part]:
+    """The changes in their order: the first one's factors are all of the layer's."""
+    factors: FloatArray | None = None
+    found: list[_Part] = []
+    for change in reversed(layer.changes):
+        if change.delta.magnitude is not None:
+            more = channel_factors(change.delta, change.scale, published)
+            factors = more if factors is None else factors * more
+        found.insert(0, _Part(change, factors))
+    return found
+
+
+def _joined(parts: Sequence[_Part], padded: int, stored: Factors, power: np.float32) -> tuple[FloatArray, FloatArray]:
+    out, width = parts[0].change.delta.target.shape
+    joined_down, joined_up = np.empty((padded, width), np.float32), np.empty((out, padded), np.float32)
     first = 0
-    for down, up, scale in parts:
-        joined_down[first : first + len(down)] = down
-        np.multiply(up, scale, out=joined_up[:, first : first + len(down)])
+    for change, factors in parts:
+        if not isinstance(change.delta.form, LowRank | Hadamard):
+            continue
+        up, down = change.delta.form.factors()
+        columns = slice(first, first + len(down))
+        joined_down[columns] = down
+        np.multiply(up, np.float32(change.scale), out=joined_up[:, columns])
+        if factors is not None:
+            joined_up[:, columns] *= factors[:, None]
         first += len(down)
-    if factors.columns is not None:
-        joined_down *= factors.columns
-    if factors.rows is not None:
-        joined_up *= factors.rows[:, None]
+    joined_down[first:], joined_up[:, first:] = 0, 0
+    if stored.columns is not None:
+        joined_down *= stored.columns
+    if stored.rows is not None:
+        joined_up *= stored.rows[:, None]
     if power != 1:
-        joined_up *= np.float32(power)
+        joined_up *= power
     return joined_down, joined_up
 
 
-def _padded(rank: int) -> int:
-    return -(-rank // RANK_UNIT) * RANK_UNIT
-
-
-def _fold(bundle: Bundle, linear: str) -> float:
-    """The power of two that a layer's stored weight was multiplied by (`zimage_export.storage.folds`)."""
-    block, _, tail = linear.partition(".")
-    index, _, tail = tail.partition(".")
-    folds = bundle.manifest.folds.get(_COMPONENT, {}).get(f"{block}.{index}", {})
-    names = LAYER_LINEARS[_COMPONENT]
-    kind = {names.out: "attention", names.up: "ffn"}.get(tail)
-    return float(2.0 ** -folds.get(kind, 0)) if kind else 1.0
+def _products(parts: Sequence[_Part], layer: _Layer, stored: Factors, power: np.float32) -> Products:
+    out, width = layer.changes[0].delta.target.shape
+    rows = np.full(out, power) if stored.rows is None else stored.rows * power
+    sums: list[tuple[ProductSum, FloatArray | None]] = []
+    for change, factors in parts:
+        if isinstance(change.delta.form, Kronecker):
+            one = change.delta.form.products()
+            sums.append((ProductSum(one.outer * np.float32(change.scale), one.inner), factors))
+    if not layer.parted and sums[0][1] is not None:  # one for all
+        rows = rows * sums[0][1]
+        sums = [(one, None) for one, _ in sums]
+    total = joined(sums, joined_sizes([form.sizes for form in layer.products], whole=layer.parted))
+    return Products(
+        np.ascontiguousarray(total.outer.transpose(1, 2, 0)),
+        np.ascontiguousarray(total.inner.transpose(2, 0, 1)),
+        np.ones(width, np.float32) if stored.columns is None else stored.columns,
+        rows,
+    )
 
 
 def check_extended(bundle: Bundle, names: Mapping[Program, str], option: str = "--lora") -> None:

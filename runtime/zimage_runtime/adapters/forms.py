@@ -3,6 +3,7 @@
 Values stay in the file until they are used, in its own type; all arithmetic is in float32.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from ..arrays import FloatArray
 from ..bundle.tensors import DType, TensorFile, to_float32
+from .kronecker import ProductSum, Sizes
 
 
 @dataclass(frozen=True)
@@ -200,13 +202,25 @@ class Kronecker:
         rows = self.shape[0] // parts
         return replace(self, first=self.first + index * rows, count=rows)
 
-    def factors(self) -> tuple[FloatArray, FloatArray] | None:
-        """w1 and w2 of the rows; None for rows that are no product, as they cut w2."""
+    @property
+    def sizes(self) -> Sizes:
+        """Of `products`."""
+        (a, b), (c, d) = self.w1.shape, self.w2.shape
+        whole = Sizes(1, a, b, c, d).refined(a * self._cuts, b)
+        return whole._replace(a=self.shape[0] // whole.c)
+
+    def products(self) -> ProductSum:
+        """The same as a sum of products: a single one, unless the range of rows begins or ends within w2."""
         w1, w2 = self.w1.read(), self.w2.read()
-        rows = self.shape[0]
-        if self.first % len(w2) or rows % len(w2):
-            return None
-        return w1[self.first // len(w2) : (self.first + rows) // len(w2)], w2
+        whole = ProductSum(w1[None], w2[None]).refined(len(w1) * self._cuts, w1.shape[1])
+        rows = whole.inner.shape[1]
+        return ProductSum(whole.outer[:, self.first // rows : (self.first + self.shape[0]) // rows], whole.inner)
+
+    @property
+    def _cuts(self) -> int:
+        """Into how many blocks of rows w2 falls, so that the range of rows is made of whole ones."""
+        rows = self.w2.shape[0]
+        return rows // math.gcd(rows, self.first, self.shape[0])
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ what opening a bundle checks.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -16,6 +16,7 @@ from ..errors import BundleError, ConfigError
 from ..mistaken_files import mistaken_file, mistaken_for
 from ..model.control import ControlConfig
 from ..model.programs import CONTROL_PROGRAMS, Program
+from .bundle import check_hashes
 from .files import atomic_write
 from .manifest import (
     CONTROL_FORMAT,
@@ -202,9 +203,27 @@ class ControlNet:
             raise BundleError(f"{self.root}: has no {program} program for {executor!r}; export the ControlNet again")
         return self.root / record.path
 
+    def verify(self, progress: Callable[[int], object] | None = None) -> None:
+        """Checks every file's hash. Raises `BundleError` that names the altered files."""
+        check_hashes(self.root, self.manifest.files, progress)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files but the manifest."""
+        return sum(record.size for record in self.manifest.files.values())
+
     def with_manifest(self, **changes: Any) -> Self:
         """The same folder, with other values in its manifest."""
         return replace(self, manifest=replace(self.manifest, **changes))
+
+
+def is_controlnet(root: Path) -> bool:
+    """Whether a folder's manifest says that it is a ControlNet's, whatever else is wrong with it."""
+    try:
+        data = json.loads((root / MANIFEST_NAME).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(data, dict) and data.get("format") == CONTROL_FORMAT
 
 
 def write_control_manifest(root: Path, manifest: ControlManifest) -> None:

@@ -30,6 +30,8 @@ class Work:
     encodes: bool = False  # whether there is a source image
     held: int = 0  # bytes of the host's memory that the caller keeps until the end: finished images
     branches: int | None = None  # bytes of LoRA's matrices; None where the programs need not take any
+    branch_rank: int = 0  # the largest of a layer's
+    branch_products: bool = False  # whether a layer has Kronecker products: LoKr
     waiting: int = 1  # requests whose conditionings are kept at once: more than one for a group of them
     control: ControlNet | None = None  # whose hints are added in some steps
 

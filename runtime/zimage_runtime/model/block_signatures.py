@@ -56,6 +56,14 @@ BLOCK_SIGNATURES: dict[BlockKind, Signature] = {
     ),
 }
 
+EXTENDED_KINDS = (
+    BlockKind.CAPTION_EMBEDDER,
+    BlockKind.TRANSFORMER_BLOCK,
+    BlockKind.IMAGE_EMBEDDER,
+    BlockKind.FINAL_LAYER,
+)
+"""The blocks whose programs come extended, too. Their LoRA are inputs, named as in `branches`, of one rank for all."""
+
 
 def block_dims(place: BlockPlace, config: ModelConfig) -> dict[str, int]:
     """Values of the widths that its signature's shapes name. All other names are free dimensions."""

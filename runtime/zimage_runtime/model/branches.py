@@ -1,9 +1,12 @@
 """The inputs of *extended* programs: branches beside each linear layer, for LoRA that change no weight.
 
-A linear layer W [out, in] with its branches gives x Wᵀ + (x downᵀ) upᵀ + rows ∘ ((columns ∘ x) (outer ⊗ innerᵀ)ᵀ). The
-second is low-rank, the third a Kronecker product: outer [a, b] and inner [d, c] with a c = out and b d = in are small,
-and rows and columns are one factor for each channel, or one for all. All are inputs, in float32. With a rank of 0 or
-zeros, and an outer and inner of a single zero, an extended program gives the bits of the one that it extends.
+A linear layer W [out, in] with its branches gives
+
+    factor ∘ (x Wᵀ) + bias + (x downᵀ) upᵀ + rows ∘ Σ_k ((columns ∘ x) (outer_k ⊗ inner_kᵀ)ᵀ)
+
+The third is low-rank; the fourth is a sum of Kronecker products, which are small; `factor` is DoRA's, one number per
+output channel. All are inputs, in float32. Without a branch they have a rank of 0 or zeros, a channel of zeros that is
+added to all, and factors of one: an extended program then gives the bits of the one that it extends.
 
 An extended denoiser also has an input for each layer, a *hint* that a ControlNet adds after it: [batch, tokens, dim],
 or [1, 1, dim] of zeros. What a bundle computes for a ControlNet besides comes extended only.
@@ -16,8 +19,11 @@ from .config import ModelConfig
 from .linears import Linear, block_linears, modulation_linears
 from .programs import CONTROLLED_PROGRAMS, Program
 
-EXTENDED = (Program.CAPTION, Program.MODULATION, Program.DENOISER, *CONTROLLED_PROGRAMS)
-"""The programs that come extended, too, or alone: those of the transformer."""
+EXTENDED = (Program.CAPTION, Program.MODULATION, Program.DENOISER)
+"""The programs that come extended, too: those of the transformer."""
+
+ALL_EXTENDED = (*EXTENDED, *CONTROLLED_PROGRAMS)
+"""Those and the ones that come extended only."""
 
 
 def down_input(linear: str) -> str:
@@ -26,28 +32,33 @@ def down_input(linear: str) -> str:
 
 
 def up_input(linear: str) -> str:
-    """The one that is [out, rank]."""
+    """The one that is [out, rank], or [1, rank] where there is no branch."""
     return f"lora.{linear}.up"
 
 
 def outer_input(linear: str) -> str:
-    """The outer factor of a layer's Kronecker product, [a, b]."""
+    """The outer factors of a layer's Kronecker products, [a, b, products], where a c = out and b d = in."""
     return f"lora.{linear}.outer"
 
 
 def inner_input(linear: str) -> str:
-    """The inner factor, transposed: [d, c]."""
+    """The inner factors, transposed: [d, products, c]."""
     return f"lora.{linear}.inner"
 
 
 def columns_input(linear: str) -> str:
-    """What the product's input is multiplied by: [in] or [1]."""
+    """What the input of the Kronecker products is multiplied by: [in], or [1] where there are none."""
     return f"lora.{linear}.columns"
 
 
 def rows_input(linear: str) -> str:
-    """What its output is multiplied by: [out] or [1]."""
+    """What their output is multiplied by: [out] or [1]."""
     return f"lora.{linear}.rows"
+
+
+def factor_input(linear: str) -> str:
+    """What the layer's own output, without its bias, is multiplied by: [out] or [1]."""
+    return f"lora.{linear}.factor"
 
 
 def branch_linears(program: Program, config: ModelConfig) -> list[Linear]:

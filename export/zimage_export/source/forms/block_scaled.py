@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.tensors import DType, TensorEntry
 
-from ..tensors import TensorSource, check_finite, read_elements
+from ..tensors import FileTensor, check_finite, read_elements
 from .scaled import E4M3, code_values
 
 NVFP4, MXFP8 = "nvfp4", "mxfp8"
@@ -53,15 +53,15 @@ def _exponents() -> FloatArray:
 
 
 @dataclass(frozen=True)
-class BlockScaledTensor(TensorSource):
+class BlockScaledTensor(FileTensor):
     """A tensor [out, in] in NVFP4 or MXFP8."""
 
     form: str
     entry: TensorEntry  # of the values, with the file's shape
     scales: TensorEntry  # of the tiles of scales
     scales_path: Path
-    scale: TensorSource | None  # NVFP4: one scale for all
-    inputs: TensorSource | None  # [in]: what the layer's inputs are multiplied by, so the columns are
+    scale: FileTensor | None  # NVFP4: one scale for all
+    inputs: FileTensor | None  # [in]: what the layer's inputs are multiplied by, so the columns are
     first_row: int
     row_count: int
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from zimage_runtime.bundle.tensors import DType, TensorEntry
 
-from ..tensors import TensorSource, check_finite, read_elements
+from ..tensors import FileTensor, check_finite, read_elements
 
 _BYTE = np.dtype(np.uint8)
 
@@ -33,7 +33,7 @@ def block_of(kind: str) -> tuple[int, int] | None:
 
 
 @dataclass(frozen=True)
-class GgufTensor(TensorSource):
+class GgufTensor(FileTensor):
     """A tensor in blocks of quantized values, row by row."""
 
     kind: str  # ggml's name of the type

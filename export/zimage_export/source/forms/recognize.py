@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import CheckpointError
-from ..tensors import FLOATING, PlainTensor, TensorSource
+from ..tensors import FLOATING, FileTensor, PlainTensor
 from .block_scaled import BLOCKS, MXFP8, NVFP4, BlockScaledTensor, scale_bytes
 from .markers import LAYER_MARKER, LayerFormat, fp8_prefixes, is_file_marker, layer_formats
 from .scaled import CODES, E4M3, E5M2, INT8, ScaledTensor, is_rotation_size
@@ -24,7 +24,7 @@ _DEFAULT_ROTATION = 256
 _BYTES = ("U8", E4M3)
 
 
-def recognize(found: Mapping[str, PlainTensor], metadata: Mapping[str, str], where: Path) -> dict[str, TensorSource]:
+def recognize(found: Mapping[str, PlainTensor], metadata: Mapping[str, str], where: Path) -> dict[str, FileTensor]:
     """The tensors by the file's names, without markers and scales. Raises `CheckpointError`."""
     refuse_unserved(found, metadata, where)
     reader = _Recognizer(found, layer_formats(found, metadata, where), fp8_prefixes(found))
@@ -51,7 +51,7 @@ class _Recognizer:
     ) -> None:
         self._found, self._formats, self._prefixes = found, formats, prefixes
 
-    def tensor(self, name: str) -> TensorSource:
+    def tensor(self, name: str) -> FileTensor:
         """One tensor, with its scales if it is quantized."""
         tensor = self._found[name]
         layer = name.removesuffix(".weight") if name.endswith(".weight") else None
@@ -72,7 +72,7 @@ class _Recognizer:
         """The type of fp8 weights that the older marker states for a tensor's prefix."""
         return next((codes for prefix, codes in self._prefixes.items() if name.startswith(prefix)), None)
 
-    def _scaled_by_marker_of_file(self, tensor: PlainTensor, layer: str, scale: PlainTensor) -> TensorSource:
+    def _scaled_by_marker_of_file(self, tensor: PlainTensor, layer: str, scale: PlainTensor) -> FileTensor:
         """A weight with a scale, whose layer has no marker of its own."""
         codes = self._file_codes(tensor.name) if tensor.stored_as == "U8" else tensor.stored_as
         if codes not in CODES:
@@ -82,7 +82,7 @@ class _Recognizer:
             )
         return self._scaled(tensor, codes, scale)
 
-    def _marked(self, tensor: PlainTensor, layer: str, marker: LayerFormat) -> TensorSource:
+    def _marked(self, tensor: PlainTensor, layer: str, marker: LayerFormat) -> FileTensor:
         if marker.format in _FP8_FORMATS:
             codes = _FP8_FORMATS[marker.format]
             self._check_stored(tensor, marker.format, (codes, "U8"))

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.tensors import DType, TensorEntry
+from zimage_runtime.model.hadamard import hadamard
 
-from ..tensors import TensorSource, check_finite, not_finite, read_elements
+from ..tensors import FileTensor, check_finite, not_finite, read_elements
 
 E4M3, E5M2, INT8 = "F8_E4M3", "F8_E5M2", "I8"
 CODES = {E4M3: ml_dtypes.float8_e4m3fn, E5M2: ml_dtypes.float8_e5m2, INT8: np.int8}
@@ -29,7 +30,6 @@ _NO_NUMBER = {E4M3: np.uint8(0x7F), E5M2: np.uint8(0x7C)}
 """Bits that are all set in what is infinite or not a number."""
 
 _BYTE = np.dtype(np.uint8)
-_HADAMARD4 = np.array([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], np.float32)
 
 
 @functools.cache
@@ -44,27 +44,18 @@ def _half_values(codes: str) -> NDArray[np.float16]:
     return code_values(codes).astype(np.float16)
 
 
-@functools.cache
-def hadamard(size: int) -> FloatArray:
-    """[size, size]: the regular Hadamard matrix of a power of four, orthogonal and symmetric."""
-    matrix = np.ones((1, 1), np.float32)
-    while len(matrix) < size:
-        matrix = np.kron(matrix, _HADAMARD4)
-    return matrix / np.float32(np.sqrt(size))
-
-
 def is_rotation_size(size: int) -> bool:
     """Whether there is a regular Hadamard matrix of this size: the powers of four."""
     return size >= 4 and size & (size - 1) == 0 and size.bit_length() % 2 == 1
 
 
 @dataclass(frozen=True)
-class ScaledTensor(TensorSource):
+class ScaledTensor(FileTensor):
     """A tensor of one byte per value."""
 
     entry: TensorEntry  # of the bytes, whatever type the file calls them
     codes: str  # what the bytes are, a key of `CODES`
-    scale: TensorSource | None = (
+    scale: FileTensor | None = (
         None  # [], [1], [out], [out, 1], or per block of inputs [out, blocks] or [out, blocks, 1]
     )
     rotation: int = 0  # inputs that were rotated together; 0 for none

@@ -11,7 +11,7 @@ from typing import Generic, Protocol, TypeVar
 import numpy as np
 
 from ...arrays import FloatArray
-from ...model.branches import EXTENDED
+from ...model.branches import ALL_EXTENDED
 from ...model.config import ModelConfig
 from ...model.control import Refiner
 from ...model.geometry import Rotary
@@ -149,7 +149,7 @@ def controlled_steps(
         tokens=tokens,
         refiner_rows=tuple(upload(np.ascontiguousarray(row[:refiners])) for row in table) if refiners else (),
         layer_rows=tuple(upload(np.ascontiguousarray(row[refiners:])) for row in table),
-        branches={program: branches.get(program, {}) for program in EXTENDED},
+        branches={program: branches.get(program, {}) for program in ALL_EXTENDED},
     )
 
 

@@ -7,7 +7,7 @@ from typing import TypeVar, cast
 
 import numpy as np
 
-from ...adapters.branches import NO_BRANCHES, Branches
+from ...adapters.branches import Branches
 from ...arrays import FloatArray
 from ...bundle.bundle import Bundle
 from ...bundle.manifest import CPU, Precision
@@ -139,8 +139,6 @@ class CpuSession:
             self.worker.call(lambda: programs.use_control(net), self.stop)
         if branches is not None or control is not None:
             self.worker.call(programs.extend, self.stop)
-        if programs.extended:  # which they stay, so that nothing is loaded again
-            branches = branches or NO_BRANCHES
         feeds = {"hidden_states": conditioning.hidden_states, "cos": rotary.cos, "sin": rotary.sin}
         caption = self.run(Program.CAPTION, feeds | self._inputs(branches, Program.CAPTION))["caption"]
         table = self._modulation(conditioning.timesteps, branches)
@@ -178,7 +176,7 @@ class CpuSession:
         return self.run(program, inputs, list(outputs))
 
     def _inputs(self, branches: Branches | None, program: Program) -> dict[str, FloatArray]:
-        return {} if branches is None else branches.inputs(program, self.executor.bundle.manifest)
+        return self.executor.programs.branch_inputs(branches, program)
 
     def _modulation(self, timesteps: FloatArray, branches: Branches | None) -> dict[str, FloatArray]:
         """The table of a schedule, which all conditionings of a request share."""

@@ -13,14 +13,14 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 
-from ...adapters.branches import NO_BRANCHES, Branches
+from ...adapters.branches import Branches
 from ...arrays import FloatArray
 from ...bundle.bundle import Bundle
 from ...bundle.controlnet import ControlNet
 from ...bundle.manifest import extended
 from ...bundle.tensors import TensorFile
 from ...errors import CancelledError, ExecutorError
-from ...model.branches import EXTENDED
+from ...model.branches import ALL_EXTENDED
 from ...model.config import VaeConfig
 from ...model.geometry import Rotary
 from ...model.programs import CONTROL_PROGRAMS, SIGNATURES, Program, is_hint
@@ -59,7 +59,6 @@ class OrtDeviceExecutor:
     keep_loaded: bool = True
     device_name: str = "a GPU"
     _sessions: dict[Program, Any] = field(default_factory=dict, repr=False)
-    _extended: bool = False  # programs take LoRA and hints
     _control: ControlNet | None = None  # whose programs are loaded, or were last
     _shrinks: str | None = field(init=False, repr=False)
     _host: HostPrograms = field(init=False, repr=False)
@@ -111,17 +110,19 @@ class OrtDeviceExecutor:
         self.release()
         self._worker.close()
 
-    @property
-    def extended(self) -> bool:
-        """Whether programs take LoRA."""
-        return self._extended
-
     def extend(self) -> None:
         """From now on, programs take LoRA and hints. What is loaded in its other form is freed."""
-        if not self._extended:
-            self._extended = True
-            self._release(*EXTENDED)
-            self._host.extend()
+        if self._host.extend():
+            self._release(*ALL_EXTENDED)
+
+    @property
+    def extended(self) -> bool:
+        """Whether programs take LoRA and hints."""
+        return self._host.extended
+
+    def branch_inputs(self, branches: Branches | None, program: Program, least_rank: int = 0) -> dict[str, FloatArray]:
+        """The inputs of a program for LoRA; none until `extend` was called."""
+        return self._host.branch_inputs(branches, program, least_rank)
 
     def use_control(self, net: ControlNet) -> None:
         """From now on, a ControlNet's programs are those of `net`. Those of another one are freed."""
@@ -217,7 +218,7 @@ class OrtDeviceExecutor:
             path, record = net.program(program, name), net.manifest.record(program, name)
         else:
             name = program_name(program, self.name, self.denoiser)
-            name = extended(name) if self._extended and program in EXTENDED else name
+            name = extended(name) if self.extended and program in ALL_EXTENDED else name
             path, record = self.bundle.program(program, name), self.bundle.manifest.record(program, name)
         return self.open(str(path), f"{program} in {path}", stop, program, record.weight_bytes if record else 0)
 
@@ -260,8 +261,6 @@ class DeviceSession:
             executor.use_control(control.net)
         if branches is not None or control is not None:
             executor.extend()
-        if executor.extended:  # which it stays, so that nothing is loaded again
-            branches = branches or NO_BRANCHES
         executor.enter(Program.CAPTION, self.plan)
         executor.load(Program.CAPTION, self.stop)
         upload, dim = device.upload, executor.bundle.manifest.config.transformer.dim
@@ -291,7 +290,7 @@ class DeviceSession:
             model,
             caption,
             {program: self._matrices(branches, program) for program in (Program.TOKENS, Program.REFINERS)},
-            {} if branches is None else branches.inputs(Program.TIMESTEP, executor.bundle.manifest),
+            executor.branch_inputs(branches, Program.TIMESTEP),
         )
         return _DeviceDenoiser(self, fixed, rows, steps)
 
@@ -323,9 +322,7 @@ class DeviceSession:
 
     def _matrices(self, branches: Branches | None, program: Program) -> dict[str, Any]:
         """A program's LoRA on the device, once for all conditionings."""
-        if branches is None:
-            return {}
-        inputs = branches.inputs(program, self.executor.bundle.manifest, _LEAST_RANK)
+        inputs = self.executor.branch_inputs(branches, program, _LEAST_RANK)
         return {name: self._matrix(values) for name, values in inputs.items()}
 
     def _matrix(self, values: FloatArray) -> Any:
@@ -337,8 +334,7 @@ class DeviceSession:
         """The table of a schedule, which all conditionings of a request share."""
         key, upload = timesteps.tobytes(), self.executor.device.upload
         if key not in self._tables:
-            manifest = self.executor.bundle.manifest
-            inputs = {} if branches is None else branches.inputs(Program.MODULATION, manifest)
+            inputs = self.executor.branch_inputs(branches, Program.MODULATION)
             table = self.executor.run_host(Program.MODULATION, {"timesteps": timesteps, **inputs}, self.stop)
             rows = zip(table["modulation"], table["final_scale"], strict=True)
             uploaded = ({"modulation": upload(row), "final_scale": upload(scale)} for row, scale in rows)

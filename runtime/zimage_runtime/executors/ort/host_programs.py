@@ -7,13 +7,15 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ...adapters.branches import NO_BRANCHES, Branches
 from ...arrays import FloatArray
+from ...bundle.bundle import Bundle
 from ...bundle.controlnet import ControlNet
 from ...bundle.manifest import CPU, extended
 from ...errors import CancelledError, ExecutorError
 from ...machine.cores import thread_count
 from ...machine.int8_products import ACTIVATION_LEVELS, activation_levels
-from ...model.branches import EXTENDED
+from ...model.branches import ALL_EXTENDED
 from ...model.programs import CONTROL_PROGRAMS, Program
 from ..worker import Stop
 
@@ -54,14 +56,23 @@ class HostPrograms:
 
     @property
     def extended(self) -> bool:
-        """Whether programs take LoRA."""
+        """Whether programs take LoRA: these, and those of a device that an executor runs beside them."""
         return self._extended
 
-    def extend(self) -> None:
-        """From now on, programs take LoRA and hints. What is loaded in its other form is freed."""
+    def extend(self) -> bool:
+        """From now on, programs take LoRA and hints. What is loaded in its other form is freed. Whether it was another
+        before."""
+        before, self._extended = self._extended, True
+        if not before:
+            self._free(ALL_EXTENDED)
+        return not before
+
+    def branch_inputs(self, branches: Branches | None, program: Program, least_rank: int = 0) -> dict[str, FloatArray]:
+        """The inputs of a program for LoRA: none of them, until programs were extended; from then on, always."""
         if not self._extended:
-            self._extended = True
-            self._free(EXTENDED)
+            return {}
+        assert isinstance(self._bundle, Bundle), "a ControlNet has no such programs"
+        return (branches or NO_BRANCHES).inputs(program, self._bundle.manifest, least_rank)
 
     def use_control(self, net: ControlNet) -> None:
         """From now on, a ControlNet's programs are those of `net`. Those of another one are freed."""
@@ -105,7 +116,7 @@ class HostPrograms:
     def _session(self, program: Program, stop: Stop) -> Any:
         import onnxruntime
 
-        name = extended(CPU) if self._extended and program in EXTENDED else CPU
+        name = extended(CPU) if self._extended and program in ALL_EXTENDED else CPU
         owner: HasPrograms = self._control if self._control and program in CONTROL_PROGRAMS else self._bundle
         path = owner.program(program, name)
         options = session_options()

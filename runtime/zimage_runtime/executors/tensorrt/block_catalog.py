@@ -4,7 +4,7 @@ import itertools
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from ...bundle.manifest import checked_path
@@ -21,6 +21,11 @@ SCHEMA_VERSION = 2
 ALIGNMENT = 256
 """Bytes: TensorRT requires that every tensor starts at a multiple of this on the device."""
 
+FREE_RANK = 0
+"""In a shape, the rank of LoRA: it is the same for all of a stage's branches, filled up with zeros."""
+
+MOST_RANK = 512
+"""The largest rank that programs take: of the files that change a layer, together."""
 
 _BETWEEN = 2 << 20
 """Bytes; with 1 % more than three times the largest error of an interpolation that TensorRT's builder showed."""
@@ -63,6 +68,12 @@ class ProgramSpec:
         str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
     ]  # by input: smallest, usual, largest
     scratch: tuple[tuple[int, int], ...]  # (positions of the first free input, bytes), ascending
+    branches: Mapping[str, InputSpec] = field(default_factory=dict)  # LoRA's; `FREE_RANK` stands for their rank
+
+    def branch_shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+        """The shapes of the branches' inputs with a free dimension, for a rank."""
+        shapes = {name: branch.shape for name, branch in self.branches.items() if FREE_RANK in branch.shape}
+        return {name: tuple(size or rank for size in shape) for name, shape in shapes.items()}
 
     @property
     def largest(self) -> int:
@@ -107,6 +118,7 @@ class BlockSpec:
 
     program: str
     scalars: Mapping[str, float]
+    extended: str = ""  # the program that takes LoRA, with the same weights and scalars; empty where there is none
 
 
 @dataclass(frozen=True)
@@ -128,12 +140,17 @@ class VariantSpec:
     programs: Mapping[str, ProgramSpec]
     blocks: Mapping[str, BlockSpec]  # by `BlockPlace.key`
 
-    def program_of(self, place: BlockPlace) -> ProgramSpec:
-        """The program that a block runs. Raises `BundleError` for a block that is not in the catalog."""
+    def program_of(self, place: BlockPlace, *, lora: bool = False) -> ProgramSpec:
+        """The program that a block runs; with `lora`, the one that takes LoRA.
+
+        Raises `BundleError` for a block that is not in the catalog.
+        """
         block = self.blocks.get(place.key)
         if block is None:
             raise BundleError(f"{CATALOG_PATH}: has no program for {place.key}; run zimage-export engines again")
-        return self.programs[block.program]
+        if lora and not block.extended:
+            raise BundleError(f"{CATALOG_PATH}: has no program that takes LoRA; run zimage-export engines with --lora")
+        return self.programs[block.extended if lora else block.program]
 
     def needing(self, program: str, positions: int, nbytes: int) -> "VariantSpec":
         """The same programs, one of which needs more scratch memory at a size."""
@@ -200,11 +217,17 @@ def _variant_json(spec: VariantSpec) -> dict[str, Any]:
                 "map_dtype": program.map_dtype.value,
                 "profile": {key: [list(shape) for shape in shapes] for key, shapes in program.profile.items()},
                 "scratch": [list(point) for point in program.scratch],
+                "branches": {key: _weight_json(branch) for key, branch in program.branches.items()},
             }
             for name, program in spec.programs.items()
         },
         "blocks": {
-            key: {"program": block.program, "scalars": dict(block.scalars)} for key, block in spec.blocks.items()
+            key: {
+                "program": block.program,
+                "scalars": dict(block.scalars),
+                **({"extended": block.extended} if block.extended else {}),
+            }
+            for key, block in spec.blocks.items()
         },
     }
 
@@ -226,16 +249,17 @@ def _variant(fields: Fields, where: str) -> VariantSpec:
         block = blocks.object(key)
         scalars = block.object("scalars")
         spec = BlockSpec(
-            block.text("program"), {name: scalars.number(name, positive=False) for name in scalars.names()}
+            block.text("program"),
+            {name: scalars.number(name, positive=False) for name in scalars.names()},
+            block.text("extended") if "extended" in block.names() else "",
         )
-        if spec.program not in known:
-            raise BundleError(
-                f"{where}: {key} runs {spec.program!r}, which is unknown; run zimage-export engines again"
-            )
-        if set(spec.scalars) != set(known[spec.program].scalars):
-            raise BundleError(
-                f"{where}: {key} does not have the scalars of {spec.program!r}; run zimage-export engines again"
-            )
+        for program in (spec.program, *([spec.extended] if spec.extended else [])):
+            if program not in known:
+                raise BundleError(f"{where}: {key} runs {program!r}, which is unknown; run zimage-export engines again")
+            if set(spec.scalars) != set(known[program].scalars):
+                raise BundleError(
+                    f"{where}: {key} does not have the scalars of {program!r}; run zimage-export engines again"
+                )
         found[key] = spec
     return VariantSpec(known, found)
 
@@ -244,10 +268,8 @@ def _program(name: str, fields: Fields, where: str) -> ProgramSpec:
     kind = fields.text("kind")
     if kind not in list(BlockKind):
         raise BundleError(f"{where}: kind {kind!r} is unknown; run zimage-export engines again or upgrade zimage-rt")
-    weights = {}
-    inputs = fields.object("weights")
-    for key in inputs.names():
-        weights[key] = _weight(inputs.object(key), where, f"{name}: {key}")
+    weights = _weights(fields.object("weights"), where, name)
+    branches = _weights(fields.object("branches"), where, name) if "branches" in fields.names() else {}
     profile = fields.object("profile")
     shapes = {}
     for key in profile.names():
@@ -273,7 +295,12 @@ def _program(name: str, fields: Fields, where: str) -> ProgramSpec:
         DType(map_dtype),
         shapes,
         tuple((point[0], point[1]) for point in points),
+        branches,
     )
+
+
+def _weights(fields: Fields, where: str, program: str) -> dict[str, InputSpec]:
+    return {key: _weight(fields.object(key), where, f"{program}: {key}") for key in fields.names()}
 
 
 def _weight(fields: Fields, where: str, what: str) -> InputSpec:

@@ -66,6 +66,7 @@ class StageDenoiser:
     def _step(self, stage: LoadedStage, shapes: "_StepShapes", latents: FloatArray, step: int) -> FloatArray:
         if stage.owners.get(self.slot) is not self:
             self._fill(stage, shapes)
+        stage.fill_branches(self.conditioning.branches)
         stage.write("modulation", self._rows(step, shapes.row))
         streamed = bool(stage.plan.streamed)
         groups = [list(range(len(latents)))] if streamed else [[index] for index in range(len(latents))]

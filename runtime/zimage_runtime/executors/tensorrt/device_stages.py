@@ -22,7 +22,7 @@ from .arena import Budget
 from .block_catalog import VariantSpec
 from .denoiser import Runs
 from .device import Context, ContextKey, Device, Engines, OutOfDeviceMemoryError, context_key
-from .loaded_stage import Capturing, DeviceTools, LoadedStage
+from .loaded_stage import Capturing, DeviceTools, LoadedStage, run_of
 from .plan import StagePlan, plan_stage
 from .stage_sizes import ImageSizes
 from .weight_source import WeightSource
@@ -148,7 +148,7 @@ class DeviceStages:
                 raise StageDoesNotFitError(f"{program} does not fit in the VRAM budget")
             known, keys = self.spec, set()
             for place, shapes in runs(plan):
-                spec = known.program_of(place)
+                spec, shapes = run_of(known, plan, place, shapes)
                 key = context_key(spec.name, shapes)
                 if key not in contexts:
                     contexts[key] = self.engines.context(spec.name, shapes, self.tools.compute)

@@ -5,8 +5,9 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import cast
 
+from ...adapters.branches import check_extended
 from ...bundle.bundle import Bundle
-from ...bundle.manifest import TENSORRT
+from ...bundle.manifest import CPU, TENSORRT
 from ...model.programs import Program
 from ...tiles.tiling import tiled_bytes
 from ..ort.cpu_plan import check_host
@@ -39,6 +40,7 @@ class TensorRtExecutor:
     _closed: bool = field(default=False, repr=False)
 
     name = TENSORRT
+    takes_lora = True
 
     def __post_init__(self) -> None:
         self.stages = DeviceStages(
@@ -63,6 +65,8 @@ class TensorRtExecutor:
 
     def plan(self, work: Work) -> ResidencyPlan:
         config = self.bundle.manifest.config
+        if work.branches is not None:
+            check_extended(self.bundle, {Program.MODULATION: CPU})
         # with what the contexts of earlier requests have shown
         plan = plan_residency(self.stages.spec, self.bundle.manifest, work, self.stages.vram)
         maps = 0

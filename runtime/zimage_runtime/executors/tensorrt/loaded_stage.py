@@ -11,16 +11,18 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from ...adapters.branches import Branches
 from ...arrays import FloatArray
 from ...bundle.tensors import DType, to_float32
 from ...model.blocks import NORMS, BlockPlace
 from ...model.programs import Program
 from . import weight_stream
 from .arena import Arena, Budget
-from .block_catalog import VariantSpec
+from .block_catalog import ProgramSpec, VariantSpec
 from .device import Context, ContextKey, Device, Engines, Graph, Pinned, Shapes, Stream, context_key
+from .lora_matrices import fill_branches
 from .plan import StagePlan
-from .stage_sizes import block_layout, is_modulated
+from .stage_sizes import block_layout, branch_layout, is_modulated
 from .weight_source import WeightSource
 from .weight_stream import WeightStream
 
@@ -73,6 +75,8 @@ class LoadedStage:
     graphs: dict[object, Graph] = field(default_factory=dict)  # captured steps, by what they read and its shapes
     warm: set[object] = field(default_factory=set)  # which of these steps ran since the buffers were allocated
     owners: dict[int, object] = field(default_factory=dict)  # whose values the buffers of each conditioning hold
+    lora: Branches | None = None  # whose matrices are in the buffer for them
+    _branches: dict[str, dict[str, int]] = field(default_factory=dict)  # their addresses by block and input
     _runs: list[list[tuple[BlockPlace, Shapes]]] = field(default_factory=list)  # that are prepared
     check: Callable[[], object] = lambda: None  # called before each block is queued; raises to stop
 
@@ -141,7 +145,28 @@ class LoadedStage:
         self._buffers = {name: self._work.allocate(size) for name, size in buffers.items()}
 
     def _key(self, place: BlockPlace, shapes: Shapes) -> ContextKey:
-        return context_key(self.spec.program_of(place).name, shapes)
+        program, shapes = run_of(self.spec, self.plan, place, shapes)
+        return context_key(program.name, shapes)
+
+    def fill_branches(self, branches: Branches | None) -> None:
+        """Uploads LoRA's matrices, unless they are there: of all blocks, filled up to the plan's rank with zeros.
+
+        No work of the stage may be pending.
+        """
+        needs = self.plan.needs
+        if not needs.rank or branches is None or self.lora is branches:
+            return
+        self.lora, address = None, self.buffer("lora")
+        for place in (*needs.blocks, *needs.ends):
+            program = self.spec.program_of(place, lora=True)
+            layout = branch_layout(program, needs.rank)
+            staging = self.host("lora", layout.nbytes).data[: layout.nbytes]
+            fill_branches(staging, branches, place, program, layout, needs.rank)
+            self.upload("lora", layout.nbytes, address)
+            self.synchronize()
+            self._branches[place.key] = {name: address + offset for name, offset in layout.offsets.items()}
+            address += layout.nbytes
+        self.lora = branches
 
     @property
     def is_capturable(self) -> bool:
@@ -158,6 +183,7 @@ class LoadedStage:
         self.contexts.clear()
         self._buffers, self._pinned, self._runs = {}, {}, []
         self.graphs, self.warm, self.owners = {}, set(), {}
+        self.lora, self._branches = None, {}
         self._work.release()
 
     def release(self) -> None:
@@ -241,4 +267,12 @@ class LoadedStage:
         offsets = block_layout(program, place).offsets
         weights = {name: base + offset for name, offset in offsets.items()}
         context = self.contexts[self._key(place, shapes)]
-        context.enqueue({**weights, **addresses}, *self._scratch, self.tools.compute)
+        branches = self._branches.get(place.key, {})
+        context.enqueue({**weights, **addresses, **branches}, *self._scratch, self.tools.compute)
+
+
+def run_of(spec: VariantSpec, plan: StagePlan, place: BlockPlace, shapes: Shapes) -> tuple[ProgramSpec, Shapes]:
+    """The program that a block of a stage runs, and the shapes of all its inputs with free dimensions."""
+    rank = plan.needs.rank
+    program = spec.program_of(place, lora=bool(rank))
+    return program, {**shapes, **program.branch_shapes(rank)}

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ...adapters.branches import RANK_UNIT
 from ...bundle.manifest import Manifest
 from ...errors import MemoryLimitError, RequestError
 from ...model.blocks import main_blocks
@@ -21,7 +22,7 @@ from ..overheads import TENSORRT_CUDA
 from ..plan_lines import labelled
 from ..protocol import Work
 from ..turns import group_size
-from .block_catalog import VariantSpec
+from .block_catalog import MOST_RANK, VariantSpec
 from .decoder_tiles import takes_maps, tiled_decoder
 from .stage_sizes import STAGES, ImageSizes, StageNeeds, stage_needs
 
@@ -91,6 +92,12 @@ class ResidencyPlan:
         return self.work.batch if self.keep_all else self.group_size
 
     @property
+    def lora(self) -> int:
+        """Bytes of LoRA's matrices, most at a time: stages have their own."""
+        sizes = [stage.needs.buffers.get("lora", 0) for stage in self.stages.values()]
+        return sum(sizes) if self.keep_all else max(sizes)
+
+    @property
     def captured(self) -> bool:
         """Whether a step can be one CUDA graph: no block is streamed."""
         return not self.stages[Program.DENOISER].streamed
@@ -141,6 +148,7 @@ class ResidencyPlan:
         return [
             labelled("peak", f"{gib_needed(self.peak, 2)}, {context}; {together}"),
             *(labelled(program.value, self._described(program)) for program in STAGES),
+            *([labelled("lora", f"{gib(self.lora, 2)} of the buffers")] if self.lora else []),
             labelled("step", "one CUDA graph" if self.captured else "block by block, copies beside computing"),
         ]
 
@@ -167,6 +175,7 @@ class ResidencyPlan:
             "context": CONTEXT_BYTES,
             "keep_all": self.keep_all,
             "captured": self.captured,
+            "lora": self.lora,
             "stages": {
                 program.value: {
                     "bytes": stage.nbytes,
@@ -187,7 +196,8 @@ def plan_residency(spec: VariantSpec, manifest: Manifest, work: Work, budget: in
 
     Raises `MemoryLimitError` with the smallest budget that is enough, if this one is not.
     """
-    config, sizes = manifest.config, ImageSizes.of(work.geometry, work.tokens, work.batch, work.conditionings)
+    config, rank = manifest.config, lora_rank(work)
+    sizes = ImageSizes.of(work.geometry, work.tokens, work.batch, work.conditionings, rank)
     _check_tokens(spec, config, sizes)
     needs = {program: stage_needs(program, spec, config, sizes) for program in STAGES}
     room = budget - CONTEXT_BYTES
@@ -209,6 +219,24 @@ def plan_residency(spec: VariantSpec, manifest: Manifest, work: Work, budget: in
     complete = set(stages) == set(needs) and not any(s.streamed or s.needs.tiles for s in stages.values())
     keep_all = complete and sum(stage.nbytes for stage in stages.values()) <= room
     return replace(plan, keep_all=keep_all)
+
+
+def lora_rank(work: Work) -> int:
+    """The rank that the programs of a request are run with; 0 without LoRA.
+
+    Raises `RequestError` for LoRA that block programs do not take.
+    """
+    if work.branches is None:
+        return 0
+    instead = "use --executor cuda or cpu, or merge them into a bundle with `zimage-export build --lora`"
+    if work.branch_products:
+        raise RequestError(f"TensorRT's block programs take no LoKr at run time; {instead}")
+    if work.branch_rank > MOST_RANK:
+        raise RequestError(
+            f"the LoRA of this image have a rank of {work.branch_rank} together, and TensorRT's block programs take "
+            f"{MOST_RANK}; {instead}"
+        )
+    return max(work.branch_rank, RANK_UNIT)
 
 
 def smallest_budget(needs: Mapping[Program, StageNeeds], sizes: ImageSizes) -> int:

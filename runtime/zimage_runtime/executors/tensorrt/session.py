@@ -10,6 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from ...adapters.branches import Branches
 from ...arrays import FloatArray
 from ...bundle.tensors import TensorFile
 from ...model.blocks import BAND, CAPTION_EMBEDDER, MAP, MAP_OUT, BlockKind, BlockPlace, decoder_blocks, encoder_blocks
@@ -24,7 +25,7 @@ from .denoiser import Runs, StageDenoiser
 from .device import Shapes
 from .device_stages import DeviceStages, StageDoesNotFitError
 from .loaded_stage import DeviceTools, LoadedStage
-from .plan import ResidencyPlan, StagePlan
+from .plan import ResidencyPlan, StagePlan, lora_rank
 from .stage_sizes import ImageSizes, Map, bands, maps_between, text_length
 from .tile_kernels import DeviceTileKernels
 
@@ -94,6 +95,7 @@ class TensorRtSession:
         pad_token = self._tools.weights.embedded("transformer", "cap_pad_token")
 
         def run(stage: LoadedStage) -> FloatArray:
+            stage.fill_branches(conditioning.branches)
             x = stage.buffer("x")
             stage.send("hidden", hidden, stage.buffer("hidden"))
             stage.send("cos", rotary.cos, stage.buffer("cos"))
@@ -105,11 +107,11 @@ class TensorRtSession:
 
         caption = self._stage(
             Program.CAPTION,
-            _sizes(prompt_tokens=self._longest(tokens)),
+            _sizes(prompt_tokens=self._longest(tokens), rank=lora_rank(self.plan.work)),
             lambda plan: [(CAPTION_EMBEDDER, embedder), *((place, shapes) for place in plan.needs.blocks)],
             run,
         )
-        table = self._modulation(conditioning.timesteps)
+        table = self._modulation(conditioning.timesteps, conditioning.branches)
         slot = self._made % self.plan.work.conditionings
         self._made += 1
         return StageDenoiser(
@@ -123,11 +125,14 @@ class TensorRtSession:
             slot,
         )
 
-    def _modulation(self, timesteps: FloatArray) -> dict[str, FloatArray]:
+    def _modulation(self, timesteps: FloatArray, branches: Branches | None) -> dict[str, FloatArray]:
         """The table of a schedule, which all conditionings of a request share."""
-        key = timesteps.tobytes()
+        key, host = timesteps.tobytes(), self.stages.host
         if key not in self._tables:
-            self._tables = {key: self.stages.host.run(Program.MODULATION, {"timesteps": timesteps}, self.stop)}
+            if branches is not None:
+                host.extend()
+            feeds = {"timesteps": timesteps, **host.branch_inputs(branches, Program.MODULATION)}
+            self._tables = {key: host.run(Program.MODULATION, feeds, self.stop)}
             self.stages.host.release()
         return self._tables[key]
 
@@ -137,7 +142,8 @@ class TensorRtSession:
 
     def _denoise(self, sizes: ImageSizes, runs: Runs, run: Callable[[LoadedStage], FloatArray]) -> FloatArray:
         tokens, conditionings = self._longest(sizes.prompt_tokens), self.plan.work.conditionings
-        sizes = replace(sizes, prompt_tokens=tokens, conditionings=conditionings)
+        rank = lora_rank(self.plan.work)
+        sizes = replace(sizes, prompt_tokens=tokens, conditionings=conditionings, rank=rank)
         return self._stage(Program.DENOISER, sizes, runs, run)
 
     def _through(self, stage: LoadedStage, shapes: Shapes, shape: tuple[int, ...]) -> FloatArray:

@@ -3,6 +3,7 @@
 All sizes are computed here: the plan adds them up, and the executor allocates exactly these.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -52,6 +53,7 @@ class ImageSizes:
     latent_width: int
     images: int = 1  # in a batch
     conditionings: int = 1  # prompts that take turns at a step
+    rank: int = 0  # of LoRA's branches; 0 where there are none
 
     @property
     def caption_tokens(self) -> int:
@@ -69,7 +71,9 @@ class ImageSizes:
         return self.image_tokens + self.caption_tokens
 
     @classmethod
-    def of(cls, geometry: ImageGeometry, prompt_tokens: int, images: int = 1, conditionings: int = 1) -> "ImageSizes":
+    def of(
+        cls, geometry: ImageGeometry, prompt_tokens: int, images: int = 1, conditionings: int = 1, rank: int = 0
+    ) -> "ImageSizes":
         """The sizes of an image, and of the longest of its prompts."""
         return cls(
             prompt_tokens,
@@ -79,6 +83,7 @@ class ImageSizes:
             geometry.latent_width,
             images,
             conditionings,
+            rank,
         )
 
 
@@ -106,6 +111,15 @@ def block_layout(spec: ProgramSpec, place: BlockPlace) -> BlockLayout:
     for name in spec.scalars:
         offsets[name] = end
         end += aligned(_FLOAT)
+    return BlockLayout(offsets, end)
+
+
+def branch_layout(spec: ProgramSpec, rank: int) -> BlockLayout:
+    """The buffer of one block's LoRA."""
+    offsets, end = {}, 0
+    for name, branch in spec.branches.items():
+        offsets[name] = end
+        end += aligned(math.prod(size or rank for size in branch.shape) * branch.dtype.size)
     return BlockLayout(offsets, end)
 
 
@@ -145,6 +159,7 @@ class StageNeeds:
     image_buffers: Mapping[str, int]  # by name; one for each image of a batch when blocks are streamed
     scratch: int  # shared by all engines
     tiles: tuple[TileShape, ...] = ()  # the layers after the blocks, which run a tile at a time
+    rank: int = 0  # of LoRA's branches, whose matrices are in the buffer `lora`; 0 where the stage takes none
 
     def fixed(self, images: int) -> int:
         """Everything but the blocks' weights, with buffers for `images` images at once."""
@@ -164,10 +179,14 @@ def needs_of(
     buffers: Mapping[str, int],
     image_buffers: Mapping[str, int],
     scratch: int,
+    rank: int = 0,
 ) -> StageNeeds:
     """What a stage without tiles needs."""
     sizes = [tuple(block_layout(spec.program_of(place), place).nbytes for place in places) for places in (blocks, ends)]
-    return StageNeeds(tuple(blocks), sizes[0], tuple(ends), sizes[1], buffers, image_buffers, scratch)
+    if rank:
+        programs = [spec.program_of(place, lora=True) for place in (*blocks, *ends)]
+        buffers = {**buffers, "lora": sum(branch_layout(program, rank).nbytes for program in programs)}
+    return StageNeeds(tuple(blocks), sizes[0], tuple(ends), sizes[1], buffers, image_buffers, scratch, rank=rank)
 
 
 def _text(spec: VariantSpec, config: ModelConfig, sizes: ImageSizes) -> StageNeeds:
@@ -188,11 +207,9 @@ def _caption(spec: VariantSpec, config: ModelConfig, sizes: ImageSizes) -> Stage
         "cos": table,
         "sin": table,
     }
-    scratch = max(
-        spec.program_of(CAPTION_EMBEDDER).scratch_bytes(sizes.caption_tokens),
-        *(spec.program_of(place).scratch_bytes(sizes.caption_tokens) for place in blocks),
-    )
-    return needs_of(spec, blocks, [CAPTION_EMBEDDER], buffers, {}, scratch)
+    programs = [spec.program_of(place, lora=bool(sizes.rank)) for place in (CAPTION_EMBEDDER, *blocks)]
+    scratch = max(program.scratch_bytes(sizes.caption_tokens) for program in programs)
+    return needs_of(spec, blocks, [CAPTION_EMBEDDER], buffers, {}, scratch, sizes.rank)
 
 
 def row_bytes(config: ModelConfig) -> int:
@@ -212,12 +229,12 @@ def _denoiser(spec: VariantSpec, config: ModelConfig, sizes: ImageSizes) -> Stag
         buffers |= {f"caption.{slot}": caption, f"cos.{slot}": table, f"sin.{slot}": table}
     values, patches = sizes.tokens * c.dim * _FLOAT, sizes.image_count * c.patch_dim * _FLOAT
     image_buffers = {"x": values, "y": values, "patches": patches, "velocity": patches}
+    ends, lora = [IMAGE_EMBEDDER, FINAL_LAYER], bool(sizes.rank)
     scratch = max(
-        spec.program_of(IMAGE_EMBEDDER).scratch_bytes(sizes.image_count),
-        spec.program_of(FINAL_LAYER).scratch_bytes(sizes.image_count),
-        *(spec.program_of(place).scratch_bytes(sizes.tokens) for place in blocks),
+        *(spec.program_of(place, lora=lora).scratch_bytes(sizes.image_count) for place in ends),
+        *(spec.program_of(place, lora=lora).scratch_bytes(sizes.tokens) for place in blocks),
     )
-    return needs_of(spec, blocks, [IMAGE_EMBEDDER, FINAL_LAYER], buffers, image_buffers, scratch)
+    return needs_of(spec, blocks, ends, buffers, image_buffers, scratch, sizes.rank)
 
 
 Map = tuple[int, int, int]

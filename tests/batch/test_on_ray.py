@@ -146,7 +146,7 @@ def test_how_many_workers(
 # On Ray
 
 
-@pytest.mark.deep
+@pytest.mark.slow
 @needs_ray
 def test_two_workers_make_the_images_of_one_machine(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", [*rows_of(5), {**rows_of(1)[0], "id": "wide", "size": "48x32"}])

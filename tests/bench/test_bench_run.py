@@ -278,10 +278,10 @@ def test_events_cross_the_process_border() -> None:
 
 
 def test_a_reference_that_does_not_fit_in_memory_is_streamed(
-    bundle: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To the same image: the code is diffusers' own."""
-    original = open_checkpoint(checkpoint, Progress(quiet=True))
+    original = open_checkpoint(checkpoint, Progress(quiet=True), tmp_path / "layout")
     settings = Settings(((48, 32),), ("cpu",), 2, "a", 7, 1, 1, checkpoint=original)
     pictures = []
     for available, name in ((1 << 40, "diffusers"), (original.float32_bytes, "diffusers-streamed")):

@@ -45,7 +45,7 @@ from zimage_runtime.model.config import ModelConfig, TransformerConfig
 
 WITHOUT, NONE = "without", "extended, none"
 _PROMPT, _SEED, _SCALE = "a lighthouse on a cliff at dusk, oil painting", 7, 0.75
-_WIDTH = 512
+_WIDTH = 384
 
 Calls = dict[str, Callable[[], FloatArray]]
 
@@ -196,7 +196,9 @@ def measure(options: argparse.Namespace, bundle: Path, checkpoint: Path, size: i
     clock = time.process_time if options.cpu_time else time.perf_counter
     both = {("ours", name): call for name, call in ours.items()} | {("diffusers", n): c for n, c in theirs.items()}
     errors = {name: relative_error(outputs[name], call()) for name, call in theirs.items()}
+    print(f"{size}: {len(both)} calls in {options.rounds} rounds", file=sys.stderr)
     seconds = interleave({"/".join(key): call for key, call in both.items()}, options.rounds, clock)
+    print(f"{size}: timed", file=sys.stderr)
     rows = []
     for name in ours:
         row: dict[str, Any] = {"variant": name, "error": errors.get(name)}

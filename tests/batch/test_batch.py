@@ -344,6 +344,7 @@ def test_damaged_records_and_latents_are_as_if_they_were_not_there(
     with monkeypatch.context() as patch:
         patch.setattr(generate, "remove_latents", lambda store, key: None)
         patch.setattr("zimage_rt.batch.manifest.remove_records", lambda store, keys: None)
+        patch.setattr("zimage_rt.batch.run.keep_latents", lambda store, keys: None)
         assert call_batch(capsys, bundle, rows, out).status == 0
     before = images_in(out)
     names = unfinished(out)

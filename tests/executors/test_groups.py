@@ -69,6 +69,7 @@ def test_tensorrts_blocks_on_a_stand_in(
     assert check(pipeline, without_source) == [4]
 
 
+@pytest.mark.slow  # a software adapter takes a minute
 def test_webgpus_programs_on_an_adapter(opened: Bundle, requests: list[Request]) -> None:
     require_adapter()
     from zimage_runtime.executors.ort.webgpu import webgpu_executor

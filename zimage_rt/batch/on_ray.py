@@ -146,6 +146,7 @@ class Cluster:
         address = self.address or os.environ.get("RAY_ADDRESS") or "local"
         os.environ.update(SILENT)
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # stderr is the command's own
+        os.environ.setdefault("RAY_worker_niceness", "0")  # by default, all other processes go first
         if address == "local" and "RAY_AUTH_MODE" not in os.environ:  # as by default, but with no token in ~/.ray
             os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         try:

@@ -64,10 +64,15 @@ class ToyExecutor:
     programs: HostPrograms = field(init=False)
     name = "toy"
     device_name = "Toy 3000"
+    takes_lora = False
+    takes_control = False
 
     def __post_init__(self) -> None:
         self.programs = HostPrograms(self.bundle)
         LOG.append("open")
+
+    def extend(self) -> None:
+        LOG.append("extend")
 
     def plan(self, work: Work) -> ToyPlan:
         return plan(work, MOST_PIXELS)

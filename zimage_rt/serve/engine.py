@@ -43,7 +43,7 @@ def engine_main(connection: "Connection[Any, Any]", settings: EngineSettings) ->
     except ZImageRuntimeError as error:
         mouth.say(NotReady(str(error)))
         return
-    mouth.say(Ready(executor.name, executor.device_name, bool(getattr(executor, "takes_lora", False))))
+    mouth.say(Ready(executor.name, executor.device_name, executor.takes_lora))
     Engine(pipeline, settings, connection, mouth).serve()
 
 
@@ -57,19 +57,17 @@ def _open_more(pipeline: "Pipeline", settings: EngineSettings) -> None:
 
     executor, offered = pipeline.executor, []
     if settings.takes_loras:
-        offered.append(("--lora-dir", "takes_lora", "LoRA"))
+        offered.append(("--lora-dir", executor.takes_lora, "LoRA"))
     if settings.controlnet is not None:
         net = ControlNet.open(settings.controlnet)
         net.manifest.config.check_fits(pipeline.bundle.manifest.config.transformer, net.root)
-        offered.append(("--controlnet", "takes_control", "ControlNet"))
+        offered.append(("--controlnet", executor.takes_control, "ControlNet"))
     for option, takes, what in offered:
-        if not getattr(executor, takes, False):
+        if not takes:
             raise RequestError(f"{option}: the {executor.name} executor takes no {what}; use --executor cpu")
     if offered:
         check_extended(pipeline.bundle, ON_CPU, "--lora" if settings.takes_loras else "--control")
-        extend = getattr(executor, "extend", None)
-        if extend is not None:
-            extend()
+        executor.extend()
 
 
 class Mouth:

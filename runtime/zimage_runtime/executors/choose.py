@@ -144,12 +144,12 @@ class ExecutorChoice:
 
 def _planned(executor: Executor, work: Work) -> Plan:
     """The executor's plan. Raises `RequestError` for LoRA or control where it runs no program that takes them."""
-    if work.branches is not None and not getattr(executor, "takes_lora", False):
+    if work.branches is not None and not executor.takes_lora:
         raise RequestError(
             f"the {executor.name} executor takes no LoRA at run time; use --executor cpu, or merge them into a bundle "
             "with `zimage-export build --lora`"
         )
-    if work.control is not None and not getattr(executor, "takes_control", False):
+    if work.control is not None and not executor.takes_control:
         raise _takes_no_control(executor.name)
     return executor.plan(work)
 

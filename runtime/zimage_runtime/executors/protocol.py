@@ -142,6 +142,18 @@ class Executor(Protocol):
     def device_name(self) -> str:
         """What it runs on, as its maker calls it."""
 
+    @property
+    def takes_lora(self) -> bool:
+        """Whether it has programs that take LoRA at run time."""
+
+    @property
+    def takes_control(self) -> bool:
+        """Whether it runs steps under a ControlNet."""
+
+    def extend(self) -> None:
+        """From here on, runs the programs that take LoRA and hints, where it has any: the first request for one then
+        loads nothing again."""
+
     def plan(self, work: Work) -> Plan:
         """How a request will run, before anything is loaded. Changes nothing.
 

@@ -99,7 +99,6 @@ class OrtCpuExecutor:
         return Computation(CPU, f"onnxruntime {onnxruntime.__version__}", activation_bits() if int8 else None)
 
     def extend(self) -> None:
-        """From here on, the programs that take LoRA run."""
         self._worker.call(self.programs.extend)
 
     def release(self) -> None:

@@ -109,7 +109,11 @@ class OrtDeviceExecutor:
         self._worker.close()
 
     def extend(self) -> None:
-        """From now on, programs take LoRA and hints. What is loaded in its other form is freed."""
+        self._worker.call(self.switch_to_extended)
+
+    def switch_to_extended(self) -> None:
+        """From now on, programs take LoRA and hints. What is loaded in its other form is freed. On the worker's
+        thread."""
         if self._host.extend():
             self._release(*ALL_EXTENDED)
 
@@ -119,7 +123,7 @@ class OrtDeviceExecutor:
         return self._host.extended
 
     def branch_inputs(self, branches: Branches | None, program: Program, least_rank: int = 0) -> dict[str, FloatArray]:
-        """The inputs of a program for LoRA; none until `extend` was called."""
+        """The inputs of a program for LoRA; none until they are extended."""
         return self._host.branch_inputs(branches, program, self.bundle.manifest, least_rank)
 
     def use_control(self, net: ControlNet) -> None:
@@ -257,7 +261,7 @@ class DeviceSession:
         if control is not None:
             executor.use_control(control.net)
         if branches is not None or control is not None:
-            executor.extend()
+            executor.switch_to_extended()
         executor.enter(Program.CAPTION, self.plan)
         executor.load(Program.CAPTION, self.stop)
         upload, dim = device.upload, executor.bundle.manifest.config.transformer.dim

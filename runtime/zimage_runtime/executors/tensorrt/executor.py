@@ -40,7 +40,8 @@ class TensorRtExecutor:
     _closed: bool = field(default=False, repr=False)
 
     name = TENSORRT
-    takes_lora = True
+    takes_lora = True  # as further inputs of the same engines
+    takes_control = False
 
     def __post_init__(self) -> None:
         self.stages = DeviceStages(
@@ -62,6 +63,9 @@ class TensorRtExecutor:
     def loaded(self) -> set[Program]:
         """The stages that are on the device now."""
         return self.stages.loaded
+
+    def extend(self) -> None:
+        """Nothing: each plan says which form of the block programs runs."""
 
     def plan(self, work: Work) -> ResidencyPlan:
         config = self.bundle.manifest.config

@@ -17,7 +17,7 @@ from demo_model.scoring import held_out_requests
 from zimage_export.build import BuildOptions, build
 from zimage_rt.bench.accuracy import psnr_db
 from zimage_runtime.bundle.bundle import Bundle
-from zimage_runtime.bundle.manifest import CPU, CUDA, CUDA_WEIGHT_ONLY, Precision
+from zimage_runtime.bundle.manifest import CPU, CUDA, CUDA_BLOCKS, CUDA_WEIGHT_ONLY, Precision
 from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.executors.ort.cuda import cuda_executor
 from zimage_runtime.executors.ort.device import OrtDevice
@@ -27,7 +27,7 @@ from zimage_runtime.pipeline import ImageEvent, Pipeline
 PLACES = (0.0, 0.1, 0.5, 0.9)
 """Quantiles that the table gives."""
 
-WAYS = {"cpu": CPU, "cuda, int8 products": CUDA, "cuda, weight-only": CUDA_WEIGHT_ONLY}
+WAYS = {"cpu": CPU, "cuda, int8 products": CUDA, "cuda, weight-only": CUDA_WEIGHT_ONLY, "cuda, blocks": CUDA_BLOCKS}
 
 
 def pipelines(work: Path, device: str) -> tuple[Pipeline, dict[str, Pipeline]]:

@@ -214,9 +214,11 @@ def prepared(work: Path, scale_name: str, precision: str, *, engines: bool = Fal
 
 def ways(precision: str) -> list[tuple[str, str | None]]:
     """What to call a precision and which denoiser to run: int8 has two."""
-    from zimage_runtime.bundle.manifest import CUDA, CUDA_WEIGHT_ONLY
+    from zimage_runtime.bundle.manifest import CUDA, CUDA_BLOCKS, CUDA_WEIGHT_ONLY
 
-    return [("int8", CUDA), ("int8 weight-only", CUDA_WEIGHT_ONLY)] if precision == "int8" else [(precision, None)]
+    if precision != "int8":
+        return [(precision, None)]
+    return [("int8", CUDA), ("int8 weight-only", CUDA_WEIGHT_ONLY), ("int8 blocks", CUDA_BLOCKS)]
 
 
 def run(options: argparse.Namespace) -> Child:

@@ -138,9 +138,7 @@ def _write(bundle: Bundle, graph: Graph) -> tuple[ProgramRecord, FileRecord]:
     temporary = temporary_sibling(root / name)
     try:
         record, file = write_program(root, inside(temporary.name), graph, bundle.file(weights))
-        if (
-            name in bundle.manifest.files and (root / name).exists()
-        ):  # which must stay as it is until the manifest is replaced
+        if name in bundle.manifest.files and (root / name).exists():  # it stays until the manifest is replaced
             name = inside(f"{file_name(graph).removesuffix('.onnx')}.{file.sha256[:8]}.onnx")
         os.replace(temporary, root / name)
     finally:

@@ -11,7 +11,15 @@ from parity import Drawing, relative_error
 from webgpu_adapter import require_adapter
 
 from zimage_runtime.bundle.bundle import Bundle
-from zimage_runtime.bundle.manifest import CUDA, CUDA_WEIGHT_ONLY, WEBGPU, WEBGPU_FUSED, Precision, extended
+from zimage_runtime.bundle.manifest import (
+    CUDA,
+    CUDA_BLOCKS,
+    CUDA_WEIGHT_ONLY,
+    WEBGPU,
+    WEBGPU_FUSED,
+    Precision,
+    extended,
+)
 from zimage_runtime.executors.ort.cuda import cuda_executor
 from zimage_runtime.executors.ort.device import OrtDevice
 from zimage_runtime.executors.protocol import UNLIMITED
@@ -76,7 +84,7 @@ def test_what_extended_programs_there_are(precision: Precision, extended_in: Ext
     if precision is not Precision.BF16:  # of which WebGPU has none
         names |= {extended(WEBGPU), extended(WEBGPU_FUSED)}
     if precision is Precision.INT8:
-        names.add(extended(CUDA_WEIGHT_ONLY))
+        names |= {extended(CUDA_WEIGHT_ONLY), extended(CUDA_BLOCKS)}
     found = {name for name in manifest.programs[Program.DENOISER] if name.endswith("-extended")}
     assert found == names | {"cpu-extended"}
     for name in found:

@@ -150,7 +150,7 @@ def test_extended_programs_take_the_same_weights(opened: Bundle, spec: VariantSp
     [  # three times what was measured
         (Precision.BF16, Variant.AMPERE, 0.018),
         (Precision.FP16, Variant.TURING, 0.003),
-        (Precision.INT8, Variant.AMPERE, 0.09),
+        pytest.param(Precision.INT8, Variant.AMPERE, 0.09, marks=pytest.mark.slow),
     ],
 )
 def test_in_the_programs_own_types(
@@ -173,5 +173,4 @@ def test_in_the_programs_own_types(
     with Pipeline.on(bundle, executor) as pipeline, Pipeline.from_bundle(root, CPU) as cpu:
         plain, expected = drawn(pipeline), drawn(cpu, *loras)
         assert relative_error(plain.latents, expected.latents) > 0.3
-        print("ERR", precision, relative_error(drawn(pipeline, *loras).latents, expected.latents))
         assert relative_error(drawn(pipeline, *loras).latents, expected.latents) < limit

@@ -17,7 +17,7 @@ from zimage_export.source.checkpoint import Checkpoint
 from zimage_export.storage.quantize import int8_rows
 from zimage_export.weights.rebalance import Rebalancing
 from zimage_runtime.bundle.bundle import Bundle
-from zimage_runtime.bundle.manifest import CPU, CUDA, CUDA_WEIGHT_ONLY, Precision
+from zimage_runtime.bundle.manifest import CPU, CUDA, CUDA_BLOCKS, CUDA_WEIGHT_ONLY, Precision
 from zimage_runtime.bundle.stored_weights import dequantized
 from zimage_runtime.bundle.tensors import TensorFile, read_header
 from zimage_runtime.executors.ort.cuda import DISABLED_OPTIMIZERS
@@ -271,6 +271,32 @@ def test_both_denoisers_for_cuda_read_the_same_bytes(int8: Path) -> None:
     assert CUDA_WEIGHT_ONLY not in bundle.manifest.executors
     products = [node for node in graphs[1].node if node.op_type == "MatMul"]
     assert len(products) == 7 * bundle.manifest.config.transformer.modulated_blocks
+
+
+def test_blocks_are_the_same_bytes_laid_out_at_load(bundle: Path, int8: Path, tmp_path: Path) -> None:
+    """Nothing over weights alone is left to run, and the results are those of weight-only."""
+    exact, quantized = Bundle.open(bundle), Bundle.open(int8)
+    expected = HostPrograms(exact).run(Program.DENOISER, denoiser_feeds(exact))["velocity"]
+    feeds = denoiser_feeds(quantized)
+    blocks, weight_only = (
+        run_cuda_program_on_cpu(quantized, Program.DENOISER, feeds, name)["velocity"]
+        for name in (CUDA_BLOCKS, CUDA_WEIGHT_ONLY)
+    )
+    assert relative_error(blocks, expected) < WEIGHTS_GATE
+    assert relative_error(blocks, weight_only) < 0.1 * relative_error(weight_only, expected)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.optimized_model_filepath = 4, str(tmp_path / "loaded.onnx")
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC  # done before placement
+    path = str(quantized.program(Program.DENOISER, CUDA_BLOCKS))
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    graph = onnx.load(tmp_path / "loaded.onnx", load_external_data=False).graph
+    products = [node for node in graph.node if node.op_type == "MatMulNBits"]
+    assert len(products) == 7 * quantized.manifest.config.transformer.modulated_blocks
+    constants = {tensor.name: tensor for tensor in graph.initializer}
+    assert all(constants[node.input[1]].data_type == TensorProto.UINT8 for node in products)
+    assert all(constants[node.input[2]].data_type == TensorProto.FLOAT16 for node in products)
+    assert not {"BitwiseXor"} & {node.op_type for node in graph.node}
+    assert not any(tensor.data_type == TensorProto.INT8 and len(tensor.dims) == 2 for tensor in graph.initializer)
 
 
 def test_a_weight_is_widened_just_before_its_product_and_never_at_load(int8: Path, tmp_path: Path) -> None:

@@ -17,7 +17,16 @@ from zimage_export.measure.self_check import fixed_inputs
 from zimage_export.storage.precision import StoragePolicy
 from zimage_export.synthetic.checkpoint import SMALL
 from zimage_runtime.bundle.bundle import Bundle
-from zimage_runtime.bundle.manifest import CPU, CUDA, CUDA_WEIGHT_ONLY, WEBGPU, WEBGPU_FUSED, Manifest, Precision
+from zimage_runtime.bundle.manifest import (
+    CPU,
+    CUDA,
+    CUDA_BLOCKS,
+    CUDA_WEIGHT_ONLY,
+    WEBGPU,
+    WEBGPU_FUSED,
+    Manifest,
+    Precision,
+)
 from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.executors.ort.host_programs import HostPrograms
 from zimage_runtime.model.programs import MODEL_PROGRAMS, Program
@@ -78,7 +87,7 @@ def test_what_a_bundle_gets(precision: Precision) -> None:
         found.setdefault(graph.executor, set()).add(graph.program)
     expected = {CPU: set(MODEL_PROGRAMS), CUDA: set(MODEL_PROGRAMS) - {Program.MODULATION}}
     if precision is Precision.INT8:
-        expected[CUDA_WEIGHT_ONLY] = {Program.DENOISER}
+        expected |= {CUDA_WEIGHT_ONLY: {Program.DENOISER}, CUDA_BLOCKS: {Program.DENOISER}}
     if precision is not Precision.BF16:  # of which WebGPU has none
         expected |= {WEBGPU: set(ON_DEVICE), WEBGPU_FUSED: {Program.DENOISER}}
     assert found == expected

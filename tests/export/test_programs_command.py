@@ -18,12 +18,15 @@ from zimage_export.cli import cli
 from zimage_export.graphs import PROGRAM_SETS
 from zimage_export.programs import add_programs
 from zimage_runtime.bundle.bundle import Bundle
-from zimage_runtime.bundle.manifest import CPU, CUDA, CUDA_WEIGHT_ONLY, WEBGPU, WEBGPU_FUSED, Precision
+from zimage_runtime.bundle.manifest import CPU, CUDA, CUDA_BLOCKS, CUDA_WEIGHT_ONLY, WEBGPU, WEBGPU_FUSED, Precision
 from zimage_runtime.bundle.tensors import DType, encode_header, read_header
 from zimage_runtime.images.image_files import read_image_info
 from zimage_runtime.model.programs import MODEL_PROGRAMS, Program
 
 DATA = Path(__file__).parents[1] / "data"
+LATER = {"fp16": set(), "int8": {(Program.DENOISER, CUDA_BLOCKS)}}
+"""What CUDA's programs gained since."""
+
 WEBGPU_PROGRAMS = {(p, WEBGPU) for p in MODEL_PROGRAMS if p is not Program.MODULATION} | {
     (Program.DENOISER, WEBGPU_FUSED)
 }
@@ -55,7 +58,7 @@ def test_an_earlier_bundle_gains_what_it_lacks(precision: str, tmp_path: Path, c
     report = json.loads(outcome.out)
     bundle = Bundle.open(root)
     bundle.verify()
-    assert {(Program(a["program"]), a["name"]) for a in report["added"]} == WEBGPU_PROGRAMS
+    assert {(Program(a["program"]), a["name"]) for a in report["added"]} == WEBGPU_PROGRAMS | LATER[precision]
     assert report["executors"] == sorted(bundle.manifest.executors) == [CPU, CUDA, WEBGPU]
     after = contents(root)
     assert after.keys() - before.keys() == {a["path"] for a in report["added"]}
@@ -108,7 +111,7 @@ def test_they_are_the_programs_that_an_export_writes(
     ("executor", "expected"),
     [
         (WEBGPU, WEBGPU_PROGRAMS),
-        (CUDA, {(Program.DENOISER, CUDA_WEIGHT_ONLY), (Program.CAPTION, CUDA)}),
+        (CUDA, {(Program.DENOISER, CUDA_WEIGHT_ONLY), (Program.CAPTION, CUDA), *LATER["int8"]}),
         (CPU, set()),
     ],
 )
@@ -170,7 +173,7 @@ def test_nothing_is_written_where_weights_are_missing(tmp_path: Path, capsys: Ca
     edit(root, lambda document: document["files"]["transformer/weights.safetensors"].update(size=size))
     before = contents(root)
     outcome = call_export(capsys, "programs", root, "--quiet")
-    assert_one_line_error(outcome, path, "layers.0.attention.to_q.weight_scale", WEBGPU, "export")
+    assert_one_line_error(outcome, path, "layers.0.attention.to_q.weight_scale", CUDA_BLOCKS, "export")
     assert contents(root) == before
 
 

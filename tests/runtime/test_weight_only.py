@@ -19,6 +19,7 @@ from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import (
     CPU,
     CUDA,
+    CUDA_BLOCKS,
     CUDA_WEIGHT_ONLY,
     WEBGPU,
     Defaults,
@@ -33,7 +34,7 @@ from zimage_runtime.executors.ort.cuda import cuda_executor
 from zimage_runtime.executors.ort.cuda_plan import other_peaks, plan_vram
 from zimage_runtime.executors.ort.device import OrtDevice
 from zimage_runtime.executors.ort.device_plan import VramPlan
-from zimage_runtime.executors.ort.int8_denoiser import CHOICES, INT8_PRODUCTS, why_no_int8
+from zimage_runtime.executors.ort.int8_denoiser import CHOICES, INT8_PRODUCTS, denoiser_programs, why_no_int8
 from zimage_runtime.executors.ort.other_precisions import advised, as_precision, candidates
 from zimage_runtime.executors.protocol import Work
 from zimage_runtime.model.geometry import image_geometry
@@ -109,6 +110,8 @@ def test_the_table_covers_the_gpus_that_the_package_has_code_for() -> None:
     """onnxruntime-gpu 1.31.1's provider; each choice has its source, and both programs are somewhere the first."""
     assert {(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)} <= CHOICES.keys()
     assert {choice.first for choice in CHOICES.values()} == {CUDA, CUDA_WEIGHT_ONLY}
+    for capability in (None, ADA, HOPPER):  # blocks are not measured: they can be chosen, and are nowhere the first
+        assert denoiser_programs(published(Precision.INT8), capability)[-1] == CUDA_BLOCKS
     assert all(choice.source and choice.gpus for choice in CHOICES.values())
     assert all(capability >= INT8_PRODUCTS for capability in CHOICES)
 

@@ -1,8 +1,8 @@
 """The layers of CUDA's programs: attention that dispatches to flash attention, products in 16 bits or of int8.
 
-An int8 bundle's denoiser comes in two forms on the same bytes: W8A8, and fp16 products for which each weight is
-widened just before. GPUs differ in which is faster. The text encoder and the caption have few tokens, for which
-widening all weights would take longer than using them.
+An int8 bundle's denoiser comes in three forms on the same bytes: W8A8, fp16 products for which each weight is widened
+just before, and `MatMulNBits` of 8 bits, whose kernel widens by itself. GPUs differ in which is faster. The text
+encoder and the caption have few tokens, for which widening all weights would take longer than using them.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import TensorProto
 
-from zimage_runtime.bundle.manifest import CUDA, CUDA_WEIGHT_ONLY, Precision, extended
+from zimage_runtime.bundle.manifest import CUDA, CUDA_BLOCKS, CUDA_WEIGHT_ONLY, Precision, extended
 from zimage_runtime.bundle.tensors import DType
 from zimage_runtime.machine.int8_products import EXACT_LEVELS
 from zimage_runtime.model.linears import Linear
@@ -18,12 +18,16 @@ from zimage_runtime.model.norms import Norm
 from zimage_runtime.model.programs import Program
 from zimage_runtime.model.query_blocks import POSITION_BLOCKS
 
-from ..storage.precision import StoragePolicy
+from ..storage.precision import StoragePolicy, scale_of
 from .builder import GraphBuilder
 from .int4 import BlockLayers
-from .int8 import Int8Layers, Quantized, WidenedInt8Layers, int8_weight
+from .int8 import Int8Layers, Quantized, WidenedInt8Layers, int8_weight, is_int8, rotation
 from .layers import Layers
 from .program_set import EXTENDED_ON_DEVICE, ProgramSet, TypePolicy
+from .rotation import rotate
+
+_BLOCKS = (128, 64, 32)
+"""Inputs of a block, the first that divides the layer's: all blocks of a channel have its scale."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,47 @@ class Int8WeightOnlyLayers(WidenedInt8Layers, CudaLayers):
 
 
 @dataclass(frozen=True)
+class Int8BlocksLayers(Int8WeightOnlyLayers):
+    """Layers for CUDA on the same bytes as `MatMulNBits` of 8 bits reads them: [out, in / block, block] around 128.
+
+    Nodes over weights alone bring them there. ONNX Runtime folds these when it loads the program, so that in memory a
+    weight takes a byte, as it does on the disk. Widths that no block divides are for weight-only products.
+    """
+
+    def plain_linear(self, x: str, linear: Linear) -> str:
+        """A linear layer on rows [rows, in_width] → [rows, out_width] fp16."""
+        b, name = self.b, linear.name
+        block = next((size for size in _BLOCKS if linear.in_width % size == 0), None)
+        if block is None or not is_int8(b, self.policy, linear):
+            return super().plain_linear(x, linear)
+        if size := rotation(b, self.policy, linear):
+            x = rotate(b, b.cast(x, DType.F32), size, linear.in_width, whole=True)
+        count = linear.in_width // block
+        with b.widening():
+            weight = b.weight(linear.weight, (linear.in_width, linear.out_width), DType.I8)
+            scale = b.weight(scale_of(linear.weight), (linear.out_width,), DType.F32)
+            h = b.op("Transpose", weight, name=f"{name}.transposed", perm=[1, 0])
+            h = b.op("Cast", h, name=f"{name}.bytes", to=TensorProto.UINT8)
+            h = b.op("BitwiseXor", h, b.constant(np.array(128, np.uint8), "uint8_128"), name=f"{name}.around_128")
+            h = b.typed(b.op("Reshape", h, b.integers(linear.out_width, count, block), name=f"{name}.blocks"), DType.U8)
+            scale = b.op("Reshape", b.cast(scale, self.compute), b.integers(-1, 1), name=f"{name}.scale.column")
+            scale = b.op("Expand", scale, b.integers(linear.out_width, count), name=f"{name}.scales")
+        y = b.op(
+            "MatMulNBits",
+            b.cast(x, self.compute),
+            h,
+            b.typed(scale, self.compute),
+            name=name,
+            contrib=True,
+            K=linear.in_width,
+            N=linear.out_width,
+            bits=8,
+            block_size=block,
+        )
+        return self.factored(b.typed(y, self.compute), linear)
+
+
+@dataclass(frozen=True)
 class BlockCudaLayers(BlockLayers, CudaLayers):
     """4-bit blocks for CUDA, multiplied in fp16: the folds keep its range."""
 
@@ -121,6 +166,15 @@ def _weight_only_layers(b: GraphBuilder, policy: TypePolicy, *, extended: bool =
     return Int8WeightOnlyLayers(b, policy=policy, extended=extended)
 
 
+def _blocks_layers(b: GraphBuilder, policy: TypePolicy, *, extended: bool = False) -> Layers:
+    assert isinstance(policy, StoragePolicy)
+    return Int8BlocksLayers(b, policy=policy, extended=extended)
+
+
+def _extended_blocks(b: GraphBuilder, policy: TypePolicy) -> Layers:
+    return _blocks_layers(b, policy, extended=True)
+
+
 def _extended_layers(b: GraphBuilder, policy: TypePolicy) -> Layers:
     return _layers(b, policy, extended=True)
 
@@ -133,10 +187,19 @@ CUDA_PROGRAMS = ProgramSet(CUDA, _layers)
 WEIGHT_ONLY_PROGRAMS = ProgramSet(
     CUDA_WEIGHT_ONLY, _weight_only_layers, (Program.DENOISER,), (Precision.INT8,), variant_of=CUDA
 )
+BLOCKS_PROGRAMS = ProgramSet(CUDA_BLOCKS, _blocks_layers, (Program.DENOISER,), (Precision.INT8,), variant_of=CUDA)
 CUDA_EXTENDED = ProgramSet(extended(CUDA), _extended_layers, EXTENDED_ON_DEVICE, variant_of=CUDA, extended=True)
 WEIGHT_ONLY_EXTENDED = ProgramSet(
     extended(CUDA_WEIGHT_ONLY),
     _extended_weight_only,
+    (Program.DENOISER, Program.REFINERS),
+    (Precision.INT8,),
+    variant_of=CUDA,
+    extended=True,
+)
+BLOCKS_EXTENDED = ProgramSet(
+    extended(CUDA_BLOCKS),
+    _extended_blocks,
     (Program.DENOISER, Program.REFINERS),
     (Precision.INT8,),
     variant_of=CUDA,

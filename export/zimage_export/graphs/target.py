@@ -13,7 +13,14 @@ from ..storage.folds import NO_FOLD, BlockFold, Folds
 from ..storage.precision import StoragePolicy
 from .builder import GraphBuilder
 from .cpu_layers import CPU_EXTENDED, CPU_PROGRAMS
-from .cuda_layers import CUDA_EXTENDED, CUDA_PROGRAMS, WEIGHT_ONLY_EXTENDED, WEIGHT_ONLY_PROGRAMS
+from .cuda_layers import (
+    BLOCKS_EXTENDED,
+    BLOCKS_PROGRAMS,
+    CUDA_EXTENDED,
+    CUDA_PROGRAMS,
+    WEIGHT_ONLY_EXTENDED,
+    WEIGHT_ONLY_PROGRAMS,
+)
 from .layers import Layers
 from .program_set import ProgramSet, TypePolicy
 from .tensorrt_layers import TENSORRT_EXTENDED, TENSORRT_PROGRAMS
@@ -25,12 +32,14 @@ PROGRAM_SETS: dict[str, ProgramSet] = {
         CPU_PROGRAMS,
         CUDA_PROGRAMS,
         WEIGHT_ONLY_PROGRAMS,
+        BLOCKS_PROGRAMS,
         WEBGPU_PROGRAMS,
         FUSED_PROGRAMS,
         TENSORRT_PROGRAMS,
         CPU_EXTENDED,
         CUDA_EXTENDED,
         WEIGHT_ONLY_EXTENDED,
+        BLOCKS_EXTENDED,
         WEBGPU_EXTENDED,
         FUSED_EXTENDED,
         TENSORRT_EXTENDED,

@@ -37,6 +37,9 @@ WEBGPU = "webgpu"
 CUDA_WEIGHT_ONLY = "cuda-weight-only"
 """Not an executor: the `cuda` executor's other program for an int8 bundle's denoiser, on the same bytes."""
 
+CUDA_BLOCKS = "cuda-blocks"
+"""Not an executor either: on the same bytes too, brought into blocks of 8 bits when the program is loaded."""
+
 WEBGPU_FUSED = "webgpu-fused"
 """Not an executor: the `webgpu` executor's other programs, whose attention is one fused operator; it is right on some
 adapters only."""
@@ -51,7 +54,7 @@ def extended(name: str) -> str:
 
 def _is_executor(name: str) -> bool:
     """Whether programs of this name are an executor's first, and no variant."""
-    return name not in (CUDA_WEIGHT_ONLY, WEBGPU_FUSED) and not name.endswith(_EXTENDED)
+    return name not in (CUDA_WEIGHT_ONLY, CUDA_BLOCKS, WEBGPU_FUSED) and not name.endswith(_EXTENDED)
 
 
 ENGINES_FOLDER = "engines/"

@@ -1,11 +1,17 @@
-"""Which of two programs an int8 bundle's denoiser runs on CUDA. Both read the same bytes.
+"""Which of three programs an int8 bundle's denoiser runs on CUDA. All read the same bytes.
 
 `cuda` multiplies int8 with int8 (W8A8). `cuda-weight-only` widens each weight to fp16 just before its product, so it
 never multiplies faster than an fp16 bundle. Widening takes a pass over the weights, whose cost shows with few tokens
 only. Its activations are half as wide, so it fits where the other program does not.
 
-`CHOICES` says which comes first on which GPU, and why. Neither program was measured on a GPU yet; what is known of the
-operator:
+`cuda-blocks` is `MatMulNBits` of 8 bits: weights are brought into its layout when the program is loaded, in the host's
+memory. From 17 rows on, its kernel widens to fp16 too, and then it saves what weight-only saves. A package that was
+built with ``USE_FPA_INTB_GEMM`` has kernels that multiply fp16 with int8 as it is, for blocks of 64 or 128 and with the
+environment variable ``ORT_FPA_INTB_GEMM=1``. It comes first nowhere before it is measured; `cuda_executor` runs it with
+``denoiser=CUDA_BLOCKS``.
+
+`CHOICES` says which comes first on which GPU, and why. None of these programs was measured on a GPU yet; what is known
+of the integer product:
 
 - ONNX Runtime multiplies through ``cublasGemmEx`` on weights [in, out] (``integer_gemm.cc``). cuBLAS's int8 kernels for
   tensor cores require another layout, in which the inner axis is contiguous in both operands (cuBLAS, "cublasGemmEx").
@@ -16,16 +22,12 @@ operator:
 Elsewhere int8 wins on Turing, Ampere and Ada (published: 1.66 → 0.85 s per step on a GPU of the RTX 3090's class) and
 loses on an H100. That is with kernels for the other layout, which this operator does not reach.
 
-Blocks of 8 bits (`MatMulNBits`) widen to fp16 too beyond 16 rows, so that they would save what weight-only saves; they
-need another layout on the disk, [out, in / 32, 32], and scales per block. int4 bundles have them for the layers that
-lose most at 4 bits.
-
-`benchmarks/gpu_cuda.py` measures both programs.
+`benchmarks/gpu_cuda.py` measures all of them.
 """
 
 from dataclasses import dataclass
 
-from ...bundle.manifest import CUDA, CUDA_WEIGHT_ONLY, Manifest, Precision
+from ...bundle.manifest import CUDA, CUDA_BLOCKS, CUDA_WEIGHT_ONLY, Manifest, Precision
 from ...model.programs import Program
 
 Capability = tuple[int, int]
@@ -39,7 +41,7 @@ class Choice:
     """Which program comes first on GPUs of a compute capability."""
 
     gpus: str  # examples
-    first: str  # CUDA or CUDA_WEIGHT_ONLY
+    first: str  # CUDA, CUDA_WEIGHT_ONLY or CUDA_BLOCKS
     source: str
 
 
@@ -62,6 +64,9 @@ CHOICES: dict[Capability, Choice] = {
 """By compute capability. A GPU that is not here multiplies int8."""
 
 
+_PROGRAMS = (CUDA, CUDA_WEIGHT_ONLY, CUDA_BLOCKS)
+
+
 def why_no_int8(precision: Precision, capability: Capability) -> str | None:
     """Why a GPU cannot run a bundle's integer products. The text encoder of every int8 bundle has some."""
     if precision is not Precision.INT8 or capability >= INT8_PRODUCTS:
@@ -74,10 +79,9 @@ def denoiser_programs(manifest: Manifest, capability: Capability | None) -> tupl
 
     Without a capability, the program that multiplies int8 comes first.
     """
-    if manifest.record(Program.DENOISER, CUDA_WEIGHT_ONLY) is None:
-        return (CUDA,)
+    there = [name for name in _PROGRAMS if name == CUDA or manifest.record(Program.DENOISER, name) is not None]
     first = _first(capability)
-    return first, CUDA_WEIGHT_ONLY if first == CUDA else CUDA
+    return tuple(sorted(there, key=lambda name: name != first))  # the others stay in their order
 
 
 def why_weight_only(capability: Capability | None) -> str:

@@ -7,7 +7,7 @@ autoencoder, which has 16 bits in a 16-bit bundle.
 import dataclasses
 from collections.abc import Mapping
 
-from ...bundle.manifest import CUDA, CUDA_WEIGHT_ONLY, Manifest, Precision, ProgramRecord
+from ...bundle.manifest import CUDA, CUDA_BLOCKS, CUDA_WEIGHT_ONLY, Manifest, Precision, ProgramRecord
 from ...model.blocks import program_blocks
 from ...model.config import ModelConfig
 from ...model.linears import block_linears
@@ -57,8 +57,8 @@ def as_precision(manifest: Manifest, precision: Precision) -> Manifest:
         converted = {}
         if record := records.get(CUDA):
             size = _weights(program, record.weight_bytes, manifest, precision)
-            both = precision is Precision.INT8 and program is Program.DENOISER
-            names = (CUDA, CUDA_WEIGHT_ONLY) if both else (CUDA,)
+            several = precision is Precision.INT8 and program is Program.DENOISER
+            names = (CUDA, CUDA_WEIGHT_ONLY, CUDA_BLOCKS) if several else (CUDA,)
             converted = {name: ProgramRecord("", size) for name in names}
         programs[program] = converted
     return dataclasses.replace(manifest, precision=precision, programs=programs)

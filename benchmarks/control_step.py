@@ -214,7 +214,7 @@ def measure(options: argparse.Namespace, bundle: Path, checkpoint: Path, size: i
 
 
 def memory(options: argparse.Namespace, bundle: Path, nets: Mapping[str, Path], size: int, name: str) -> dict[str, Any]:
-    """What an image takes, and what the plan says. All programs stay loaded."""
+    """What an image takes, and what the plan says."""
     from PIL import Image
 
     given, out = options.work / "map.png", options.work / "out.png"
@@ -226,11 +226,9 @@ def memory(options: argparse.Namespace, bundle: Path, nets: Mapping[str, Path], 
     words = ["plan", str(bundle), "--size", f"{size}x{size}", "--executor", "cpu", "--tokens", "64", "--json"]
     _, planned = measure_child(cli_child("zimage_rt.cli", *words, "--controlnet", str(nets[name])))
     document = json.loads(planned)
-    loaded = sum(stage["bytes"] for stage in document["stages"].values())
     return {
         "variant": name,
         "planned_mib": mib(document["peak"]),
-        "planned_together_mib": mib(loaded + document["hints"]),
         "hints_mib": mib(document["hints"]),
         "anonymous_mib": mib(peak.anonymous),
         "resident_mib": mib(peak.resident),
@@ -265,15 +263,8 @@ def to_markdown(document: dict[str, Any]) -> str:
             error = "-" if row["error"] is None else f"{row['error']:.1e}"
             rows.append((row["variant"], *cells, f"{row['change']:.1e}", error))
         lines += ["", f"## {part['size']}", "", markdown_table(header, rows)]
-        memory_header = [
-            "variant",
-            "planned, taking turns",
-            "planned, all loaded",
-            "of it hints",
-            "anonymous",
-            "resident",
-        ]
-        keys = ("planned_mib", "planned_together_mib", "hints_mib", "anonymous_mib", "resident_mib")
+        memory_header = ["variant", "planned", "of it hints", "anonymous", "resident"]
+        keys = ("planned_mib", "hints_mib", "anonymous_mib", "resident_mib")
         rows = [(row["variant"], *(str(row[key]) for key in keys)) for row in part["memory"]]
         lines += ["", "Memory of a whole image, in MiB:", "", markdown_table(memory_header, rows)]
     return "\n".join(lines)

@@ -198,5 +198,10 @@ WEIGHT_ONLY_EXTENDED = ProgramSet(
     extended=True,
 )
 BLOCKS_EXTENDED = ProgramSet(
-    extended(CUDA_BLOCKS), _extended_blocks, (Program.DENOISER,), (Precision.INT8,), variant_of=CUDA, extended=True
+    extended(CUDA_BLOCKS),
+    _extended_blocks,
+    (Program.DENOISER, Program.REFINERS),
+    (Precision.INT8,),
+    variant_of=CUDA,
+    extended=True,
 )

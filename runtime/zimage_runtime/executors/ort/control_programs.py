@@ -5,7 +5,7 @@ from pathlib import Path
 from ...adapters.branches import ON_CPU, check_extended
 from ...bundle.bundle import Bundle
 from ...bundle.controlnet import ControlManifest, ControlNet
-from ...bundle.manifest import CPU, ProgramRecord, extended
+from ...bundle.manifest import CPU, CUDA_BLOCKS, CUDA_WEIGHT_ONLY, ProgramRecord, extended
 from ...errors import RequestError
 from ...model.branches import ALL_EXTENDED
 from ...model.programs import Program
@@ -23,7 +23,8 @@ def program_name(program: Program, executor: str, denoiser: str) -> str:
 def control_name(manifest: ControlManifest, program: Program, executor: str, denoiser: str) -> str:
     """The same of a ControlNet's program, which need not have the bundle's precision, nor its other forms."""
     name = program_name(program, executor, denoiser)
-    return name if manifest.record(program, name) is not None else executor
+    forms = (name, CUDA_WEIGHT_ONLY) if name == CUDA_BLOCKS else (name,)  # the nearest that a ControlNet has
+    return next((form for form in forms if manifest.record(program, form) is not None), executor)
 
 
 def bundle_file(

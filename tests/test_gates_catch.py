@@ -18,7 +18,7 @@ from parity import Case, Drawing, check_parity, draw, draw_with_diffusers
 from zimage_export.build import BuildOptions, build
 from zimage_export.graphs.layers import Layers
 from zimage_export.source.checkpoint import Checkpoint
-from zimage_runtime import pipeline, prepare
+from zimage_runtime import prepare, stages
 from zimage_runtime.arrays import FloatArray
 from zimage_runtime.bundle.tensors import read_header
 from zimage_runtime.command_line.progress import Progress
@@ -97,7 +97,7 @@ def test_caption_pads_that_stand_still(bundle: Path, expected: Drawing, monkeypa
         positions[tokens:] = 0
         return positions
 
-    monkeypatch.setattr(pipeline, "caption_positions", broken)
+    monkeypatch.setattr(stages, "caption_positions", broken)
     assert_caught(bundle, expected)
 
 
@@ -105,7 +105,7 @@ def test_an_image_that_starts_where_the_caption_without_pads_ends(
     bundle: Path, expected: Drawing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tokens = caption_tokens(bundle)
-    monkeypatch.setattr(pipeline, "image_positions", lambda size, _: geometry.image_positions(size, tokens))
+    monkeypatch.setattr(stages, "image_positions", lambda size, _: geometry.image_positions(size, tokens))
     assert_caught(bundle, expected)
 
 
@@ -119,13 +119,13 @@ def test_image_pads_elsewhere(kind: str, bundle: Path, expected: Drawing, monkey
             positions[count:, 1], positions[count:, 2] = np.divmod(np.arange(count, len(positions)), size.columns)
         return positions
 
-    monkeypatch.setattr(pipeline, "image_positions", broken)
+    monkeypatch.setattr(stages, "image_positions", broken)
     assert_caught(bundle, expected)
 
 
 def test_rows_and_columns_swapped(bundle: Path, expected: Drawing, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        pipeline, "image_positions", lambda size, caption: geometry.image_positions(size, caption)[:, [0, 2, 1]]
+        stages, "image_positions", lambda size, caption: geometry.image_positions(size, caption)[:, [0, 2, 1]]
     )
     assert_caught(bundle, expected)
 
@@ -255,8 +255,8 @@ def test_the_transformer_given_sigma_instead_of_time(
 
 
 def test_the_next_seed(bundle: Path, expected: Drawing, monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = pipeline.TorchGenerator
-    monkeypatch.setattr(pipeline, "TorchGenerator", lambda seed: generator(seed + 1))
+    generator = stages.TorchGenerator
+    monkeypatch.setattr(stages, "TorchGenerator", lambda seed: generator(seed + 1))
     assert_caught(bundle, expected)
 
 

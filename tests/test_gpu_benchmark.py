@@ -83,7 +83,7 @@ def test_without_diffusers_ours_is_measured(
 def test_int8_is_measured_with_both_of_its_denoisers(benchmark: ModuleType, tmp_path: Path) -> None:
     found = measured(benchmark, tmp_path, "--only", "correctness", "memory", "--precision", "int8")
     for kind in ("pictures", "parity", "placement"):
-        assert [row["name"] for row in found[kind]] == ["int8", "int8 weight-only"], kind
+        assert [row["name"] for row in found[kind]] == ["int8", "int8 weight-only", "int8 blocks"], kind
         assert not [row for row in found[kind] if "failed" in row["result"]]
     planned = [row["result"]["planned_bytes"] for row in found["pictures"]]
     assert planned[1] < planned[0]

@@ -102,7 +102,7 @@ def test_sections_are_chosen_and_kept_as_they_come(
     one_way = [("pictures", "cuda", None)] * 3 + [("pictures", "cuda", budget) for budget in budgets]
     engines = [("pictures", "tensorrt", None)] * 3 + [("pictures", "tensorrt", budget) for budget in budgets]
     settings = [("tensorrt", "tensorrt", None)] * (3 + 1 + 2 + 2)
-    assert asked == one_way * 3 + engines * 2 + settings, "int8 has two denoisers on CUDA"
+    assert asked == one_way * 4 + engines * 2 + settings, "int8 has three denoisers on CUDA"
     page = (tmp_path / "report" / "gpu.md").read_text()
     assert_facts(page.replace("\n", " "), "webgpu", "no Vulkan driver found", "told to")
     asked.clear()

@@ -40,7 +40,7 @@ def engined(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(bundle, target)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(export_engines, "Library", LibraryStandIn)
-        patch.setattr(export_engines, "bundle_blocks", lambda opened, variant: twins(opened))
+        patch.setattr(export_engines, "bundle_blocks", lambda opened, variant, lora: twins(opened))
         export_engines.add_engines(Bundle.open(target))
     return target
 

@@ -132,6 +132,7 @@ def test_the_runtime_feeds_what_the_known_answer_says(int8: Path, levels: float,
 
     class Watched:
         get_overridable_initializers = session.get_overridable_initializers
+        get_outputs = session.get_outputs
 
         def run(self, names: list[str], feeds: dict[str, Any], options: Any) -> Any:
             seen.append(feeds.get(ACTIVATION_LEVELS))

@@ -130,7 +130,7 @@ def test_an_image_is_the_beginning_of_another(server: Server, browser: "Browser"
     page.evaluate(TRANSFER, [list(photograph.read_bytes()), "drop"])
     remove.click()
     page.evaluate(TRANSFER, [list(b"no image"), "paste"])
-    assert page.locator("#source [role=alert]").is_visible()
+    page.wait_for_selector("#source [role=alert]", state="visible")  # which it has once decoding failed
     page.evaluate(TRANSFER, [list(photograph.read_bytes()), "paste"])
     page.wait_for_selector("#strength")
 

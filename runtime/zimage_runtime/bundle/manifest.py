@@ -373,6 +373,6 @@ def plain_object(fields: Fields, key: str) -> dict[str, Any] | None:
     if key not in fields:
         return None
     value = fields.raw(key)
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or not is_unicode(json.dumps(value, ensure_ascii=False)):
         raise fields.fail(key, "a JSON object or null")
     return value

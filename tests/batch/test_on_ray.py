@@ -195,11 +195,11 @@ def test_a_driver_that_is_killed(tmp_path: Path) -> None:
     rows, out, reference = prepared(tmp_path, 24)
     process = start("zimage-rt", *words(rows, out, *TWO_WORKERS))
     wait_for(lambda: len(list(out.glob("*.png"))) >= 10, "images")
-    family = psutil.Process(process.pid).children(recursive=True)
+    workers = workers_of(psutil.Process(process.pid))
     process.kill()
     finished(process)
-    _, alive = psutil.wait_procs(family, timeout=60)
-    assert alive == []
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert (len(workers), alive) == (2, [])
     before = {path.name: path.stat().st_mtime_ns for path in out.glob("*.png")}
     assert 10 <= len(before) < 24
     outcome = finished(start("zimage-rt", *words(rows, out, *TWO_WORKERS)))
@@ -233,11 +233,11 @@ import json, os, sys
 from zimage_rt.batch.on_ray import Cluster
 with Cluster("local"):
     import ray
-    from ray._private.usage.usage_lib import usage_stats_enabled
+    from ray._common.usage.usage_lib import usage_stats_enabled
 
     @ray.remote
     def enabled():
-        from ray._private.usage.usage_lib import usage_stats_enabled
+        from ray._common.usage.usage_lib import usage_stats_enabled
         return usage_stats_enabled(), os.environ["RAY_USAGE_STATS_ENABLED"]
 
     print(json.dumps([usage_stats_enabled(), *ray.get(enabled.remote()), ray._private.worker.get_dashboard_url()]))

@@ -161,7 +161,14 @@ def test_two_workers_make_the_images_of_one_machine(tmp_path: Path) -> None:
 
 
 def workers_of(process: psutil.Process) -> list[psutil.Process]:
-    return [one for one in process.children(recursive=True) if "MapWorker" in " ".join(one.cmdline())]
+    return [one for one in process.children(recursive=True) if "MapWorker" in title_of(one)]
+
+
+def title_of(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:  # it has ended
+        return ""
 
 
 def prepared(tmp_path: Path, number: int) -> tuple[Path, Path, Path]:
@@ -240,7 +247,8 @@ with Cluster("local"):
         from ray._common.usage.usage_lib import usage_stats_enabled
         return usage_stats_enabled(), os.environ["RAY_USAGE_STATS_ENABLED"]
 
-    print(json.dumps([usage_stats_enabled(), *ray.get(enabled.remote()), ray._private.worker.get_dashboard_url()]))
+    found = [usage_stats_enabled(), *ray.get(enabled.remote()), ray._private.worker.get_dashboard_url()]
+    print(json.dumps(found), file=sys.__stdout__)
 """
 
 
@@ -257,7 +265,7 @@ def test_nothing_is_reported_and_nothing_appears_in_the_home_folder(tmp_path: Pa
     assert list(home.rglob("*")) == []
 
 
-@pytest.mark.slow
+@pytest.mark.deep
 @needs_ray
 def test_an_address_where_nothing_is(tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", rows_of(1))

@@ -11,6 +11,7 @@ import math
 import os
 import secrets
 import signal
+import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -32,6 +33,9 @@ _TURNS = 4
 
 _ATTEMPTS = 2
 """Of a row alone, after a worker died of its group. A worker may also die of something else."""
+
+_PATIENCE = 20.0
+"""Seconds in which a cluster must answer."""
 
 SILENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DATA_DISABLE_PROGRESS_BARS": "1"}
 """The environment of the driver and of each worker."""
@@ -154,6 +158,7 @@ class Cluster:
             import ray.data
         except ImportError:
             raise RequestError("--ray needs Ray; install it with: pip install 'zimage-rt[ray]'") from None
+        _check_address(address)
         new: dict[str, Any] = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE}
         handler = signal.getsignal(signal.SIGTERM)
         try:
@@ -221,6 +226,17 @@ def on_ray(items: Sequence[Item], options: WorkerOptions, pool: Pool) -> Iterato
             yield outcome_of(row["outcome"])
     except Failed as error:
         raise RayError(f"Ray ended the batch: {_cause(error)}") from None
+
+
+def _check_address(address: str) -> None:
+    """Raises `RayError` where nothing listens, which Ray would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        return  # "auto", "local", or something that Ray itself knows
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE).close()
+    except (OSError, OverflowError) as error:
+        raise RayError(f"Ray cannot be used at {address}: {error}") from None
 
 
 @contextlib.contextmanager

@@ -197,13 +197,19 @@ def lora_notices(loras: Sequence[WeightedAdapter], steps: int, guidance: Guidanc
 
 
 def notices_of(
-    request: Request, guidance: Guidance, chosen: Chosen, more: Sequence[NoticeEvent] = ()
+    request: Request, guidance: Guidance, chosen: Chosen, *, controlled: bool, more: Sequence[NoticeEvent] = ()
 ) -> tuple[NoticeEvent, ...]:
-    """What the user should know before anything runs."""
+    """What the user should know before anything runs. `controlled`: whether a ControlNet adds anything."""
     notices = [NoticeEvent(note) for note in chosen.plan.notes]
     if chosen.why and chosen.unexpected:
         notices.insert(0, NoticeEvent(chosen.why, warning=True))
     if request.negative and not guidance.guided:
         text = "the negative prompt has no effect, as no step is guided; give a cfg scale above 1"
+        notices.append(NoticeEvent(text, warning=True))
+    if request.control is not None and not controlled and request.control_scale:
+        text = (
+            f"the control image has no effect: no step lies between {request.control_start:g} and "
+            f"{request.control_end:g} of the way"
+        )
         notices.append(NoticeEvent(text, warning=True))
     return (*notices, *more)

@@ -130,7 +130,7 @@ def plan_job(checked: Checked, choice: ExecutorChoice, *, cancels: int, keeps_im
         first_step=checked.first_step,
         executor=chosen.executor,
         plan=chosen.plan,
-        notices=notices_of(request, guidance, chosen, more),
+        notices=notices_of(request, guidance, chosen, controlled=checked.control is not None, more=more),
         choice=chosen.why,
         info=computed_by(checked.info, chosen.executor.name, chosen.executor.computation(chosen.plan)),
         cancels=cancels,

@@ -98,6 +98,12 @@ def test_a_file_without_rows(tmp_path: Path, name: str, data: bytes) -> None:
         read_rows(written(tmp_path, name, data))
 
 
+def test_utf_16_is_said_once(tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_bytes("id,prompt\na,狐狸\n".encode("utf-16"))
+    with raises_with(RequestError, "x.csv", "UTF-16", "UTF-8"):
+        read_rows(tmp_path / "x.csv")
+
+
 def test_what_is_no_file_of_rows(tmp_path: Path) -> None:
     with raises_with(RequestError, "none.jsonl", "no such file"):
         read_rows(tmp_path / "none.jsonl")

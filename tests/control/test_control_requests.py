@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from cli_tools import Capture, assert_one_line_error, call_export, call_rt
 from control_tools import LITE, ONE, TWO, TWO_ONE, Controlled, blot, ours, photograph
-from facts import raises_with
+from facts import assert_facts, raises_with
 from PIL import Image
 
 from zimage_runtime.bundle.bundle import Bundle
@@ -19,7 +19,7 @@ from zimage_runtime.bundle.manifest import CPU, Precision, extended
 from zimage_runtime.errors import BundleError, RequestError
 from zimage_runtime.images.image_files import read_image_info
 from zimage_runtime.model.programs import Program
-from zimage_runtime.pipeline import Pipeline, Request
+from zimage_runtime.pipeline import NoticeEvent, Pipeline, Request
 
 Nets = Callable[..., Path]
 SIZE = (64, 48)
@@ -47,6 +47,27 @@ def test_no_scale_and_no_steps_are_no_control_to_the_bit(pipeline: Pipeline, bun
 
 
 @pytest.mark.deep
+def test_a_window_without_steps_is_said(pipeline: Pipeline, net_of: Nets) -> None:
+    given: dict[str, Any] = {
+        "control": Image.new("RGB", SIZE),
+        "controlnet": net_of(LITE),
+        "steps": 2,
+        "size": SIZE,
+        "seed": 1,
+    }
+    said = {
+        window: [
+            event.text
+            for event in pipeline.stream("a fox", **given, control_start=window[0], control_end=window[1])
+            if isinstance(event, NoticeEvent) and "no effect" in event.text
+        ]
+        for window in ((0.6, 0.9), (0.0, 1.0))
+    }
+    assert not said[0.0, 1.0]
+    (text,) = said[0.6, 0.9]
+    assert_facts(text, "0.6", "0.9")
+
+
 def test_folders_and_sizes_in_turn(pipeline: Pipeline, net_of: Nets) -> None:
     one, other = net_of(LITE), net_of(TWO)
     wide = Controlled((80, 48), 0.8, 2)

@@ -194,6 +194,8 @@ def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
         server.process.kill()
         server.process.wait()
     assert server.process.returncode == 130
+    assert server.log.read_text().strip().splitlines()[-1:] == ["interrupted"]
+    assert "Traceback" not in server.log.read_text()
     wait_for(lambda: not psutil.pid_exists(engine))
 
 

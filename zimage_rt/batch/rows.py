@@ -1,5 +1,6 @@
 """Files of requests, one per row: JSONL, CSV, TSV or Parquet. What cannot be read is reported by its line."""
 
+import codecs
 import csv
 import io
 import json
@@ -88,7 +89,10 @@ def _not_finite(name: str) -> float:
 
 def _csv(path: Path) -> Iterator[Read]:
     # bytes that are not UTF-8 stay recognizable, so that the other rows can be read
-    text = path.read_bytes().decode("utf-8-sig", errors="surrogateescape")
+    raw = path.read_bytes()
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise RequestError(f"{path}: is in UTF-16; save it as UTF-8")
+    text = raw.decode("utf-8-sig", errors="surrogateescape")
     before = csv.field_size_limit(MOST_CELL)
     try:
         yield from _cells(path, text, "\t" if path.suffix.lower() == ".tsv" else ",")

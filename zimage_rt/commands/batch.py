@@ -96,6 +96,8 @@ def batch(
         raise click.UsageError("--workers and --cpus-per-worker are for --ray")
     if ray is not None and device:
         raise click.UsageError("--device is for one machine; with --ray, each worker has a GPU of its own")
+    if not output:
+        raise click.UsageError("--output is empty; give a folder")
     pyarrow_parquet()  # so that it is missing now rather than at the end
     progress = Progress(quiet)
     options = BatchOptions(prompts, output, not no_metadata, fail_fast)

@@ -72,10 +72,15 @@ def serve(settings: Settings, bound: socket.socket, ready: Callable[[], object])
         await service.supervisor.start()
         ready()
         await server.serve(sockets=[bound])
-        if server.force_exit:
-            raise KeyboardInterrupt
+        if (
+            server.force_exit
+        ):  # uvicorn leaves the application's end out then, which would be cancelled with a traceback
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(server.lifespan.shutdown(), 1)
 
     asyncio.run(run())
+    if server.force_exit:
+        raise KeyboardInterrupt
 
 
 class _Server(uvicorn.Server):

@@ -251,7 +251,12 @@ class Supervisor:
         elif job is not None and not job.began and job.attempts < _ATTEMPTS and not self.stopping:
             self._put_back(job)  # it may have come to an engine that was ending already
         elif job is not None:
-            self._end(job, State.FAILED, f"the engine ended ({_cause(exit_code)}); it is started again")
+            cause = (
+                "the server was stopped"
+                if self.stopping
+                else f"the engine ended ({_cause(exit_code)}); it is started again"
+            )
+            self._end(job, State.FAILED, cause)
         for answer in self._plans.values():
             if not answer.done():
                 answer.set_exception(UnavailableError("the engine ended; it is started again", retry_after=5))

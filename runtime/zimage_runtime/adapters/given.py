@@ -20,8 +20,9 @@ class GivenLora:
     def __post_init__(self) -> None:
         """Raises `AdapterError` for a weight that is no number, or that no image survives."""
         if not abs(self.weight) <= MOST_WEIGHT:
+            name = os.path.basename(self.file)  # not the folder, which a server keeps to itself
             raise AdapterError(
-                f"the weight of {self.file} must be between -{MOST_WEIGHT:g} and {MOST_WEIGHT:g}, not {self.weight:g}"
+                f"the weight of {name} must be between -{MOST_WEIGHT:g} and {MOST_WEIGHT:g}, not {self.weight:g}"
             )
 
     @classmethod

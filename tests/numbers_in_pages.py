@@ -13,6 +13,7 @@ to the digits that are shown, must be the number.
 """
 
 import ast
+import contextlib
 import json
 import operator
 import re
@@ -107,6 +108,8 @@ def value_of(source: str) -> float:
     if name.endswith(".py"):
         return _constant(ROOT / name, path)
     document = _document(name)
+    with contextlib.suppress(LookupError):  # a key may have one of the words below in it
+        return _walked(document, path)
     for word, combine in (("over", operator.truediv), ("minus", operator.sub)):
         first, found, second = path.partition(f" {word} ")
         if found:

@@ -108,12 +108,12 @@ def value_of(source: str) -> float:
     if name.endswith(".py"):
         return _constant(ROOT / name, path)
     document = _document(name)
-    with contextlib.suppress(LookupError):  # a key may have one of the words below in it
-        return _walked(document, path)
     for word, combine in (("over", operator.truediv), ("minus", operator.sub)):
-        first, found, second = path.partition(f" {word} ")
-        if found:
-            return float(combine(_walked(document, first), _walked(document, second)))
+        parts = path.split(f" {word} ")
+        for cut in range(1, len(parts)):  # a key may have the word in it
+            sides = (f" {word} ".join(side) for side in (parts[:cut], parts[cut:]))
+            with contextlib.suppress(LookupError, TypeError, ValueError):
+                return float(combine(*(_walked(document, side) for side in sides)))
     return _walked(document, path)
 
 

@@ -114,7 +114,6 @@ def our_steps(bundle: Path, nets: Mapping[str, Path], size: int, control: FloatA
     """A call for each variant that gives the velocity of the first step, and the prompt's hidden states."""
     from PIL import Image
 
-    from zimage_runtime.job import read_control
     from zimage_runtime.pipeline import Pipeline, Request
 
     calls: Calls = {}
@@ -127,7 +126,7 @@ def our_steps(bundle: Path, nets: Mapping[str, Path], size: int, control: FloatA
         job = pipeline.prepare(Request(_PROMPT, size=(size, size), steps=8, seed=_SEED, **given))
         session = open_session(job)
         hidden = pipeline.hidden_states(session, job.ids)
-        found = read_control(job, session, pipeline.bundle)
+        found = pipeline.control(job, session)
         if found is not None:
             latents = np.zeros_like(found.latents)
             latents[:, : control.shape[1]] = control

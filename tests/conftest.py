@@ -4,6 +4,7 @@ Files are made once a run, whichever worker needs them first, and must not be wr
 on a copy.
 """
 
+import shutil
 from collections.abc import Callable, Generator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -71,6 +72,26 @@ def bundle_in(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Cal
 
     def find(precision: Precision) -> Path:
         return made_once(tmp_path_factory, f"checkpoint-{precision}", lambda out: _build(checkpoint, out, precision))
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def extended_in(
+    bundle_in: Callable[[Precision], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Precision], Path]:
+    """The bundle of a precision, with the programs that take LoRA and hints. Not to be written to."""
+
+    def find(precision: Precision) -> Path:
+        def make(out: Path) -> None:
+            from zimage_export.programs import add_programs
+            from zimage_runtime.bundle.bundle import Bundle
+            from zimage_runtime.command_line.progress import Progress
+
+            shutil.copytree(bundle_in(precision), out)
+            add_programs(Bundle.open(out), (), Progress(quiet=True), lora=True)
+
+        return made_once(tmp_path_factory, f"extended-{precision}", make)
 
     return find
 

@@ -1,6 +1,5 @@
 """What the tests of ControlNets share. Folders must not be written to."""
 
-import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -9,29 +8,10 @@ import pytest
 from control_tools import VERSIONS, Version, export, write_control
 from sharing import made_once
 
-from zimage_export.programs import add_programs
-from zimage_runtime.bundle.bundle import Bundle
 from zimage_runtime.bundle.manifest import Precision
-from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.pipeline import Pipeline
 
 Nets = Callable[..., Path]
-
-
-@pytest.fixture(scope="session")
-def extended_in(
-    bundle_in: Callable[[Precision], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[Precision], Path]:
-    """The bundle of a precision, with the programs that take LoRA and hints."""
-
-    def find(precision: Precision) -> Path:
-        def make(out: Path) -> None:
-            shutil.copytree(bundle_in(precision), out)
-            add_programs(Bundle.open(out), (), Progress(quiet=True), lora=True)
-
-        return made_once(tmp_path_factory, f"extended-{precision}", make)
-
-    return find
 
 
 @pytest.fixture

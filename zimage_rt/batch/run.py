@@ -85,7 +85,7 @@ def checked_items(options: BatchOptions, check: Check, progress: Progress) -> li
 
 @dataclass
 class Batch:
-    """Generates what is not there yet, and writes the manifest."""
+    """Generates what is missing, and writes the manifest."""
 
     options: BatchOptions
     items: Sequence[Item]

@@ -35,7 +35,7 @@ class Store(Protocol):
         """For people, and for `open_store` in another process."""
 
     def read(self, name: str) -> bytes | None:
-        """A file's bytes; None where it is not there."""
+        """A file's bytes; None where it does not exist."""
 
     def write(self, name: str, data: bytes, *, durable: bool = False) -> None:
         """Writes or replaces a file. Kept even if the machine loses power right after, if `durable`."""

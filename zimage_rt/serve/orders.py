@@ -140,7 +140,7 @@ class Started:
 
 @dataclass(frozen=True)
 class Noticed:
-    """A line that whoever asked should see."""
+    """A line for the client that asked."""
 
     id: str
     text: str
@@ -189,7 +189,7 @@ class Ended:
 
     id: str
     error: str | None = None
-    refused: bool = False  # the request cannot be run: whoever asked has to change it
+    refused: bool = False  # the request cannot be run: its sender has to change it
     cancelled: bool = False
 
 

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
-from zimage_runtime.command_line.console import MemoryType
 from zimage_runtime.command_line.option_groups import GroupedCommand
 from zimage_runtime.command_line.progress import Progress
-from zimage_runtime.executors.registry import AUTO, EXECUTORS
+
+from .execution_options import NAMES as EXECUTION_NAMES
+from .execution_options import execution_options
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 GROUPS = {
     "Common options": ("model", "output", "fail_fast"),
-    "Execution": ("executor", "device", "vram", "low_memory", "trust_engines"),
+    "Execution": EXECUTION_NAMES,
     "Many machines": ("ray", "workers", "cpus_per_worker"),
     "Output": ("no_metadata", "as_json", "quiet"),
 }
@@ -35,17 +36,7 @@ GROUPS = {
 )
 @click.option("-o", "--output", required=True, help="A folder, made where it is missing, or a URL that fsspec knows.")
 @click.option("--fail-fast", is_flag=True, help="End at the first row that fails.  [default: go on with the others]")
-@click.option("--executor", type=click.Choice([AUTO, *EXECUTORS]), default=AUTO, show_default=True)
-@click.option(
-    "--device", type=click.IntRange(0), default=0, show_default=True, help="Which GPU, where there are several."
-)
-@click.option("--vram", type=MemoryType(), help="GPU memory to use at most, like 8GiB.  [default: what is free]")
-@click.option("--low-memory", is_flag=True, help="Keep weights on disk, mapped: slower, far less memory.")
-@click.option(
-    "--trust-engines",
-    is_flag=True,
-    help="Load TensorRT engines that came with the bundle. They are code: only for a bundle from someone you trust.",
-)
+@execution_options
 @click.option(
     "--ray",
     metavar="[ADDRESS]",

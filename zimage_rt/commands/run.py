@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from zimage_runtime.command_line.console import MemoryType, SizeType, VariationType
+from zimage_runtime.command_line.console import SizeType, VariationType
 from zimage_runtime.command_line.option_groups import GroupedCommand
 from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.errors import RequestError
-from zimage_runtime.executors.registry import AUTO, EXECUTORS
 from zimage_runtime.model.control_type import ControlType
 from zimage_runtime.model.sampling_names import SamplerName, SchedulerName
 
+from .execution_options import execution_options
 from .run_options import GROUPS, RunOptions
 
 if TYPE_CHECKING:
@@ -102,17 +102,7 @@ SAMPLERS, SCHEDULERS = ([name.value for name in names] for names in (SamplerName
     type=VariationType(),
     help="Mix another seed's noise into the seed's, like 5:0.2; with -n, of SEED, SEED+1, …",
 )
-@click.option("--executor", type=click.Choice([AUTO, *EXECUTORS]), default=AUTO, show_default=True)
-@click.option(
-    "--device", type=click.IntRange(0), default=0, show_default=True, help="Which GPU, where there are several."
-)
-@click.option("--vram", type=MemoryType(), help="GPU memory to use at most, like 8GiB.  [default: what is free]")
-@click.option("--low-memory", is_flag=True, help="Keep weights on disk, mapped: slower, far less memory.")
-@click.option(
-    "--trust-engines",
-    is_flag=True,
-    help="Load TensorRT engines that came with the bundle. They are code: only for a bundle from someone you trust.",
-)
+@execution_options
 @click.option(
     "--preview",
     type=click.Path(path_type=Path),

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from zimage_runtime.command_line.console import MemoryType, SizeType
+from zimage_runtime.command_line.console import SizeType
 from zimage_runtime.command_line.option_groups import GroupedCommand
 from zimage_runtime.command_line.progress import Progress
 from zimage_runtime.errors import RequestError, ZImageRuntimeError
-from zimage_runtime.executors.registry import AUTO, EXECUTORS
 
+from .execution_options import NAMES as EXECUTION_NAMES
+from .execution_options import execution_options
 from .serve_options import KeepType, api_keys, is_loopback
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ GROUPS = {
     "Common options": ("model", "host", "port", "output_dir", "keep", "lora_dir", "controlnet"),
     "Access": ("api_key_file", "allow_host", "allow_origin"),
     "Limits": ("max_queue", "max_pixels", "max_steps", "as_asked"),
-    "Execution": ("executor", "device", "vram", "low_memory", "trust_engines"),
+    "Execution": EXECUTION_NAMES,
 }
 
 
@@ -83,15 +84,7 @@ GROUPS = {
     is_flag=True,
     help="Over A1111's API, give a Turbo model any steps, CFG and sampler that clients ask for.",
 )
-@click.option("--executor", type=click.Choice([AUTO, *EXECUTORS]), default=AUTO, show_default=True)
-@click.option("--device", type=click.IntRange(0), default=0, show_default=True, help="Which GPU, if there are several.")
-@click.option("--vram", type=MemoryType(), help="GPU memory to use at most, like 8GiB.  [default: what is free]")
-@click.option("--low-memory", is_flag=True, help="Keep weights on disk, mapped: slower, far less memory.")
-@click.option(
-    "--trust-engines",
-    is_flag=True,
-    help="Load TensorRT engines that came with the bundle. They are code: only for a bundle from someone you trust.",
-)
+@execution_options
 def serve(
     model: str | None,
     host: str,
